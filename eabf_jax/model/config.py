@@ -1,0 +1,46 @@
+"""The shape of a LLaMA model, in the field names of Hugging Face's config.json."""
+
+from dataclasses import dataclass, field
+
+from eabf_jax.errors import InputError
+from eabf_jax.rope import Scheme, scheme
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Static description of a LLaMA-architecture model.
+
+    Every field but `rope` has the name and the meaning it has in Hugging Face's `LlamaConfig`; `rope` replaces
+    `rope_theta` and `rope_scaling`.
+
+    Raises:
+      InputError: sizes that do not fit together.
+    Source: transformers, `LlamaConfig`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int | None = None
+    rope: Scheme = field(default_factory=lambda: scheme("default", base=10_000.0))
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even head size")
