@@ -1,0 +1,370 @@
+"""LLaMA from top to bottom: RMSNorm, rotary attention with the scheme's logit multiplier, SwiGLU, one scan over layers.
+
+Dimensions: B batch, T length, D hidden_size, F intermediate_size, N query heads, K key-value heads, H head_dim,
+V vocabulary, L layers. Module names are Hugging Face's; kernels are [in, out]; the tensors of all layers are stacked
+on a leading axis L, so that one traced block serves every layer and compile time does not grow with depth.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from eabf_jax.errors import unknown_name
+from eabf_jax.model.attention import BACKENDS, Attention, select
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.rope import Scheme
+
+Constrain = Callable[..., Array]
+
+# What the backward pass keeps of each block; everything else is computed again. Names are given in `Block`.
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_output"),
+    "qkv": jax.checkpoint_policies.save_only_these_names("attention_output", "qkv"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def unconstrained(x: Array, *logical_axes: str | None) -> Array:
+    """Leaves the layout of an activation to the compiler; `parallel.rules` has the one that knows a mesh."""
+    return x
+
+
+def positions_from_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Numbers tokens from 0 within each run of equal segment ids.
+
+    Args:
+      segment_ids: int32 [batch, length].
+
+    Returns:
+      int32 [batch, length], restarting at 0 where a segment starts.
+    """
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def rotary_tables(
+    rope: Scheme, head_dim: int, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    """Cosines and sines of every token's angles, times the scheme's rotation scale.
+
+    A scheme that depends on the current length takes, for each token, the length of the segment that the token is in,
+    so that neither a neighbour in the batch nor one packed into the same row changes a token's frequencies.
+
+    Args:
+      rope: the rotary scheme.
+      head_dim: size of one head.
+      positions: int32 [batch, length], 0-based.
+      segment_ids: int32 [batch, length] or None.
+
+    Returns:
+      float32 cosines and sines, each [batch, length, head_dim // 2].
+    """
+    if rope.depends_on_length:
+        lengths = _segment_lengths(positions, segment_ids)
+        inverse_frequencies = jax.vmap(jax.vmap(lambda length: rope.inverse_frequencies(head_dim, length)))(lengths)
+        scale = jnp.broadcast_to(jnp.asarray(rope.rotation_scale(lengths), jnp.float32), positions.shape)[..., None]
+    else:
+        inverse_frequencies = jnp.asarray(rope.inverse_frequencies(head_dim))
+        scale = jnp.float32(rope.rotation_scale())
+    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def _segment_lengths(positions: Array, segment_ids: Array | None) -> Array:
+    """Largest position + 1 among the tokens of each token's own segment: int32 [batch, length]."""
+    if segment_ids is None:
+        return jnp.broadcast_to(positions.max(1, keepdims=True) + 1, positions.shape)
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    runs = jnp.cumsum(starts, axis=1)
+    largest = jax.vmap(lambda p, r: jax.ops.segment_max(p, r, num_segments=p.shape[0])[r])(positions, runs)
+    return largest + 1
+
+
+def rotate(x: Float[Array, "B T heads H"], cos: Array, sin: Array) -> Float[Array, "B T heads H"]:
+    """Rotates the two halves of each head against each other, in float32.
+
+    Args:
+      x: queries or keys.
+      cos: float32 [batch, length, head_dim // 2].
+      sin: likewise.
+
+    Returns:
+      float32, the shape of x.
+    Source: transformers, `apply_rotary_pos_emb` (halves, not interleaved pairs).
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel (+ bias), computed in `dtype`."""
+
+    def __init__(
+        self, stack: tuple[int, ...], in_features: int, out_features: int, *,
+        bias: bool, stddev: float, rngs: nnx.Rngs, param_dtype: Any,
+    ):
+        init = jax.nn.initializers.normal(stddev)
+        self.kernel = nnx.Param(init(rngs.params(), (*stack, in_features, out_features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((*stack, out_features), param_dtype)) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=_precision(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm, computed in float32."""
+
+    def __init__(self, stack: tuple[int, ...], features: int, *, eps: float, param_dtype: Any):
+        self.scale = nnx.Param(jnp.ones((*stack, features), param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class SelfAttention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, stack: tuple[int, ...], config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: Any):
+        def linear(in_features: int, out_features: int) -> Linear:
+            return Linear(
+                stack, in_features, out_features, bias=config.attention_bias, stddev=config.initializer_range,
+                rngs=rngs, param_dtype=param_dtype,
+            )
+
+        self.head_dim = config.head_dim
+        self.q_proj = linear(config.hidden_size, config.num_attention_heads * config.head_dim)
+        self.k_proj = linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
+        self.v_proj = linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
+        self.o_proj = linear(config.num_attention_heads * config.head_dim, config.hidden_size)
+
+    def __call__(
+        self, x: Array, cos: Array, sin: Array, q_scale: Array, segment_ids: Array | None,
+        attention: Attention, constrain: Constrain,
+    ) -> Array:
+        def heads(y: Array) -> Array:
+            y = checkpoint_name(y, "qkv").reshape(*y.shape[:2], -1, self.head_dim)
+            return constrain(y, "batch", "length", "heads", None)
+
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        # The multiplier is folded into q in float32, before the one rounding to the compute dtype.
+        q = (rotate(q, cos, sin) * q_scale[:, :, None, None]).astype(x.dtype)
+        k = rotate(k, cos, sin).astype(x.dtype)
+        out = checkpoint_name(attention(q, k, v, segment_ids), "attention_output")
+        return self.o_proj(out.reshape(*out.shape[:2], -1))
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, stack: tuple[int, ...], config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: Any):
+        def linear(in_features: int, out_features: int) -> Linear:
+            return Linear(
+                stack, in_features, out_features, bias=config.mlp_bias, stddev=config.initializer_range,
+                rngs=rngs, param_dtype=param_dtype,
+            )
+
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: Array, constrain: Constrain) -> Array:
+        wide = constrain(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x), "batch", "length", "mlp")
+        return self.down_proj(wide)
+
+
+class Block(nnx.Module):
+    """One decoder layer, or, with a non-empty `stack`, the parameters of many."""
+
+    def __init__(self, stack: tuple[int, ...], config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: Any):
+        def norm() -> RMSNorm:
+            return RMSNorm(stack, config.hidden_size, eps=config.rms_norm_eps, param_dtype=param_dtype)
+
+        self.input_layernorm = norm()
+        self.self_attn = SelfAttention(stack, config, rngs=rngs, param_dtype=param_dtype)
+        self.post_attention_layernorm = norm()
+        self.mlp = SwiGLU(stack, config, rngs=rngs, param_dtype=param_dtype)
+
+    def __call__(
+        self, x: Array, cos: Array, sin: Array, q_scale: Array, segment_ids: Array | None,
+        attention: Attention, constrain: Constrain,
+    ) -> Array:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, q_scale, segment_ids, attention, constrain)
+        x = x + self.mlp(self.post_attention_layernorm(x), constrain)
+        return constrain(x, "batch", "length", None)
+
+
+class Embedding(nnx.Module):
+    """Token vectors."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: Any):
+        init = jax.nn.initializers.normal(config.initializer_range)
+        self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.hidden_size), param_dtype))
+
+
+class Llama(nnx.Module):
+    """A LLaMA-architecture causal language model."""
+
+    def __init__(
+        self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+        attention: str | Attention = "auto", remat: str = "none", constrain: Constrain = unconstrained,
+    ):
+        """Initialises the parameters at random.
+
+        Args:
+          config: the model's shape and rotary scheme.
+          rngs: source of randomness; the stream `params` is used.
+          dtype: compute dtype of the matrix products; norms, angles, softmax and logits are float32.
+          param_dtype: dtype of the parameters.
+          attention: a backend's name, "auto", or a function with the signature of `attention.reference`.
+          remat: a name in `REMAT_POLICIES`: what the backward pass keeps of each block.
+          constrain: called with each large activation and its logical axes, to lay it out on a mesh.
+
+        Raises:
+          InputError: unknown backend or remat policy.
+        """
+        if remat not in REMAT_POLICIES:
+            raise unknown_name("remat policy", remat, REMAT_POLICIES)
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+        self.constrain = constrain
+        self.attention = (
+            BACKENDS[select(attention, self.dtype, config.head_dim)] if isinstance(attention, str) else attention
+        )
+        self.embed_tokens = Embedding(config, rngs=rngs, param_dtype=param_dtype)
+        self.layers = Block((config.num_hidden_layers,), config, rngs=rngs, param_dtype=param_dtype)
+        self.norm = RMSNorm((), config.hidden_size, eps=config.rms_norm_eps, param_dtype=param_dtype)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(
+                (), config.hidden_size, config.vocab_size, bias=False, stddev=config.initializer_range, rngs=rngs,
+                param_dtype=param_dtype,
+            )
+        )
+
+    @classmethod
+    def abstract(cls, config: LlamaConfig, **options: Any) -> Self:
+        """The model with shapes in place of arrays: nothing is allocated or computed.
+
+        Args:
+          config: the model's shape.
+          **options: as for `Llama`.
+
+        Returns:
+          A Llama whose parameters are `jax.ShapeDtypeStruct`.
+        """
+        return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **options))
+
+    @classmethod
+    def from_params(cls, config: LlamaConfig, params: Mapping[str, Any], **options: Any) -> Self:
+        """Builds the model around existing parameters.
+
+        Args:
+          config: the model's shape.
+          params: nested mapping of arrays, as `parameters()` gives it.
+          **options: as for `Llama`.
+
+        Returns:
+          A Llama that holds these arrays.
+        """
+        graphdef, state = nnx.split(cls.abstract(config, **options))
+        nnx.replace_by_pure_dict(state, dict(params))
+        return nnx.merge(graphdef, state)
+
+    def parameters(self) -> dict[str, Any]:
+        """The parameters as a nested dict of arrays."""
+        return nnx.to_pure_dict(nnx.state(self, nnx.Param))
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Everything but the output projection.
+
+        Args:
+          tokens: int32 [batch, length].
+          positions: int32 [batch, length], 0-based; None counts from 0, anew in each segment.
+          segment_ids: int32 [batch, length]; tokens see only their own segment. None is one segment a row.
+
+        Returns:
+          Final normed hidden states [batch, length, hidden_size], in the compute dtype.
+        """
+        if positions is None:
+            positions = (
+                jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+                if segment_ids is None
+                else positions_from_segments(segment_ids)
+            )
+        rope, head_dim = self.config.rope, self.config.head_dim
+        cos, sin = rotary_tables(rope, head_dim, positions, segment_ids)
+        x = jnp.take(self.embed_tokens.embedding[...], tokens, axis=0).astype(self.dtype)
+        x = self.constrain(x, "batch", "length", None)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def layer(x: Array, inputs: tuple[Any, Array]) -> tuple[Array, None]:
+            state, index = inputs
+            q_scale = rope.logit_scale(positions, index) * head_dim**-0.5
+            block = nnx.merge(graphdef, state)
+            return block(x, cos, sin, q_scale, segment_ids, self.attention, self.constrain), None
+
+        if self.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        x, _ = jax.lax.scan(layer, x, (stacked, jnp.arange(self.config.num_hidden_layers)))
+        return self.norm(x)
+
+    def output_kernel(self) -> Float[Array, "D V"]:
+        """The [hidden_size, vocab_size] matrix from hidden states to logits, in the parameters' dtype."""
+        return self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token at every position.
+
+        Args:
+          tokens: int32 [batch, length].
+          positions: as for `hidden_states`.
+          segment_ids: as for `hidden_states`.
+
+        Returns:
+          float32 [batch, length, vocab_size].
+        """
+        return logits(self.hidden_states(tokens, positions, segment_ids), self.output_kernel())
+
+
+def logits(hidden: Float[Array, "... D"], kernel: Float[Array, "D V"]) -> Float[Array, "... V"]:
+    """Projects hidden states to float32 logits.
+
+    Args:
+      hidden: [..., hidden_size], in the compute dtype.
+      kernel: [hidden_size, vocab_size].
+
+    Returns:
+      float32 [..., vocab_size].
+    """
+    return jnp.matmul(
+        hidden, kernel.astype(hidden.dtype), precision=_precision(hidden.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def _precision(dtype: Any) -> jax.lax.Precision | None:
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

@@ -1,0 +1,54 @@
+"""The device mesh: data parallel x fully sharded data parallel x tensor parallel."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from eabf_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each mesh axis takes."""
+
+    data: int = 1  # replicas of the parameters, each with its own part of the batch
+    fsdp: int = -1  # devices that share the parameters and split the batch; -1: all that the other axes leave
+    tensor: int = 1  # devices that split every matrix product
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
+            raise InputError(
+                f"mesh data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}: every axis takes a positive number "
+                "of devices, and one of them may be -1 (all that are left)"
+            )
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Arranges devices as a mesh with the axes `data`, `fsdp` and `tensor`.
+
+    Args:
+      config: the size of each axis.
+      devices: the devices to arrange; None takes all of them.
+
+    Returns:
+      The mesh; neighbours on the tensor axis are neighbours on the interconnect where JAX knows it.
+    Raises:
+      InputError: the axes do not multiply to the number of devices.
+    """
+    count = len(devices) if devices is not None else jax.device_count()
+    sizes = [config.data, config.fsdp, config.tensor]
+    if -1 in sizes:
+        rest = int(np.prod([size for size in sizes if size != -1]))
+        if count % rest:
+            raise InputError(f"mesh axes of {rest} devices do not divide the {count} devices at hand")
+        sizes[sizes.index(-1)] = count // rest
+    if int(np.prod(sizes)) != count:
+        raise InputError(
+            f"mesh data={sizes[0]} x fsdp={sizes[1]} x tensor={sizes[2]} takes {int(np.prod(sizes))} devices; "
+            f"{count} are at hand (set one axis to -1 to take all that are left)"
+        )
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=auto, devices=devices)

@@ -1,0 +1,152 @@
+"""Sharding as data: one table from the model's axes to mesh axes, one from parameters to the model's axes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from eabf_jax.errors import InputError
+from eabf_jax.model.attention import Attention
+from eabf_jax.model.llama import Constrain, unconstrained
+
+LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    None: None,
+}
+
+_COLUMN = {"kernel": ("embed", "{}"), "bias": ("{}",)}
+_ROW = {"kernel": ("{}", "embed"), "bias": (None,)}
+_LAYERS: dict[str, tuple[dict[str, tuple[str | None, ...]], str]] = {
+    "q_proj": (_COLUMN, "heads"),
+    "k_proj": (_COLUMN, "heads"),
+    "v_proj": (_COLUMN, "heads"),
+    "o_proj": (_ROW, "heads"),
+    "gate_proj": (_COLUMN, "mlp"),
+    "up_proj": (_COLUMN, "mlp"),
+    "down_proj": (_ROW, "mlp"),
+    "lm_head": (_COLUMN, "vocab"),
+}
+
+
+def parameter_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
+    """Logical axes of one parameter.
+
+    Args:
+      path: its place in the parameter tree, e.g. ("layers", "self_attn", "q_proj", "kernel").
+
+    Returns:
+      One logical axis name (or None) a dimension.
+    """
+    stack = ("layers",) if path[0] == "layers" else ()
+    if path[-1] == "embedding":
+        return ("vocab", "embed")
+    if path[-1] == "scale":
+        return (*stack, None)
+    kind, axis = _LAYERS[path[-2]]
+    return (*stack, *(axis if name == "{}" else name for name in kind[path[-1]]))
+
+
+def spec(*logical_axes: str | None) -> PartitionSpec:
+    """The partition of an array with these logical axes."""
+    return PartitionSpec(*(LOGICAL_TO_MESH[axis] for axis in logical_axes))
+
+
+def parameter_shardings(mesh: Mesh, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Shardings for a parameter tree.
+
+    Args:
+      mesh: the device mesh.
+      params: nested mapping of arrays or shapes, as `Llama.parameters()` gives it.
+
+    Returns:
+      The same nesting, of NamedSharding.
+    Raises:
+      InputError: a dimension does not divide by the mesh axes that split it.
+    """
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = tuple(key.key for key in path)
+        partition = spec(*parameter_axes(names))
+        for size, axes in zip(leaf.shape, partition, strict=True):
+            ways = _ways(mesh, axes)
+            if size % ways:
+                raise InputError(
+                    f"parameter {'.'.join(names)} has a dimension of {size}, which the mesh splits {ways} ways ({axes}):"
+                    " choose a mesh axis that divides it"
+                )
+        return NamedSharding(mesh, partition)
+
+    return jax.tree.map_with_path(sharding, params)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of a [batch, length] array."""
+    return NamedSharding(mesh, spec("batch", "length"))
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Number of parts into which the mesh splits a batch."""
+    return _ways(mesh, LOGICAL_TO_MESH["batch"])
+
+
+def _ways(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    ways = 1
+    for name in names:
+        ways *= mesh.shape[name]
+    return ways
+
+
+def activation_constraint(mesh: Mesh) -> Constrain:
+    """The `constrain` hook of `Llama` for a mesh: pins large activations to their logical axes."""
+    if mesh.size == 1:
+        return unconstrained
+
+    def constrain(x: Array, *logical_axes: str | None) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(*logical_axes)))
+
+    return constrain
+
+
+def sharded_attention(mesh: Mesh, attention: Attention, kv_heads: int) -> Attention:
+    """Runs an attention backend on each device's own rows and heads: the kernels know nothing of a mesh.
+
+    Args:
+      mesh: the device mesh.
+      attention: a function of `model.attention.BACKENDS`.
+      kv_heads: key-value heads of the model.
+
+    Returns:
+      A function with the same signature for arrays laid out on the mesh.
+    Raises:
+      InputError: the tensor axis does not divide the key-value heads.
+    """
+    if kv_heads % mesh.shape["tensor"]:
+        raise InputError(
+            f"mesh tensor={mesh.shape['tensor']} does not divide the model's {kv_heads} key-value heads: "
+            "use a divisor of it and give the rest of the devices to fsdp"
+        )
+    if mesh.size == 1:
+        return attention
+    heads = spec("batch", "length", "heads", None)
+
+    def attend(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+        if segment_ids is None:
+            return jax.shard_map(
+                lambda q, k, v: attention(q, k, v, None),
+                mesh=mesh, in_specs=(heads,) * 3, out_specs=heads, check_vma=False,
+            )(q, k, v)
+        return jax.shard_map(
+            attention,
+            mesh=mesh, in_specs=(heads, heads, heads, spec("batch", "length")), out_specs=heads, check_vma=False,
+        )(q, k, v, segment_ids)
+
+    return attend
