@@ -1,0 +1,278 @@
+"""Inverse frequencies of every rotary scheme, one pure function per rule.
+
+A rule takes the head size, then `length` if its frequencies follow the current length, then its own parameters by keyword
+(those are the parameters that the scheme has in a config file). It returns the inverse frequencies and the factor that
+multiplies both cos and sin. What is known before tracing is computed in float64 and rounded once to float32.
+
+Notation: d head size, j = 0 ... d/2 - 1 index of a frequency, b base, c pretrained window, s factor, L current length,
+theta_j = b^(-2j/d).
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Float64, Int
+
+from eabf_jax.errors import InputError
+
+Length = int | Int[Array, ""] | None
+Frequencies = Float32[Array, " head_dim//2"]
+
+LLAMA2_BASE = 10_000.0
+
+
+def default(head_dim: int, *, base: float = LLAMA2_BASE) -> tuple[Frequencies, float]:
+    """Computes the frequencies of plain rotary embedding, theta_j.
+
+    Args:
+      head_dim: size of an attention head, even.
+      base: b; 10,000 in LLaMA-2, larger in adjusted-base-frequency (ABF) models.
+
+    Returns:
+      Inverse frequencies in radians per token, float32 [head_dim // 2], and the rotation scale 1.0.
+
+    Raises:
+      InputError: head_dim is odd or less than 2.
+    Source: Su et al. 2021 (RoFormer), section 3.4.2; base 500,000: Xiong et al. 2023, section 2.
+    """
+    return _rounded(_theta(head_dim, base)), 1.0
+
+
+def pi(head_dim: int, *, base: float = LLAMA2_BASE, factor: float) -> tuple[Frequencies, float]:
+    """Computes the frequencies of Position Interpolation, theta_j / s.
+
+    Args:
+      head_dim: size of an attention head, even.
+      base: b.
+      factor: s, target window over pretrained window.
+
+    Returns:
+      Inverse frequencies in radians per token, float32 [head_dim // 2], and the rotation scale 1.0.
+
+    Raises:
+      InputError: head_dim is odd or less than 2.
+    Source: Chen et al. 2023; transformers rope type `linear`.
+    """
+    return _rounded(_theta(head_dim, base) / factor), 1.0
+
+
+def ntk(head_dim: int, *, base: float = LLAMA2_BASE, factor: float) -> tuple[Frequencies, float]:
+    """Computes the frequencies of static NTK-aware scaling, theta_j with base b * s^(d / (d - 2)).
+
+    Args:
+      head_dim: size of an attention head, even, at least 4.
+      base: b.
+      factor: s, target window over pretrained window.
+
+    Returns:
+      Inverse frequencies in radians per token, float32 [head_dim // 2], and the rotation scale 1.0.
+
+    Raises:
+      InputError: head_dim is odd or less than 4.
+    Source: Peng et al. 2023 (YaRN), section 3.1.
+    """
+    return _rounded(_theta(head_dim, ntk_base(head_dim, base, factor))), 1.0
+
+
+def ntk_base(head_dim: int, base: float, factor: float) -> float:
+    """Returns the base b * s^(d / (d - 2)) with which plain rotary embedding is NTK-aware scaling.
+
+    Args:
+      head_dim: size of an attention head, even, at least 4.
+      base: b.
+      factor: s, target window over pretrained window.
+
+    Returns:
+      The changed base.
+
+    Raises:
+      InputError: head_dim is odd or less than 4.
+    Source: Peng et al. 2023 (YaRN), section 3.1.
+    """
+    _check_head_dim(head_dim, at_least=4)
+    return base * factor ** (head_dim / (head_dim - 2))
+
+
+def dynamic_ntk(
+    head_dim: int, length: Length, *, base: float = LLAMA2_BASE, factor: float = 1.0, pretrained_window: int
+) -> tuple[Frequencies, float]:
+    """Computes the frequencies of NTK-aware scaling that follows the length: base b * (s L/c - (s - 1))^(d / (d - 2)).
+
+    Args:
+      head_dim: size of an attention head, even, at least 4.
+      length: L in tokens; up to c (or None) the frequencies are the plain ones. May be a traced integer.
+      base: b.
+      factor: s, how fast the base grows with the length; 1.0 makes the factor inside the power L/c.
+      pretrained_window: c in tokens.
+
+    Returns:
+      Inverse frequencies in radians per token, float32 [head_dim // 2], and the rotation scale 1.0.
+
+    Raises:
+      InputError: head_dim is odd or less than 4.
+    Source: transformers rope type `dynamic`.
+    """
+    _check_head_dim(head_dim, at_least=4)
+    theta = _theta(head_dim, base)
+    # The larger base is the plain one times a power, so theta_j splits into a static part and ratio^(-2j / (d - 2)).
+    exponents = -2.0 * np.arange(head_dim // 2) / (head_dim - 2)
+    if _is_static(length):
+        excess = max((length or 0) - pretrained_window, 0)
+        return _rounded(theta * (1.0 + factor * excess / pretrained_window) ** exponents), 1.0
+    # s L/c - (s - 1) = 1 + s (L - c)/c, where L - c is exact and log1p keeps what float32 would lose near 1.
+    growth = jnp.log1p(_excess(length, pretrained_window) * np.float32(factor / pretrained_window))
+    return _rounded(theta) * jnp.exp(_rounded(exponents) * growth), 1.0
+
+
+def yarn(
+    head_dim: int,
+    *,
+    base: float = LLAMA2_BASE,
+    factor: float,
+    pretrained_window: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    attention_factor: float | None = None,
+) -> tuple[Frequencies, float]:
+    """Computes the frequencies and the rotation scale of YaRN; with `attention_factor` 1.0, of NTK-by-parts.
+
+    A frequency that turns at least `beta_fast` times inside the pretrained window stays theta_j, one that turns at most
+    `beta_slow` times becomes theta_j / s, and those between are blended along a straight ramp.
+
+    Args:
+      head_dim: size of an attention head, even.
+      base: b.
+      factor: s, target window over pretrained window.
+      pretrained_window: c in tokens.
+      beta_fast: turns inside the pretrained window from which a frequency is left alone.
+      beta_slow: turns inside the pretrained window up to which a frequency is fully interpolated.
+      attention_factor: factor on cos and sin; None means 0.1 ln s + 1.
+
+    Returns:
+      Inverse frequencies in radians per token, float32 [head_dim // 2], and the rotation scale.
+
+    Raises:
+      InputError: head_dim is odd or less than 2.
+    Source: Peng et al. 2023 (YaRN), sections 3.2 to 3.4; transformers rope type `yarn`.
+    """
+    theta = _theta(head_dim, base)
+    interpolated = _interpolated_share(head_dim, base, pretrained_window, beta_fast, beta_slow)
+    scale = 0.1 * math.log(factor) + 1.0 if attention_factor is None else attention_factor
+    return _rounded(theta * (1.0 - interpolated) + theta / factor * interpolated), scale
+
+
+def dynamic_yarn(
+    head_dim: int,
+    length: Length,
+    *,
+    base: float = LLAMA2_BASE,
+    factor: float = 1.0,
+    pretrained_window: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+) -> tuple[Frequencies, float | Float32[Array, ""]]:
+    """Computes YaRN with s = max(1, L/c) for the current length L.
+
+    Args:
+      head_dim: size of an attention head, even.
+      length: L in tokens; up to c (or None) the frequencies are the plain ones. May be a traced integer.
+      base: b.
+      factor: largest extension that the user expects; kept for reports and export, the frequencies follow the length alone.
+      pretrained_window: c in tokens.
+      beta_fast: turns inside the pretrained window from which a frequency is left alone.
+      beta_slow: turns inside the pretrained window up to which a frequency is fully interpolated.
+
+    Returns:
+      Inverse frequencies in radians per token, float32 [head_dim // 2], and the rotation scale: a float, or a float32
+      scalar where length is traced.
+
+    Raises:
+      InputError: head_dim is odd or less than 2.
+    Source: Peng et al. 2023 (YaRN), section 3.3 (dynamic scaling) and appendix B.
+    """
+    if _is_static(length):
+        stretch = max((length or 0) / pretrained_window, 1.0)
+        return yarn(
+            head_dim,
+            base=base,
+            factor=stretch,
+            pretrained_window=pretrained_window,
+            beta_fast=beta_fast,
+            beta_slow=beta_slow,
+        )
+    interpolated = _interpolated_share(head_dim, base, pretrained_window, beta_fast, beta_slow)
+    excess = _excess(length, pretrained_window)
+    # theta_j (1 - share + share/s) = theta_j (1 - share (L - c)/L): one small correction to 1 instead of two roundings.
+    shrink = _rounded(interpolated) * (excess / (excess + np.float32(pretrained_window)))
+    scale = 1.0 + 0.1 * jnp.log1p(excess / np.float32(pretrained_window))
+    return _rounded(_theta(head_dim, base)) * (1.0 - shrink), scale
+
+
+def llama3(
+    head_dim: int,
+    *,
+    base: float = LLAMA2_BASE,
+    factor: float,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
+    pretrained_window: int,
+) -> tuple[Frequencies, float]:
+    """Computes the frequencies of Llama 3.1: by wavelength, left alone, divided by s, or blended between.
+
+    Args:
+      head_dim: size of an attention head, even.
+      base: b.
+      factor: s, by which long wavelengths are stretched.
+      low_freq_factor: wavelengths above c / low_freq_factor are stretched in full.
+      high_freq_factor: wavelengths below c / high_freq_factor are left alone.
+      pretrained_window: c in tokens.
+
+    Returns:
+      Inverse frequencies in radians per token, float32 [head_dim // 2], and the rotation scale 1.0.
+
+    Raises:
+      InputError: head_dim is odd or less than 2.
+    Source: transformers rope type `llama3`.
+    """
+    theta = _theta(head_dim, base)
+    turns = pretrained_window * theta / (2.0 * math.pi)
+    kept = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
+    return _rounded(theta * kept + theta / factor * (1.0 - kept)), 1.0
+
+
+def _theta(head_dim: int, base: float) -> Float64[np.ndarray, " head_dim//2"]:
+    _check_head_dim(head_dim, at_least=2)
+    return base ** (-2.0 * np.arange(head_dim // 2) / head_dim)
+
+
+def _interpolated_share(
+    head_dim: int, base: float, pretrained_window: int, beta_fast: float, beta_slow: float
+) -> Float64[np.ndarray, " head_dim//2"]:
+    """Returns how much of each frequency is interpolated: 0 for fast ones, 1 for slow ones, a ramp over j between."""
+
+    def index_turning(turns: float) -> float:
+        return head_dim * math.log(pretrained_window / (turns * 2.0 * math.pi)) / (2.0 * math.log(base))
+
+    # The upper clamp is d - 1, not d/2 - 1: so are the paper's code and transformers.
+    low, high = np.clip((math.floor(index_turning(beta_fast)), math.ceil(index_turning(beta_slow))), 0, head_dim - 1)
+    width = high - low or 0.001
+    return np.clip((np.arange(head_dim // 2) - low) / width, 0.0, 1.0)
+
+
+def _excess(length: Length, pretrained_window: int) -> Float32[Array, ""]:
+    """Returns the tokens past the pretrained window, at least 0: exact in float32 up to 2^24 tokens."""
+    return jnp.maximum(jnp.asarray(length).astype(jnp.float32) - np.float32(pretrained_window), 0.0)
+
+
+def _is_static(length: Length) -> bool:
+    return length is None or isinstance(length, int | np.integer)
+
+
+def _rounded(values: Float64[np.ndarray, " size"]) -> Float32[Array, " size"]:
+    return jnp.asarray(values.astype(np.float32))
+
+
+def _check_head_dim(head_dim: int, *, at_least: int) -> None:
+    if head_dim % 2 or head_dim < at_least:
+        raise InputError(f"head_dim {head_dim}: rotary embedding here needs an even head size of at least {at_least}")

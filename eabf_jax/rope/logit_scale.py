@@ -1,0 +1,53 @@
+"""Multipliers of the attention logits, one pure function per rule.
+
+A rule takes the positions of the queries and the layer index, then its own parameters by keyword (those are the parameters
+that the scheme has in a config file), and returns one multiplier per query.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int
+
+
+def none(positions: Int[Array, " *shape"], layer: int | Int[Array, ""]) -> Float32[Array, " *shape"]:
+    """Leaves every logit alone.
+
+    Args:
+      positions: 0-based positions of the queries, integers of any shape.
+      layer: 0-based layer index; not used.
+
+    Returns:
+      Ones, float32, shape of `positions`.
+    """
+    del layer
+    return jnp.ones(jnp.shape(positions), jnp.float32)
+
+
+def entropy_aware(
+    positions: Int[Array, " *shape"],
+    layer: int | Int[Array, ""],
+    *,
+    pretrained_window: int,
+    unscaled_layers: int = 2,
+) -> Float32[Array, " *shape"]:
+    """Computes the entropy-aware multiplier t = max(ln i / ln c, 1) for the query at 1-based position i.
+
+    Within the pretrained window, and in the first `unscaled_layers` layers, t is exactly 1.
+
+    Args:
+      positions: 0-based positions of the queries (i = position + 1), integers of any shape.
+      layer: 0-based layer index; may be a traced integer.
+      pretrained_window: c in tokens: the window before the extension, not the target.
+      unscaled_layers: number of first layers that keep t = 1; 2 in the paper, 0 in the released code's effect.
+
+    Returns:
+      Multipliers, float32, shape of `positions`.
+
+    Source: Zhang et al. 2024, section 3 (entropy-aware ABF).
+    """
+    # ln i / ln c = 1 + ln(1 + (i - c)/c) / ln c: the small term carries the rounding error, and 0 gives exactly 1.
+    excess = jnp.maximum(jnp.asarray(positions).astype(jnp.float32) - np.float32(pretrained_window - 1), 0.0)
+    multiplier = 1.0 + jnp.log1p(excess / np.float32(pretrained_window)) * np.float32(1.0 / math.log(pretrained_window))
+    return jnp.where(jnp.asarray(layer) < unscaled_layers, jnp.float32(1.0), multiplier)
