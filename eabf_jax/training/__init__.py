@@ -1,0 +1,1 @@
+"""The fine-tune: recipe, loss, optimizer, step, loop, checkpoints."""

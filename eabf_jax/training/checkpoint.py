@@ -1,0 +1,122 @@
+"""Checkpoints of a run, in Orbax: parameters, optimizer, data position."""
+
+import errno
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+
+from eabf_jax.errors import InputError
+from eabf_jax.training.step import TrainState
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run: each step a folder with `params`, `optimizer` and `data`.
+
+    A step's folder appears under its name only once it is whole, so a killed run never leaves a half-written one to
+    be resumed from. Saving copies to host memory and writes in the background.
+    """
+
+    def __init__(self, run: Path, keep: int):
+        """Opens the folder.
+
+        Args:
+          run: the run's directory.
+          keep: newest checkpoints kept.
+        """
+        self._manager = ocp.CheckpointManager(
+            (run / "checkpoints").absolute(),
+            item_names=("params", "optimizer", "data"),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._manager.close()
+        except Exception as failure:
+            # An error of the loop itself is the one to report; one of the background write stands alone.
+            if error is None:
+                raise _explained(failure) from failure
+
+    def latest_step(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+        """Saves in the background; a save still under way is waited for first.
+
+        Args:
+          step: optimizer steps taken.
+          state: the training state after that step.
+          data: the loader's position, JSON.
+
+        Raises:
+          InputError: no space left.
+        """
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    optimizer=ocp.args.StandardSave(state.optimizer),
+                    data=ocp.args.JsonSave(data),
+                ),
+                force=True,
+            )
+        except Exception as failure:
+            raise _explained(failure) from failure
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Reads a checkpoint straight to its places on the mesh.
+
+        Args:
+          step: the checkpoint's step.
+          abstract: TrainState of `jax.ShapeDtypeStruct` with shardings.
+
+        Returns:
+          The state and the loader's position.
+        Raises:
+          InputError: the checkpoint cannot be read.
+        """
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract.params),
+                    optimizer=ocp.args.StandardRestore(abstract.optimizer),
+                    data=ocp.args.JsonRestore(),
+                ),
+            )
+        except Exception as failure:
+            raise InputError(
+                f"checkpoint {step} in {self._manager.directory} cannot be read ({_first_line(failure)}): "
+                "remove it to go on from the one before"
+            ) from failure
+        counter = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
+        return TrainState(counter, restored["params"], restored["optimizer"]), restored["data"]
+
+    def reached_preemption(self, step: int) -> bool:
+        """True where the scheduler of a pod has announced that the machine goes away (agreed among all hosts)."""
+        return self._manager.reached_preemption(step)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _explained(failure: Exception) -> Exception:
+    """The error for a failed write: one line where it is the disk's fault, itself otherwise."""
+    cause: BaseException | None = failure
+    while cause is not None:
+        text = str(cause)
+        if getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in text or "RESOURCE_EXHAUSTED" in text:
+            return InputError(f"no space left to write the checkpoint: {_first_line(cause)}")
+        cause = cause.__cause__ or cause.__context__
+    return failure
