@@ -1,8 +1,8 @@
 """Inverse frequencies of every rotary scheme, one pure function per rule.
 
-A rule takes the head size, then `length` if its frequencies follow the current length, then its own parameters by keyword
-(those are the parameters that the scheme has in a config file). It returns the inverse frequencies and the factor that
-multiplies both cos and sin. What is known before tracing is computed in float64 and rounded once to float32.
+A rule takes the head size, then `length` if its frequencies follow the current length, then its own parameters by
+keyword (those are the parameters that the scheme has in a config file). It returns the inverse frequencies and the
+factor that multiplies both cos and sin. What is known before tracing is computed in float64 and rounded once to float32.
 
 Notation: d head size, j = 0 ... d/2 - 1 index of a frequency, b base, c pretrained window, s factor, L current length,
 theta_j = b^(-2j/d).
@@ -178,7 +178,7 @@ def dynamic_yarn(
       head_dim: size of an attention head, even.
       length: L in tokens; up to c (or None) the frequencies are the plain ones. May be a traced integer.
       base: b.
-      factor: largest extension that the user expects; kept for reports and export, the frequencies follow the length alone.
+      factor: largest extension that the user expects, for reports and export; the frequencies follow the length alone.
       pretrained_window: c in tokens.
       beta_fast: turns inside the pretrained window from which a frequency is left alone.
       beta_slow: turns inside the pretrained window up to which a frequency is fully interpolated.
@@ -201,12 +201,12 @@ def dynamic_yarn(
             beta_fast=beta_fast,
             beta_slow=beta_slow,
         )
-    interpolated = _interpolated_share(head_dim, base, pretrained_window, beta_fast, beta_slow)
+    # theta_j (kept + (1 - kept)/s): kept is rounded before it is taken from 1, so that s = 1 leaves theta_j bit for bit.
+    kept = (1.0 - _interpolated_share(head_dim, base, pretrained_window, beta_fast, beta_slow)).astype(np.float32)
     excess = _excess(length, pretrained_window)
-    # theta_j (1 - share + share/s) = theta_j (1 - share (L - c)/L): one small correction to 1 instead of two roundings.
-    shrink = _rounded(interpolated) * (excess / (excess + np.float32(pretrained_window)))
-    scale = 1.0 + 0.1 * jnp.log1p(excess / np.float32(pretrained_window))
-    return _rounded(_theta(head_dim, base)) * (1.0 - shrink), scale
+    shrink = pretrained_window / (excess + pretrained_window)
+    scale = 1.0 + 0.1 * jnp.log1p(excess / pretrained_window)
+    return _rounded(_theta(head_dim, base)) * (kept + (np.float32(1.0) - kept) * shrink), scale
 
 
 def llama3(

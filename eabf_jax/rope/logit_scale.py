@@ -1,7 +1,7 @@
 """Multipliers of the attention logits, one pure function per rule.
 
-A rule takes the positions of the queries and the layer index, then its own parameters by keyword (those are the parameters
-that the scheme has in a config file), and returns one multiplier per query.
+A rule takes the positions of the queries and the layer index, then its own parameters by keyword (those are the
+parameters that the scheme has in a config file), and returns one multiplier per query.
 """
 
 import math

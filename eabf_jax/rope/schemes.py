@@ -1,8 +1,8 @@
 """Rotary schemes by name, their composition, and their spelling in Hugging Face's config.json.
 
-A scheme is two independent choices: a frequency rule and a rule for the multiplier of the attention logits, each with its
-parameters. `SCHEMES` names the pairs that have a name. To add one, write its rule in `frequencies.py` or `logit_scale.py`
-and add its line here; names, types and defaults of its parameters are read from the rule's signature.
+A scheme is two independent choices: a frequency rule and a rule for the multiplier of the attention logits, each with
+its parameters. `SCHEMES` names the pairs that have a name. To add one, write its rule in `frequencies.py` or
+`logit_scale.py` and add its line here; names, types and defaults of its parameters are read from the rule's signature.
 """
 
 import inspect
@@ -55,7 +55,8 @@ class _Entry:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
-# Where two lines describe the same mathematics, the first one's name is given to compositions and to what is read from HF.
+# Where two lines describe the same mathematics, compositions and what is read from Hugging Face get the first one's name.
+# Every frequency rule has a line without a multiplier: compositions are written down by its name.
 SCHEMES: Mapping[str, _Entry] = MappingProxyType(
     {
         "default": _Entry(frequency_rules.default),
@@ -106,10 +107,10 @@ _REQUIREMENTS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
 
 @dataclass(frozen=True, repr=False)
 class Scheme:
-    """A rotary scheme: inverse frequencies, rotation scale and logit multiplier, all pure functions of static parameters.
+    """A rotary scheme: inverse frequencies, rotation scale and logit multiplier, pure functions of static parameters.
 
-    Build one with `scheme` or `compose`. Schemes are hashable, and equal when their mathematics is: `abf` equals `default`
-    with the same base, whatever it was called.
+    Build one with `scheme` or `compose`. Schemes are hashable, and equal when their rules and parameters are, whatever
+    they were called: `abf` equals `default` with the same base.
 
     Attributes:
       frequencies: the frequency rule with its parameters.
@@ -131,8 +132,8 @@ class Scheme:
 
         Args:
           head_dim: size of an attention head, even (at least 4 for the NTK-aware schemes).
-          length: current length in tokens for the schemes that follow it, otherwise not used; may be a traced integer, and
-            mapped over with `jax.vmap`. None stands for a length within the pretrained window.
+          length: current length in tokens for the schemes that follow it, otherwise not used; may be a traced integer,
+            and mapped over with `jax.vmap`. None stands for a length within the pretrained window.
 
         Returns:
           Radians per token, float32 [head_dim // 2].
@@ -169,7 +170,7 @@ class Scheme:
         """Returns the scheme as plain values, for config files: `{"type": name, parameter: value, ...}`.
 
         Returns:
-          A dictionary that `Scheme.from_dict` turns back into an equal scheme. Optional parameters left at None are absent.
+          A dictionary that `Scheme.from_dict` turns back into an equal scheme. Optional parameters at None are absent.
         """
         if self.name == "compose":
             return {
@@ -191,7 +192,7 @@ class Scheme:
         """Builds the scheme that `to_dict` or a config file describes.
 
         Args:
-          values: `{"type": name, parameter: value, ...}`; for "compose" the parameters are `frequencies` and `logit_scale`.
+          values: `{"type": name, parameter: value, ...}`; the parameters of "compose" are those of `compose`.
 
         Returns:
           The scheme.
@@ -236,9 +237,9 @@ def compose(frequencies: Scheme | Mapping[str, Any], logit_scale: Scheme | Mappi
     """Builds a scheme from the frequencies of one and the logit multiplier of another.
 
     Args:
-      frequencies: a scheme, or `{"type": scheme name, parameter: value, ...}`; its frequencies and rotation scale are taken.
-      logit_scale: a scheme, whose logit multiplier is taken; or `{"type": "entropy_aware" (or "eabf"), "pretrained_window":
-        tokens, "unscaled_layers": count}`; or None or `{"type": "none"}` for no multiplier.
+      frequencies: the scheme whose frequencies and rotation scale are taken, or that scheme as a dictionary.
+      logit_scale: the scheme whose logit multiplier is taken; or a dictionary of type "entropy_aware" (or "eabf") with
+        `pretrained_window` in tokens and `unscaled_layers`; None or type "none" for no multiplier.
 
     Returns:
       The scheme, under the name of the table's line that has the same two rules, if there is one.
@@ -264,7 +265,7 @@ def parameters_of(name: str) -> Mapping[str, tuple[Any, Any]]:
       name: a name in `scheme_names()`.
 
     Returns:
-      For each parameter its type (`float`, `int` or `float | None`) and its default, `dataclasses.MISSING` where it has none.
+      For each parameter its type (`float`, `int` or `float | None`) and its default, `dataclasses.MISSING` for none.
 
     Raises:
       InputError: unknown scheme.
@@ -285,14 +286,14 @@ def parameters_of(name: str) -> Mapping[str, tuple[Any, Any]]:
 def from_hf(config: Mapping[str, Any]) -> Scheme:
     """Reads the rotary scheme of a Hugging Face config.json.
 
-    Our own key `eabf_scheme` is read first. Otherwise both spellings are: `rope_theta` beside `rope_scaling` (whose kind is
-    under `rope_type` or `type`), and `rope_parameters` with `rope_theta` inside. As in transformers, a non-empty
-    `rope_scaling` goes before `rope_parameters`, a missing base is 10,000, and keys that the kind does not use are ignored.
-    YaRN with an attention factor of 1.0 is `ntk_by_parts`.
+    Our own key `eabf_scheme` is read first. Otherwise both spellings are: `rope_theta` beside `rope_scaling` (whose kind
+    is under `rope_type` or `type`), and `rope_parameters` with `rope_theta` inside. As in transformers, a non-empty
+    `rope_scaling` goes before `rope_parameters`, a missing base is 10,000, and keys that the kind does not use are
+    ignored. YaRN with an attention factor of 1.0 is `ntk_by_parts`.
 
     Args:
-      config: the whole config.json; `dynamic` needs its `max_position_embeddings`, and `yarn` and `llama3` fall back on it
-        where they name no `original_max_position_embeddings`.
+      config: the whole config.json; `dynamic` needs its `max_position_embeddings`, and `yarn` and `llama3` fall back on
+        it where they name no `original_max_position_embeddings`.
 
     Returns:
       The scheme.
@@ -308,33 +309,33 @@ def from_hf(config: Mapping[str, Any]) -> Scheme:
     if not isinstance(section, Mapping):
         raise InputError(f"config.json: rope_scaling must be an object or null, found {section!r}")
     _refuse_unrepresentable(config, section)
-    kind = section.get("rope_type", section.get("type", "default"))
-    if kind not in _HF_READERS:
-        raise InputError(
-            f"config.json: rope type {kind!r} is not supported here; supported: {', '.join(sorted(_HF_READERS))}"
-        )
-    base = section.get("rope_theta", config.get("rope_theta", LLAMA2_BASE))
-    return _HF_READERS[kind](config, section, base)
+    kind = section.get("rope_type") or section.get("type") or "default"
+    if not isinstance(kind, str) or kind not in _HF_READERS:
+        raise InputError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(_HF_READERS)}")
+    bases = (section.get("rope_theta"), config.get("rope_theta"), LLAMA2_BASE)
+    return _HF_READERS[kind](config, section, next(base for base in bases if base is not None))
 
 
 def to_hf(s: Scheme, head_dim: int | None = None, spelling: str = "rope_scaling") -> dict[str, Any]:
     """Writes a rotary scheme as keys of a Hugging Face config.json.
 
     What transformers can express becomes its own keys: `default` and `abf` a base, `pi` linear, `dynamic_ntk` dynamic,
-    `ntk_by_parts` yarn with attention factor 1.0, `yarn`, `llama3`, and `ntk` (where `head_dim` is given) a changed base.
+    `ntk_by_parts` yarn with attention factor 1.0, `yarn`, `llama3`, and `ntk` (given `head_dim`) a changed base.
     Everything else keeps its base and adds `eabf_scheme`, which our exported model code reads (`needs_remote_code`).
 
-    Where transformers derives the scheme from `max_position_embeddings`, that key is returned too and must go into the file:
-    `dynamic` takes the pretrained window from it, and releases of 4.x recompute yarn's factor as its ratio to
-    `original_max_position_embeddings`.
+    Where transformers derives the scheme from `max_position_embeddings`, that key is returned too and must go into the
+    file. `dynamic` takes the pretrained window from it, in every release. For yarn it is the extended window: releases
+    4.51 to 4.55 take the factor as its ratio to `original_max_position_embeddings` (later ones take `factor`). Releases up
+    to 4.50 do not read `original_max_position_embeddings` and ramp over the extended window instead: a yarn export needs
+    transformers 4.51 or later.
 
     Args:
       s: the scheme.
       head_dim: size of an attention head; only `ntk` depends on it.
-      spelling: "rope_scaling" (read by every transformers release) or "rope_parameters" (5.x).
+      spelling: "rope_scaling" (read by every transformers release) or "rope_parameters" (5.x only).
 
     Returns:
-      Keys and values to be merged into config.json; a None value replaces a setting left from another scheme.
+      Keys and values for config.json, in place of all rotary keys that it had.
 
     Raises:
       InputError: unknown spelling, or a head_dim that does not suit the scheme.
@@ -478,6 +479,12 @@ def _window(config: Mapping[str, Any], section: Mapping[str, Any]) -> Any:
     return _needed(config, "max_position_embeddings")
 
 
+def _number(name: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise InputError(f"config.json: {name} must be a number above 0, found {value!r}")
+    return value
+
+
 def _needed(place: Mapping[str, Any], key: str) -> Any:
     if place.get(key) is None:
         raise InputError(f"config.json: {key!r} is missing; the rotary scheme needs it")
@@ -502,15 +509,10 @@ def _read_dynamic(config: Mapping[str, Any], section: Mapping[str, Any], base: A
 
 
 def _read_yarn(config: Mapping[str, Any], section: Mapping[str, Any], base: Any) -> Scheme:
-    window = _window(config, section)
+    window = _number("original_max_position_embeddings", _window(config, section))
     factor = section.get("factor")
     if factor is None:
-        factor = _needed(config, "max_position_embeddings") / window
-    attention_factor = section.get("attention_factor")
-    mscale, mscale_all_dim = section.get("mscale"), section.get("mscale_all_dim")
-    if attention_factor is None and mscale and mscale_all_dim:
-        growth = 0.1 * math.log(factor)
-        attention_factor = (mscale * growth + 1.0) / (mscale_all_dim * growth + 1.0)
+        factor = _number("max_position_embeddings", _needed(config, "max_position_embeddings")) / window
     shared = {
         "base": base,
         "factor": factor,
@@ -519,6 +521,13 @@ def _read_yarn(config: Mapping[str, Any], section: Mapping[str, Any], base: Any)
         "beta_fast": section.get("beta_fast") or 32.0,
         "beta_slow": section.get("beta_slow") or 1.0,
     }
+    attention_factor = section.get("attention_factor")
+    mscale, mscale_all_dim = section.get("mscale"), section.get("mscale_all_dim")
+    if attention_factor is None and mscale and mscale_all_dim:
+        growth = 0.1 * math.log(max(_number("factor", factor), 1.0))
+        attention_factor = (_number("mscale", mscale) * growth + 1.0) / (
+            _number("mscale_all_dim", mscale_all_dim) * growth + 1.0
+        )
     if attention_factor == 1:
         return scheme("ntk_by_parts", **shared)
     return scheme("yarn", **shared, attention_factor=attention_factor)
