@@ -2,13 +2,14 @@
 
 A rule takes the head size, then `length` if its frequencies follow the current length, then its own parameters by
 keyword (those are the parameters that the scheme has in a config file). It returns the inverse frequencies and the
-factor that multiplies both cos and sin. What is known before tracing is computed in float64 and rounded once to float32.
+factor that multiplies cos and sin. What is known before tracing is computed in float64 and rounded once to float32.
 
 Notation: d head size, j = 0 ... d/2 - 1 index of a frequency, b base, c pretrained window, s factor, L current length,
 theta_j = b^(-2j/d).
 """
 
 import math
+from typing import TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -201,7 +202,7 @@ def dynamic_yarn(
             beta_fast=beta_fast,
             beta_slow=beta_slow,
         )
-    # theta_j (kept + (1 - kept)/s): kept is rounded before it is taken from 1, so that s = 1 leaves theta_j bit for bit.
+    # theta_j (kept + (1 - kept)/s): kept is rounded before it is taken from 1, so that s = 1 leaves theta_j as it is.
     kept = (1.0 - _interpolated_share(head_dim, base, pretrained_window, beta_fast, beta_slow)).astype(np.float32)
     excess = _excess(length, pretrained_window)
     shrink = pretrained_window / (excess + pretrained_window)
@@ -265,7 +266,7 @@ def _excess(length: Length, pretrained_window: int) -> Float32[Array, ""]:
     return jnp.maximum(jnp.asarray(length).astype(jnp.float32) - np.float32(pretrained_window), 0.0)
 
 
-def _is_static(length: Length) -> bool:
+def _is_static(length: Length) -> TypeGuard[int | None]:
     return length is None or isinstance(length, int | np.integer)
 
 

@@ -55,7 +55,7 @@ class _Entry:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
-# Where two lines describe the same mathematics, compositions and what is read from Hugging Face get the first one's name.
+# Where two lines are the same mathematics, compositions and what is read from Hugging Face get the first one's name.
 # Every frequency rule has a line without a multiplier: compositions are written down by its name.
 SCHEMES: Mapping[str, _Entry] = MappingProxyType(
     {
@@ -286,10 +286,10 @@ def parameters_of(name: str) -> Mapping[str, tuple[Any, Any]]:
 def from_hf(config: Mapping[str, Any]) -> Scheme:
     """Reads the rotary scheme of a Hugging Face config.json.
 
-    Our own key `eabf_scheme` is read first. Otherwise both spellings are: `rope_theta` beside `rope_scaling` (whose kind
-    is under `rope_type` or `type`), and `rope_parameters` with `rope_theta` inside. As in transformers, a non-empty
-    `rope_scaling` goes before `rope_parameters`, a missing base is 10,000, and keys that the kind does not use are
-    ignored. YaRN with an attention factor of 1.0 is `ntk_by_parts`.
+    Our own key `eabf_scheme` is read first, then either spelling: `rope_theta` beside `rope_scaling` (whose kind is under
+    `rope_type` or `type`), or `rope_parameters` with `rope_theta` inside. As in transformers, a non-empty `rope_scaling`
+    goes before `rope_parameters`, a missing base is 10,000, and keys that the kind does not use are ignored. YaRN with an
+    attention factor of 1.0 is `ntk_by_parts`.
 
     Args:
       config: the whole config.json; `dynamic` needs its `max_position_embeddings`, and `yarn` and `llama3` fall back on
@@ -325,9 +325,9 @@ def to_hf(s: Scheme, head_dim: int | None = None, spelling: str = "rope_scaling"
 
     Where transformers derives the scheme from `max_position_embeddings`, that key is returned too and must go into the
     file. `dynamic` takes the pretrained window from it, in every release. For yarn it is the extended window: releases
-    4.51 to 4.55 take the factor as its ratio to `original_max_position_embeddings` (later ones take `factor`). Releases up
-    to 4.50 do not read `original_max_position_embeddings` and ramp over the extended window instead: a yarn export needs
-    transformers 4.51 or later.
+    4.51 to 4.55 take the factor as its ratio to `original_max_position_embeddings` (later ones take `factor`). Up to
+    4.50, `original_max_position_embeddings` is not read and the ramp is laid over the extended window: a yarn export
+    needs transformers 4.51 or later.
 
     Args:
       s: the scheme.
@@ -344,7 +344,8 @@ def to_hf(s: Scheme, head_dim: int | None = None, spelling: str = "rope_scaling"
         raise unknown_name("spelling of the rotary scheme", spelling, HF_SPELLINGS)
     parameters = dict(s.frequencies.parameters)
     writer = _HF_WRITERS.get(s.frequencies.function)
-    section, outer = None, {}
+    section: dict[str, Any] | None = None
+    outer: dict[str, Any] = {}
     if s.logit_multiplier.function is logit_rules.none and writer is not None:
         section, outer = writer(parameters, head_dim)
     if section is None:
