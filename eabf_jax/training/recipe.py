@@ -64,7 +64,6 @@ class DataConfig:
 
     directory: str = "data"  # the dataset's directory
     split: str = "train"  # its split
-    samples: int | None = None  # use only the first so many records; null: all
 
 
 @dataclasses.dataclass
@@ -152,6 +151,29 @@ def load_config(arguments: Sequence[str], prog: str | None = None) -> TrainConfi
 def dump_config(config: TrainConfig) -> str:
     """The configuration as YAML that `load_config` reads back."""
     return draccus.dump(config)
+
+
+def config_differences(written: Path, config: TrainConfig) -> list[str]:
+    """Names the keys in which a run's configuration differs from the one that its directory was begun with.
+
+    Args:
+      written: the run's `config.yaml`.
+      config: the configuration now.
+
+    Returns:
+      Top-level and second-level keys; those that change nothing of the result (`overwrite`, `checkpoint`) are left out.
+    """
+    before, now = (
+        {f"{key}.{inner}" if isinstance(value, dict) else key: (value[inner] if isinstance(value, dict) else value)
+         for key, value in yaml.safe_load(text).items() for inner in (value if isinstance(value, dict) else [""])}
+        for text in (written.read_text(), dump_config(config))
+    )
+    keys = sorted({*before, *now})
+    return [
+        key
+        for key in keys
+        if before.get(key) != now.get(key) and key != "overwrite" and not key.startswith("checkpoint.")
+    ]
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:
@@ -244,7 +266,7 @@ def _check_values(config: TrainConfig) -> None:
         "window": config.window, "recipe.epochs": recipe.epochs, "recipe.batch_size": recipe.batch_size,
         "recipe.learning_rate": recipe.learning_rate, "recipe.clip_norm": recipe.clip_norm,
         "compute.microbatch_size": compute.microbatch_size, "compute.loss_chunk": compute.loss_chunk,
-        "recipe.steps": recipe.steps, "data.samples": config.data.samples,
+        "recipe.steps": recipe.steps,
         "checkpoint.every_steps": config.checkpoint.every_steps, "checkpoint.keep": config.checkpoint.keep,
     }
     for key, value in positive.items():

@@ -1,0 +1,43 @@
+"""Pictures, drawn without a display."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+
+def loss_by_position(
+    losses: Mapping[str, Float[np.ndarray, "documents T_minus_1"]],
+    path: Path,
+    *,
+    pretrained_window: int | None = None,
+    title: str = "",
+    bins: int = 32,
+) -> None:
+    """Draws the mean loss over documents against the position, one line a model.
+
+    Args:
+      losses: from `evaluation.perplexity.position_losses`, by label.
+      path: the picture; its suffix (.png, .svg, .pdf) says which kind.
+      pretrained_window: position to mark, in tokens.
+      title: above the axes.
+      bins: points of each line; the tokens in between are averaged.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for label, table in losses.items():
+        means = [part.mean() for part in np.array_split(table.mean(axis=0), bins)]
+        centres = [part.mean() for part in np.array_split(np.arange(1, table.shape[1] + 1), bins)]
+        axes.plot(centres, means, label=label, linewidth=1.8)
+    if pretrained_window is not None:
+        axes.axvline(pretrained_window, color="grey", linestyle="--", linewidth=1)
+        axes.annotate("pretrained window", (pretrained_window, axes.get_ylim()[1]), (4, -12), textcoords="offset points",
+                      color="grey", fontsize=8)
+    axes.set(xlabel="position (tokens)", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    figure.savefig(partial, dpi=150)
+    partial.replace(path)

@@ -1,0 +1,1 @@
+"""What an extended model is worth: loss by position."""

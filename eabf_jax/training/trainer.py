@@ -1,0 +1,308 @@
+"""The training loop: one linear function from a configuration to a finished run directory."""
+
+import dataclasses
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
+
+from eabf_jax.data.loader import make_loader, num_rows
+from eabf_jax.errors import InputError
+from eabf_jax.interop.loading import load_parameters, read_config
+from eabf_jax.interop.native import write_model_json
+from eabf_jax.interop.tokenizer import load_tokenizer
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.llama import Llama
+from eabf_jax.parallel.mesh import make_mesh
+from eabf_jax.parallel.rules import batch_ways, process_batch_shard
+from eabf_jax.training.checkpoint import Checkpoints
+from eabf_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from eabf_jax.training.recipe import TrainConfig, check_window, config_differences, dump_config, total_steps
+from eabf_jax.training.step import (
+    TrainState,
+    build_model,
+    make_train_step,
+    microbatch_sharding,
+    state_shardings,
+)
+from eabf_jax.training.tracking import Tracker, flops_per_token, peak_flops
+
+CONFIG_FILE = "config.yaml"
+
+
+def train(config: TrainConfig) -> Path:
+    """Runs the recipe from a model and a dataset to a run directory, resuming where an earlier start was cut off.
+
+    Args:
+      config: from `recipe.load_config`.
+
+    Returns:
+      The run's directory: a native model directory with `config.yaml`, `metrics.jsonl` and `tensorboard/` beside.
+    Raises:
+      InputError: input that the user can correct; a loss that is not finite (the last good checkpoint stays);
+        `Preempted` where the machine was taken away (a checkpoint was written).
+    """
+    run = Path(config.output)
+    base = base_config(config)
+    check_window(config, base)
+    mesh = make_mesh(config.mesh)
+    model_config = dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
+    microbatches = microbatch_count(config, mesh)
+    every_token = config.recipe.objective == "pretrain"
+    mode = "packed" if every_token else "conversations"
+    rows = num_rows(config.data.directory, config.data.split, length=config.window, mode=mode)
+    steps = total_steps(config.recipe, rows)
+    tokenizer_directory = config.model.tokenizer or config.model.path
+    tokenizer = load_tokenizer(tokenizer_directory) if tokenizer_directory else None
+
+    plan = _plan_step(config, model_config, mesh, steps)
+
+    _open_run(run, config)
+    with Checkpoints(run, config.checkpoint.keep) as checkpoints, _preemption_flag() as preempted:
+        start = checkpoints.latest_step() or 0
+        if start >= steps:
+            return run
+        process_index, process_count = process_batch_shard(mesh)
+        batches = make_loader(
+            config.data.directory, config.data.split, batch_size=config.recipe.batch_size, length=config.window,
+            seed=config.recipe.seed, mode=mode, process_index=process_index, process_count=process_count,
+        )
+        if start:
+            state, position = checkpoints.restore(start, plan.abstract)
+            batches.set_state(position)
+        else:
+            state = _initial_state(config, model_config, plan)
+            if jax.process_index() == 0:
+                write_model_json(run, model_config)
+                if tokenizer:
+                    tokenizer.save(run)
+
+        schedule = learning_rate_schedule(config.recipe, steps)
+        place = microbatch_sharding(mesh)
+        row_tokens = config.recipe.batch_size * config.window
+        peak = peak_flops(jax.devices()[0].device_kind)
+        with Tracker(run, steps=steps, start=start, quiet=jax.process_index() != 0) as tracker:
+            for step in range(start + 1, steps + 1):
+                began = time.perf_counter()
+                batch = place_batch(next(batches), place, microbatches)
+                state, metrics = plan.function(state, batch)
+                loss, gradient_norm = float(metrics.loss), float(metrics.gradient_norm)
+                if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+                    saved = checkpoints.latest_step()
+                    kept = f"checkpoint {saved} in {run} is the last good one" if saved else "no checkpoint was written"
+                    raise InputError(
+                        f"loss {loss}, gradient norm {gradient_norm} at step {step}: stopped; {kept} "
+                        "(a lower recipe.learning_rate is the usual cure)"
+                    )
+                seconds = time.perf_counter() - began
+                rate = row_tokens / seconds
+                per_device = rate * flops_per_token(model_config, config.window) / jax.device_count()
+                tracker.record(
+                    step,
+                    {
+                        "loss": loss,
+                        "learning_rate": float(schedule(step - 1)),
+                        "gradient_norm": gradient_norm,
+                        "trained_tokens": int(metrics.tokens),
+                        "tokens_per_second": rate,
+                        "mfu": per_device / peak if peak else None,
+                        "seconds": seconds,
+                    },
+                )
+                stopping = preempted.is_set() or checkpoints.reached_preemption(step)
+                due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
+                if due or step == steps or stopping:
+                    checkpoints.save(step, state, batches.get_state())
+                if stopping and step < steps:
+                    raise Preempted(f"stopped by a signal after step {step} of {steps}; start again to go on from there")
+    return run
+
+
+class Preempted(InputError):
+    """The machine is being taken away; a checkpoint was written."""
+
+
+def base_config(config: TrainConfig) -> LlamaConfig:
+    """Shape, window and scheme of the model that a run starts from, without reading its parameters.
+
+    Args:
+      config: the run.
+
+    Returns:
+      The model's configuration before the run changes its window and scheme.
+    Raises:
+      InputError: neither a path nor a shape, or the two disagree.
+    """
+    if config.model.path is None:
+        return shape_config(config)
+    found = read_config(config.model.path)
+    for name, value in (config.model.shape or {}).items():
+        if getattr(found, name, value) != value:
+            raise InputError(f"model.shape says {name} {value}; the model in {config.model.path} has {getattr(found, name)}")
+    return found
+
+
+def shape_config(config: TrainConfig) -> LlamaConfig:
+    """The model that `model.shape` describes; see `base_config`."""
+    if config.model.shape is None:
+        raise InputError("the configuration names no model: set model.path (a directory) or model.shape (to start anew)")
+    return LlamaConfig.from_fields(config.model.shape)
+
+
+def microbatch_count(config: TrainConfig, mesh: Mesh) -> int:
+    """Microbatches of one optimizer step.
+
+    Args:
+      config: the run.
+      mesh: the device mesh.
+
+    Returns:
+      batch_size / (microbatch_size x devices that split the batch).
+    Raises:
+      InputError: that is not a whole number.
+    """
+    ways, size, batch = batch_ways(mesh), config.compute.microbatch_size, config.recipe.batch_size
+    if batch % (ways * size):
+        raise InputError(
+            f"recipe.batch_size {batch} is not divisible by compute.microbatch_size {size} x {ways} devices of the "
+            "mesh axes data and fsdp: choose a divisor, or give devices to the tensor axis"
+        )
+    return batch // (ways * size)
+
+
+def place_batch(
+    batch: Mapping[str, np.ndarray], sharding: NamedSharding, microbatches: int
+) -> dict[str, Array]:
+    """Puts this process's rows of a batch on its devices.
+
+    Args:
+      batch: arrays [rows of this process, length].
+      sharding: from `microbatch_sharding`.
+      microbatches: number of microbatches.
+
+    Returns:
+      Global arrays [microbatches, rows of a microbatch, length].
+    """
+
+    def place(rows: np.ndarray) -> Array:
+        return jax.make_array_from_process_local_data(sharding, rows.reshape(microbatches, -1, rows.shape[-1]))
+
+    return {name: place(batch[name]) for name in ("tokens", "loss_mask", "positions", "segment_ids")}
+
+
+def lower_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """Traces and lowers the run's optimizer step from shapes alone: no parameter and no batch is allocated.
+
+    Args:
+      config: the run; `model.shape` describes the model where it is given, so that no weights are needed.
+      mesh: the mesh to lower for.
+
+    Returns:
+      The lowered step, ready for `compile()`.
+    Raises:
+      InputError: as `train` for the same configuration.
+    """
+    base = shape_config(config) if config.model.shape else base_config(config)
+    check_window(config, base)
+    model_config = dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
+    plan = _plan_step(config, model_config, mesh, steps=config.recipe.steps or 1)
+    rows = (microbatch_count(config, mesh), config.recipe.batch_size // microbatch_count(config, mesh), config.window)
+    place = microbatch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(rows, dtype, sharding=place)
+        for name, dtype in {"tokens": "int32", "loss_mask": "bool", "positions": "int32", "segment_ids": "int32"}.items()
+    }
+    return plan.function.lower(plan.abstract, batch)
+
+
+class _StepPlan(NamedTuple):
+    optimizer: optax.GradientTransformation
+    abstract: TrainState
+    function: Any  # the jitted step
+
+
+def _plan_step(config: TrainConfig, model_config: LlamaConfig, mesh: Mesh, steps: int) -> _StepPlan:
+    optimizer = make_optimizer(config.recipe, steps)
+    model = build_model(model_config, config.compute, mesh)
+    params = model.parameters()
+    shardings = state_shardings(mesh, params, optimizer)
+    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+    step = make_train_step(model, optimizer, config.compute, every_token=config.recipe.objective == "pretrain")
+    return _StepPlan(optimizer, abstract, jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)))
+
+
+def _initial_state(config: TrainConfig, model_config: LlamaConfig, plan: _StepPlan) -> TrainState:
+    """Parameters from `model.path`, or drawn at random by the recipe's seed; moments at zero."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
+    if config.model.path is not None:
+        _, params = load_parameters(config.model.path, dtype="float32", shardings=shardings.params)
+    else:
+        seed = config.recipe.seed
+        init = jax.jit(
+            lambda: Llama(model_config, rngs=nnx.Rngs(seed)).parameters(), out_shardings=shardings.params
+        )
+        params = init()
+    moments = jax.jit(plan.optimizer.init, out_shardings=shardings.optimizer)(params)
+    return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, moments)
+
+
+def _open_run(run: Path, config: TrainConfig) -> None:
+    """Makes the run's directory, or recognises it as this very run, cut off earlier."""
+    written = run / CONFIG_FILE
+    if jax.process_index() != 0:
+        return
+    if config.overwrite and run.is_dir():
+        shutil.rmtree(run)
+    if not written.exists() and run.is_dir() and any(run.iterdir()):
+        raise InputError(f"output {run} is not empty and holds no run; pass --overwrite true, or name another directory")
+    if written.exists():
+        differing = config_differences(written, config)
+        if differing:
+            raise InputError(
+                f"output {run} holds a run with other values of {', '.join(differing)}; pass --overwrite true to start "
+                "afresh, or name another directory"
+            )
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    partial = written.with_suffix(".partial")
+    partial.write_text(dump_config(config))
+    partial.replace(written)
+
+
+@contextmanager
+def _preemption_flag() -> Iterator[threading.Event]:
+    """An event that SIGTERM (a preempted machine) or the first Ctrl-C sets, so that the loop can save and stop."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag  # only the main thread may handle signals
+        return
+    handled = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in handled}
+
+    def set_flag(number: int, frame: Any) -> None:
+        flag.set()
+        signal.signal(number, before[number])  # the second one is not held back
+
+    for number in handled:
+        signal.signal(number, set_flag)
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
