@@ -1,6 +1,5 @@
 """Tokenizers: Hugging Face's tokenizer.json and SentencePiece's tokenizer.model behind one small class."""
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -11,9 +10,14 @@ from typing import Any
 import sentencepiece
 import tokenizers
 from google.protobuf.message import DecodeError
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
 
 from eabf_jax.errors import InputError
+from eabf_jax.interop.directory import read_json_object
+
+# The generated module defines its classes when it is imported, where no type checker sees them.
+MODEL_PROTO: Any = vars(sentencepiece_proto)["ModelProto"]
+PIECE_KINDS: Any = MODEL_PROTO.SentencePiece
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -210,7 +214,7 @@ class _SentencePieceBackend:
         proto.normalizer_spec.add_dummy_prefix = False
         self._following = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         self._prefix_everywhere = bool(settings.get("legacy", False))
-        kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+        kinds = PIECE_KINDS
         by_name = {piece.piece: (i, piece.type) for i, piece in enumerate(proto.pieces)}
         specials = {text: i for text, (i, kind) in by_name.items() if kind in (kinds.CONTROL, kinds.UNKNOWN)}
         always = {text: i for text, (i, kind) in by_name.items() if kind == kinds.USER_DEFINED}
@@ -253,11 +257,11 @@ class _SentencePieceBackend:
         return None if found == self._leading.unk_id() else found
 
 
-def _read_sentencepiece(path: Path) -> sentencepiece_model_pb2.ModelProto:
+def _read_sentencepiece(path: Path) -> Any:
     data = path.read_bytes()
     try:
         sentencepiece.SentencePieceProcessor(model_proto=data)
-        return sentencepiece_model_pb2.ModelProto.FromString(data)
+        return MODEL_PROTO.FromString(data)
     except (OSError, RuntimeError, DecodeError) as error:
         raise InputError(f"{path}: not a SentencePiece model: {_one_line(error)}") from error
 
@@ -300,15 +304,7 @@ def _as_ids(value: Any) -> tuple[int, ...]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: found a JSON {type(value).__name__}, expected an object")
-    return value
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,405 @@
+"""Hugging Face directories to native ones and back, tensor by tensor and bit by bit, and straight into memory."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eabf_jax.errors import InputError
+from eabf_jax.interop import native
+from eabf_jax.interop.directory import new_directory, read_json_object, write_json
+from eabf_jax.interop.layout import Parameter, nest, parameters
+from eabf_jax.interop.safetensors_stream import (
+    NAMES,
+    PlannedTensor,
+    StoredTensor,
+    read_header,
+    write_sharded,
+)
+from eabf_jax.interop.tokenizer import copy_tokenizer_files, has_tokenizer, load_tokenizer
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.rope import from_hf as rope_from_hf
+from eabf_jax.rope import needs_remote_code
+from eabf_jax.rope import to_hf as rope_to_hf
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MODELING_FILE = "modeling_eabf_llama.py"
+MODELING_SOURCE = Path(__file__).parent / "export" / MODELING_FILE
+
+# Hugging Face's own default; small enough for every file system.
+MAX_SHARD_BYTES = 5 * 10**9
+
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TIED_NAME = "lm_head.weight"
+
+_INTEGERS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+class Summary(NamedTuple):
+    """What a conversion wrote: how many tensors, how many bytes of them."""
+
+    tensors: int
+    nbytes: int
+
+
+def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
+    """Reads a config.json.
+
+    Args:
+      values: the parsed file.
+
+    Returns:
+      The config; what the file leaves out is Hugging Face's default.
+
+    Raises:
+      InputError: another architecture, a missing or ill-typed field, an activation other than SiLU.
+    Source: transformers, `LlamaConfig`.
+    """
+    kind = values.get("model_type")
+    if kind not in ("llama", "eabf_llama"):
+        raise InputError(f"config.json: model_type is {kind!r}, expected 'llama' (the LLaMA architecture)")
+    activation = values.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise InputError(f"config.json: hidden_act is {activation!r}, expected 'silu'")
+    if values.get("quantization_config") is not None:
+        raise InputError("config.json: the weights are quantised (quantization_config); expected plain float weights")
+    for name in _INTEGERS:
+        _positive(name, values.get(name))
+    heads = values["num_attention_heads"]
+    key_heads = values.get("num_key_value_heads")
+    head_dim = values.get("head_dim")
+    end = values.get("eos_token_id", 2)
+    return LlamaConfig(
+        **{name: values[name] for name in _INTEGERS},
+        num_key_value_heads=_positive("num_key_value_heads", heads if key_heads is None else key_heads),
+        head_dim=_positive("head_dim", values["hidden_size"] // heads if head_dim is None else head_dim),
+        max_position_embeddings=_positive("max_position_embeddings", values.get("max_position_embeddings", 2048)),
+        rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+        attention_bias=bool(values.get("attention_bias", False)),
+        mlp_bias=bool(values.get("mlp_bias", False)),
+        initializer_range=float(values.get("initializer_range", 0.02)),
+        bos_token_id=values.get("bos_token_id", 1),
+        eos_token_id=tuple(end) if isinstance(end, list) else end,
+        pad_token_id=values.get("pad_token_id"),
+        rope=rope_from_hf(values),
+    )
+
+
+def _positive(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"config.json: {name} is {value!r}, expected a positive integer")
+    return value
+
+
+def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
+    """Writes a config.json that transformers reads.
+
+    Args:
+      config: the model's shape.
+      dtype: what the tensors are stored in.
+
+    Returns:
+      The file's content. A scheme that transformers cannot express names our model code in `auto_map`.
+    """
+    rope = rope_to_hf(config.rope, head_dim=config.head_dim)
+    end = config.eos_token_id
+    identity: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    if needs_remote_code(rope):
+        module = Path(MODELING_FILE).stem
+        identity = {
+            "architectures": ["EabfLlamaForCausalLM"],
+            "model_type": "eabf_llama",
+            "auto_map": {
+                "AutoConfig": f"{module}.EabfLlamaConfig",
+                "AutoModel": f"{module}.EabfLlamaModel",
+                "AutoModelForCausalLM": f"{module}.EabfLlamaForCausalLM",
+            },
+        }
+    return {
+        **identity,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "initializer_range": config.initializer_range,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(end) if isinstance(end, tuple) else end,
+        "pad_token_id": config.pad_token_id,
+        "torch_dtype": dtype,
+        **rope,
+    }
+
+
+def write_config(directory: Path, config: LlamaConfig, dtype: str) -> None:
+    """Writes config.json, and our model code beside it where the rotary scheme needs it.
+
+    Args:
+      directory: an existing folder.
+      config: the model's shape.
+      dtype: what the tensors are stored in.
+    """
+    values = config_to_hf(config, dtype)
+    write_json(directory / "config.json", values)
+    if needs_remote_code(values):
+        shutil.copyfile(MODELING_SOURCE, directory / MODELING_FILE)
+
+
+def read_config(directory: Path | str) -> LlamaConfig:
+    """Reads the config.json of a directory; see `config_from_hf`."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise InputError(
+            f"{directory}: neither a Hugging Face directory (config.json) nor a native one ({native.MODEL_FILE})"
+        )
+    try:
+        return config_from_hf(read_json_object(path))
+    except InputError as error:
+        message = str(error)
+        raise InputError(message if str(path) in message else f"{path.parent}/{message}") from error
+
+
+def load_hf(directory: Path | str, dtype: Any = None, shardings: Any = None) -> tuple[LlamaConfig, dict[str, Any]]:
+    """Loads a Hugging Face directory into memory.
+
+    Args:
+      directory: folder with config.json and safetensors files.
+      dtype: what to cast the parameters to, None to keep what is stored.
+      shardings: nested dict of shardings in the parameters' structure, or one sharding for all; None for the default
+        device.
+
+    Returns:
+      The config, and the parameters as a nested dict of JAX arrays.
+
+    Raises:
+      InputError: anything missing, damaged, or not of the config's shape.
+    """
+    config = read_config(directory)
+    found = find_tensors(Path(directory), config)
+    places = native.sharding_by_path(shardings, config)
+    leaves = {
+        entry.path: jax.device_put(
+            _stack(entry, found, None if dtype is None else jnp.dtype(dtype)), places[entry.path]
+        )
+        for entry in parameters(config)
+    }
+    return config, nest(leaves)
+
+
+def from_hf(src: Path | str, dst: Path | str, overwrite: bool = False) -> Summary:
+    """Converts a Hugging Face directory to a native one, every tensor bit for bit.
+
+    Args:
+      src: folder with config.json, safetensors files, and most often a tokenizer.
+      dst: the native model directory to make.
+      overwrite: whether dst may be replaced.
+
+    Returns:
+      What was written.
+
+    Raises:
+      InputError: anything missing, damaged, or not of the config's shape; nothing is written then.
+    """
+    source = Path(src)
+    _different(source, dst)
+    config = read_config(source)
+    found = find_tensors(source, config)
+    if has_tokenizer(source):
+        native.check_vocabulary(load_tokenizer(source), config, source)
+    with new_directory(dst, overwrite) as partial:
+        leaves = {entry.path: _stack(entry, found, None) for entry in parameters(config)}
+        native.save_params(partial, nest(leaves))
+        copy_tokenizer_files(source, partial)
+        widest = max((leaf.dtype for leaf in leaves.values()), key=lambda dtype: dtype.itemsize)
+        native.write_model_json(partial, config, dtype=widest.name)
+    return Summary(sum(entry.layers or 1 for entry in parameters(config)), sum(x.nbytes for x in leaves.values()))
+
+
+def to_hf(
+    src: Path | str,
+    dst: Path | str,
+    overwrite: bool = False,
+    step: int | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    dtype: str | None = None,
+) -> Summary:
+    """Exports a native model or run directory to a Hugging Face one; holds one parameter in memory at a time.
+
+    Args:
+      src: the native model directory.
+      dst: the Hugging Face directory to make.
+      overwrite: whether dst may be replaced.
+      step: which checkpoint, None for the latest.
+      max_shard_bytes: the size beyond which the weights go into several files.
+      dtype: what to cast the parameters to, None to keep what is stored.
+
+    Returns:
+      What was written.
+
+    Raises:
+      InputError: no such checkpoint, a damaged one, or one that is not of the config's shape.
+    """
+    source = Path(src)
+    _different(source, dst)
+    config = native.read_model_json(source)
+    path = native.checkpoint_path(source, step)
+    stored = native.stored_arrays(path, config)
+    entries = parameters(config)
+    dtypes = {name: np.dtype(dtype or leaf.dtype) for name, leaf in stored.items()}
+    if has_tokenizer(source):
+        native.check_vocabulary(load_tokenizer(source), config, source)
+    planned = [
+        PlannedTensor(name, dtypes[entry.path], entry.hf_shape) for entry in entries for name in entry.hf_names()
+    ]
+
+    def tensors() -> Iterator[np.ndarray]:
+        for entry in entries:
+            leaf = native.read_leaf(path, entry.path)
+            for own in leaf[None] if entry.layers is None else leaf:
+                yield (own.T if entry.transposed else own).astype(dtypes[entry.path], copy=False)
+
+    with new_directory(dst, overwrite) as partial:
+        write_sharded(partial, planned, tensors(), max_shard_bytes)
+        widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
+        write_config(partial, config, widest.name)
+        copy_tokenizer_files(source, partial)
+    return Summary(len(planned), sum(tensor.nbytes for tensor in planned))
+
+
+def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor]:
+    """Finds every tensor of a Hugging Face directory, and checks that they are this model's, without reading them.
+
+    Args:
+      directory: folder with model.safetensors, or shards and their index.
+      config: the model's shape.
+
+    Returns:
+      Stored tensor by Hugging Face name.
+
+    Raises:
+      InputError: a shard or tensor that is missing, truncated, extra, or of another shape; pickled weights only.
+    """
+    found = _headers(directory)
+    expected = {name: entry for entry in parameters(config) for name in entry.hf_names()}
+    for name, entry in expected.items():
+        if name not in found:
+            raise InputError(f"{directory}: tensor {name} is missing; expected shape {list(entry.hf_shape)}")
+        _check_shape(found[name], entry.hf_shape)
+    extra = [name for name in found if name not in expected]
+    # Rotary frequencies are computed, not stored; old files have them as buffers.
+    extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]
+    if config.tie_word_embeddings and TIED_NAME in extra:
+        embedding = found["model.embed_tokens.weight"]
+        _check_shape(found[TIED_NAME], embedding.shape)
+        if found[TIED_NAME].read().tobytes() != embedding.read().tobytes():
+            raise InputError(
+                f"{found[TIED_NAME].path}: {TIED_NAME} differs from the embedding, but config.json says "
+                "tie_word_embeddings true; expected false"
+            )
+        extra.remove(TIED_NAME)
+    if extra:
+        raise InputError(
+            f"{found[extra[0]].path}: tensor {extra[0]} is not part of this model ({len(extra)} such); "
+            "expected a LLaMA checkpoint that fits its config.json"
+        )
+    return {name: found[name] for name in expected}
+
+
+def _check_shape(tensor: StoredTensor, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise InputError(
+            f"{tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}, expected {list(expected)}"
+        )
+
+
+def _headers(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor in the directory's safetensors files."""
+    if (directory / SINGLE_FILE).is_file():
+        return read_header(directory / SINGLE_FILE)
+    index_path = directory / INDEX_FILE
+    if not index_path.is_file():
+        raise _no_weights(directory)
+    weight_map = read_json_object(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError(f"{index_path}: expected a weight_map from tensor names to file names")
+    found: dict[str, StoredTensor] = {}
+    for file in sorted(set(weight_map.values())):
+        for name, tensor in read_header(_inside(directory, file, index_path)).items():
+            if weight_map.get(name) != file:
+                raise InputError(
+                    f"{tensor.path}: tensor {name} is here, but {INDEX_FILE} has it in {weight_map.get(name)}"
+                )
+            found[name] = tensor
+    for name, file in weight_map.items():
+        if name not in found:
+            raise InputError(f"{directory / file}: tensor {name} is missing; {INDEX_FILE} has it in this shard")
+    return found
+
+
+def _inside(directory: Path, file: str, index_path: Path) -> Path:
+    """The shard that an index names, if it is in the directory (or in the blobs that a hub cache's links point to)."""
+    path = directory / file
+    own = directory.resolve()
+    blobs = own.parent.parent / "blobs"
+    allowed = own in path.resolve().parents or (
+        path.is_symlink() and own.parent.name == "snapshots" and path.resolve().parent == blobs
+    )
+    if Path(file).name != file or not allowed:
+        raise InputError(f"{index_path}: names the file {file!r}, which is outside its directory; expected a file name")
+    return path
+
+
+def _no_weights(directory: Path) -> InputError:
+    pickled = sorted(path.name for pattern in PICKLED for path in directory.glob(pattern))
+    if not pickled:
+        return InputError(f"{directory}: no weights; expected {SINGLE_FILE} or {INDEX_FILE} with its shards")
+    command = (
+        'python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{directory}', torch_dtype='auto').save_pretrained('{directory}-safetensors')\""
+    )
+    return InputError(
+        f"{directory}: pickled weights ({pickled[0]}) are not read, because loading them can run code; "
+        f"convert them where you trust them, then copy the tokenizer's files: {command}"
+    )
+
+
+def _stack(entry: Parameter, found: Mapping[str, StoredTensor], dtype: Any) -> np.ndarray:
+    """Reads the tensors of one parameter into one array, which holds nothing but them."""
+    stored = [found[name] for name in entry.hf_names()]
+    own = dtype if dtype is not None else _common(stored)
+    leaf = native.empty_leaf(entry.shape, own)
+    for target, tensor in zip(leaf[None] if entry.layers is None else leaf, stored, strict=True):
+        array = tensor.read()
+        target[...] = array.T if entry.transposed else array
+    return leaf
+
+
+def _common(stored: list[StoredTensor]) -> np.dtype[Any]:
+    """The dtype that holds the tensors of every layer exactly."""
+    dtypes = {tensor.dtype for tensor in stored}
+    if len(dtypes) > 1:
+        widest = np.result_type(*dtypes)
+        if widest not in NAMES:
+            raise InputError(f"{stored[0].path}: {stored[0].name} and its like mix dtypes that no float dtype holds")
+        return widest
+    return dtypes.pop()
+
+
+def _different(source: Path, destination: Path | str) -> None:
+    target = Path(destination).resolve()
+    if target == source.resolve() or target in source.resolve().parents:
+        raise InputError(f"{destination}: the destination holds the source; name another directory")

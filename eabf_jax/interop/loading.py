@@ -1,0 +1,89 @@
+"""One function that loads a model and its tokenizer from either kind of directory."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from eabf_jax.errors import InputError
+from eabf_jax.interop import huggingface, native
+from eabf_jax.interop.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.llama import Llama
+from eabf_jax.rope import Scheme
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def load(
+    directory: Path | str, rope: Scheme | Mapping[str, Any] | None = None, dtype: str = "bfloat16"
+) -> tuple[Llama, Tokenizer | None]:
+    """Loads a model and its tokenizer.
+
+    Args:
+      directory: a Hugging Face directory or a native one (model.json), told apart by content.
+      rope: rotary scheme to use instead of the stored one, or its mapping such as `{"type": "eabf", …}`.
+      dtype: of the parameters and of the computation: bfloat16, float16 or float32.
+
+    Returns:
+      The model, and the tokenizer or None where the directory has none.
+
+    Raises:
+      InputError: no such directory, files that are missing, damaged or not of the config's shape, or a vocabulary
+        larger than the embedding.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    element = jnp.dtype(dtype)
+    config, params = load_parameters(directory, dtype=element)
+    tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
+    if tokenizer is not None:
+        native.check_vocabulary(tokenizer, config, directory)
+    if rope is not None:
+        config = dataclasses.replace(config, rope=rope if isinstance(rope, Scheme) else Scheme.from_dict(rope))
+    return Llama.from_params(config, params, dtype=element, param_dtype=element), tokenizer
+
+
+def read_config(directory: Path | str) -> LlamaConfig:
+    """Reads a model's shape and scheme from either kind of directory.
+
+    Args:
+      directory: a Hugging Face directory or a native one.
+
+    Returns:
+      The config.
+
+    Raises:
+      InputError: no such directory, or no valid config in it.
+    """
+    _check_exists(directory)
+    return (native.read_model_json if native.is_native(directory) else huggingface.read_config)(directory)
+
+
+def load_parameters(
+    directory: Path | str, dtype: Any = None, shardings: Any = None
+) -> tuple[LlamaConfig, dict[str, Any]]:
+    """Loads a model's config and parameters from either kind of directory, straight to their devices.
+
+    Args:
+      directory: a Hugging Face directory or a native one.
+      dtype: what to cast the parameters to, None to keep what is stored.
+      shardings: nested dict of shardings in the parameters' structure, or one sharding for all; None for the default
+        device.
+
+    Returns:
+      The config, and the nested dict of JAX arrays.
+
+    Raises:
+      InputError: as `load`.
+    """
+    _check_exists(directory)
+    read = native.load_native if native.is_native(directory) else huggingface.load_hf
+    return read(directory, dtype=dtype, shardings=shardings)
+
+
+def _check_exists(directory: Path | str) -> None:
+    if not Path(directory).is_dir():
+        raise InputError(f"{directory}: no such directory")

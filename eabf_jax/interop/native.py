@@ -1,0 +1,280 @@
+"""The native model directory: model.json, the tokenizer's files, and Orbax checkpoints of the parameters.
+
+model.json                  the config, the rotary scheme included
+tokenizer.json, …           as in a Hugging Face directory
+checkpoints/<step>/params   what the trainer writes; a converted model is a run at step 0 with parameters only
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from eabf_jax.errors import InputError
+from eabf_jax.interop.directory import read_json_object, write_json
+from eabf_jax.interop.layout import check_shapes, flatten, nest, parameters
+from eabf_jax.interop.tokenizer import Tokenizer
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.rope import Scheme
+
+MODEL_FILE = "model.json"
+CHECKPOINTS = "checkpoints"
+
+# Small chunks keep Orbax's compression buffers small, and let each process read only the parts it holds.
+CHUNK_BYTES = 64 * 2**20
+
+
+def is_native(directory: Path | str) -> bool:
+    """Whether a directory is a native model directory (else it may be a Hugging Face one)."""
+    return (Path(directory) / MODEL_FILE).is_file()
+
+
+def write_model_json(directory: Path | str, config: LlamaConfig, dtype: str = "float32") -> None:
+    """Writes model.json.
+
+    Args:
+      directory: an existing folder.
+      config: the model's shape and rotary scheme.
+      dtype: what the parameters are stored in, for readers; loading asks the checkpoint itself.
+    """
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    fields["rope"] = config.rope.to_dict()
+    if isinstance(config.eos_token_id, tuple):
+        fields["eos_token_id"] = list(config.eos_token_id)
+    write_json(Path(directory) / MODEL_FILE, {**fields, "dtype": dtype})
+
+
+def read_model_json(directory: Path | str) -> LlamaConfig:
+    """Reads model.json.
+
+    Args:
+      directory: a native model directory.
+
+    Returns:
+      The config.
+
+    Raises:
+      InputError: no such file, or fields that are missing, unknown or of the wrong type.
+    """
+    path = Path(directory) / MODEL_FILE
+    found = read_json_object(path)
+    found.pop("dtype", None)
+    known = {field.name: field for field in dataclasses.fields(LlamaConfig)}
+    for name in found:
+        if name not in known:
+            raise InputError(f"{path}: unknown field {name!r}; expected {', '.join(known)}")
+    for name, field in known.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and not isinstance(found.get(name), int):
+            raise InputError(f"{path}: field {name} is {found.get(name)!r}, expected an integer")
+    if not isinstance(found.get("rope"), dict):
+        raise InputError(f"{path}: field rope is {found.get('rope')!r}, expected an object such as {{'type': 'eabf'}}")
+    found["rope"] = Scheme.from_dict(found["rope"])
+    if isinstance(found.get("eos_token_id"), list):
+        found["eos_token_id"] = tuple(found["eos_token_id"])
+    return LlamaConfig(**found)
+
+
+def save_params(directory: Path | str, params: Mapping[str, Any], step: int = 0) -> None:
+    """Saves parameters as the `params` item of a step's checkpoint, and returns once they are on disk.
+
+    Args:
+      directory: a native model directory.
+      params: nested mapping of NumPy or JAX arrays, written in their own dtypes.
+      step: the step's number.
+    """
+    leaves = {name: _resident(leaf) for name, leaf in flatten(params)}
+    # Orbax refuses a leaf larger than its limit, and holds up to the limit beside the model itself.
+    largest = max(leaf.nbytes for leaf in leaves.values())
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1 + largest // 10**9)
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    path = (Path(directory) / CHECKPOINTS).absolute()
+    with ocp.CheckpointManager(path, options=options, item_handlers={"params": handler}) as manager:
+        save_args = nest({name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in leaves})
+        item = ocp.args.PyTreeSave(nest(leaves), save_args=save_args, ocdbt_target_data_file_size=CHUNK_BYTES)
+        manager.save(step, args=ocp.args.Composite(params=item))
+
+
+def empty_leaf(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Makes an uninitialised array that JAX on CPU can take as its own without a copy.
+
+    Args:
+      shape: lengths of the axes.
+      dtype: element type.
+
+    Returns:
+      An array whose data starts at a multiple of 64 bytes, which is what JAX asks for.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
+def _resident(leaf: Any) -> jax.Array:
+    """A JAX array over the leaf; Orbax would copy a NumPy array, so that the model would be in memory twice."""
+    if isinstance(leaf, jax.Array):
+        return leaf
+    with jax.enable_x64(True):  # without it float64 would silently become float32
+        return jax.device_put(leaf, jax.local_devices(backend="cpu")[0])
+
+
+def checkpoint_path(directory: Path | str, step: int | None = None) -> Path:
+    """Finds the parameters of a step.
+
+    Args:
+      directory: a native model directory.
+      step: the step's number, None for the latest.
+
+    Returns:
+      The folder of the `params` item.
+
+    Raises:
+      InputError: no checkpoint, or none of that step.
+    """
+    root = (Path(directory) / CHECKPOINTS).absolute()
+    found = root.iterdir() if root.is_dir() else ()
+    steps = sorted(int(entry.name) for entry in found if entry.name.isdigit() and (entry / "params").is_dir())
+    if not steps:
+        raise InputError(f"{root}: no checkpoint there; expected <step>/params")
+    if step is not None and step not in steps:
+        raise InputError(f"{root}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    return root / str(steps[-1] if step is None else step) / "params"
+
+
+def stored_arrays(path: Path, config: LlamaConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """Reads shapes and dtypes of a checkpoint's parameters, and checks them.
+
+    Args:
+      path: folder of the `params` item.
+      config: the model's shape.
+
+    Returns:
+      Shape and dtype by path of keys.
+
+    Raises:
+      InputError: not a checkpoint, or parameters that are not this model's.
+    """
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.metadata(path).item_metadata.tree
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: not a readable Orbax checkpoint: {' '.join(str(error).split())[:200]}") from error
+    found = {name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for name, leaf in flatten(tree)}
+    check_shapes({name: leaf.shape for name, leaf in found.items()}, config, str(path))
+    return found
+
+
+def load_params(
+    directory: Path | str,
+    config: LlamaConfig,
+    step: int | None = None,
+    dtype: Any = None,
+    shardings: Any = None,
+) -> dict[str, Any]:
+    """Restores parameters straight to their devices.
+
+    Args:
+      directory: a native model directory.
+      config: the model's shape.
+      step: the step's number, None for the latest.
+      dtype: what to cast them to, None to keep what is stored.
+      shardings: nested dict of shardings in the parameters' structure, or one sharding for all; None for the default
+        device.
+
+    Returns:
+      Nested dict of JAX arrays.
+
+    Raises:
+      InputError: no such checkpoint, damaged, or parameters that are not this model's.
+    """
+    path = checkpoint_path(directory, step)
+    found = stored_arrays(path, config)
+    places = sharding_by_path(shardings, config)
+    arguments = {
+        name: ocp.ArrayRestoreArgs(
+            restore_type=jax.Array,
+            dtype=jnp.dtype(dtype or leaf.dtype),
+            sharding=places[name],
+            global_shape=leaf.shape,
+        )
+        for name, leaf in found.items()
+    }
+    return _restore(path, arguments)
+
+
+def read_leaf(path: Path, name: tuple[str, ...]) -> np.ndarray:
+    """Reads one parameter into memory, as it is stored.
+
+    Args:
+      path: folder of the `params` item.
+      name: the parameter's path of keys.
+
+    Returns:
+      The array.
+
+    Raises:
+      InputError: a damaged checkpoint.
+    """
+    tree = _restore(path, {name: ocp.RestoreArgs(restore_type=np.ndarray)})
+    return dict(flatten(tree))[name]
+
+
+def load_native(
+    directory: Path | str, step: int | None = None, dtype: Any = None, shardings: Any = None
+) -> tuple[LlamaConfig, dict[str, Any]]:
+    """Loads the config and the parameters of a native model directory; see `load_params`."""
+    config = read_model_json(directory)
+    return config, load_params(directory, config, step=step, dtype=dtype, shardings=shardings)
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig, directory: Path | str) -> None:
+    """Refuses a tokenizer whose ids reach past the embedding.
+
+    Args:
+      tokenizer: the tokenizer.
+      config: the model's shape.
+      directory: named in the message.
+
+    Raises:
+      InputError: the vocabulary is larger than the embedding.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size} rows; "
+            "expected a vocabulary no larger than the embedding"
+        )
+
+
+def sharding_by_path(shardings: Any, config: LlamaConfig) -> dict[tuple[str, ...], jax.sharding.Sharding]:
+    if shardings is None:
+        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if isinstance(shardings, Mapping):
+        return dict(flatten(shardings))
+    return {entry.path: shardings for entry in parameters(config)}
+
+
+def _restore(path: Path, arguments: Mapping[tuple[str, ...], ocp.RestoreArgs]) -> dict[str, Any]:
+    # Orbax warns of every restore without shardings; these come with theirs, or are meant for memory.
+    logging.getLogger("absl").addFilter(_without_sharding_warning)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restore = ocp.args.PyTreeRestore(
+                item=nest({name: 0 for name in arguments}), restore_args=nest(arguments), partial_restore=True
+            )
+            return checkpointer.restore(path, args=restore)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(f"{path}: damaged checkpoint: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        logging.getLogger("absl").removeFilter(_without_sharding_warning)
+
+
+def _without_sharding_warning(record: logging.LogRecord) -> bool:
+    return "harding" not in record.getMessage()

@@ -1,0 +1,192 @@
+"""Safetensors files read and written one tensor at a time, without mapping them into memory.
+
+The safetensors library maps whole files, whose pages count as the process's memory, and writes only what is wholly in
+memory; a 70B model on a small machine allows neither. The format is a length, a JSON header and raw little-endian data.
+Source: the format's description in huggingface/safetensors.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from eabf_jax.errors import InputError
+
+# What a header may take: the safetensors library refuses more than this too.
+MAX_HEADER_BYTES = 100_000_000
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is.
+
+    Attributes:
+      path: the file.
+      name: the tensor's name in it.
+      dtype: element type.
+      shape: lengths of the axes.
+      offset: first byte, from the start of the file.
+    """
+
+    path: Path
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self) -> np.ndarray:
+        """Reads the tensor.
+
+        Returns:
+          A new array.
+
+        Raises:
+          InputError: the file ends before the tensor does.
+        """
+        count = math.prod(self.shape)
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            # Through bytes, because NumPy's own reader does not know the dtypes of ml_dtypes.
+            raw = np.fromfile(file, np.uint8, count * self.dtype.itemsize)
+        if raw.size != count * self.dtype.itemsize:
+            raise InputError(f"{self.path}: truncated inside tensor {self.name}")
+        return raw.view(self.dtype).reshape(self.shape)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Reads what a safetensors file holds, and checks that the file is as long as it says.
+
+    Args:
+      path: the file.
+
+    Returns:
+      Tensor by name.
+
+    Raises:
+      InputError: not a safetensors file, truncated, or tensors that are not floating point.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size or length > MAX_HEADER_BYTES:
+            raise InputError(
+                f"{path}: not a whole safetensors file: it has {size} bytes, its header claims {length}; copy it again"
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        tensors = {
+            name: _stored(path, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: the safetensors header is not valid: {error}") from error
+    end = max((tensor.offset + _size(tensor) for tensor in tensors.values()), default=8 + length)
+    if end != size:
+        what = "truncated" if size < end else "too long"
+        raise InputError(f"{path}: {what}: {size} bytes, its header describes {end}; copy it again")
+    return tensors
+
+
+def _stored(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
+    if entry["dtype"] not in DTYPES:
+        raise InputError(f"{path}: tensor {name} is {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+    begin, end = entry["data_offsets"]
+    tensor = StoredTensor(path, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), data_start + begin)
+    if end - begin != _size(tensor) or begin < 0:
+        raise InputError(
+            f"{path}: tensor {name} of shape {list(tensor.shape)} {entry['dtype']} takes {_size(tensor)} bytes, "
+            f"its header gives it {end - begin}"
+        )
+    return tensor
+
+
+def _size(tensor: StoredTensor) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to be written: its name, element type and shape."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_sharded(
+    directory: Path, planned: Sequence[PlannedTensor], tensors: Iterable[np.ndarray], max_shard_bytes: int
+) -> None:
+    """Writes model.safetensors, or model-00001-of-0000N.safetensors and their index, holding one tensor at a time.
+
+    Args:
+      directory: an existing folder.
+      planned: what will come, in order.
+      tensors: the arrays, in the same order; drawn one by one.
+      max_shard_bytes: a shard is closed before it would grow beyond this (a larger tensor has one of its own).
+    """
+    shards: list[list[PlannedTensor]] = [[]]
+    for tensor in planned:
+        if shards[-1] and sum(other.nbytes for other in shards[-1]) + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    count = len(shards)
+    names = (
+        ["model.safetensors"]
+        if count == 1
+        else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    )
+    arrays = iter(tensors)
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(directory / name, shard, arrays)
+    if count > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in planned)},
+            "weight_map": {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
+        }
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, planned: Sequence[PlannedTensor], tensors: Iterator[np.ndarray]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in planned:
+        header[tensor.name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in planned:
+            array = next(tensors)
+            assert array.dtype == tensor.dtype and array.shape == tensor.shape, tensor.name
+            file.write(np.ascontiguousarray(array).view(np.uint8).data)
