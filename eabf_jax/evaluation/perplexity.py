@@ -46,9 +46,10 @@ def position_losses(
       float32 [documents, length - 1], nats; entry t belongs to the token at position t + 1.
     """
     # The parameters travel as arguments: closed over, they would be compiled into the program.
-    template, params = Llama.abstract(
-        model.config, dtype=model.dtype, param_dtype=model.dtype, attention=model.attention
-    ), model.parameters()
+    template, params = (
+        Llama.abstract(model.config, dtype=model.dtype, param_dtype=model.dtype, attention=model.attention),
+        model.parameters(),
+    )
     losses = jax.jit(lambda params, tokens: token_losses(template.with_parameters(params), tokens, chunk=chunk))
     rows = []
     for start in range(0, len(documents), batch_size):

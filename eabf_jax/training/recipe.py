@@ -70,7 +70,9 @@ class DataConfig:
 class RecipeConfig:
     """What is optimised and how."""
 
-    objective: Literal["extend", "pretrain"] = "extend"  # extend: loss on the assistant's tokens, one conversation a row; pretrain: every token, packed rows
+    objective: Literal["extend", "pretrain"] = (
+        "extend"  # extend: loss on the assistant's tokens, one conversation a row; pretrain: every token, packed rows
+    )
     epochs: int = 2  # paper
     steps: int | None = None  # optimizer steps; null: epochs x floor(samples / batch_size), as in the paper
     batch_size: int = 32  # sequences a step over all devices; paper: 32 below 3.5k samples, 128 at 3.5k
@@ -89,9 +91,13 @@ class RecipeConfig:
 class ComputeConfig:
     """How it is computed; none of these changes what is computed."""
 
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the matrix products; parameters, gradients and moments are float32
+    dtype: Literal["bfloat16", "float16", "float32"] = (
+        "bfloat16"  # of the matrix products; parameters, gradients and moments are float32
+    )
     attention: str = "auto"  # auto, reference, chunked, cudnn or splash
-    remat: str = "full"  # what the backward pass keeps of a layer: none (all of it), full (nothing), attention, qkv or dots
+    remat: str = (
+        "full"  # what the backward pass keeps of a layer: none (all of it), full (nothing), attention, qkv or dots
+    )
     microbatch_size: int = 1  # sequences a device computes at a time; gradients are accumulated in float32
     loss_chunk: int = 1024  # tokens of a row whose logits exist at a time
 
@@ -118,6 +124,7 @@ class TrainConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     overwrite: bool = False  # start afresh where the output directory holds something else
+    distributed: bool = False  # true on every host of a pod: the processes find each other (jax.distributed)
 
     @property
     def scheme(self) -> Scheme:
@@ -164,8 +171,11 @@ def config_differences(written: Path, config: TrainConfig) -> list[str]:
       Top-level and second-level keys; those that change nothing of the result (`overwrite`, `checkpoint`) are left out.
     """
     before, now = (
-        {f"{key}.{inner}" if isinstance(value, dict) else key: (value[inner] if isinstance(value, dict) else value)
-         for key, value in yaml.safe_load(text).items() for inner in (value if isinstance(value, dict) else [""])}
+        {
+            f"{key}.{inner}" if isinstance(value, dict) else key: (value[inner] if isinstance(value, dict) else value)
+            for key, value in yaml.safe_load(text).items()
+            for inner in (value if isinstance(value, dict) else [""])
+        }
         for text in (written.read_text(), dump_config(config))
     )
     keys = sorted({*before, *now})
@@ -218,7 +228,9 @@ def _check_arguments(arguments: Sequence[str]) -> None:
 def _check_keys(raw: Mapping[str, Any], kind: Any, path: str) -> None:
     if isinstance(kind, type) and issubclass(kind, RopeConfig):
         if "type" not in raw:
-            raise InputError(f"{path.rstrip('.')} has no key 'type': one of {', '.join(RopeConfig.get_known_choices())}")
+            raise InputError(
+                f"{path.rstrip('.')} has no key 'type': one of {', '.join(RopeConfig.get_known_choices())}"
+            )
         if raw["type"] not in RopeConfig.get_known_choices():
             raise unknown_name("rotary scheme", str(raw["type"]), RopeConfig.get_known_choices())
         kind = RopeConfig.get_choice_class(raw["type"])
@@ -263,11 +275,16 @@ def _is_number(value: Any) -> bool:
 def _check_values(config: TrainConfig) -> None:
     recipe, compute = config.recipe, config.compute
     positive = {
-        "window": config.window, "recipe.epochs": recipe.epochs, "recipe.batch_size": recipe.batch_size,
-        "recipe.learning_rate": recipe.learning_rate, "recipe.clip_norm": recipe.clip_norm,
-        "compute.microbatch_size": compute.microbatch_size, "compute.loss_chunk": compute.loss_chunk,
+        "window": config.window,
+        "recipe.epochs": recipe.epochs,
+        "recipe.batch_size": recipe.batch_size,
+        "recipe.learning_rate": recipe.learning_rate,
+        "recipe.clip_norm": recipe.clip_norm,
+        "compute.microbatch_size": compute.microbatch_size,
+        "compute.loss_chunk": compute.loss_chunk,
         "recipe.steps": recipe.steps,
-        "checkpoint.every_steps": config.checkpoint.every_steps, "checkpoint.keep": config.checkpoint.keep,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.keep": config.checkpoint.keep,
     }
     for key, value in positive.items():
         if value is not None and not value > 0:
@@ -280,25 +297,18 @@ def _check_values(config: TrainConfig) -> None:
     config.scheme  # noqa: B018 - building it checks the scheme's own values
 
 
-def total_steps(recipe: RecipeConfig, samples: int) -> int:
-    """Optimizer steps of a run: epochs x floor(samples / batch), the last incomplete batch of an epoch dropped.
+def total_steps(recipe: RecipeConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run.
 
     Args:
       recipe: the recipe.
-      samples: records (or packed rows) of the training split.
+      steps_per_epoch: floor(samples / batch_size): the last incomplete batch of an epoch is dropped.
 
     Returns:
-      The number of steps; `recipe.steps` where that is set.
-    Raises:
-      InputError: fewer samples than one batch.
+      `recipe.steps` where that is set, else epochs x steps_per_epoch.
     Source: paper, section 4.1: 100 samples, batch 32, 2 epochs: 6 steps.
     """
-    if samples < recipe.batch_size:
-        raise InputError(
-            f"the training split has {samples} samples, fewer than one batch of {recipe.batch_size}: "
-            "prepare more data or lower recipe.batch_size"
-        )
-    return recipe.steps or recipe.epochs * (samples // recipe.batch_size)
+    return recipe.steps or recipe.epochs * steps_per_epoch
 
 
 def check_window(config: TrainConfig, base: LlamaConfig) -> None:

@@ -114,7 +114,9 @@ def _mask(batch: Mapping[str, Array], every_token: bool) -> Array:
     return target_mask(learned, batch["segment_ids"])
 
 
-def state_shardings(mesh: Mesh, abstract_params: Mapping[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
+def state_shardings(
+    mesh: Mesh, abstract_params: Mapping[str, Any], optimizer: optax.GradientTransformation
+) -> TrainState:
     """Shardings of a `TrainState`: the optimizer's moments lie where their parameters lie.
 
     Args:

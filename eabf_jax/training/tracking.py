@@ -75,8 +75,14 @@ class Tracker:
         self._quiet = quiet
         self._console = Console(stderr=True, quiet=quiet)
         self._progress = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console,
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
         )
         self._task = self._progress.add_task("", total=steps, completed=start, note="compiling the step ...")
         if quiet:

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from eabf_jax.data.loader import make_loader, num_rows
+from eabf_jax.data.loader import Mode, make_loader, steps_per_epoch
 from eabf_jax.errors import InputError
 from eabf_jax.interop.loading import load_parameters, read_config
 from eabf_jax.interop.native import write_model_json
@@ -62,9 +62,17 @@ def train(config: TrainConfig) -> Path:
     model_config = dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
     microbatches = microbatch_count(config, mesh)
     every_token = config.recipe.objective == "pretrain"
-    mode = "packed" if every_token else "conversations"
-    rows = num_rows(config.data.directory, config.data.split, length=config.window, mode=mode)
-    steps = total_steps(config.recipe, rows)
+    mode: Mode = "packed" if every_token else "conversations"
+    steps = total_steps(
+        config.recipe,
+        steps_per_epoch(
+            config.data.directory,
+            config.data.split,
+            batch_size=config.recipe.batch_size,
+            length=config.window,
+            mode=mode,
+        ),
+    )
     tokenizer_directory = config.model.tokenizer or config.model.path
     tokenizer = load_tokenizer(tokenizer_directory) if tokenizer_directory else None
 
@@ -77,8 +85,14 @@ def train(config: TrainConfig) -> Path:
             return run
         process_index, process_count = process_batch_shard(mesh)
         batches = make_loader(
-            config.data.directory, config.data.split, batch_size=config.recipe.batch_size, length=config.window,
-            seed=config.recipe.seed, mode=mode, process_index=process_index, process_count=process_count,
+            config.data.directory,
+            config.data.split,
+            batch_size=config.recipe.batch_size,
+            length=config.window,
+            seed=config.recipe.seed,
+            mode=mode,
+            process_index=process_index,
+            process_count=process_count,
         )
         if start:
             state, position = checkpoints.restore(start, plan.abstract)
@@ -127,7 +141,9 @@ def train(config: TrainConfig) -> Path:
                 if due or step == steps or stopping:
                     checkpoints.save(step, state, batches.get_state())
                 if stopping and step < steps:
-                    raise Preempted(f"stopped by a signal after step {step} of {steps}; start again to go on from there")
+                    raise Preempted(
+                        f"stopped by a signal after step {step} of {steps}; start again to go on from there"
+                    )
     return run
 
 
@@ -151,14 +167,18 @@ def base_config(config: TrainConfig) -> LlamaConfig:
     found = read_config(config.model.path)
     for name, value in (config.model.shape or {}).items():
         if getattr(found, name, value) != value:
-            raise InputError(f"model.shape says {name} {value}; the model in {config.model.path} has {getattr(found, name)}")
+            raise InputError(
+                f"model.shape says {name} {value}; the model in {config.model.path} has {getattr(found, name)}"
+            )
     return found
 
 
 def shape_config(config: TrainConfig) -> LlamaConfig:
     """The model that `model.shape` describes; see `base_config`."""
     if config.model.shape is None:
-        raise InputError("the configuration names no model: set model.path (a directory) or model.shape (to start anew)")
+        raise InputError(
+            "the configuration names no model: set model.path (a directory) or model.shape (to start anew)"
+        )
     return LlamaConfig.from_fields(config.model.shape)
 
 
@@ -183,9 +203,7 @@ def microbatch_count(config: TrainConfig, mesh: Mesh) -> int:
     return batch // (ways * size)
 
 
-def place_batch(
-    batch: Mapping[str, np.ndarray], sharding: NamedSharding, microbatches: int
-) -> dict[str, Array]:
+def place_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding, microbatches: int) -> dict[str, Array]:
     """Puts this process's rows of a batch on its devices.
 
     Args:
@@ -223,7 +241,12 @@ def lower_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     place = microbatch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct(rows, dtype, sharding=place)
-        for name, dtype in {"tokens": "int32", "loss_mask": "bool", "positions": "int32", "segment_ids": "int32"}.items()
+        for name, dtype in {
+            "tokens": "int32",
+            "loss_mask": "bool",
+            "positions": "int32",
+            "segment_ids": "int32",
+        }.items()
     }
     return plan.function.lower(plan.abstract, batch)
 
@@ -254,9 +277,7 @@ def _initial_state(config: TrainConfig, model_config: LlamaConfig, plan: _StepPl
         _, params = load_parameters(config.model.path, dtype="float32", shardings=shardings.params)
     else:
         seed = config.recipe.seed
-        init = jax.jit(
-            lambda: Llama(model_config, rngs=nnx.Rngs(seed)).parameters(), out_shardings=shardings.params
-        )
+        init = jax.jit(lambda: Llama(model_config, rngs=nnx.Rngs(seed)).parameters(), out_shardings=shardings.params)
         params = init()
     moments = jax.jit(plan.optimizer.init, out_shardings=shardings.optimizer)(params)
     return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, moments)
@@ -270,7 +291,9 @@ def _open_run(run: Path, config: TrainConfig) -> None:
     if config.overwrite and run.is_dir():
         shutil.rmtree(run)
     if not written.exists() and run.is_dir() and any(run.iterdir()):
-        raise InputError(f"output {run} is not empty and holds no run; pass --overwrite true, or name another directory")
+        raise InputError(
+            f"output {run} is not empty and holds no run; pass --overwrite true, or name another directory"
+        )
     if written.exists():
         differing = config_differences(written, config)
         if differing:

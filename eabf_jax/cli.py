@@ -1,0 +1,125 @@
+"""The `eabf` command; `train.py` and the scripts of `convert/` go through it as well."""
+
+import argparse
+import errno
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from eabf_jax.errors import InputError
+
+
+class Command(NamedTuple):
+    """One subcommand: modules are imported only when it runs, so that `--help` is quick."""
+
+    summary: str
+    run: Callable[[list[str]], None]
+
+
+def run(command: Callable[[], None]) -> NoReturn:
+    """Runs a command to the process's exit: 0, or 2 with one line for input that the user can correct.
+
+    Args:
+      command: what to do; it raises InputError for bad input.
+    """
+    # Orbax, Grain and TFDS tell their own story at INFO; what the user needs to know is printed.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        command()
+    except InputError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _fail(f"no space left on the device that holds {error.filename or 'the output'}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes figures for programs; the file appears whole or not at all."""
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(target)
+
+
+def _prepare(arguments: list[str]) -> None:
+    from eabf_jax.data import prepare
+    from eabf_jax.interop.tokenizer import load_tokenizer
+
+    parser = argparse.ArgumentParser("eabf prepare", description=COMMANDS["prepare"].summary)
+    prepare.add_arguments(parser)
+    prepare.run(parser.parse_args(arguments), load_tokenizer)
+
+
+def _train(arguments: list[str]) -> None:
+    from eabf_jax.training.recipe import load_config
+
+    config = load_config(arguments, prog="train.py")
+    if config.distributed:
+        import jax
+
+        jax.distributed.initialize()
+    from eabf_jax.training.trainer import train
+
+    done = train(config)
+    print(f"{done}: finished; python convert/to_hf.py --src {done} --dst DIR exports it")
+
+
+def _evaluate(arguments: list[str]) -> None:
+    from rich.console import Console
+
+    from eabf_jax.analysis.figures import loss_by_position
+    from eabf_jax.evaluation import command
+
+    parser = argparse.ArgumentParser("eabf evaluate", description=COMMANDS["evaluate"].summary)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    perplexity = kinds.add_parser("perplexity", help="loss by band of positions, for several models side by side")
+    command.add_arguments(perplexity)
+    parsed = parser.parse_args(arguments)
+    comparison = command.compare(parsed)
+    Console().print(command.table(comparison))
+    if parsed.json:
+        write_json(parsed.json, command.as_json(comparison, parsed))
+        print(f"figures: {parsed.json}")
+    if parsed.figure:
+        loss_by_position(comparison.losses, Path(parsed.figure), pretrained_window=comparison.pretrained_window)
+        print(f"picture: {parsed.figure}")
+
+
+COMMANDS = {
+    "prepare": Command("turn ShareGPT files into a dataset of tokens and loss masks", _prepare),
+    "train": Command("run a training configuration (the same as train.py)", _train),
+    "evaluate": Command("measure models on a prepared dataset", _evaluate),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The `eabf` command.
+
+    Args:
+      arguments: the command line; None takes the process's own.
+    """
+    summaries = "\n".join(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        "eabf",
+        description="Extend the context window of LLaMA models.",
+        epilog=f"commands:\n{summaries}\n\n`eabf COMMAND --help` describes each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = parser.parse_args(given[:1])
+    run(lambda: COMMANDS[parsed.command].run(given[1:]))
