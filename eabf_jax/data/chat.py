@@ -1,0 +1,270 @@
+"""Chat templates: conversations to tokens, with a mask on the tokens that the assistant is to learn."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from eabf_jax.errors import InputError, unknown_name
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Turn(NamedTuple):
+    """One turn of a conversation."""
+
+    role: Role
+    text: str
+
+
+class Tokenizer(Protocol):
+    """What a template needs of a tokenizer."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Turns text into ids, without adding any of its own."""
+        ...
+
+    def token_id(self, piece: str) -> int | None:
+        """The id of a special token's string, None where there is none."""
+        ...
+
+
+class Segment(NamedTuple):
+    """A stretch of a rendered exchange.
+
+    Attributes:
+      text: the text, or what a special token is called: "bos", "eos", or its string.
+      is_response: whether its tokens are to be learned.
+      is_special: whether it is one special token; text is never searched for such, so that what a user wrote cannot
+        pass for markup.
+    """
+
+    text: str
+    is_response: bool = False
+    is_special: bool = False
+
+
+class Exchange(NamedTuple):
+    """A question and its answer; `system` is the system prompt where the exchange opens a conversation that has one."""
+
+    user: str
+    assistant: str
+    system: str | None
+    is_first: bool
+
+
+class Encoded(NamedTuple):
+    """Tokens, and which of them the assistant is to learn."""
+
+    tokens: Int32[np.ndarray, " length"]
+    loss_mask: Bool[np.ndarray, " length"]
+
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+_BOS = Segment("bos", is_special=True)
+_EOS = Segment("eos", is_response=True, is_special=True)
+
+
+def _llama_2(exchange: Exchange) -> Iterator[Segment]:
+    """LLaMA-2-Chat as Meta's code renders it: every exchange between BOS and EOS."""
+    system = "" if exchange.system is None else f"<<SYS>>\n{exchange.system}\n<</SYS>>\n\n"
+    yield _BOS
+    yield Segment(f"[INST] {system}{exchange.user.strip()} [/INST]")
+    yield Segment(f" {exchange.assistant.strip()} ", is_response=True)
+    yield _EOS
+
+
+def _vicuna(exchange: Exchange) -> Iterator[Segment]:
+    """Vicuna v1.1 as FastChat renders it: one BOS, an EOS after every answer."""
+    if exchange.is_first:
+        yield _BOS
+        yield Segment(f"{exchange.system or VICUNA_SYSTEM} ")
+    yield Segment(f"USER: {exchange.user} ASSISTANT:")
+    yield Segment(f" {exchange.assistant}", is_response=True)
+    yield _EOS
+
+
+def _chatml(exchange: Exchange) -> Iterator[Segment]:
+    """ChatML without a system prompt of its own."""
+    begin = Segment("<|im_start|>", is_special=True)
+    end = Segment("<|im_end|>", is_special=True)
+    if exchange.system is not None:
+        yield from (begin, Segment(f"system\n{exchange.system}"), end, Segment("\n"))
+    yield from (begin, Segment(f"user\n{exchange.user}"), end, Segment("\n"))
+    yield from (begin, Segment("assistant\n"), Segment(exchange.assistant, is_response=True))
+    yield from (end._replace(is_response=True), Segment("\n"))
+
+
+TEMPLATES: dict[str, Callable[[Exchange], Iterable[Segment]]] = {
+    "llama-2": _llama_2,
+    "vicuna": _vicuna,
+    "chatml": _chatml,
+}
+
+
+def exchanges(turns: Sequence[Turn]) -> list[Exchange]:
+    """Pairs the turns of a conversation.
+
+    Args:
+      turns: at most one system turn, then user and assistant in alternation, the assistant last.
+
+    Returns:
+      The exchanges in order.
+
+    Raises:
+      InputError: turns in another order.
+    """
+    system = turns[0].text if turns and turns[0].role == "system" else None
+    spoken = turns if system is None else turns[1:]
+    roles = [turn.role for turn in spoken]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        found = ", ".join(roles[:4]) or "none"
+        raise InputError(f"turns are {found} ({len(roles)} in all): user and assistant have to alternate, the user first")
+    return [
+        Exchange(question.text, answer.text, system if number == 0 else None, number == 0)
+        for number, (question, answer) in enumerate(zip(spoken[::2], spoken[1::2], strict=True))
+    ]
+
+
+def encode_exchange(exchange: Exchange, template: str, tokenizer: Tokenizer) -> Encoded:
+    """Renders and tokenizes one exchange.
+
+    Text between two special tokens is tokenized in one go, as it would be in the whole rendered conversation; the
+    mask begins where the tokens stop being those of the prompt alone.
+
+    Args:
+      exchange: question and answer.
+      template: a name in `TEMPLATES`.
+      tokenizer: the model's tokenizer.
+
+    Returns:
+      int32 tokens [length] and bool mask [length].
+
+    Raises:
+      InputError: an unknown template, or a special token that the tokenizer lacks.
+    """
+    if template not in TEMPLATES:
+        raise unknown_name("chat template", template, TEMPLATES)
+    tokens: list[int] = []
+    mask: list[bool] = []
+    for is_special, run in groupby(TEMPLATES[template](exchange), key=lambda segment: segment.is_special):
+        if is_special:
+            for segment in run:
+                tokens.append(_special_id(segment.text, template, tokenizer))
+                mask.append(segment.is_response)
+        else:
+            ids, learned = _encode_text(list(run), tokenizer)
+            tokens += ids
+            mask += learned
+    return Encoded(np.asarray(tokens, np.int32), np.asarray(mask, np.bool_))
+
+
+def encode_conversation(turns: Sequence[Turn], template: str, tokenizer: Tokenizer) -> Encoded:
+    """Renders and tokenizes a whole conversation.
+
+    Args:
+      turns: at most one system turn, then user and assistant in alternation, the assistant last.
+      template: a name in `TEMPLATES`.
+      tokenizer: the model's tokenizer.
+
+    Returns:
+      int32 tokens [length] and bool mask [length]: true on the assistant's tokens and on the token that ends its turn.
+
+    Raises:
+      InputError: turns that do not alternate, an unknown template, or a special token that the tokenizer lacks.
+    """
+    return concatenate([encode_exchange(exchange, template, tokenizer) for exchange in exchanges(turns)])
+
+
+def split_conversation(
+    turns: Sequence[Turn], template: str, tokenizer: Tokenizer, *, min_tokens: int, max_tokens: int
+) -> list[Encoded]:
+    """Cuts a conversation into pieces of whole exchanges, each as long as it may be.
+
+    Every piece is rendered as a conversation of its own, with the system prompt repeated. An exchange that is too long
+    by itself is cut at `max_tokens`. Pieces that are too short, or in which nothing is left to learn, are dropped.
+
+    Args:
+      turns: as in `encode_conversation`.
+      template: a name in `TEMPLATES`.
+      tokenizer: the model's tokenizer.
+      min_tokens: fewest tokens of a piece.
+      max_tokens: most tokens of a piece.
+
+    Returns:
+      The pieces in order.
+
+    Raises:
+      InputError: as `encode_conversation`.
+    """
+    pieces: list[Encoded] = []
+    current: list[Encoded] = []
+    length = 0
+    paired = exchanges(turns)
+    for exchange in paired:
+        encoded = encode_exchange(exchange, template, tokenizer)
+        if current and length + len(encoded.tokens) > max_tokens:
+            pieces.append(concatenate(current))
+            opening = exchange._replace(system=paired[0].system, is_first=True)
+            current = [encode_exchange(opening, template, tokenizer)]
+            length = len(current[0].tokens)
+        else:
+            current.append(encoded)
+            length += len(encoded.tokens)
+    pieces.append(concatenate(current))
+    cut = [truncate(piece, max_tokens) for piece in pieces]
+    return [piece for piece in cut if len(piece.tokens) >= min_tokens and piece.loss_mask.any()]
+
+
+def concatenate(encoded: Sequence[Encoded]) -> Encoded:
+    """Joins encoded exchanges into one."""
+    return Encoded(
+        np.concatenate([part.tokens for part in encoded]), np.concatenate([part.loss_mask for part in encoded])
+    )
+
+
+def truncate(encoded: Encoded, max_tokens: int) -> Encoded:
+    """Keeps the first `max_tokens` tokens."""
+    return Encoded(encoded.tokens[:max_tokens], encoded.loss_mask[:max_tokens])
+
+
+def _special_id(name: str, template: str, tokenizer: Tokenizer) -> int:
+    """The id of a special token."""
+    named = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    found = named[name] if name in named else tokenizer.token_id(name)
+    if found is None:
+        raise InputError(
+            f"the tokenizer has no {name} token, which the chat template {template!r} needs: "
+            f"choose another template ({', '.join(sorted(TEMPLATES))}) or the model's own tokenizer"
+        )
+    return found
+
+
+def _encode_text(segments: Sequence[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Tokenizes neighbouring texts as one, and marks the tokens of those to be learned."""
+    ids = tokenizer.encode("".join(segment.text for segment in segments))
+    mask = [False] * len(ids)
+    begin = 0
+    text = ""
+    for segment in segments:
+        text += segment.text
+        is_last = len(text) == sum(len(s.text) for s in segments)
+        end = len(ids) if is_last else max(begin, _common_prefix(ids, tokenizer.encode(text)))
+        mask[begin:end] = [segment.is_response] * (end - begin)
+        begin = end
+    return ids, mask
+
+
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """Length of the common beginning of two sequences."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

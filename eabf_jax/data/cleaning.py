@@ -1,0 +1,226 @@
+"""Cleaning of conversations: HTML to Markdown, what the web page left behind, broken turns, copies, language."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import bs4
+import markdownify
+import py3langid
+
+from eabf_jax.data.chat import Role, Turn
+from eabf_jax.data.sharegpt import RawTurn
+
+ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+
+# Two conversations that share a first exchange of this many characters are the same one, shared twice at different
+# lengths; shorter openings ("hi" - "Hello! How can I help you?") are shared by strangers.
+SHARED_OPENING = 400
+
+# Buttons of the page and of common browser extensions, which copying a turn took along.
+_BUTTONS = ("Share Prompt", "지금 번역하기")
+_COPY_CODE = re.compile(r"^[ \t]*Copy code[ \t]*\n?", re.MULTILINE)
+_PAGE = r"[ \t]*\d+ / \d+[ \t]*"
+_PAGINATION = re.compile(rf"\A\s*{_PAGE}(?:\n|\Z)|\n{_PAGE}\s*\Z")
+_INVISIBLE = re.compile("[\u200b\u2060\ufeff]")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_BLANK_LINES = re.compile(r"\n[ \t]*\n(?:[ \t]*\n)+")
+
+_BLOCK = "div|p|ul|ol|h[1-6]|pre|table|blockquote"
+_STARTS_AS_HTML = re.compile(
+    rf"\s*<(?:(?:{_BLOCK})\s*>|div\s+class=\"[^\"]*\b(?:markdown|prose|whitespace-pre-wrap)\b)", re.IGNORECASE
+)
+_ENDS_AS_HTML = re.compile(rf"</(?:{_BLOCK})>\s*\Z", re.IGNORECASE)
+
+_CODE = re.compile(r"```.*?(?:```|\Z)|https?://\S+", re.DOTALL)
+_SAMPLED_TURNS = 12
+_SAMPLED_CHARACTERS = 300
+# Languages of Latin script are what the identifier tells apart well; text that mixes scripts it calls English too readily.
+_LATIN_SHARE = 0.9
+_LAST_LATIN = "\u024f"
+
+
+class Cleaned(NamedTuple):
+    """A conversation after cleaning: `turns` alternate, from the user to the assistant, after at most one system turn.
+
+    `fault` says why nothing is left, where nothing is.
+    """
+
+    turns: list[Turn]
+    fault: Literal["unknown role", "no turns", "no answer"] | None
+
+
+def clean_conversation(raw: Sequence[RawTurn]) -> Cleaned:
+    """Cleans every turn and repairs the alternation.
+
+    Turns that are empty (or no text at all) go; two turns in a row of one speaker become one, once if they are equal;
+    what precedes the first user turn goes, save a system turn at the very beginning; system turns further on go; an
+    unanswered last question goes. A conversation with a role that nobody knows is given up: who speaks decides what
+    is trained on.
+
+    Args:
+      raw: the turns as the file has them.
+
+    Returns:
+      The turns left, or the reason why none is.
+    """
+    turns: list[Turn] = []
+    system: Turn | None = None
+    for position, (name, value) in enumerate(raw):
+        text = clean_text(value or "")
+        if not text:
+            continue
+        role = ROLES.get((name or "").strip().lower())
+        if role is None:
+            return Cleaned([], "unknown role")
+        if role == "system":
+            system = Turn("system", text) if position == 0 else system
+        elif turns and turns[-1].role == role:
+            if turns[-1].text != text:
+                turns[-1] = Turn(role, f"{turns[-1].text}\n\n{text}")
+        elif turns or role == "user":
+            turns.append(Turn(role, text))
+    if not turns:
+        return Cleaned([], "no turns")
+    if turns[-1].role == "user":
+        turns.pop()
+    if not turns:
+        return Cleaned([], "no answer")
+    return Cleaned(turns if system is None else [system, *turns], None)
+
+
+def clean_text(text: str) -> str:
+    """Cleans one turn: HTML to Markdown where it is HTML, page furniture and superfluous blank lines out.
+
+    Args:
+      text: the turn as the file has it.
+
+    Returns:
+      Its text, stripped; empty where nothing but furniture was there.
+    """
+    text = _LONE_SURROGATE.sub("\ufffd", text.replace("\r\n", "\n"))
+    if is_html(text):
+        text = html_to_markdown(text)
+    text = _INVISIBLE.sub("", text)
+    text = _COPY_CODE.sub("", text)
+    text = _PAGINATION.sub("", text).strip()
+    for button in _BUTTONS:
+        text = text.removesuffix(button).rstrip()
+    return _BLANK_LINES.sub("\n\n", text)
+
+
+def is_html(text: str) -> bool:
+    """Whether a turn is a rendered page and not a text that speaks of HTML.
+
+    A rendered turn begins with a bare block tag, or with the page's own `div`, and ends by closing a block; what has a
+    code fence is Markdown already.
+
+    Args:
+      text: the turn.
+
+    Returns:
+      True if it should be turned into Markdown.
+    """
+    return "```" not in text and _STARTS_AS_HTML.match(text) is not None and _ENDS_AS_HTML.search(text) is not None
+
+
+def html_to_markdown(text: str) -> str:
+    """Turns HTML into Markdown, code blocks into fences with their language, buttons and pictures into nothing.
+
+    Args:
+      text: HTML, as the page rendered a turn.
+
+    Returns:
+      Markdown.
+    """
+    soup = bs4.BeautifulSoup(text, "html.parser")
+    for furniture in soup.find_all(["button", "svg", "script", "style", "img"]):
+        furniture.decompose()
+    for block in soup.find_all("pre"):
+        code = block.find("code")
+        if code is None:
+            continue
+        language = _code_language(code)
+        # The page puts a bar with the language's name into the block, which is no part of the code.
+        plain = soup.new_tag("code", attrs={"class": f"language-{language}"} if language else {})
+        plain.string = code.get_text().rstrip("\n")
+        block.clear()
+        block.append(plain)
+    return markdownify.MarkdownConverter(
+        heading_style=markdownify.ATX,
+        bullets="-",
+        escape_underscores=False,
+        escape_asterisks=False,
+        code_language_callback=lambda block: _code_language(block.find("code")) or "",
+    ).convert_soup(soup)
+
+
+def _code_language(code: bs4.element.Tag | None) -> str | None:
+    """The language that a code block's class names."""
+    classes = code.get("class") if code is not None else None
+    names = [name.removeprefix("language-") for name in classes or () if name.startswith("language-")]
+    return names[0] if names else None
+
+
+class Copies:
+    """Remembers the conversations seen, by digests of their text.
+
+    Two are copies when all their turns are equal, or when they begin with the same exchange of at least
+    `SHARED_OPENING` characters: one conversation that was shared twice, of which one part could otherwise be
+    trained on and the other held out.
+    """
+
+    def __init__(self) -> None:
+        """Begins with nothing seen."""
+        self._seen: set[bytes] = set()
+
+    def is_new(self, turns: Sequence[Turn]) -> bool:
+        """Notes a conversation.
+
+        Args:
+          turns: cleaned turns.
+
+        Returns:
+          False if it is a copy of one noted before.
+        """
+        spoken = [turn.text for turn in turns if turn.role != "system"]
+        opening = spoken[:2]
+        digests = {_text_digest(spoken)}
+        if sum(map(len, opening)) >= SHARED_OPENING:
+            digests.add(_text_digest(["opening", *opening]))
+        is_new = self._seen.isdisjoint(digests)
+        self._seen |= digests
+        return is_new
+
+
+def _text_digest(texts: Sequence[str]) -> bytes:
+    return hashlib.blake2b("\0".join(texts).encode(), digest_size=16).digest()
+
+
+def language(turns: Sequence[Turn]) -> str:
+    """Names the language of a conversation, from samples of turns spread over it, without code and addresses.
+
+    Args:
+      turns: cleaned turns.
+
+    Returns:
+      ISO 639 code such as "en"; "mul" for text in more than one script that would pass as English.
+    """
+    stride = max(1, len(turns) // _SAMPLED_TURNS)
+    sampled = [_CODE.sub(" ", turn.text)[:_SAMPLED_CHARACTERS] for turn in turns[::stride]]
+    text = "\n".join(sampled)
+    letters = [letter for letter in text if letter.isalpha()]
+    name = str(py3langid.classify(text)[0])
+    if name == "en" and sum(letter <= _LAST_LATIN for letter in letters) < _LATIN_SHARE * len(letters):
+        return "mul"
+    return name

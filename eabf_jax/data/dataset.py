@@ -1,0 +1,395 @@
+"""Prepared conversations on disk: a TFDS dataset in ArrayRecord files, written and read without TensorFlow."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from jaxtyping import Int32
+from tensorflow_datasets.core import example_serializer, naming, splits
+
+from eabf_jax.data.chat import Encoded, Tokenizer
+from eabf_jax.errors import InputError, unknown_name
+
+NAME = "sharegpt"
+METADATA_FILE = "eabf_dataset.json"
+FORMAT = 1
+SHARD_BYTES = 1 << 28
+
+# What two tokenizers have to agree on to pass for the same: scripts, digits, code, white space, special-looking text.
+_PROBE = (
+    "The quick brown fox can't jump over 13,579 lazy dogs.\n\tdef f(x):\n        return x**2  # naïve\n"
+    "Größe, год, 東京, 한국어, العربية, 🙂 <s> </s> <|im_start|> [INST] <<SYS>> https://example.org/?a=b&c=%20\n\n"
+)
+
+
+def _features() -> tfds.features.FeaturesDict:
+    return tfds.features.FeaturesDict(
+        {
+            "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+            "loss_mask": tfds.features.Tensor(shape=(None,), dtype=np.bool_),
+            "id": tfds.features.Text(),
+        }
+    )
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Tells tokenizers apart by what they do, whichever file they come from.
+
+    Args:
+      tokenizer: any tokenizer.
+
+    Returns:
+      16 hexadecimal digits.
+    """
+    behaviour = [tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, list(tokenizer.encode(_PROBE))]
+    return hashlib.sha256(json.dumps(behaviour).encode()).hexdigest()[:16]
+
+
+@dataclass
+class _Split:
+    """One split while it is being written."""
+
+    lengths: list[int] = field(default_factory=list)
+    responses: int = 0
+    shard_lengths: list[int] = field(default_factory=list)
+    num_bytes: int = 0
+    shard_bytes: int = 0
+    writer: array_record_module.ArrayRecordWriter | None = None
+
+
+class DatasetWriter:
+    """Writes a dataset beside its destination and moves it there when it is whole.
+
+    Use as a context manager: what is not finished when it ends leaves nothing behind.
+    """
+
+    def __init__(self, directory: Path | str, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES):
+        """Checks that the destination may be written.
+
+        Args:
+          directory: where the dataset is to be.
+          overwrite: replace a dataset that is there.
+          shard_bytes: begin another file when one has reached this size.
+
+        Raises:
+          InputError: the destination is not empty, or holds something other than a dataset, which is never replaced.
+        """
+        self.directory = Path(directory)
+        self._shard_bytes = shard_bytes
+        self._splits: dict[str, _Split] = {}
+        self._features = _features()
+        self._serialize = example_serializer.ExampleSerializer(self._features.get_serialized_info()).serialize_example
+        self._partial: Path | None = None
+        check_destination(self.directory, overwrite)
+
+    def __enter__(self) -> "DatasetWriter":
+        """Makes the folder to write into."""
+        with self._as_input_error():
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+            partial = tempfile.mkdtemp(prefix=f".{self.directory.name}.partial-", dir=self.directory.parent)
+            self._partial = Path(partial)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Removes what has not become a dataset."""
+        for split in self._splits.values():
+            if split.writer is not None:
+                # Closing releases the file; that it fails for lack of space was reported by the write before it.
+                try:
+                    split.writer.close()
+                except RuntimeError:
+                    continue
+        if self._partial is not None:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def add(self, split: str, record: Encoded, identifier: str) -> None:
+        """Adds a record to a split.
+
+        Args:
+          split: name of the split.
+          record: int32 tokens [length] and bool mask [length].
+          identifier: where it comes from.
+
+        Raises:
+          InputError: it cannot be written, for lack of space or of permission.
+        """
+        state = self._splits.setdefault(split, _Split())
+        example = {"tokens": record.tokens, "loss_mask": record.loss_mask, "id": identifier}
+        data = self._serialize(self._features.encode_example(example))
+        with self._as_input_error():
+            if state.writer is None:
+                path = self._shard_path(split, len(state.shard_lengths))
+                state.writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+                state.shard_lengths.append(0)
+                state.shard_bytes = 0
+            state.writer.write(data)
+            state.shard_lengths[-1] += 1
+            state.shard_bytes += len(data)
+            state.num_bytes += len(data)
+            state.lengths.append(len(record.tokens))
+            state.responses += int(record.loss_mask.sum())
+            if state.shard_bytes >= self._shard_bytes:
+                self._close_shard(state)
+
+    def finish(self, metadata: Mapping[str, Any]) -> None:
+        """Completes the dataset and moves it to its destination.
+
+        Args:
+          metadata: what to keep of how it was made; JSON values.
+
+        Raises:
+          InputError: it cannot be written.
+        """
+        with self._as_input_error():
+            assert self._partial is not None
+            infos = [self._finish_split(name, split) for name, split in self._splits.items()]
+            tfds.folder_dataset.write_metadata(
+                data_dir=self._partial,
+                features=self._features,
+                split_infos=infos,
+                filename_template=self._template(None),
+                description="Conversations as tokens, with a mask on the assistant's.",
+                check_data=False,
+            )
+            summary = {name: self._summary(name, split) for name, split in self._splits.items()}
+            content = {"format": FORMAT, **metadata, "splits": summary}
+            (self._partial / METADATA_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            self._move()
+
+    def _close_shard(self, split: _Split) -> None:
+        if split.writer is not None:
+            writer, split.writer = split.writer, None
+            writer.close()
+
+    def _finish_split(self, name: str, split: _Split) -> splits.SplitInfo:
+        """Gives the shards their final names, which say how many there are."""
+        assert self._partial is not None
+        self._close_shard(split)
+        template = self._template(name)
+        count = len(split.shard_lengths)
+        for number in range(count):
+            self._shard_path(name, number).rename(template.sharded_filepath(shard_index=number, num_shards=count))
+        np.save(self._partial / _lengths_file(name), np.asarray(split.lengths, np.int32))
+        return splits.SplitInfo(
+            name=name, shard_lengths=split.shard_lengths, num_bytes=split.num_bytes, filename_template=template
+        )
+
+    def _summary(self, name: str, split: _Split) -> dict[str, Any]:
+        assert self._partial is not None
+        files = sorted([*self._partial.glob(f"{NAME}-{name}.array_record-*"), self._partial / _lengths_file(name)])
+        return {
+            "records": len(split.lengths),
+            "tokens": sum(split.lengths),
+            "response_tokens": split.responses,
+            "longest": max(split.lengths),
+            "files": {path.name: path.stat().st_size for path in files},
+        }
+
+    def _template(self, split: str | None) -> naming.ShardedFileTemplate:
+        assert self._partial is not None
+        return naming.ShardedFileTemplate(
+            dataset_name=NAME, data_dir=self._partial, split=split, filetype_suffix="array_record"
+        )
+
+    def _shard_path(self, split: str, number: int) -> Path:
+        assert self._partial is not None
+        return self._partial / f"{split}-{number}"
+
+    def _move(self) -> None:
+        """Puts the finished folder in place of what is there."""
+        assert self._partial is not None
+        mask = os.umask(0)
+        os.umask(mask)
+        self._partial.chmod(0o777 & ~mask)
+        if self.directory.exists():
+            old = self._partial.with_name(self._partial.name + "-old")
+            self.directory.rename(old)
+            self._partial.rename(self.directory)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            self._partial.rename(self.directory)
+        self._partial = None
+
+    @contextmanager
+    def _as_input_error(self) -> Iterator[None]:
+        """Turns a failure to write into one line."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error).split(";")[0]
+            raise InputError(
+                f"cannot write the dataset {self.directory}: {reason}; nothing was left there: "
+                "free some space or name another destination"
+            ) from None
+
+
+def check_destination(directory: Path, overwrite: bool) -> None:
+    """Refuses a destination that a dataset must not be written to.
+
+    Args:
+      directory: where the dataset is to be.
+      overwrite: whether a dataset that is there may be replaced.
+
+    Raises:
+      InputError: it is a file, not empty without `overwrite`, or holds something other than a prepared dataset.
+    """
+    if directory.is_file() or directory.is_symlink():
+        raise InputError(f"{directory} is not a directory: name a new or empty one")
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"{directory} is not empty: --overwrite replaces the dataset there, or name another directory")
+    if not (directory / METADATA_FILE).is_file():
+        raise InputError(
+            f"{directory} holds something other than a prepared dataset (no {METADATA_FILE}), which --overwrite does "
+            "not replace: name another directory"
+        )
+
+
+def _lengths_file(split: str) -> str:
+    return f"lengths-{split}.npy"
+
+
+def read_metadata(directory: Path | str) -> dict[str, Any]:
+    """Reads how a dataset was made: template, max_tokens, tokenizer digest, seed, counts, and figures for each split.
+
+    Args:
+      directory: a dataset made by `eabf prepare`.
+
+    Returns:
+      The metadata; `["splits"][name]` has records, tokens, response_tokens, longest (tokens) and the files' sizes.
+
+    Raises:
+      InputError: there is no such dataset, or it is not whole.
+    """
+    path = Path(directory) / METADATA_FILE
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        if metadata["format"] != FORMAT:
+            raise InputError(f"{path} has format {metadata['format']!r}: this version reads {FORMAT}; prepare it again")
+        for split in metadata["splits"].values():
+            split["records"], split["longest"], split["files"].items()
+    except OSError:
+        raise InputError(f"{directory} is not a prepared dataset: no {METADATA_FILE} there; make one: eabf prepare") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({error}): prepare the dataset again") from None
+    return metadata  # type: ignore[no-any-return]
+
+
+def num_records(directory: Path | str, split: str) -> int:
+    """Counts the records of a split.
+
+    Args:
+      directory: a dataset made by `eabf prepare`.
+      split: name of the split.
+
+    Returns:
+      The number of records.
+
+    Raises:
+      InputError: no such dataset or split.
+    """
+    return int(_split_metadata(directory, split)["records"])
+
+
+def record_lengths(directory: Path | str, split: str) -> Int32[np.ndarray, " records"]:
+    """Reads how long each record is.
+
+    Args:
+      directory: a dataset made by `eabf prepare`.
+      split: name of the split.
+
+    Returns:
+      int32 [records], in tokens.
+
+    Raises:
+      InputError: no such dataset or split, or a damaged one.
+    """
+    expected = num_records(directory, split)
+    path = Path(directory) / _lengths_file(split)
+    try:
+        lengths = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise InputError(f"{path} is missing or damaged: prepare the dataset again") from None
+    if lengths.shape != (expected,):
+        raise InputError(f"{path} has shape {lengths.shape}, ({expected},) was expected: prepare the dataset again")
+    return np.asarray(lengths, np.int32)
+
+
+def _split_metadata(directory: Path | str, split: str) -> dict[str, Any]:
+    known = read_metadata(directory)["splits"]
+    if split not in known:
+        raise unknown_name(f"split of {directory}", split, known)
+    return dict(known[split])
+
+
+class Records:
+    """The records of one split, by number.
+
+    Each is a dictionary: tokens int32 [length], loss_mask bool [length], id (a string).
+    """
+
+    def __init__(self, directory: Path | str, split: str):
+        """Opens a split.
+
+        Args:
+          directory: a dataset made by `eabf prepare`.
+          split: name of the split.
+
+        Raises:
+          InputError: no such dataset or split, or files that are missing, cut off or of another kind.
+        """
+        self._directory = Path(directory)
+        for name, size in _split_metadata(directory, split)["files"].items():
+            path = self._directory / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found} bytes, {size} were written"
+                raise InputError(f"{path} {state}: prepare the dataset again")
+        try:
+            self._source = tfds.builder_from_directory(self._directory).as_data_source(split=split)
+        # TFDS reports damaged files through whatever its parsers raise.
+        except Exception as error:
+            raise InputError(f"{directory} cannot be opened: {_first_line(error)}; prepare the dataset again") from None
+
+    def __len__(self) -> int:
+        """The number of records."""
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Reads one record.
+
+        Args:
+          index: its number.
+
+        Returns:
+          tokens int32 [length], loss_mask bool [length], id.
+
+        Raises:
+          InputError: its bytes are damaged.
+        """
+        try:
+            record = self._source[int(index)]
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"record {index} of {self._directory} is damaged: {_first_line(error)}; prepare the dataset again"
+            ) from None
+        return {
+            "tokens": np.asarray(record["tokens"], np.int32),
+            "loss_mask": np.asarray(record["loss_mask"], np.bool_),
+            "id": record["id"].decode(),
+        }
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

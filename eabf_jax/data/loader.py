@@ -1,0 +1,180 @@
+"""Batches for training: deterministic by seed, divided among processes, resumable at any batch."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import grain
+import numpy as np
+
+from eabf_jax.data.dataset import Records, num_records, read_metadata, record_lengths
+from eabf_jax.errors import InputError, unknown_name
+
+Mode = Literal["conversations", "packed"]
+MODES: tuple[Mode, ...] = ("conversations", "packed")
+
+# Records are read ahead by threads: enough to hide decompression behind a step, and few enough for two cores.
+_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+
+
+def make_loader(
+    directory: Path | str,
+    split: str,
+    *,
+    batch_size: int,
+    length: int,
+    seed: int,
+    epochs: int | None = None,
+    mode: Mode = "conversations",
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """Makes an iterator over batches.
+
+    A batch is a dictionary of arrays [batch, length]: tokens int32, loss_mask bool (token t is to be predicted, from what
+    precedes it), positions int32, segment_ids int32 (0 on padding). In mode "conversations" each row is one record,
+    padded at the end. In mode "packed" the records of the split, in one shuffled order, are joined and cut into rows:
+    segments count from 1 in each row, positions restart with each of them, and all tokens but a segment's first are to be
+    predicted; the last incomplete row of the split is dropped.
+
+    Every epoch is a new shuffle of the rows, without its last incomplete batch. Each process gets its
+    `batch_size / process_count` rows: those of process 0, 1, … one below the other are the batch of a single process.
+
+    The iterator's `get_state()` is a JSON-able dictionary; `set_state` of an iterator made with the same arguments goes on
+    after the batch that was last taken.
+
+    Args:
+      directory: a dataset made by `eabf prepare`.
+      split: "train" or "held_out".
+      batch_size: rows of a step over all processes.
+      length: tokens of a row.
+      seed: 0 to 2**32 - 1.
+      epochs: how often to go through the split; None for without end.
+      mode: "conversations" or "packed".
+      process_index: which process this is.
+      process_count: how many there are.
+
+    Returns:
+      A Grain iterator, with `get_state` and `set_state`.
+
+    Raises:
+      InputError: no such dataset, records longer than `length`, fewer rows than a batch, or a batch that the processes
+        cannot share evenly.
+    """
+    if batch_size % process_count:
+        raise InputError(f"batch size {batch_size} is not divisible by {process_count} processes: choose a multiple of it")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed {seed} is out of range: 0 to {2**32 - 1}")
+    steps = steps_per_epoch(directory, split, batch_size=batch_size, length=length, mode=mode)
+    records = Records(directory, split)
+    rows: _Padded | _Packed
+    if mode == "conversations":
+        rows = _Padded(records, length)
+    else:
+        rows = _Packed(records, record_lengths(directory, split), length, seed)
+    # Cut before batching, so that every process has the same number of batches; batches of a process's own size, of
+    # which it takes every process_count-th, so that it reads no row of another.
+    batches = grain.MapDataset.source(rows).shuffle(seed=seed)[: steps * batch_size].batch(batch_size // process_count)
+    own = batches[process_index::process_count].repeat(epochs)
+    return iter(own.to_iter_dataset(_READ_OPTIONS))
+
+
+def steps_per_epoch(directory: Path | str, split: str, *, batch_size: int, length: int, mode: Mode) -> int:
+    """Counts the whole batches of an epoch.
+
+    Args:
+      directory: a dataset made by `eabf prepare`.
+      split: name of the split.
+      batch_size: rows of a step over all processes.
+      length: tokens of a row.
+      mode: "conversations" or "packed".
+
+    Returns:
+      The number of steps.
+
+    Raises:
+      InputError: no such dataset, records longer than `length` (in mode "conversations"), or not one whole batch.
+    """
+    if mode not in MODES:
+        raise unknown_name("loader mode", mode, MODES)
+    if batch_size < 1 or length < 1:
+        raise InputError(f"batch size {batch_size}, length {length}: both have to be at least 1")
+    if mode == "conversations":
+        rows = num_records(directory, split)
+        longest = read_metadata(directory)["splits"][split]["longest"]
+        if longest > length:
+            raise InputError(
+                f"split {split!r} of {directory} has records of {longest} tokens, rows have {length}: "
+                f"prepare with --max-tokens {length}, or train at a length of {longest}"
+            )
+    else:
+        rows = int(record_lengths(directory, split).sum()) // length
+    if rows < batch_size:
+        unit = "records" if mode == "conversations" else f"rows of {length} tokens"
+        raise InputError(
+            f"split {split!r} of {directory} has {rows} {unit}, fewer than one batch of {batch_size}: "
+            "prepare more, or choose a smaller batch"
+        )
+    return rows // batch_size
+
+
+class _Padded:
+    """One record per row."""
+
+    def __init__(self, records: Records, length: int):
+        self._records = records
+        self._length = length
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        record = self._records[index]
+        used = len(record["tokens"])
+        row = _empty_row(self._length)
+        row["tokens"][:used] = record["tokens"]
+        row["loss_mask"][:used] = record["loss_mask"]
+        row["positions"][:used] = np.arange(used)
+        row["segment_ids"][:used] = 1
+        return row
+
+
+class _Packed:
+    """Windows on all records joined, each record's place in which is known from the lengths alone."""
+
+    def __init__(self, records: Records, lengths: np.ndarray, length: int, seed: int):
+        self._records = records
+        self._length = length
+        self._order = np.random.default_rng(seed).permutation(len(lengths))
+        self._ends = np.cumsum(lengths[self._order], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) // self._length
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        row = _empty_row(self._length)
+        begin = index * self._length
+        filled = 0
+        document = int(np.searchsorted(self._ends, begin, side="right"))
+        segment = 0
+        while filled < self._length:
+            tokens = self._records[int(self._order[document])]["tokens"]
+            start = begin + filled - (int(self._ends[document]) - len(tokens))
+            part = tokens[start : start + self._length - filled]
+            segment += 1
+            place = slice(filled, filled + len(part))
+            row["tokens"][place] = part
+            row["loss_mask"][place] = np.arange(len(part)) > 0
+            row["positions"][place] = np.arange(len(part))
+            row["segment_ids"][place] = segment
+            filled += len(part)
+            document += 1
+        return row
+
+
+def _empty_row(length: int) -> dict[str, Any]:
+    return {
+        "tokens": np.zeros(length, np.int32),
+        "loss_mask": np.zeros(length, np.bool_),
+        "positions": np.zeros(length, np.int32),
+        "segment_ids": np.zeros(length, np.int32),
+    }

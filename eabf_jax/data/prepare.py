@@ -1,0 +1,477 @@
+"""`eabf prepare`: ShareGPT files to a dataset of tokens and loss masks, with the counts of every stage."""
+
+import argparse
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from eabf_jax.data import chat
+from eabf_jax.data.cleaning import Copies, clean_conversation, language
+from eabf_jax.data.dataset import DatasetWriter, tokenizer_digest
+from eabf_jax.data.sharegpt import Conversation, Index, fraction, order_key
+from eabf_jax.errors import InputError, unknown_name
+
+TRAIN = "train"
+HELD_OUT = "held_out"
+LANGUAGES = ("en", "any")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to prepare.
+
+    Attributes:
+      sources: ShareGPT files, JSON or JSONL.
+      destination: directory of the dataset.
+      template: chat template, a name in `chat.TEMPLATES`.
+      min_tokens: fewest tokens of a training record.
+      max_tokens: most tokens of a record; longer conversations are split at turn borders.
+      num_conversations: training records wanted; None for all there are, 0 for a dataset that is only held out.
+      held_out: held-out records wanted.
+      held_out_min_tokens: fewest tokens of a held-out conversation, of which the first `max_tokens` become its record;
+        None for `max_tokens`, so that every position of every held-out record is measured.
+      language: "en", or "any" for no filter.
+      seed: decides the order in which conversations are taken.
+      portion: the part of the conversations that may be used, as a range of a hash of their ids in [0, 1).
+      keep_complete: go on with the whole entries of a broken file.
+      overwrite: replace a dataset at the destination.
+    """
+
+    sources: tuple[Path, ...]
+    destination: Path
+    template: str = "llama-2"
+    min_tokens: int = 10_000
+    max_tokens: int = 16_384
+    num_conversations: int | None = None
+    held_out: int = 0
+    held_out_min_tokens: int | None = None
+    language: str = "en"
+    seed: int = 0
+    portion: tuple[float, float] = (0.0, 1.0)
+    keep_complete: bool = False
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """Refuses options that contradict each other.
+
+        Raises:
+          InputError: naming the first one that is wrong.
+        """
+        if self.template not in chat.TEMPLATES:
+            raise unknown_name("chat template", self.template, chat.TEMPLATES)
+        if self.language not in LANGUAGES:
+            raise unknown_name("language filter", self.language, LANGUAGES)
+        if not self.sources:
+            raise InputError("no source file given: name at least one ShareGPT JSON or JSONL file with --src")
+        if not 1 <= self.min_tokens <= self.max_tokens:
+            raise InputError(
+                f"--min-tokens {self.min_tokens} --max-tokens {self.max_tokens}: 1 <= minimum <= maximum is needed"
+            )
+        if self.held_out < 0 or (self.num_conversations is not None and self.num_conversations < 0):
+            raise InputError(
+                f"--num-conversations {self.num_conversations} --held-out {self.held_out}: neither may be negative"
+            )
+        if self.num_conversations == 0 and self.held_out == 0:
+            raise InputError("--num-conversations 0 --held-out 0: nothing to prepare; ask for at least one record")
+        if self.held_out_min_tokens is not None and self.held_out_min_tokens < 2:
+            raise InputError(f"--held-out-min-tokens {self.held_out_min_tokens}: at least 2 are needed to predict one")
+        start, end = self.portion
+        if not 0.0 <= start < end <= 1.0:
+            raise InputError(f"--portion {start}:{end}: 0 <= START < END <= 1 is needed, such as 0.9:1.0")
+
+
+@dataclass
+class SplitCounts:
+    """Size of a split."""
+
+    records: int = 0
+    conversations: int = 0
+    tokens: int = 0
+    response_tokens: int = 0
+
+
+@dataclass
+class Report:
+    """How many were left after each stage.
+
+    The stages from `examined` on count conversations, and stop as soon as enough records are there.
+
+    Attributes:
+      entries: whole entries of the files.
+      conversations: after joining the parts of one conversation.
+      in_portion: of those, in the portion asked for.
+      examined: read and cleaned.
+      cleaned: with at least one question and its answer left.
+      distinct: not a copy of an earlier one.
+      in_language: in the language asked for.
+      long_enough: with enough tokens, in a piece of their own, for one of the splits.
+      dropped_in_cleaning: why cleaning dropped the others.
+      splits: records, conversations, tokens and response tokens of each split.
+      broken_files: what was wrong with files of which only the whole entries were used.
+      shortages: splits for which fewer records were found than asked for.
+      destination: where the dataset is.
+    """
+
+    entries: int = 0
+    conversations: int = 0
+    in_portion: int = 0
+    examined: int = 0
+    cleaned: int = 0
+    distinct: int = 0
+    in_language: int = 0
+    long_enough: int = 0
+    dropped_in_cleaning: dict[str, int] = field(default_factory=dict)
+    splits: dict[str, SplitCounts] = field(default_factory=dict)
+    broken_files: list[str] = field(default_factory=list)
+    shortages: list[str] = field(default_factory=list)
+    destination: str = ""
+
+    def stages(self) -> list[tuple[str, int]]:
+        """The stages in order, each with its count."""
+        return [
+            ("entries in the files", self.entries),
+            ("conversations, parts joined", self.conversations),
+            ("in the portion", self.in_portion),
+            ("examined", self.examined),
+            ("after cleaning", self.cleaned),
+            ("after removing copies", self.distinct),
+            ("in the language", self.in_language),
+            ("long enough", self.long_enough),
+        ]
+
+
+def prepare(options: Options, tokenizer: chat.Tokenizer, console: Console | None = None) -> Report:
+    """Makes a dataset of tokens and loss masks from ShareGPT files.
+
+    Conversations are taken in an order that depends on the seed and their ids only. The first `held_out` of them that
+    are long enough for it are held out, whatever number is wanted for training; the others are for training,
+    split into records at turn borders, until there are `num_conversations`. So of two runs that differ in this number
+    alone, the smaller training set is the beginning of the larger one, and both hold out the same.
+
+    Args:
+      options: what to prepare.
+      tokenizer: the model's tokenizer.
+      console: where progress is shown (stderr by default).
+
+    Returns:
+      The counts of every stage.
+
+    Raises:
+      InputError: contradicting options, unreadable or broken files, a destination in use, no space, or nothing left,
+        with the counts of every stage.
+    """
+    options.check()
+    console = console or Console(stderr=True)
+    report = Report(destination=str(options.destination))
+    with DatasetWriter(options.destination, overwrite=options.overwrite) as writer:
+        index = _index(options, console)
+        report.broken_files = [str(fault) for fault in index.broken]
+        report.entries = index.entries
+        report.conversations = len(index.conversations)
+        start, end = options.portion
+        chosen = [c for c in index.conversations if start <= fraction(c.id) < end]
+        chosen.sort(key=lambda conversation: order_key(options.seed, conversation))
+        report.in_portion = len(chosen)
+        _fill(options, tokenizer, console, report, writer, index, chosen)
+        _check_filled(options, report)
+        writer.finish(_metadata(options, tokenizer, report))
+    return report
+
+
+def _index(options: Options, console: Console) -> Index:
+    """Pass one, with a bar over the bytes read."""
+    size = sum(path.stat().st_size for path in options.sources if path.is_file())
+    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=size)
+        return Index(
+            options.sources,
+            keep_complete=options.keep_complete,
+            progress=lambda read: progress.update(task, completed=read),
+        )
+
+
+def _fill(
+    options: Options,
+    tokenizer: chat.Tokenizer,
+    console: Console,
+    report: Report,
+    writer: DatasetWriter,
+    index: Index,
+    chosen: list[Conversation],
+) -> None:
+    """Pass two: takes conversations one by one until both splits have their records."""
+    wanted = {HELD_OUT: options.held_out, TRAIN: options.num_conversations}
+    dropped: Counter[str] = Counter()
+    copies = Copies()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        # Without a number wanted, the end is that of the conversations; else the records wanted, if it is not that.
+        records_wanted = None if wanted[TRAIN] is None else options.held_out + wanted[TRAIN]
+        unit = "conversations examined" if records_wanted is None else "records"
+        task = progress.add_task(unit, total=len(chosen) if records_wanted is None else records_wanted)
+        for conversation in chosen:
+            open_splits = {
+                split for split, number in wanted.items() if number is None or _records(report, split) < number
+            }
+            if not open_splits:
+                break
+            report.examined += 1
+            turns, fault = clean_conversation(index.read(conversation))
+            if fault is not None:
+                dropped[fault] += 1
+                continue
+            report.cleaned += 1
+            if not copies.is_new(turns):
+                continue
+            report.distinct += 1
+            if options.language != "any" and language(turns) != options.language:
+                continue
+            report.in_language += 1
+            split, pieces = _assign(turns, options, tokenizer, open_splits)
+            if pieces:
+                report.long_enough += 1
+                counts = report.splits.setdefault(split, SplitCounts())
+                counts.conversations += 1
+                limit = wanted[split]
+                for number, piece in enumerate(pieces[: None if limit is None else limit - counts.records]):
+                    writer.add(split, piece, f"{conversation.id}#{number}")
+                    counts.records += 1
+                    counts.tokens += len(piece.tokens)
+                    counts.response_tokens += int(piece.loss_mask.sum())
+            done = report.examined if records_wanted is None else _records(report, TRAIN) + _records(report, HELD_OUT)
+            progress.update(task, completed=done)
+    report.dropped_in_cleaning = dict(sorted(dropped.items()))
+
+
+def _records(report: Report, split: str) -> int:
+    return report.splits[split].records if split in report.splits else 0
+
+
+def _assign(
+    turns: list[chat.Turn], options: Options, tokenizer: chat.Tokenizer, open_splits: set[str]
+) -> tuple[str, list[chat.Encoded]]:
+    """Decides which split a conversation belongs to, and cuts it into that split's records."""
+    if HELD_OUT in open_splits:
+        needed = options.max_tokens if options.held_out_min_tokens is None else options.held_out_min_tokens
+        beginning = _beginning(turns, options, tokenizer)
+        whole = sum(len(part.tokens) for part in beginning)
+        document = chat.truncate(chat.concatenate(beginning), options.max_tokens)
+        if whole >= needed and document.loss_mask.any():
+            return HELD_OUT, [document]
+    if TRAIN not in open_splits:
+        return TRAIN, []
+    pieces = chat.split_conversation(
+        turns, options.template, tokenizer, min_tokens=options.min_tokens, max_tokens=options.max_tokens
+    )
+    return TRAIN, pieces
+
+
+def _beginning(turns: list[chat.Turn], options: Options, tokenizer: chat.Tokenizer) -> list[chat.Encoded]:
+    """Encodes as many exchanges as decide whether a conversation can be held out, which is most often not all."""
+    enough = max(options.max_tokens, options.held_out_min_tokens or 0)
+    encoded: list[chat.Encoded] = []
+    length = 0
+    for exchange in chat.exchanges(turns):
+        encoded.append(chat.encode_exchange(exchange, options.template, tokenizer))
+        length += len(encoded[-1].tokens)
+        if length >= enough:
+            break
+    return encoded
+
+
+def _check_filled(options: Options, report: Report) -> None:
+    """Refuses an empty split, and notes one that is smaller than asked for."""
+    for split, wanted in ((TRAIN, options.num_conversations), (HELD_OUT, options.held_out)):
+        found = _records(report, split)
+        if wanted == 0 or (wanted is not None and found >= wanted):
+            continue
+        if found == 0:
+            stages = ", ".join(f"{name} {count}" for name, count in report.stages())
+            raise InputError(
+                f"no conversation is left for split {split!r} ({stages}): "
+                "lower --min-tokens, widen --portion, or give more files"
+            )
+        if wanted is not None:
+            report.shortages.append(f"{split}: {found} records found, {wanted} asked for")
+
+
+def _metadata(options: Options, tokenizer: chat.Tokenizer, report: Report) -> dict[str, object]:
+    """What the dataset says about how it was made."""
+    return {
+        "template": options.template,
+        "min_tokens": options.min_tokens,
+        "max_tokens": options.max_tokens,
+        "language": options.language,
+        "seed": options.seed,
+        "portion": list(options.portion),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "vocab_size": tokenizer.vocab_size,
+        "sources": [path.name for path in options.sources],
+        "counts": {name: count for name, count in asdict(report).items() if isinstance(count, int)},
+        "dropped_in_cleaning": report.dropped_in_cleaning,
+    }
+
+
+def tables(report: Report) -> Iterator[Table]:
+    """Renders a report for people.
+
+    Args:
+      report: what `prepare` returned.
+
+    Returns:
+      The table of stages and the table of splits.
+    """
+    stages = Table("stage", title="Conversations")
+    stages.add_column("count", justify="right")
+    for name, count in report.stages():
+        stages.add_row(name, f"{count:,}")
+        if name == "after cleaning":
+            for fault, number in report.dropped_in_cleaning.items():
+                stages.add_row(f"  dropped: {fault}", f"{number:,}")
+    yield stages
+    splits = Table("split", title=report.destination)
+    for heading in ("records", "conversations", "tokens", "response tokens"):
+        splits.add_column(heading, justify="right")
+    for name, counts in report.splits.items():
+        figures = (counts.records, counts.conversations, counts.tokens, counts.response_tokens)
+        splits.add_row(name, *(f"{figure:,}" for figure in figures))
+    yield splits
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `eabf prepare`.
+
+    Args:
+      parser: the command's parser.
+    """
+    parser.add_argument(
+        "--src", nargs="+", type=Path, required=True, metavar="FILE", help="ShareGPT files, JSON array or JSONL"
+    )
+    parser.add_argument("--dst", type=Path, required=True, metavar="DIR", help="directory of the dataset to write")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="DIR", help="a model's directory, for its tokenizer"
+    )
+    parser.add_argument(
+        "--template", default=Options.template, help=f"chat template: {', '.join(chat.TEMPLATES)} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--min-tokens",
+        type=int,
+        default=Options.min_tokens,
+        metavar="N",
+        help="drop conversations, and pieces of them, with fewer tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=Options.max_tokens,
+        metavar="N",
+        help="split longer conversations at turn borders (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num-conversations",
+        type=int,
+        metavar="N",
+        help="training records wanted; a smaller number gives the beginning of a larger set (default: all)",
+    )
+    parser.add_argument(
+        "--held-out",
+        type=int,
+        default=Options.held_out,
+        metavar="N",
+        help="held-out records wanted, the same ones whatever --num-conversations is (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--held-out-min-tokens",
+        type=int,
+        metavar="N",
+        help="hold out only conversations with at least this many tokens, cut at --max-tokens (default: --max-tokens)",
+    )
+    parser.add_argument(
+        "--language", default=Options.language, help="keep this language only: en, or any for all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=Options.seed, help="decides the order of the conversations (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--portion",
+        type=_portion,
+        default=Options.portion,
+        metavar="START:END",
+        help="use only this part of the conversations, by a hash of their ids; "
+        "0.0:0.9 and 0.9:1.0 share none, whatever the seed (default: all)",
+    )
+    parser.add_argument(
+        "--keep-complete", action="store_true", help="go on with the whole entries of a file that is cut off or malformed"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a dataset at --dst")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts to this file")
+
+
+def _portion(text: str) -> tuple[float, float]:
+    start, colon, end = text.partition(":")
+    try:
+        return (float(start), float(end)) if colon else (0.0, float(start))
+    except ValueError:
+        raise InputError(f"--portion {text!r}: two numbers START:END are needed, such as 0.9:1.0") from None
+
+
+def run(arguments: argparse.Namespace, load_tokenizer: Callable[[Path], chat.Tokenizer]) -> Report:
+    """Runs `eabf prepare`.
+
+    Args:
+      arguments: parsed flags of `add_arguments`.
+      load_tokenizer: loads the tokenizer of a model directory.
+
+    Returns:
+      The counts, printed already.
+
+    Raises:
+      InputError: as `prepare`.
+    """
+    options = Options(
+        sources=tuple(arguments.src),
+        destination=arguments.dst,
+        template=arguments.template,
+        min_tokens=arguments.min_tokens,
+        max_tokens=arguments.max_tokens,
+        num_conversations=arguments.num_conversations,
+        held_out=arguments.held_out,
+        held_out_min_tokens=arguments.held_out_min_tokens,
+        language=arguments.language,
+        seed=arguments.seed,
+        portion=arguments.portion,
+        keep_complete=arguments.keep_complete,
+        overwrite=arguments.overwrite,
+    )
+    options.check()
+    report = prepare(options, load_tokenizer(arguments.tokenizer))
+    console = Console()
+    for table in tables(report):
+        console.print(table)
+    for note in (*report.broken_files, *report.shortages):
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    if arguments.json is not None:
+        _write_json(arguments.json, report)
+    return report
+
+
+def _write_json(path: Path, report: Report) -> None:
+    """Writes the counts beside their place, then moves them there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            partial = Path(folder) / path.name
+            partial.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; name another file with --json") from None
