@@ -17,7 +17,7 @@ from jaxtyping import Array, Float32, Float64, Int
 
 from eabf_jax.errors import InputError
 
-Length = int | Int[Array, ""] | None
+Length = int | np.integer | Int[Array, ""] | None
 Frequencies = Float32[Array, " head_dim//2"]
 
 LLAMA2_BASE = 10_000.0
@@ -266,7 +266,7 @@ def _excess(length: Length, pretrained_window: int) -> Float32[Array, ""]:
     return jnp.maximum(jnp.asarray(length).astype(jnp.float32) - np.float32(pretrained_window), 0.0)
 
 
-def _is_static(length: Length) -> TypeGuard[int | None]:
+def _is_static(length: Length) -> TypeGuard[int | np.integer | None]:
     return length is None or isinstance(length, int | np.integer)
 
 

@@ -286,10 +286,10 @@ def parameters_of(name: str) -> Mapping[str, tuple[Any, Any]]:
 def from_hf(config: Mapping[str, Any]) -> Scheme:
     """Reads the rotary scheme of a Hugging Face config.json.
 
-    Our own key `eabf_scheme` is read first, then either spelling: `rope_theta` beside `rope_scaling` (whose kind is under
-    `rope_type` or `type`), or `rope_parameters` with `rope_theta` inside. As in transformers, a non-empty `rope_scaling`
-    goes before `rope_parameters`, a missing base is 10,000, and keys that the kind does not use are ignored. YaRN with an
-    attention factor of 1.0 is `ntk_by_parts`.
+    Our own key `eabf_scheme` is read first, then either spelling: `rope_theta` beside `rope_scaling` (whose kind is
+    under `rope_type` or `type`), or `rope_parameters` with `rope_theta` inside. As in transformers, `rope_scaling` goes
+    first where both have content, a missing base is 10,000, and keys that the kind does not use are ignored. YaRN with
+    an attention factor of 1.0 is `ntk_by_parts`.
 
     Args:
       config: the whole config.json; `dynamic` needs its `max_position_embeddings`, and `yarn` and `llama3` fall back on
