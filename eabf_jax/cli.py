@@ -55,12 +55,12 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def _prepare(arguments: list[str]) -> None:
-    from eabf_jax.data import prepare
+    from eabf_jax.data.prepare import add_arguments, run
     from eabf_jax.interop.tokenizer import load_tokenizer
 
     parser = argparse.ArgumentParser("eabf prepare", description=COMMANDS["prepare"].summary)
-    prepare.add_arguments(parser)
-    prepare.run(parser.parse_args(arguments), load_tokenizer)
+    add_arguments(parser)
+    run(parser.parse_args(arguments), load_tokenizer)
 
 
 def _train(arguments: list[str]) -> None:

@@ -97,6 +97,73 @@ def batch_ways(mesh: Mesh) -> int:
     return _ways(mesh, LOGICAL_TO_MESH["batch"])
 
 
+def process_batch_shard(mesh: Mesh) -> tuple[int, int]:
+    """Which part of every batch this process has to load.
+
+    Processes whose devices hold the same rows (a tensor axis across hosts) load the same part.
+
+    Args:
+      mesh: the device mesh.
+
+    Returns:
+      The part's index and the number of parts.
+    Raises:
+      InputError: the rows of two processes overlap without being the same.
+    """
+    ways = batch_ways(mesh)
+    rows: dict[int, set[int]] = {}
+    for device, (index, *_) in batch_sharding(mesh).devices_indices_map((ways, 1)).items():
+        rows.setdefault(device.process_index, set()).update(range(*index.indices(ways)))
+    return batch_part(rows, jax.process_index())
+
+
+def batch_part(rows: Mapping[int, set[int]], process: int) -> tuple[int, int]:
+    """The pure part of `process_batch_shard`.
+
+    Args:
+      rows: by process, the rows (of one a device group) that its devices hold.
+      process: the process asked about.
+
+    Returns:
+      The part's index and the number of parts.
+    Raises:
+      InputError: the rows of two processes overlap without being the same.
+    """
+    parts = sorted({tuple(sorted(held)) for held in rows.values()})
+    if len({row for part in parts for row in part}) != sum(map(len, parts)):
+        raise InputError(
+            "the mesh gives two hosts batch rows that overlap without being the same: let the tensor axis divide the "
+            "devices of a host, or be a multiple of them"
+        )
+    return parts.index(tuple(sorted(rows[process]))), len(parts)
+
+
+def process_batch_shard(mesh: Mesh) -> tuple[int, int]:
+    """Which part of every global batch this process has to load.
+
+    Processes whose devices hold the same rows, as those do that share a tensor axis, load the same part.
+
+    Args:
+      mesh: the device mesh.
+
+    Returns:
+      The part's index and the number of parts. Parts are numbered by their first row in the global batch.
+    Raises:
+      InputError: two processes hold some rows in common but not all, so that no split into parts suits both.
+    """
+    shape = (batch_ways(mesh), 1)
+    rows: dict[int, set[int]] = {}
+    for device, (row, _) in batch_sharding(mesh).devices_indices_map(shape).items():
+        rows.setdefault(device.process_index, set()).add(row.indices(shape[0])[0])
+    parts = sorted({tuple(sorted(held)) for held in rows.values()})
+    if sum(map(len, parts)) != shape[0] or len({len(part) for part in parts}) != 1:
+        raise InputError(
+            f"mesh {dict(mesh.shape)} over {len(rows)} processes gives them unequal, overlapping parts of the batch: "
+            "choose a tensor axis that divides the devices of one process or is a multiple of them"
+        )
+    return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
+
+
 def _ways(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
     names = (axes,) if isinstance(axes, str) else axes or ()
     ways = 1
@@ -142,11 +209,17 @@ def sharded_attention(mesh: Mesh, attention: Attention, kv_heads: int) -> Attent
         if segment_ids is None:
             return jax.shard_map(
                 lambda q, k, v: attention(q, k, v, None),
-                mesh=mesh, in_specs=(heads,) * 3, out_specs=heads, check_vma=False,
+                mesh=mesh,
+                in_specs=(heads,) * 3,
+                out_specs=heads,
+                check_vma=False,
             )(q, k, v)
         return jax.shard_map(
             attention,
-            mesh=mesh, in_specs=(heads, heads, heads, spec("batch", "length")), out_specs=heads, check_vma=False,
+            mesh=mesh,
+            in_specs=(heads, heads, heads, spec("batch", "length")),
+            out_specs=heads,
+            check_vma=False,
         )(q, k, v, segment_ids)
 
     return attend

@@ -201,7 +201,7 @@ def _check_arguments(arguments: Sequence[str]) -> None:
         path = paths[-1]
         try:
             with open(path, encoding="utf-8") as file:
-                raw = draccus.load_config(file, file=path) or {}
+                raw = draccus.cfgparsing.load_config(file, file=path) or {}
         except OSError as error:
             raise InputError(f"cannot read the configuration {path!r}: {error.strerror}") from error
         except (yaml.YAMLError, draccus.utils.DraccusException) as error:
