@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from eabf_jax.errors import InputError, unknown_name
@@ -107,13 +108,14 @@ def _flash_forward(q: Array, k: Array, v: Array, segments: Array, chunk: int) ->
 
     blocks = jnp.arange(q.shape[3] // chunk)
     out, log_sum_exp = jax.lax.map(query_block, blocks)
-    out, log_sum_exp = _join(out), _join(log_sum_exp[..., None])[..., 0]
+    # Named here too: what the backward pass needs are these very arrays, not what the caller makes of them.
+    out, log_sum_exp = (
+        checkpoint_name(x, "attention_output") for x in (_join(out), _join(log_sum_exp[..., None])[..., 0])
+    )
     return out, (q, k, v, segments, out, log_sum_exp)
 
 
-def _flash_backward(
-    chunk: int, saved: tuple[Array, ...], d_out: Array
-) -> tuple[Array, Array, Array, None]:
+def _flash_backward(chunk: int, saved: tuple[Array, ...], d_out: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, segments, out, log_sum_exp = saved
     blocks = q.shape[3] // chunk
     # Row sums of weights * d_weights: what the softmax's own derivative subtracts.

@@ -5,7 +5,7 @@ V vocabulary, L layers. Module names are Hugging Face's; kernels are [in, out]; 
 on a leading axis L, so that one traced block serves every layer and compile time does not grow with depth.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
@@ -14,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from eabf_jax.errors import unknown_name
+from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.model.attention import BACKENDS, Attention, select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.rope import Scheme
@@ -69,8 +69,12 @@ def rotary_tables(
     """
     if rope.depends_on_length:
         lengths = _segment_lengths(positions, segment_ids)
-        inverse_frequencies = jax.vmap(jax.vmap(lambda length: rope.inverse_frequencies(head_dim, length)))(lengths)
-        scale = jnp.broadcast_to(jnp.asarray(rope.rotation_scale(lengths), jnp.float32), positions.shape)[..., None]
+
+        def rotation(length: Array) -> tuple[Array, Array]:
+            scale = jnp.asarray(rope.rotation_scale(length), jnp.float32)
+            return rope.inverse_frequencies(head_dim, length), scale[None]
+
+        inverse_frequencies, scale = jax.vmap(jax.vmap(rotation))(lengths)
     else:
         inverse_frequencies = jnp.asarray(rope.inverse_frequencies(head_dim))
         scale = jnp.float32(rope.rotation_scale())
@@ -109,8 +113,15 @@ class Linear(nnx.Module):
     """y = x @ kernel (+ bias), computed in `dtype`."""
 
     def __init__(
-        self, stack: tuple[int, ...], in_features: int, out_features: int, *,
-        bias: bool, stddev: float, rngs: nnx.Rngs, param_dtype: Any,
+        self,
+        stack: tuple[int, ...],
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        stddev: float,
+        rngs: nnx.Rngs,
+        param_dtype: Any,
     ):
         init = jax.nn.initializers.normal(stddev)
         self.kernel = nnx.Param(init(rngs.params(), (*stack, in_features, out_features), param_dtype))
@@ -140,8 +151,13 @@ class SelfAttention(nnx.Module):
     def __init__(self, stack: tuple[int, ...], config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: Any):
         def linear(in_features: int, out_features: int) -> Linear:
             return Linear(
-                stack, in_features, out_features, bias=config.attention_bias, stddev=config.initializer_range,
-                rngs=rngs, param_dtype=param_dtype,
+                stack,
+                in_features,
+                out_features,
+                bias=config.attention_bias,
+                stddev=config.initializer_range,
+                rngs=rngs,
+                param_dtype=param_dtype,
             )
 
         self.head_dim = config.head_dim
@@ -151,8 +167,14 @@ class SelfAttention(nnx.Module):
         self.o_proj = linear(config.num_attention_heads * config.head_dim, config.hidden_size)
 
     def __call__(
-        self, x: Array, cos: Array, sin: Array, q_scale: Array, segment_ids: Array | None,
-        attention: Attention, constrain: Constrain,
+        self,
+        x: Array,
+        cos: Array,
+        sin: Array,
+        q_scale: Array,
+        segment_ids: Array | None,
+        attention: Attention,
+        constrain: Constrain,
     ) -> Array:
         def heads(y: Array) -> Array:
             y = checkpoint_name(y, "qkv").reshape(*y.shape[:2], -1, self.head_dim)
@@ -172,8 +194,13 @@ class SwiGLU(nnx.Module):
     def __init__(self, stack: tuple[int, ...], config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: Any):
         def linear(in_features: int, out_features: int) -> Linear:
             return Linear(
-                stack, in_features, out_features, bias=config.mlp_bias, stddev=config.initializer_range,
-                rngs=rngs, param_dtype=param_dtype,
+                stack,
+                in_features,
+                out_features,
+                bias=config.mlp_bias,
+                stddev=config.initializer_range,
+                rngs=rngs,
+                param_dtype=param_dtype,
             )
 
         self.gate_proj = linear(config.hidden_size, config.intermediate_size)
@@ -198,8 +225,14 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(stack, config, rngs=rngs, param_dtype=param_dtype)
 
     def __call__(
-        self, x: Array, cos: Array, sin: Array, q_scale: Array, segment_ids: Array | None,
-        attention: Attention, constrain: Constrain,
+        self,
+        x: Array,
+        cos: Array,
+        sin: Array,
+        q_scale: Array,
+        segment_ids: Array | None,
+        attention: Attention,
+        constrain: Constrain,
     ) -> Array:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, q_scale, segment_ids, attention, constrain)
         x = x + self.mlp(self.post_attention_layernorm(x), constrain)
@@ -218,8 +251,15 @@ class Llama(nnx.Module):
     """A LLaMA-architecture causal language model."""
 
     def __init__(
-        self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
-        attention: str | Attention = "auto", remat: str = "none", constrain: Constrain = unconstrained,
+        self,
+        config: LlamaConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        attention: str | Attention = "auto",
+        remat: str = "none",
+        constrain: Constrain = unconstrained,
     ):
         """Initialises the parameters at random.
 
@@ -251,7 +291,12 @@ class Llama(nnx.Module):
             None
             if config.tie_word_embeddings
             else Linear(
-                (), config.hidden_size, config.vocab_size, bias=False, stddev=config.initializer_range, rngs=rngs,
+                (),
+                config.hidden_size,
+                config.vocab_size,
+                bias=False,
+                stddev=config.initializer_range,
+                rngs=rngs,
                 param_dtype=param_dtype,
             )
         )
@@ -280,10 +325,35 @@ class Llama(nnx.Module):
 
         Returns:
           A Llama that holds these arrays.
+        Raises:
+          InputError: as `with_parameters`.
         """
-        graphdef, state = nnx.split(cls.abstract(config, **options))
-        nnx.replace_by_pure_dict(state, dict(params))
-        return nnx.merge(graphdef, state)
+        return cls.abstract(config, **options).with_parameters(params)
+
+    def with_parameters(self, params: Mapping[str, Any]) -> Self:
+        """The same model around other parameters.
+
+        Args:
+          params: nested mapping of arrays, as `parameters()` gives it.
+
+        Returns:
+          A new Llama; this one is left as it is.
+        Raises:
+          InputError: a parameter is missing, unknown or of a wrong shape.
+        """
+        graphdef, state = nnx.split(self)
+        expected, given = (dict(_named_leaves(tree)) for tree in (nnx.to_pure_dict(state), params))
+        for name in [*expected, *given]:
+            if name not in given:
+                raise InputError(f"parameter {name} of shape {expected[name].shape} is missing")
+            if name not in expected:
+                raise InputError(f"parameter {name} has no place in this model; remove it or correct the configuration")
+            if given[name].shape != expected[name].shape:
+                raise InputError(
+                    f"parameter {name} has shape {given[name].shape}; the model's configuration needs "
+                    f"{expected[name].shape}"
+                )
+        return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), given.values()))
 
     def parameters(self) -> dict[str, Any]:
         """The parameters as a nested dict of arrays."""
@@ -364,6 +434,16 @@ def logits(hidden: Float[Array, "... D"], kernel: Float[Array, "D V"]) -> Float[
     return jnp.matmul(
         hidden, kernel.astype(hidden.dtype), precision=_precision(hidden.dtype), preferred_element_type=jnp.float32
     )
+
+
+def _named_leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Pairs of dotted name and array, in the order in which JAX flattens dicts."""
+    for key in sorted(params):
+        name = f"{prefix}{key}"
+        if isinstance(params[key], Mapping):
+            yield from _named_leaves(params[key], f"{name}.")
+        else:
+            yield name, params[key]
 
 
 def _precision(dtype: Any) -> jax.lax.Precision | None:

@@ -108,7 +108,7 @@ def process_batch_shard(mesh: Mesh) -> tuple[int, int]:
     Returns:
       The part's index and the number of parts.
     Raises:
-      InputError: the rows of two processes overlap without being the same.
+      InputError: two processes hold some rows in common but not all, or different numbers of rows.
     """
     ways = batch_ways(mesh)
     rows: dict[int, set[int]] = {}
@@ -121,47 +121,22 @@ def batch_part(rows: Mapping[int, set[int]], process: int) -> tuple[int, int]:
     """The pure part of `process_batch_shard`.
 
     Args:
-      rows: by process, the rows (of one a device group) that its devices hold.
+      rows: by process, the rows that its devices hold of a batch with one row for each part that the mesh makes.
       process: the process asked about.
 
     Returns:
       The part's index and the number of parts.
     Raises:
-      InputError: the rows of two processes overlap without being the same.
+      InputError: two processes hold some rows in common but not all, or different numbers of rows.
     """
     parts = sorted({tuple(sorted(held)) for held in rows.values()})
-    if len({row for part in parts for row in part}) != sum(map(len, parts)):
+    overlap = len({row for part in parts for row in part}) != sum(map(len, parts))
+    if overlap or len({len(part) for part in parts}) != 1:
         raise InputError(
-            "the mesh gives two hosts batch rows that overlap without being the same: let the tensor axis divide the "
-            "devices of a host, or be a multiple of them"
+            f"the mesh gives processes the batch rows {', '.join(map(str, parts))}, which overlap or differ in number: "
+            "let the tensor axis divide the devices of a process or be a multiple of them"
         )
     return parts.index(tuple(sorted(rows[process]))), len(parts)
-
-
-def process_batch_shard(mesh: Mesh) -> tuple[int, int]:
-    """Which part of every global batch this process has to load.
-
-    Processes whose devices hold the same rows, as those do that share a tensor axis, load the same part.
-
-    Args:
-      mesh: the device mesh.
-
-    Returns:
-      The part's index and the number of parts. Parts are numbered by their first row in the global batch.
-    Raises:
-      InputError: two processes hold some rows in common but not all, so that no split into parts suits both.
-    """
-    shape = (batch_ways(mesh), 1)
-    rows: dict[int, set[int]] = {}
-    for device, (row, _) in batch_sharding(mesh).devices_indices_map(shape).items():
-        rows.setdefault(device.process_index, set()).add(row.indices(shape[0])[0])
-    parts = sorted({tuple(sorted(held)) for held in rows.values()})
-    if sum(map(len, parts)) != shape[0] or len({len(part) for part in parts}) != 1:
-        raise InputError(
-            f"mesh {dict(mesh.shape)} over {len(rows)} processes gives them unequal, overlapping parts of the batch: "
-            "choose a tensor axis that divides the devices of one process or is a multiple of them"
-        )
-    return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
 def _ways(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:

@@ -1,0 +1,80 @@
+"""The model's shape: what it refuses, and how it reads plain values."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from eabf_jax.errors import InputError
+from eabf_jax.model import LlamaConfig
+from eabf_jax.rope import scheme
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads 0 is not a positive number"),
+        ({"vocab_size": -1}, "vocab_size -1 is not a positive number"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LlamaConfig(**{**SIZES, **changes})
+
+
+def test_plain_values_become_typed_ones() -> None:
+    config = LlamaConfig.from_fields(
+        {**SIZES, "rope": {"type": "abf", "base": 5e5}, "eos_token_id": [2, 3], "rms_norm_eps": 1e-6, "mlp_bias": True}
+    )
+    assert config == LlamaConfig(
+        **SIZES, rope=scheme("abf", base=500_000.0), eos_token_id=(2, 3), rms_norm_eps=1e-6, mlp_bias=True
+    )
+    hash(config)  # a static argument of jitted functions
+
+
+def test_rope_may_be_a_scheme_already_and_defaults_to_plain_rotation() -> None:
+    assert LlamaConfig.from_fields({**SIZES, "rope": scheme("pi", factor=2.0)}).rope == scheme("pi", factor=2.0)
+    assert LlamaConfig.from_fields(SIZES).rope == scheme("default", base=10_000.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hiden_size": 32}, "unknown model field 'hiden_size': did you mean 'hidden_size'"),
+        ({"vocab_size": "64"}, "vocab_size is '64'; an integer is needed"),
+        ({"vocab_size": True}, "vocab_size is True; an integer is needed"),
+        ({"head_dim": None}, "head_dim is None; an integer is needed"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; a number .*1.0e-5"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; true or false"),
+        ({"pad_token_id": 0.5}, "pad_token_id is 0.5; an integer or null"),
+        ({"eos_token_id": ["</s>"]}, "eos_token_id is .*; an integer, a list or null"),
+        ({"rope": "eabf"}, "expected an object with a 'type', found 'eabf'"),
+    ],
+)
+def test_values_of_a_wrong_type_or_name_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LlamaConfig.from_fields({**SIZES, **changes})
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_missing_size_is_named(name: str) -> None:
+    with pytest.raises(InputError, match=f"model field {name} is missing"):
+        LlamaConfig.from_fields({key: value for key, value in SIZES.items() if key != name})
+
+
+def test_every_field_with_a_default_may_be_left_out() -> None:
+    config = LlamaConfig.from_fields(SIZES)
+    assert dataclasses.asdict(config) == dataclasses.asdict(LlamaConfig(**SIZES))
