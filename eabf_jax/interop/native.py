@@ -8,7 +8,8 @@ checkpoints/<step>/params   what the trainer writes; a converted model is a run 
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +163,8 @@ def stored_arrays(path: Path, config: LlamaConfig) -> dict[tuple[str, ...], jax.
     Raises:
       InputError: not a checkpoint, or parameters that are not this model's.
     """
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            tree = checkpointer.metadata(path).item_metadata.tree
-    except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: not a readable Orbax checkpoint: {' '.join(str(error).split())[:200]}") from error
+    with _reading(path) as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
     found = {name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for name, leaf in flatten(tree)}
     check_shapes({name: leaf.shape for name, leaf in found.items()}, config, str(path))
     return found
@@ -262,19 +260,24 @@ def sharding_by_path(shardings: Any, config: LlamaConfig) -> dict[tuple[str, ...
 
 
 def _restore(path: Path, arguments: Mapping[tuple[str, ...], ocp.RestoreArgs]) -> dict[str, Any]:
-    # Orbax warns of every restore without shardings; these come with theirs, or are meant for memory.
-    logging.getLogger("absl").addFilter(_without_sharding_warning)
+    restore = ocp.args.PyTreeRestore(
+        item=nest({name: 0 for name in arguments}), restore_args=nest(arguments), partial_restore=True
+    )
+    with _reading(path) as checkpointer:
+        return checkpointer.restore(path, args=restore)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
+    """A checkpointer whose complaints about a damaged checkpoint are ours, and whose warnings are off."""
+    log = logging.getLogger("absl")
+    level = log.level
+    # Orbax warns of an item read by itself, and of one read to memory without shardings: both are meant.
+    log.setLevel(logging.ERROR)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            restore = ocp.args.PyTreeRestore(
-                item=nest({name: 0 for name in arguments}), restore_args=nest(arguments), partial_restore=True
-            )
-            return checkpointer.restore(path, args=restore)
-    except (ValueError, OSError, KeyError) as error:
+            yield checkpointer
+    except (ValueError, OSError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: damaged checkpoint: {' '.join(str(error).split())[:200]}") from error
     finally:
-        logging.getLogger("absl").removeFilter(_without_sharding_warning)
-
-
-def _without_sharding_warning(record: logging.LogRecord) -> bool:
-    return "harding" not in record.getMessage()
+        log.setLevel(level)

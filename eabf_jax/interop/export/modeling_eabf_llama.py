@@ -1,0 +1,237 @@
+"""LLaMA with rotary schemes that transformers has no name for: entropy-aware logits, dynamic YaRN, compositions.
+
+This file lies beside the weights and needs torch and transformers (4.46 or later) only; load with
+`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`. The scheme is `eabf_scheme` in config.json.
+
+The model is transformers' own LLaMA. Two things are hooked into its attention, so that every attention implementation
+and every cache work: the entropy-aware multiplier is applied to the query's projection (which commutes with the
+rotation), and for schemes whose frequencies follow the current length, keys are cached unrotated and the whole cache is
+rotated at every step with the frequencies of the length reached. In those schemes the hidden states of earlier tokens
+stay as they were computed, at the length of that time; only a forward pass without a cache would compute them anew.
+"""
+
+import math
+from functools import partial
+
+import torch
+from torch import nn
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, rotate_half
+
+
+class EabfLlamaConfig(LlamaConfig):
+    """A LlamaConfig with `eabf_scheme`: the rotary scheme as {"type": name, parameter: value, ...}."""
+
+    model_type = "eabf_llama"
+
+
+def _theta(head_dim, base):
+    return torch.tensor([base ** (-2.0 * j / head_dim) for j in range(head_dim // 2)], dtype=torch.float64)
+
+
+def _by_parts(head_dim, base, stretch, window, beta_fast, beta_slow):
+    """NTK-by-parts frequencies; `stretch` is float64 [batch, 1]."""
+
+    def index_turning(turns):
+        return head_dim * math.log(window / (turns * 2.0 * math.pi)) / (2.0 * math.log(base))
+
+    low = min(max(math.floor(index_turning(beta_fast)), 0), head_dim - 1)
+    high = min(max(math.ceil(index_turning(beta_slow)), 0), head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float64) - low) / ((high - low) or 0.001)
+    share = ramp.clamp(0.0, 1.0)
+    theta = _theta(head_dim, base)
+    return theta * (1.0 - share) + theta / stretch * share
+
+
+def inverse_frequencies(scheme, head_dim, lengths):
+    """Inverse frequencies and the factor on cos and sin.
+
+    Args:
+      scheme: {"type": name, parameter: value, ...}.
+      head_dim: size of one head.
+      lengths: float64 [batch, 1] on the CPU, current length of each row in tokens.
+
+    Returns:
+      float64 [batch or 1, head_dim // 2] and float64 [batch or 1, 1].
+    """
+    kind = scheme["type"]
+    if kind == "compose":
+        return inverse_frequencies(scheme["frequencies"], head_dim, lengths)
+    base = scheme["base"]
+    window = scheme.get("pretrained_window")
+    one = torch.ones(1, 1, dtype=torch.float64)
+    theta = _theta(head_dim, base)[None]
+    if kind in ("default", "abf", "eabf"):
+        return theta, one
+    if kind == "pi":
+        return theta / scheme["factor"], one
+    if kind == "ntk":
+        return _theta(head_dim, base * scheme["factor"] ** (head_dim / (head_dim - 2)))[None], one
+    if kind == "dynamic_ntk":
+        growth = 1.0 + scheme["factor"] * (lengths - window).clamp(min=0.0) / window
+        exponents = torch.arange(head_dim // 2, dtype=torch.float64) * (-2.0 / (head_dim - 2))
+        return theta * growth**exponents, one
+    if kind == "llama3":
+        turns = window * theta / (2.0 * math.pi)
+        low, high = scheme["low_freq_factor"], scheme["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        return theta * kept + theta / scheme["factor"] * (1.0 - kept), one
+    if kind in ("ntk_by_parts", "yarn", "dynamic_yarn"):
+        stretch = (lengths / window).clamp(min=1.0) if kind == "dynamic_yarn" else one * scheme["factor"]
+        frequencies = _by_parts(head_dim, base, stretch, window, scheme["beta_fast"], scheme["beta_slow"])
+        if kind == "ntk_by_parts":
+            return frequencies, one
+        given = scheme.get("attention_factor")
+        return frequencies, 0.1 * torch.log(stretch) + 1.0 if given is None else one * given
+    raise ValueError(f"eabf_scheme: unknown type {kind!r}")
+
+
+def follows_length(scheme):
+    """Whether the frequencies depend on the current length."""
+    inner = scheme["frequencies"] if scheme["type"] == "compose" else scheme
+    return inner["type"] in ("dynamic_ntk", "dynamic_yarn")
+
+
+def logit_multiplier(scheme, layer, position_ids):
+    """The multiplier of the attention logits of each query, or None where it is 1 everywhere.
+
+    Args:
+      scheme: {"type": name, parameter: value, ...}.
+      layer: 0-based layer index.
+      position_ids: int [batch, length], 0-based.
+
+    Returns:
+      float32 [batch, length] or None.
+    """
+    rule = scheme.get("logit_scale") if scheme["type"] == "compose" else scheme
+    if rule is None or rule["type"] not in ("eabf", "entropy_aware") or layer < rule.get("unscaled_layers", 2):
+        return None
+    window = rule["pretrained_window"]
+    # ln i / ln c = 1 + ln(1 + (i - c) / c) / ln c for the 1-based position i; exactly 1 inside the window.
+    excess = (position_ids.float() - (window - 1)).clamp(min=0.0)
+    return 1.0 + torch.log1p(excess / window) / math.log(window)
+
+
+class EabfRotaryEmbedding(nn.Module):
+    """Cosines and sines of a scheme; the tuple also carries the positions on to the attention hooks.
+
+    Holds no buffers: transformers builds models without memory first, where a buffer's values would be lost.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.scheme = config.eabf_scheme
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.follows_length = follows_length(self.scheme)
+
+    def tables(self, positions, lengths, dtype):
+        """Cosines and sines [batch, length, head_dim] of int positions [batch, length]."""
+        frequencies, scale = inverse_frequencies(self.scheme, self.head_dim, lengths.to("cpu", torch.float64))
+        frequencies = frequencies.to(positions.device, torch.float32)
+        scale = scale.to(positions.device, torch.float32)
+        angles = positions[..., None].float() * frequencies[:, None, :]
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * scale[:, None]).to(dtype), (angles.sin() * scale[:, None]).to(dtype)
+
+    @torch.no_grad()
+    def forward(self, x, position_ids):
+        lengths = position_ids.max(dim=1, keepdim=True).values + 1 if self.follows_length else torch.ones(1, 1)
+        cos, sin = self.tables(position_ids, lengths, x.dtype)
+        return cos, sin, position_ids, lengths
+
+
+class _RotatingCache:
+    """Stands in for a cache during one attention call: it stores unrotated keys and hands out rotated ones."""
+
+    def __init__(self, cache, rotary, position_ids, lengths):
+        self.cache, self.rotary, self.position_ids, self.lengths = cache, rotary, position_ids, lengths
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        past = self.cache.get_seq_length(layer_idx)
+        keys, values = self.cache.update(keys, values, layer_idx, *args, **kwargs)
+        # Earlier tokens are the ones just before the first new one; where that is padding, the mask hides it. A static
+        # cache has room at its end, hidden by the mask too.
+        index = torch.arange(keys.shape[2], device=keys.device)[None] - past
+        positions = self.position_ids[:, :1] + index
+        positions[:, past : past + self.position_ids.shape[1]] = self.position_ids
+        cos, sin = self.rotary.tables(positions, self.lengths, keys.dtype)
+        return _rotate(keys, cos[:, None], sin[:, None]), values
+
+
+def _rotate(x, cos, sin):
+    return x * cos + rotate_half(x) * sin
+
+
+def _before_attention(rotary, module, args, kwargs):
+    """Prepares one attention call: what its projections will do, and what transformers' code will see."""
+    cos, sin, position_ids, lengths = kwargs["position_embeddings"]
+    module.eabf_multiplier = logit_multiplier(rotary.scheme, module.layer_idx, position_ids)
+    module.eabf_rotation = None
+    module.eabf_rotates_keys = False
+    if rotary.follows_length:
+        name = "past_key_values" if kwargs.get("past_key_values") is not None else "past_key_value"
+        cache = kwargs.get(name)
+        if cache is not None:
+            kwargs[name] = _RotatingCache(cache, rotary, position_ids, lengths)
+        module.eabf_rotation = (cos, sin)
+        module.eabf_rotates_keys = cache is None
+        cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+    kwargs["position_embeddings"] = (cos, sin)
+    return args, kwargs
+
+
+def _after_attention(module, args, output):
+    """Gives the real cache back where attention returns it (before transformers 4.48)."""
+    if isinstance(output, tuple) and isinstance(output[-1], _RotatingCache):
+        return (*output[:-1], output[-1].cache)
+    return output
+
+
+def _after_query(attention, projection, args, query):
+    if attention.eabf_rotation is not None:
+        query = _rotate_projection(query, attention)
+    if attention.eabf_multiplier is not None:
+        # The positions may have one row for the whole batch.
+        query = (query * attention.eabf_multiplier[..., None].to(query.device)).to(query.dtype)
+    return query
+
+
+def _after_key(attention, projection, args, key):
+    return _rotate_projection(key, attention) if attention.eabf_rotates_keys else key
+
+
+def _rotate_projection(x, attention):
+    cos, sin = attention.eabf_rotation
+    heads = x.view(*x.shape[:-1], -1, attention.head_dim)
+    return _rotate(heads, cos[:, :, None], sin[:, :, None]).view(x.shape)
+
+
+def _equip(model):
+    """Gives a LlamaModel its rotary scheme."""
+    model.rotary_emb = EabfRotaryEmbedding(model.config)
+    for layer in model.layers:
+        attention = layer.self_attn
+        attention.register_forward_pre_hook(partial(_before_attention, model.rotary_emb), with_kwargs=True)
+        attention.register_forward_hook(_after_attention)
+        attention.q_proj.register_forward_hook(partial(_after_query, attention))
+        attention.k_proj.register_forward_hook(partial(_after_key, attention))
+
+
+class EabfLlamaModel(LlamaModel):
+    """The decoder without its output projection."""
+
+    config_class = EabfLlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        _equip(self)
+
+
+class EabfLlamaForCausalLM(LlamaForCausalLM):
+    """The language model."""
+
+    config_class = EabfLlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        _equip(self.model)

@@ -1,0 +1,97 @@
+"""Checks exported models in whatever transformers is installed: forward, cache, left padding, generate.
+
+Needs torch and transformers only. `python check_export_in_transformers.py DIR`, where DIR holds what
+write_export_references.py wrote; prints one line per model and fails on the first difference.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+TOLERANCE = 1e-4  # the project's promise for float32 logits
+
+
+def check(directory: Path, attention: str) -> float:
+    """Runs every check on one exported model; returns the largest difference from the reference logits."""
+    references = np.load(directory / "references.npz")
+    tokens = torch.tensor(references["tokens"])
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(directory, trust_remote_code=True, attn_implementation=attention, torch_dtype=torch.float32).eval()
+    assert type(model).__name__ == "EabfLlamaForCausalLM", type(model)
+    worst = 0.0
+    with torch.no_grad():
+        for ids, key in ((tokens, "logits"), (tokens[:, :9], "short_logits")):
+            worst = max(worst, difference(model(ids).logits, references[key]))
+            worst = max(worst, difference(model(ids, use_cache=False).logits, references[key]))
+        # Cached decoding against our full forward, where the two are the same mathematics.
+        scheme = model.config.eabf_scheme
+        dynamic = "dynamic" in str(scheme)
+        if not dynamic or model.config.num_hidden_layers == 1:
+            cached_difference(model, tokens, None if dynamic else references["logits"])
+        padded_difference(model, tokens)
+        generated(model, tokens, dynamic)
+    return worst
+
+
+def difference(found: torch.Tensor, expected: np.ndarray) -> float:
+    """The largest absolute difference, which must be within the tolerance."""
+    worst = float(np.abs(found.float().numpy() - np.asarray(expected)).max())
+    assert worst < TOLERANCE, f"logits differ by {worst:.3g}"
+    return worst
+
+
+def cached_difference(model: torch.nn.Module, tokens: torch.Tensor, logits: np.ndarray | None) -> None:
+    """Feeds a prompt, then one token after another: each step's logits must be those of a full forward."""
+    out = model(tokens[:, :11], use_cache=True)
+    for position in range(11, tokens.shape[1]):
+        out = model(tokens[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True)
+        full = model(tokens[:, : position + 1], use_cache=False).logits[:, -1].numpy()
+        difference(out.logits[:, -1], full)
+        if logits is not None:
+            difference(out.logits[:, -1], logits[:, position])
+
+
+def padded_difference(model: torch.nn.Module, tokens: torch.Tensor) -> None:
+    """Generates from a left-padded batch: each row must continue as it does alone."""
+    short, long = tokens[0, :13], tokens[1, :29]
+    batch = torch.full((2, 29), 2)
+    batch[0, 16:], batch[1] = short, long
+    mask = torch.ones_like(batch)
+    mask[0, :16] = 0
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
+    together = model.generate(batch, attention_mask=mask, **settings)
+    for row, alone in enumerate((short, long)):
+        single = model.generate(alone[None], attention_mask=torch.ones_like(alone)[None], **settings)
+        assert together[row, 29:].tolist() == single[0, len(alone) :].tolist(), f"row {row} differs when padded"
+
+
+def generated(model: torch.nn.Module, tokens: torch.Tensor, dynamic: bool) -> None:
+    """Greedy generation must be the repeated argmax of full forwards (static schemes, or a single layer)."""
+    if dynamic and model.config.num_hidden_layers > 1:
+        return
+    prompt = tokens[:1, :10]
+    settings = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": 2, "eos_token_id": 2}
+    found = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+    expected = prompt
+    for _ in range(20):
+        logits = model(expected, use_cache=False).logits[:, -1]
+        logits[:, 2] = -torch.inf  # min_new_tokens forbids the end
+        expected = torch.cat((expected, logits.argmax(-1, keepdim=True)), dim=1)
+    assert found.tolist() == expected.tolist(), "generate differs from repeated full forwards"
+
+
+def main(root: Path) -> None:
+    """Checks every exported model under a directory."""
+    directories = sorted(path.parent for path in root.glob("*/references.npz"))
+    assert directories, f"no references.npz under {root}"
+    for directory in directories:
+        for attention in ("eager", "sdpa"):
+            worst = check(directory, attention)
+            print(f"transformers {transformers.__version__} {directory.name} {attention}: {worst:.2g}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
