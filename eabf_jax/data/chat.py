@@ -79,7 +79,8 @@ def _llama_2(exchange: Exchange) -> Iterator[Segment]:
     """LLaMA-2-Chat as Meta's code renders it: every exchange between BOS and EOS."""
     system = "" if exchange.system is None else f"<<SYS>>\n{exchange.system}\n<</SYS>>\n\n"
     yield _BOS
-    yield Segment(f"[INST] {system}{exchange.user.strip()} [/INST]")
+    prompt = f"{system}{exchange.user}".strip()
+    yield Segment(f"[INST] {prompt} [/INST]")
     yield Segment(f" {exchange.assistant.strip()} ", is_response=True)
     yield _EOS
 
@@ -129,7 +130,9 @@ def exchanges(turns: Sequence[Turn]) -> list[Exchange]:
     roles = [turn.role for turn in spoken]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         found = ", ".join(roles[:4]) or "none"
-        raise InputError(f"turns are {found} ({len(roles)} in all): user and assistant have to alternate, the user first")
+        raise InputError(
+            f"turns are {found} ({len(roles)} in all): user and assistant have to alternate, the user first"
+        )
     return [
         Exchange(question.text, answer.text, system if number == 0 else None, number == 0)
         for number, (question, answer) in enumerate(zip(spoken[::2], spoken[1::2], strict=True))

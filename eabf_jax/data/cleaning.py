@@ -45,7 +45,7 @@ _ENDS_AS_HTML = re.compile(rf"</(?:{_BLOCK})>\s*\Z", re.IGNORECASE)
 _CODE = re.compile(r"```.*?(?:```|\Z)|https?://\S+", re.DOTALL)
 _SAMPLED_TURNS = 12
 _SAMPLED_CHARACTERS = 300
-# Languages of Latin script are what the identifier tells apart well; text that mixes scripts it calls English too readily.
+# The identifier tells languages of Latin script apart well; text in several scripts it calls English too readily.
 _LATIN_SHARE = 0.9
 _LAST_LATIN = "\u024f"
 

@@ -280,10 +280,12 @@ def read_metadata(directory: Path | str) -> dict[str, Any]:
         for split in metadata["splits"].values():
             split["records"], split["longest"], split["files"].items()
     except OSError:
-        raise InputError(f"{directory} is not a prepared dataset: no {METADATA_FILE} there; make one: eabf prepare") from None
+        raise InputError(
+            f"{directory} is not a prepared dataset: no {METADATA_FILE} there; make one: eabf prepare"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error}): prepare the dataset again") from None
-    return metadata  # type: ignore[no-any-return]
+    return dict(metadata)
 
 
 def num_records(directory: Path | str, split: str) -> int:
@@ -376,8 +378,11 @@ class Records:
           tokens int32 [length], loss_mask bool [length], id.
 
         Raises:
+          IndexError: there is no such record.
           InputError: its bytes are damaged.
         """
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
         try:
             record = self._source[int(index)]
         except (RuntimeError, ValueError) as error:

@@ -30,17 +30,17 @@ def make_loader(
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Makes an iterator over batches.
 
-    A batch is a dictionary of arrays [batch, length]: tokens int32, loss_mask bool (token t is to be predicted, from what
-    precedes it), positions int32, segment_ids int32 (0 on padding). In mode "conversations" each row is one record,
-    padded at the end. In mode "packed" the records of the split, in one shuffled order, are joined and cut into rows:
-    segments count from 1 in each row, positions restart with each of them, and all tokens but a segment's first are to be
-    predicted; the last incomplete row of the split is dropped.
+    A batch is a dictionary of arrays [batch, length]: tokens int32, loss_mask bool (token t is to be predicted, from
+    what precedes it), positions int32, segment_ids int32 (0 on padding). In mode "conversations" each row is one
+    record, padded at the end. In mode "packed" the records of the split, in one shuffled order, are joined and cut
+    into rows: segments count from 1 in each row, positions restart with each of them, and all tokens but a segment's
+    first are to be predicted; the last incomplete row of the split is dropped.
 
     Every epoch is a new shuffle of the rows, without its last incomplete batch. Each process gets its
     `batch_size / process_count` rows: those of process 0, 1, … one below the other are the batch of a single process.
 
-    The iterator's `get_state()` is a JSON-able dictionary; `set_state` of an iterator made with the same arguments goes on
-    after the batch that was last taken.
+    The iterator's `get_state()` is a JSON-able dictionary; `set_state` of an iterator made with the same arguments
+    goes on after the batch that was last taken.
 
     Args:
       directory: a dataset made by `eabf prepare`.
@@ -61,7 +61,9 @@ def make_loader(
         cannot share evenly.
     """
     if batch_size % process_count:
-        raise InputError(f"batch size {batch_size} is not divisible by {process_count} processes: choose a multiple of it")
+        raise InputError(
+            f"batch size {batch_size} is not divisible by {process_count} processes: choose a multiple of it"
+        )
     if not 0 <= seed < 2**32:
         raise InputError(f"seed {seed} is out of range: 0 to {2**32 - 1}")
     steps = steps_per_epoch(directory, split, batch_size=batch_size, length=length, mode=mode)

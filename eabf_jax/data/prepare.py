@@ -215,7 +215,8 @@ def _fill(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         # Without a number wanted, the end is that of the conversations; else the records wanted, if it is not that.
-        records_wanted = None if wanted[TRAIN] is None else options.held_out + wanted[TRAIN]
+        train_wanted = options.num_conversations
+        records_wanted = None if train_wanted is None else options.held_out + train_wanted
         unit = "conversations examined" if records_wanted is None else "records"
         task = progress.add_task(unit, total=len(chosen) if records_wanted is None else records_wanted)
         for conversation in chosen:
@@ -361,7 +362,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", type=Path, required=True, metavar="DIR", help="a model's directory, for its tokenizer"
     )
     parser.add_argument(
-        "--template", default=Options.template, help=f"chat template: {', '.join(chat.TEMPLATES)} (default: %(default)s)"
+        "--template",
+        default=Options.template,
+        help=f"chat template: {', '.join(chat.TEMPLATES)} (default: %(default)s)",
     )
     parser.add_argument(
         "--min-tokens",
@@ -397,30 +400,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hold out only conversations with at least this many tokens, cut at --max-tokens (default: --max-tokens)",
     )
     parser.add_argument(
-        "--language", default=Options.language, help="keep this language only: en, or any for all (default: %(default)s)"
+        "--language",
+        default=Options.language,
+        help="keep this language only: en, or any for all (default: %(default)s)",
     )
     parser.add_argument(
         "--seed", type=int, default=Options.seed, help="decides the order of the conversations (default: %(default)s)"
     )
     parser.add_argument(
         "--portion",
-        type=_portion,
-        default=Options.portion,
+        default="0.0:1.0",
         metavar="START:END",
         help="use only this part of the conversations, by a hash of their ids; "
-        "0.0:0.9 and 0.9:1.0 share none, whatever the seed (default: all)",
+        "0.0:0.9 and 0.9:1.0 share none, whatever the seed (default: %(default)s)",
     )
     parser.add_argument(
-        "--keep-complete", action="store_true", help="go on with the whole entries of a file that is cut off or malformed"
+        "--keep-complete",
+        action="store_true",
+        help="go on with the whole entries of a file that is cut off or malformed",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset at --dst")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts to this file")
 
 
 def _portion(text: str) -> tuple[float, float]:
-    start, colon, end = text.partition(":")
+    start, _, end = text.partition(":")
     try:
-        return (float(start), float(end)) if colon else (0.0, float(start))
+        return float(start), float(end)
     except ValueError:
         raise InputError(f"--portion {text!r}: two numbers START:END are needed, such as 0.9:1.0") from None
 
@@ -449,7 +455,7 @@ def run(arguments: argparse.Namespace, load_tokenizer: Callable[[Path], chat.Tok
         held_out_min_tokens=arguments.held_out_min_tokens,
         language=arguments.language,
         seed=arguments.seed,
-        portion=arguments.portion,
+        portion=_portion(arguments.portion),
         keep_complete=arguments.keep_complete,
         overwrite=arguments.overwrite,
     )

@@ -188,9 +188,12 @@ def _whole_object(source: _Text, name: str, mark: str, entries: int) -> dict[str
             if not in_string and error.pos < len(source.text) - _LONGEST_TOKEN:
                 raise _broken(source, name, error.msg, entries, error.pos) from None
             if len(source.text) - source.position > LARGEST_ENTRY:
-                raise _broken(source, name, f"an entry does not end within {LARGEST_ENTRY} characters", entries) from None
+                raise _broken(
+                    source, name, f"an entry does not end within {LARGEST_ENTRY} characters", entries
+                ) from None
             if not source.extend():
-                cut = in_string or _is_unfinished(source.text[error.pos :]) or "escape" in error.msg
+                in_string = in_string or error.msg.startswith("Invalid \\u")
+                cut = in_string or _is_unfinished(source.text[error.pos :])
                 raise _broken(source, name, "" if cut else error.msg, entries, error.pos, in_string) from None
         except (RecursionError, ValueError) as error:
             raise _broken(source, name, str(error), entries) from None
@@ -254,10 +257,9 @@ class Index:
     ):
         """Reads the files once and joins the parts of conversations.
 
-        FastChat numbers the parts of a long conversation by the position of their first turn (`abc_0`, `abc_17`), and lets
-        a part that would begin with an answer repeat the answer that the part before it ended with. An entry is
-        joined to the one before it where those positions and turns agree, so that ids which merely count
-        conversations (`alpaca_0`, `alpaca_1`) join nothing.
+        FastChat numbers the parts of a long conversation by the position of their first turn (`abc_0`, `abc_17`), and
+        a part may repeat the answer that the part before it ended with. An entry is joined to the one before it where
+        those positions and turns agree, so that ids which merely count conversations (`item_0`, `item_1`) join nothing.
 
         Args:
           paths: JSON or JSONL files.
@@ -294,7 +296,9 @@ class Index:
                     raise
                 self.broken.append(fault)
             except OSError as error:
-                raise InputError(f"cannot read {path}: {error.strerror}; a ShareGPT JSON or JSONL file is needed") from None
+                raise InputError(
+                    f"cannot read {path}: {error.strerror}; a ShareGPT JSON or JSONL file is needed"
+                ) from None
             if len(self._offset) == entries_before:
                 raise InputError(f"{path} holds no whole entry: a ShareGPT JSON array or JSONL file is needed")
             bytes_before += path.stat().st_size

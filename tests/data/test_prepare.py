@@ -1,0 +1,329 @@
+import argparse
+import io
+import json
+import time
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from eabf_jax.data.chat import Turn, encode_conversation
+from eabf_jax.data.dataset import Records, num_records, read_metadata
+from eabf_jax.data.prepare import Options, add_arguments, prepare, run
+from eabf_jax.errors import InputError
+
+
+class Words:
+    """One token for a word: lengths can be counted by hand."""
+
+    vocab_size, bos_id, eos_id = 5000, 1, 2
+
+    def encode(self, text, *, special=False):
+        return [10 + sum(map(ord, word)) % 4000 for word in text.split()]
+
+    def token_id(self, piece):
+        return None
+
+
+# In the llama-2 template an exchange of q and a words has q + a + 2 tokens ([INST], [/INST]) between BOS and EOS.
+OVERHEAD = 4
+
+
+def quiet():
+    return Console(file=io.StringIO())
+
+
+def words(number, name="word"):
+    return " ".join(f"{name}{i}" for i in range(number))
+
+
+def entry(identifier, *sizes, name=None):
+    turns = [
+        {"from": ("human", "gpt")[i % 2], "value": words(size, f"the answer of {name or identifier} is {i} ")}
+        for i, size in enumerate(sizes)
+    ]
+    return {"id": identifier, "conversations": turns}
+
+
+def write(path, entries):
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def options(source, destination, **changes):
+    defaults = {"template": "llama-2", "min_tokens": 1, "max_tokens": 1000, "language": "any"}
+    return Options((source,), destination, **{**defaults, **changes})
+
+
+def records(directory, split="train"):
+    return [(r["id"], r["tokens"].tolist(), r["loss_mask"].tolist()) for r in Records(directory, split)]
+
+
+@pytest.fixture
+def many(tmp_path):
+    return write(tmp_path / "many.json", [entry(f"c{i}_0", 3, 4 + i % 5, 2, 3) for i in range(60)])
+
+
+def test_every_stage_is_counted(tmp_path):
+    english = "Please explain how the weather in the mountains changes during the year. "
+    source = write(
+        tmp_path / "a.json",
+        [
+            {
+                "id": "x_0",
+                "conversations": [{"from": "human", "value": english}, {"from": "gpt", "value": english * 3}],
+            },
+            {
+                "id": "x_2",
+                "conversations": [{"from": "human", "value": "And at the sea?"}, {"from": "gpt", "value": english}],
+            },
+            {
+                "id": "copy_0",
+                "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": english * 2}],
+            },
+            {
+                "id": "kopy_0",
+                "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": english * 2}],
+            },
+            {
+                "id": "short_0",
+                "conversations": [{"from": "human", "value": "Hello there"}, {"from": "gpt", "value": "How are you?"}],
+            },
+            {"id": "empty_0", "conversations": []},
+            {"id": "who_0", "conversations": [{"from": "human", "value": "a"}, {"from": "parrot", "value": "b"}]},
+            {
+                "id": "german_0",
+                "conversations": [
+                    {"from": "human", "value": "Warum ist der Himmel am Abend rot und am Tag blau?"},
+                    {"from": "gpt", "value": "Weil das Licht am Abend einen längeren Weg durch die Luft nimmt. " * 3},
+                ],
+            },
+        ],
+    )
+    report = prepare(options(source, tmp_path / "set", language="en", min_tokens=20), Words(), quiet())
+    assert [count for _, count in report.stages()] == [8, 7, 7, 7, 5, 4, 3, 2]
+    assert report.dropped_in_cleaning == {"no turns": 1, "unknown role": 1}
+    counts = report.splits["train"]
+    assert (counts.records, counts.conversations) == (2, 2)
+    # "x": 12 words and 36; 4 and 12. "copy": 1 and 24.
+    assert counts.tokens == (12 + 36 + OVERHEAD) + (4 + 12 + OVERHEAD) + (1 + 24 + OVERHEAD)
+    # Each answer and its EOS.
+    assert counts.response_tokens == 36 + 12 + 24 + 3
+    metadata = read_metadata(tmp_path / "set")
+    assert metadata["counts"]["in_language"] == 3
+    assert (metadata["template"], metadata["vocab_size"], metadata["seed"]) == ("llama-2", 5000, 0)
+    assert metadata["splits"]["train"]["tokens"] == counts.tokens
+
+
+def test_records_are_what_the_template_gives(tmp_path):
+    source = write(tmp_path / "a.json", [entry("c_0", 5, 6)])
+    prepare(options(source, tmp_path / "set"), Words(), quiet())
+    turns = entry("c_0", 5, 6)["conversations"]
+    expected = encode_conversation(
+        [Turn("user", turns[0]["value"]), Turn("assistant", turns[1]["value"])], "llama-2", Words()
+    )
+    assert records(tmp_path / "set") == [("c_0#0", expected.tokens.tolist(), expected.loss_mask.tolist())]
+
+
+def test_long_conversations_become_several_records(tmp_path):
+    # A turn of n "words" has 7 n words by the way `entry` writes them: exchanges of 7 * 2 + 4 = 18 tokens.
+    source = write(tmp_path / "a.json", [entry("c_0", *[1] * 14)])
+    report = prepare(options(source, tmp_path / "set", max_tokens=40, min_tokens=19), Words(), quiet())
+    # Seven exchanges, two to a record; the seventh alone is too short.
+    assert [(name, len(tokens)) for name, tokens, _ in records(tmp_path / "set")] == [
+        (f"c_0#{i}", 36) for i in range(3)
+    ]
+    assert report.splits["train"].conversations == 1
+
+
+def test_subsets_nest_and_the_held_out_stay(many, tmp_path):
+    held_out, train = {}, {}
+    for number in (4, 10, None):
+        directory = tmp_path / f"set{number}"
+        made = options(many, directory, num_conversations=number, held_out=5, held_out_min_tokens=60, max_tokens=200)
+        report = prepare(made, Words(), quiet())
+        held_out[number], train[number] = records(directory, "held_out"), records(directory)
+        assert report.shortages == []
+        if number == 4:
+            assert report.examined < 60
+    assert held_out[4] == held_out[10] == held_out[None]
+    assert len(train[4]) == 4
+    assert train[10][:4] == train[4]
+    assert train[None][:10] == train[10]
+    names = [name.split("#")[0] for name, *_ in train[None] + held_out[None]]
+    assert len(set(names)) == len(names) == 60
+    assert all(len(tokens) >= 60 for _, tokens, _ in held_out[4])
+
+
+def test_the_seed_and_not_the_file_decides_the_order(many, tmp_path):
+    turned = write(tmp_path / "turned.json", json.loads(many.read_text())[::-1])
+    sets = {}
+    for name, source, seed in (("a", many, 1), ("b", turned, 1), ("c", many, 2)):
+        prepare(options(source, tmp_path / name, num_conversations=10, seed=seed), Words(), quiet())
+        sets[name] = records(tmp_path / name)
+    assert sets["a"] == sets["b"] != sets["c"]
+
+
+def test_portions_are_disjoint_whatever_the_seed(many, tmp_path):
+    names = []
+    for seed, portion in ((1, (0.0, 0.5)), (2, (0.5, 1.0))):
+        directory = tmp_path / str(seed)
+        prepare(options(many, directory, seed=seed, portion=portion), Words(), quiet())
+        names.append({name for name, *_ in records(directory)})
+    assert names[0] | names[1] == {f"c{i}_0#0" for i in range(60)}
+    assert names[0] & names[1] == set()
+    assert min(map(len, names)) > 10
+
+
+def test_held_out_records_are_full_by_default(tmp_path):
+    source = write(tmp_path / "a.json", [entry(f"c{i}_0", 1, 1 + i, 1, 1 + i) for i in range(20)])
+    report = prepare(options(source, tmp_path / "set", max_tokens=100, held_out=8), Words(), quiet())
+    assert [len(tokens) for _, tokens, _ in records(tmp_path / "set", "held_out")] == [100] * 8
+    # Turns of 7 and 7 (1 + i) words twice, and twice the overhead: 100 tokens are reached from i = 5 on.
+    assert {int(name[1:].split("_")[0]) for name, *_ in records(tmp_path / "set", "held_out")} <= set(range(5, 20))
+    assert report.splits["held_out"].tokens == 800
+
+
+def test_too_few_records_are_reported(many, tmp_path):
+    report = prepare(options(many, tmp_path / "set", num_conversations=100), Words(), quiet())
+    assert report.shortages == ["train: 60 records found, 100 asked for"]
+
+
+def test_only_held_out(many, tmp_path):
+    made = options(many, tmp_path / "set", num_conversations=0, held_out=3, held_out_min_tokens=10)
+    report = prepare(made, Words(), quiet())
+    assert report.examined == 3
+    assert list(read_metadata(tmp_path / "set")["splits"]) == ["held_out"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"min_tokens": 900}, {"held_out": 2, "held_out_min_tokens": 900}, {"portion": (0.0, 1e-9)}]
+)
+def test_an_empty_split_is_refused_with_the_counts(many, tmp_path, changes):
+    with pytest.raises(
+        InputError, match=r"no conversation is left for split .*entries in the files 60, .*long enough \d"
+    ):
+        prepare(options(many, tmp_path / "set", **changes), Words(), quiet())
+    assert [path.name for path in tmp_path.iterdir()] == ["many.json"]
+
+
+def test_a_broken_file_needs_keep_complete(many, tmp_path):
+    many.write_text(many.read_text()[:-30])
+    with pytest.raises(InputError, match=r"cut off inside a string at byte \d+.* 59 whole entries .*--keep-complete"):
+        prepare(options(many, tmp_path / "set"), Words(), quiet())
+    assert not (tmp_path / "set").exists()
+    report = prepare(options(many, tmp_path / "set", keep_complete=True), Words(), quiet())
+    assert report.entries == 59
+    assert "59 whole entries" in report.broken_files[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"template": "lama-2"}, "did you mean 'llama-2'"),
+        ({"language": "english"}, "did you mean|known: any, en"),
+        ({"sources": ()}, "no source file"),
+        ({"min_tokens": 30, "max_tokens": 20}, "--min-tokens 30 --max-tokens 20"),
+        ({"held_out": -1}, "neither may be negative"),
+        ({"num_conversations": 0}, "nothing to prepare"),
+        ({"held_out_min_tokens": 1}, "at least 2"),
+        ({"portion": (0.5, 0.5)}, "0 <= START < END <= 1"),
+        ({"portion": (float("nan"), 1.0)}, "0 <= START < END <= 1"),
+    ],
+)
+def test_contradicting_options_are_refused(many, tmp_path, changes, message):
+    made = Options(**{**options(many, tmp_path / "set").__dict__, **changes})
+    with pytest.raises(InputError, match=message):
+        prepare(made, Words(), quiet())
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args([str(argument) for argument in arguments])
+
+
+def test_defaults_are_the_papers():
+    arguments = parse("--src", "a.json", "--dst", "d", "--tokenizer", "t")
+    assert (arguments.template, arguments.min_tokens, arguments.max_tokens) == ("llama-2", 10_000, 16_384)
+    assert (arguments.language, arguments.num_conversations, arguments.portion) == ("en", None, "0.0:1.0")
+
+
+def test_the_command_prints_and_writes_the_counts(many, tmp_path, capsys):
+    arguments = parse(
+        *("--src", many, "--dst", tmp_path / "set", "--tokenizer", tmp_path, "--template", "vicuna", "--min-tokens", 1),
+        *("--max-tokens", 500, "--num-conversations", 70, "--language", "any", "--portion", "0.0:1.0"),
+        *("--json", tmp_path / "made" / "counts.json"),
+    )
+    asked = []
+    report = run(arguments, lambda directory: asked.append(directory) or Words())
+    assert asked == [tmp_path]
+    printed = capsys.readouterr()
+    assert "conversations, parts joined" in printed.out
+    assert "note: train: 60 records found, 70 asked for" in printed.out
+    assert "reading" in printed.err
+    content = json.loads((tmp_path / "made" / "counts.json").read_text())
+    assert content["splits"]["train"]["records"] == report.splits["train"].records == 60
+    assert content["entries"] == 60
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["counts.json"]
+
+
+def test_options_are_checked_before_the_tokenizer_is_loaded(many, tmp_path):
+    arguments = parse("--src", many, "--dst", tmp_path / "set", "--tokenizer", tmp_path, "--min-tokens", 0)
+    with pytest.raises(InputError, match="--min-tokens 0"):
+        run(arguments, lambda directory: pytest.fail("loaded"))
+
+
+@pytest.mark.parametrize("portion", ["half", "0.1", "0.5:x"])
+def test_a_portion_is_two_numbers(many, tmp_path, portion):
+    arguments = parse("--src", many, "--dst", tmp_path / "set", "--tokenizer", "t", "--portion", portion)
+    with pytest.raises(InputError, match="START:END"):
+        run(arguments, lambda directory: Words())
+
+
+def test_a_json_file_that_cannot_be_written_is_one_line(many, tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = parse(
+        *("--src", many, "--dst", tmp_path / "set", "--tokenizer", "t", "--min-tokens", 1, "--language", "any"),
+        *("--json", tmp_path / "file" / "counts.json"),
+    )
+    with pytest.raises(InputError, match=r"cannot write .*counts.json"):
+        run(arguments, lambda directory: Words())
+
+
+# --- real conversations -----------------------------------------------------------------------------------------------
+
+
+def test_real_conversations(real_sample, smollm2, tmp_path):
+    begin = time.monotonic()
+    made = Options(
+        (real_sample,),
+        tmp_path / "set",
+        template="chatml",
+        min_tokens=1250,
+        max_tokens=2048,
+        num_conversations=40,
+        held_out=10,
+        keep_complete=True,
+    )
+    report = prepare(made, smollm2, quiet())
+    assert time.monotonic() - begin < 30
+    assert num_records(tmp_path / "set", "train") == 40
+    end = smollm2.token_id("<|im_end|>")
+    start = smollm2.token_id("<|im_start|>")
+    for split, shortest in (("train", 1250), ("held_out", 2048)):
+        for record in Records(tmp_path / "set", split):
+            tokens, mask = record["tokens"], record["loss_mask"]
+            assert shortest <= len(tokens) <= 2048
+            assert tokens[0] == start
+            # What is learned stops at the end of a turn, or where the record was cut.
+            last = np.flatnonzero(mask & ~np.append(mask[1:], False))
+            assert all(tokens[i] == end or i == len(tokens) - 1 for i in last)
+            assert not np.any(mask & (tokens == start))
+    # Most of the file is English, and about two thirds of what is said are answers.
+    assert report.in_language > 0.9 * report.distinct
+    share = report.splits["train"].response_tokens / report.splits["train"].tokens
+    assert 0.4 < share < 0.95
