@@ -1,7 +1,7 @@
 """Writes small exported models of every scheme that needs our model code, each with our own logits beside it.
 
-    python tests/interop/write_export_references.py DIR
-    python tests/interop/check_export_in_transformers.py DIR     # in an environment with any transformers >= 4.46
+python tests/interop/write_export_references.py DIR
+python tests/interop/check_export_in_transformers.py DIR     # in an environment with any transformers >= 4.46
 """
 
 import sys

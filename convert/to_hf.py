@@ -1,0 +1,22 @@
+"""Native or run directory to Hugging Face: python convert/to_hf.py --src DIR --dst DIR [--step N] [--dtype NAME]."""
+
+import argparse
+import time
+
+from eabf_jax.cli import run
+from eabf_jax.interop.huggingface import to_hf
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Exports a native model or run directory to a Hugging Face one.")
+    parser.add_argument("--src", required=True, help="native model or run directory (model.json, checkpoints/)")
+    parser.add_argument("--dst", required=True, help="Hugging Face directory to make")
+    parser.add_argument("--overwrite", action="store_true", help="replace --dst if it is not empty")
+    parser.add_argument("--step", type=int, help="which checkpoint; the latest if not given")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="as stored if not given")
+    o, start = parser.parse_args(), time.perf_counter()
+    done = to_hf(o.src, o.dst, overwrite=o.overwrite, step=o.step, dtype=o.dtype)
+    print(f"{done.tensors} tensors, {done.nbytes:,} bytes, {time.perf_counter() - start:.1f} s -> {o.dst}")
+
+
+run(main)
