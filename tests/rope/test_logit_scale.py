@@ -1,5 +1,6 @@
 """The entropy-aware multiplier against ln(i)/ln(c) in float64, and where it must be exactly 1."""
 
+import functools
 import math
 
 import chex
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from eabf_jax.rope import logit_scale, scheme
 
 # A quotient, a logarithm, the constant 1 / ln c, a product and a sum are each rounded to float32, by 2^-24 relative at
-# most (the logarithm by twice that); the first four weigh only where t is well above 1 (1.02 * 2^-24 in all measured for
+# most (the logarithm by twice that); the first four weigh only where t is well above 1 (1.02 * 2^-24 measured for
 # c = 4,096).
 TOLERANCE = 6 * 2.0**-24
 
@@ -63,7 +64,7 @@ def test_first_layers_are_exempt_when_the_layer_is_traced() -> None:
     positions = jnp.array([0, 600, 5000])
     for unscaled_layers in (0, 1, 2):
         s = scheme("eabf", pretrained_window=512, unscaled_layers=unscaled_layers)
-        _, rows = jax.lax.scan(lambda carry, layer, s=s: (carry, s.logit_scale(positions, layer)), 0, jnp.arange(4))
+        rows = jax.lax.map(functools.partial(s.logit_scale, positions), jnp.arange(4))
         expected = [[reference(p, layer, 512, unscaled_layers) for p in (0, 600, 5000)] for layer in range(4)]
         np.testing.assert_allclose(rows, expected, rtol=TOLERANCE)
         np.testing.assert_array_equal(rows[:unscaled_layers], np.ones((unscaled_layers, 3), np.float32))

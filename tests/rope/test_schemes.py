@@ -96,9 +96,9 @@ def test_types_and_defaults_are_described() -> None:
 
 
 def test_only_the_dynamic_schemes_depend_on_the_length() -> None:
-    window = {"pretrained_window": 4096}
-    factor = {"factor": 4.0}
-    given = {"pi": factor, "ntk": factor, "default": {}, "abf": {}, "eabf": window}
+    window: dict[str, Any] = {"pretrained_window": 4096}
+    factor: dict[str, Any] = {"factor": 4.0}
+    given: dict[str, dict[str, Any]] = {"pi": factor, "ntk": factor, "default": {}, "abf": {}, "eabf": window}
     follows = {name for name in scheme_names() if scheme(name, **given.get(name, window | factor)).depends_on_length}
     assert follows == {"dynamic_ntk", "dynamic_yarn"}
     assert not WITHOUT_A_NAME.depends_on_length
@@ -426,6 +426,10 @@ DEEPSEEK_LIKE = {
         ({"rope_theta": 1e5, "rope_parameters": None}, scheme("default", base=1e5)),
         ({"rope_theta": 1e5, "rope_parameters": {"type": "linear", "factor": 2}}, scheme("pi", base=1e5, factor=2)),
         ({"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2}}, scheme("pi", factor=2)),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "linear", "factor": 8}},
+            scheme("pi", factor=2),
+        ),
         (
             {"max_position_embeddings": 2048, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
             scheme("dynamic_ntk", factor=2, pretrained_window=2048),
