@@ -79,7 +79,9 @@ def test_page_furniture_is_removed(text, expected):
 
 PAGE = (
     '<div class="markdown prose w-full break-words dark:prose-invert light"><p>Use '
-    '<strong>two</strong> &lt;b&gt; steps_of_it:</p><ol><li><p>First</p></li><li>Second</li></ol><pre><div class="bg-black mb-4"><div class="flex"><span>python'
+    "<strong>two</strong> &lt;b&gt; steps_of_it:</p><ol><li><p>First</p></li><li>Second</li></ol>"
+    '<pre><div class="bg-black mb-4"><div class="flex">'
+    "<span>python"
     '</span><button class="flex ml-auto"><svg></svg>Copy code</button></div><div class="p-4">'
     '<code class="!whitespace-pre hljs language-python">'
     '<span class="hljs-keyword">def</span> f(x):\n    return x ** 2\n</code></div></div></pre><h2>End</h2>'

@@ -119,18 +119,22 @@ def test_an_empty_folder_is_used(tmp_path):
     assert num_records(write(tmp_path / "set", {"train": 2}), "train") == 2
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_what_is_interrupted_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), DatasetWriter(tmp_path / "set") as writer:
+def interrupt(directory, error, *, overwrite=False):
+    with DatasetWriter(directory, overwrite=overwrite) as writer:
         writer.add("train", record(1), "x")
         raise error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_is_interrupted_leaves_nothing(tmp_path, error):
+    with pytest.raises(error):
+        interrupt(tmp_path / "set", error)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_overwrite_keeps_the_old_one(dataset):
-    with pytest.raises(KeyboardInterrupt), DatasetWriter(dataset, overwrite=True) as writer:
-        writer.add("train", record(1), "x")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(dataset, KeyboardInterrupt, overwrite=True)
     assert num_records(dataset, "train") == 9
     assert [path.name for path in dataset.parent.iterdir()] == ["set"]
 
