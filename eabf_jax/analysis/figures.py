@@ -33,8 +33,14 @@ def loss_by_position(
         axes.plot(centres, means, label=label, linewidth=1.8)
     if pretrained_window is not None:
         axes.axvline(pretrained_window, color="grey", linestyle="--", linewidth=1)
-        axes.annotate("pretrained window", (pretrained_window, axes.get_ylim()[1]), (4, -12), textcoords="offset points",
-                      color="grey", fontsize=8)
+        axes.annotate(
+            "pretrained window",
+            (pretrained_window, axes.get_ylim()[1]),
+            (4, -12),
+            textcoords="offset points",
+            color="grey",
+            fontsize=8,
+        )
     axes.set(xlabel="position (tokens)", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

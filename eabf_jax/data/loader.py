@@ -1,5 +1,6 @@
 """Batches for training: deterministic by seed, divided among processes, resumable at any batch."""
 
+import functools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from eabf_jax.errors import InputError, unknown_name
 Mode = Literal["conversations", "packed"]
 MODES: tuple[Mode, ...] = ("conversations", "packed")
 
+# Of the documents that packed rows are cut from.
+_CACHE_BYTES = 2**30
 # Records are read ahead by threads: enough to hide decompression behind a step, and few enough for two cores.
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
@@ -144,8 +147,10 @@ class _Packed:
     """Windows on all records joined, each record's place in which is known from the lengths alone."""
 
     def __init__(self, records: Records, lengths: np.ndarray, length: int, seed: int):
-        self._records = records
         self._length = length
+        # A long document is in many rows: read it once, as long as memory allows.
+        kept = max(1, int(_CACHE_BYTES / (4 * lengths.mean())))
+        self._tokens = functools.lru_cache(maxsize=kept)(lambda number: records[number]["tokens"])
         self._order = np.random.default_rng(seed).permutation(len(lengths))
         self._ends = np.cumsum(lengths[self._order], dtype=np.int64)
 
@@ -159,7 +164,7 @@ class _Packed:
         document = int(np.searchsorted(self._ends, begin, side="right"))
         segment = 0
         while filled < self._length:
-            tokens = self._records[int(self._order[document])]["tokens"]
+            tokens = self._tokens(int(self._order[document]))
             start = begin + filled - (int(self._ends[document]) - len(tokens))
             part = tokens[start : start + self._length - filled]
             segment += 1
