@@ -18,6 +18,8 @@ Attention = Callable[[Array, Array, Array, Array | None], Array]
 
 # exp() of this is 0 in float32, while a row with nothing but masked entries stays free of NaN.
 _MASKED = -1e30
+# What a backend gives its backward pass, beside its inputs, carries this name, so that a remat policy can keep it.
+_CHECKPOINT_NAME = "attention_output"
 # Query and key block of the chunked backend: on CPU a 512 x 512 float32 tile per head stays in the L2 cache.
 _CHUNK = 512
 
@@ -110,7 +112,7 @@ def _flash_forward(q: Array, k: Array, v: Array, segments: Array, chunk: int) ->
     out, log_sum_exp = jax.lax.map(query_block, blocks)
     # Named here too: what the backward pass needs are these very arrays, not what the caller makes of them.
     out, log_sum_exp = (
-        checkpoint_name(x, "attention_output") for x in (_join(out), _join(log_sum_exp[..., None])[..., 0])
+        checkpoint_name(x, _CHECKPOINT_NAME) for x in (_join(out), _join(log_sum_exp[..., None])[..., 0])
     )
     return out, (q, k, v, segments, out, log_sum_exp)
 
@@ -193,8 +195,16 @@ def cudnn(
     windows of packed pretraining.
     Source: `jax.nn.dot_product_attention`.
     """
-    mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, scale=1.0, implementation="cudnn")
+    length = q.shape[1]
+    # The kernel's backward pass refuses odd lengths. The padding comes last: causality alone keeps it out.
+    pad = length % 2
+    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
+    mask = None
+    if segment_ids is not None:
+        ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+        mask = ids[:, None, :, None] == ids[:, None, None, :]
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, scale=1.0, implementation="cudnn")
+    return out[:, :length]
 
 
 def splash(
@@ -216,7 +226,7 @@ def splash(
     pads = ((0, 0), (0, pad_length), (0, 0), (0, pad_head))
     q, k, v = (jnp.pad(x, pads).swapaxes(1, 2) for x in (q, k, v))
     mask = kernel.MultiHeadMask([kernel.CausalMask((length + pad_length,) * 2) for _ in range(heads)])
-    attend = kernel.make_splash_mha_single_device(mask)
+    attend = kernel.make_splash_mha_single_device(mask, residual_checkpoint_name=_CHECKPOINT_NAME)
     if segment_ids is None:
         out = jax.vmap(lambda *qkv: attend(*qkv))(q, k, v)
     else:

@@ -22,8 +22,8 @@ LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
 }
 
-_COLUMN = {"kernel": ("embed", "{}"), "bias": ("{}",)}
-_ROW = {"kernel": ("{}", "embed"), "bias": (None,)}
+_COLUMN: dict[str, tuple[str | None, ...]] = {"kernel": ("embed", "{}"), "bias": ("{}",)}
+_ROW: dict[str, tuple[str | None, ...]] = {"kernel": ("{}", "embed"), "bias": (None,)}
 _LAYERS: dict[str, tuple[dict[str, tuple[str | None, ...]], str]] = {
     "q_proj": (_COLUMN, "heads"),
     "k_proj": (_COLUMN, "heads"),

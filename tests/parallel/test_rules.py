@@ -1,0 +1,194 @@
+"""Sharding: where parameters lie, that eight devices compute what one does, which rows a process loads."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from eabf_jax.errors import InputError
+from eabf_jax.model import Llama, LlamaConfig
+from eabf_jax.model.attention import chunked
+from eabf_jax.model.llama import unconstrained
+from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.parallel.rules import (
+    activation_constraint,
+    batch_part,
+    batch_sharding,
+    batch_ways,
+    parameter_axes,
+    parameter_shardings,
+    process_batch_shard,
+    sharded_attention,
+)
+from eabf_jax.rope import scheme
+
+CONFIG = LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=8,
+    num_key_value_heads=4, head_dim=8, max_position_embeddings=32, attention_bias=True, mlp_bias=True,
+    initializer_range=0.3, rope=scheme("eabf", pretrained_window=8),
+)  # fmt: skip
+
+
+def named(tree: Any) -> dict[str, Any]:
+    return {".".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def test_parameters_are_split_as_documented() -> None:
+    column, row = P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")
+    expected = {
+        "embed_tokens.embedding": P("tensor", "fsdp"),
+        "layers.input_layernorm.scale": P(None, None),
+        "layers.post_attention_layernorm.scale": P(None, None),
+        "norm.scale": P(None),
+        "lm_head.kernel": P("fsdp", "tensor"),
+    }
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+        expected |= {f"layers.{name}.kernel": column, f"layers.{name}.bias": P(None, "tensor")}
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        expected |= {f"layers.{name}.kernel": row, f"layers.{name}.bias": P(None, None)}
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    shardings = named(parameter_shardings(mesh, Llama.abstract(CONFIG).parameters()))
+    assert {name: sharding.spec for name, sharding in shardings.items()} == expected
+    assert all(sharding.mesh == mesh for sharding in shardings.values())
+
+
+def test_axes_of_a_parameter_outside_the_layers_have_no_layer_axis() -> None:
+    assert parameter_axes(("lm_head", "kernel")) == ("embed", "vocab")
+    assert parameter_axes(("layers", "mlp", "down_proj", "bias")) == ("layers", None)
+
+
+def test_a_dimension_that_the_mesh_does_not_divide_is_named() -> None:
+    params = {"embed_tokens": {"embedding": jax.ShapeDtypeStruct((63, 32), jnp.float32)}}
+    with pytest.raises(InputError, match=r"parameter embed_tokens.embedding has a dimension of 63, .* 2 ways \(tensor\)"):
+        parameter_shardings(make_mesh(MeshConfig(2, 2, 2)), params)
+
+
+@pytest.mark.parametrize(("sizes", "ways"), [((1, 8, 1), 8), ((2, 2, 2), 4), ((1, 1, 8), 1)])
+def test_the_batch_is_split_over_data_and_fsdp(sizes: tuple[int, int, int], ways: int) -> None:
+    mesh = make_mesh(MeshConfig(*sizes))
+    assert batch_ways(mesh) == ways
+    assert batch_sharding(mesh).shard_shape((16, 5)) == (16 // ways, 5)
+
+
+def test_a_tensor_axis_that_does_not_divide_the_key_value_heads_is_refused() -> None:
+    with pytest.raises(InputError, match="mesh tensor=8 does not divide the model's 4 key-value heads"):
+        sharded_attention(make_mesh(MeshConfig(1, 1, 8)), chunked, CONFIG.num_key_value_heads)
+
+
+def test_one_device_needs_no_hooks() -> None:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    assert sharded_attention(mesh, chunked, 3) is chunked
+    assert activation_constraint(mesh) is unconstrained
+
+
+def batch(packed: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, CONFIG.vocab_size, (8, 24)).astype(np.int32)
+    segments = np.sort(generator.integers(1, 4, (8, 24)), axis=1).astype(np.int32) if packed else None
+    return tokens, segments
+
+
+@pytest.fixture(scope="module")
+def params() -> dict[str, Any]:
+    return Llama(CONFIG, rngs=nnx.Rngs(0)).parameters()
+
+
+def loss_and_gradient(model: Llama, params: Any, tokens: Any, segments: Any) -> Any:
+    def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+        logits = model.with_parameters(params)(tokens, segment_ids=segments)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
+        return -chosen.mean(), logits
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+@pytest.fixture(scope="module")
+def single_device(params: dict[str, Any]) -> dict[bool, Any]:
+    model = Llama.abstract(CONFIG, attention="chunked")
+    return {packed: jax.jit(loss_and_gradient, static_argnums=0)(model, params, *batch(packed)) for packed in (False, True)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "packed"), [((1, 8, 1), False), ((2, 2, 2), True), ((1, 4, 2), False), ((2, 1, 4), True)]
+)
+def test_eight_devices_compute_what_one_does(
+    sizes: tuple[int, int, int], packed: bool, params: dict[str, Any], single_device: dict[bool, Any]
+) -> None:
+    mesh = make_mesh(MeshConfig(*sizes))
+    model = Llama.abstract(
+        CONFIG, attention=sharded_attention(mesh, chunked, CONFIG.num_key_value_heads), remat="attention",
+        constrain=activation_constraint(mesh),
+    )  # fmt: skip
+    shardings = parameter_shardings(mesh, params)
+    tokens, segments = batch(packed)
+    rows = batch_sharding(mesh)
+    inputs = (jax.device_put(params, shardings), jax.device_put(tokens, rows), segments)
+    run = jax.jit(lambda *inputs: loss_and_gradient(model, *inputs), out_shardings=(None, shardings))
+    (loss, logits), gradient = run(*inputs)
+    (expected_loss, expected_logits), expected_gradient = single_device[packed]
+    # The same sums in another order: float32 rounding (6e-8) through three layers.
+    np.testing.assert_allclose(loss, expected_loss, rtol=2e-6)
+    np.testing.assert_allclose(logits, expected_logits, atol=2e-5 * float(jnp.abs(expected_logits).max()), rtol=0)
+    for name, expected in named(expected_gradient).items():
+        largest = float(jnp.abs(expected).max())
+        assert largest > 0
+        np.testing.assert_allclose(named(gradient)[name], expected, atol=2e-5 * largest, rtol=0, err_msg=name)
+    kernel = gradient["layers"]["mlp"]["gate_proj"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (3, 32 // sizes[1], 48 // sizes[2])
+
+
+def test_activations_are_laid_out_by_their_logical_axes() -> None:
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    constrain = activation_constraint(mesh)
+    laid_out = jax.jit(lambda x: constrain(x, "batch", "length", "mlp"))(jnp.ones((8, 3, 6)))
+    assert laid_out.sharding.shard_shape(laid_out.shape) == (2, 3, 3)
+
+
+def mesh_of_processes(sizes: tuple[int, int, int], devices_each: int) -> Mesh:
+    """A mesh over many processes, of stand-ins for devices: only their place is ever asked for."""
+    count = int(np.prod(sizes))
+    devices = [SimpleNamespace(id=i, process_index=i // devices_each, platform="cpu", client=None) for i in range(count)]
+    hashable = [type("Device", (), {**vars(device), "__hash__": lambda self: self.id})() for device in devices]
+    return Mesh(np.array(hashable, dtype=object).reshape(sizes), ("data", "fsdp", "tensor"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices_each", "expected"),
+    [
+        ((1, 8, 1), 2, [(0, 4), (1, 4), (2, 4), (3, 4)]),  # every process its own rows
+        ((2, 2, 2), 4, [(0, 2), (1, 2)]),
+        ((1, 2, 4), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two processes share a tensor axis
+        ((1, 1, 8), 4, [(0, 1), (0, 1)]),  # tensor parallel only: all load everything
+        ((2, 4, 1), 8, [(0, 1)]),
+    ],
+)
+def test_processes_that_hold_the_same_rows_load_the_same_part(
+    sizes: tuple[int, int, int], devices_each: int, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = mesh_of_processes(sizes, devices_each)
+    for process, part in enumerate(expected):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert process_batch_shard(mesh) == part
+
+
+def test_this_process_alone_loads_the_whole_batch() -> None:
+    assert process_batch_shard(make_mesh(MeshConfig(2, 2, 2))) == (0, 1)
+
+
+def test_parts_are_numbered_by_their_rows_not_by_process() -> None:
+    rows = {0: {2, 3}, 1: {0, 1}, 2: {2, 3}, 3: {0, 1}}
+    assert [batch_part(rows, process) for process in rows] == [(1, 2), (0, 2), (1, 2), (0, 2)]
+
+
+def test_parts_that_overlap_or_differ_are_refused() -> None:
+    # Three devices a process, two on the tensor axis: the second process holds half of two rows.
+    with pytest.raises(InputError, match="overlap or differ in number"):
+        process_batch_shard(mesh_of_processes((1, 3, 2), 3))
+    with pytest.raises(InputError, match="overlap or differ in number"):
+        batch_part({0: {0, 1}, 1: {2}}, 0)
