@@ -1,0 +1,515 @@
+"""Hugging Face directories against transformers and the safetensors library: bit-exact, and every kind of bad input."""
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import eabf_jax
+from eabf_jax.errors import InputError
+from eabf_jax.interop import native
+from eabf_jax.interop.huggingface import config_from_hf, config_to_hf, from_hf, load_hf, to_hf
+from eabf_jax.interop.layout import flatten, nest, parameters
+from eabf_jax.rope import scheme
+
+SIZES = {
+    "vocab_size": 131, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def make(directory: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **settings: object) -> Path:
+    """A random LLaMA saved by transformers."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**SIZES, **settings})
+    transformers.LlamaForCausalLM(config).to(dtype).save_pretrained(directory, max_shard_size=shard)
+    return directory
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a directory, read by the safetensors library."""
+    return {name: value for path in directory.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert value.dtype == right[name].dtype and value.shape == right[name].shape, name
+        assert torch.equal(value.contiguous().view(torch.uint8), right[name].contiguous().view(torch.uint8)), name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shard", "settings"),
+    [
+        (torch.float32, "5GB", {}),
+        (torch.bfloat16, "20KB", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
+        (torch.float16, "20KB", {"tie_word_embeddings": True, "eos_token_id": [2, 7]}),
+        (torch.float64, "5GB", {"num_key_value_heads": 4}),
+        (torch.float8_e4m3fn, "20KB", {}),
+    ],
+)
+def test_round_trip_is_bit_exact(tmp_path: Path, dtype: torch.dtype, shard: str, settings: dict[str, object]) -> None:
+    source = make(tmp_path / "source", dtype, shard, **settings)
+    done = from_hf(source, tmp_path / "native")
+    again = to_hf(tmp_path / "native", tmp_path / "again", max_shard_bytes=25_000)
+    before = tensors(source)
+    assert_same_bits(before, tensors(tmp_path / "again"))
+    assert done == again == (len(before), sum(value.nbytes for value in before.values()))
+    expected = config_from_hf(json.loads((source / "config.json").read_text()))
+    assert native.read_model_json(tmp_path / "native") == expected
+    assert config_from_hf(json.loads((tmp_path / "again" / "config.json").read_text())) == expected
+    index = json.loads((tmp_path / "again" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(before) and len(set(index["weight_map"].values())) > 1
+    if dtype.itemsize > 1:
+        theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "again", dtype=dtype).state_dict()
+        assert_same_bits(before, {name: theirs[name] for name in before})
+
+
+def test_special_values_survive(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", torch.bfloat16)
+    values = tensors(source)
+    values["model.norm.weight"][:5] = torch.tensor(
+        [-0.0, torch.inf, -torch.inf, torch.nan, 1e-40], dtype=torch.bfloat16
+    )
+    save_file(values, source / "model.safetensors")
+    from_hf(source, tmp_path / "native")
+    to_hf(tmp_path / "native", tmp_path / "again")
+    assert_same_bits(values, tensors(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("kind", ["hf", "native"])
+def test_loaded_model_agrees_with_transformers(tmp_path: Path, kind: str) -> None:
+    source = make(tmp_path / "hf", shard="20KB", rope_theta=5000.0, attention_bias=True)
+    from_hf(source, tmp_path / "native")
+    tokens = np.random.default_rng(0).integers(0, 131, (2, 40))
+    with torch.no_grad():
+        expected = transformers.LlamaForCausalLM.from_pretrained(source)(torch.tensor(tokens)).logits.numpy()
+    model, tokenizer = eabf_jax.load(tmp_path / kind, dtype="float32")
+    assert tokenizer is None
+    np.testing.assert_allclose(np.asarray(model(tokens)), expected, atol=1e-4)  # the project's promise for float32
+    half, _ = eabf_jax.load(tmp_path / kind, rope={"type": "pi", "base": 5000.0, "factor": 2.0})
+    assert {leaf.dtype for _, leaf in flatten(half.parameters())} == {np.dtype(ml_dtypes.bfloat16)}
+    assert half.config.rope == scheme("pi", base=5000.0, factor=2.0)
+    again, _ = eabf_jax.load(tmp_path / kind, rope=half.config.rope)
+    assert again.config == half.config
+
+
+def test_load_refuses_other_dtypes_and_places(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="dtype is 'int8', expected one of bfloat16"):
+        eabf_jax.load(tmp_path, dtype="int8")
+    with pytest.raises(InputError, match="no such directory"):
+        eabf_jax.load(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="neither a Hugging Face directory"):
+        eabf_jax.load(tmp_path)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = eabf_jax.nothing
+
+
+def test_params_arrive_sharded_and_cast(tmp_path: Path) -> None:
+    source = make(tmp_path / "hf")
+    from_hf(source, tmp_path / "native")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("fsdp",))
+    one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    config = native.read_model_json(tmp_path / "native")
+    tree = nest({entry.path: one for entry in parameters(config)})
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    tree["layers"]["mlp"]["up_proj"]["kernel"] = split
+    for read in (load_hf, native.load_native):
+        directory = source if read is load_hf else tmp_path / "native"
+        _, params = read(directory, dtype="bfloat16", shardings=tree)
+        kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
+        assert kernel.sharding == split and kernel.dtype == ml_dtypes.bfloat16
+        expected = tensors(source)["model.layers.2.mlp.up_proj.weight"].to(torch.bfloat16).float().numpy().T
+        np.testing.assert_array_equal(np.asarray(kernel[2], np.float32), expected)
+    _, plain = load_hf(source)
+    assert plain["norm"]["scale"].dtype == np.float32
+
+
+def test_steps_and_dtype_of_export(tmp_path: Path) -> None:
+    source = make(tmp_path / "hf")
+    from_hf(source, tmp_path / "run")
+    config, params = native.load_native(tmp_path / "run")
+    native.save_params(tmp_path / "run", jax.tree.map(lambda x: x + 1, params), step=6)
+    to_hf(tmp_path / "run", tmp_path / "last", dtype="bfloat16")
+    to_hf(tmp_path / "run", tmp_path / "first", step=0)
+    before = tensors(source)
+    assert_same_bits(before, tensors(tmp_path / "first"))
+    assert_same_bits({name: (value + 1).bfloat16() for name, value in before.items()}, tensors(tmp_path / "last"))
+    assert json.loads((tmp_path / "last" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    with pytest.raises(InputError, match="no checkpoint of step 3; there are 0, 6"):
+        to_hf(tmp_path / "run", tmp_path / "other", step=3)
+    assert config.vocab_size == 131
+
+
+def test_old_buffers_and_tied_copies_are_left_out(tmp_path: Path) -> None:
+    source = make(tmp_path / "hf", tie_word_embeddings=True)
+    values = tensors(source)
+    values["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    values["lm_head.weight"] = values["model.embed_tokens.weight"].clone()
+    save_file(values, source / "model.safetensors")
+    from_hf(source, tmp_path / "native")
+    to_hf(tmp_path / "native", tmp_path / "again")
+    expected = {name: value for name, value in values.items() if "inv_freq" not in name and "lm_head" not in name}
+    assert_same_bits(expected, tensors(tmp_path / "again"))
+    values["lm_head.weight"][0, 0] += 1
+    save_file(values, source / "model.safetensors")
+    with pytest.raises(InputError, match=r"lm_head.weight differs from the embedding"):
+        from_hf(source, tmp_path / "native", overwrite=True)
+
+
+def test_layers_of_different_dtypes_become_the_wider(tmp_path: Path) -> None:
+    source = make(tmp_path / "hf", torch.bfloat16)
+    values = tensors(source)
+    name = "model.layers.1.input_layernorm.weight"
+    values[name] = torch.full((32,), 1.0001)
+    save_file(values, source / "model.safetensors")
+    _, params = load_hf(source)
+    np.testing.assert_array_equal(np.asarray(params["layers"]["input_layernorm"]["scale"][1]), values[name].numpy())
+
+
+def test_shards_of_a_hub_cache_are_read(tmp_path: Path) -> None:
+    """The hub's cache keeps every file as a link into a folder of blobs."""
+    made = make(tmp_path / "made", shard="20KB")
+    snapshot = tmp_path / "models--x" / "snapshots" / "abc"
+    blobs = tmp_path / "models--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(made.iterdir()):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+    from_hf(snapshot, tmp_path / "native")
+    to_hf(tmp_path / "native", tmp_path / "again")
+    assert_same_bits(tensors(made), tensors(tmp_path / "again"))
+
+
+def edit_config(**changes: object) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        path = directory / "config.json"
+        values = json.loads(path.read_text())
+        for name, value in changes.items():
+            values.pop(name, None)
+            if value != "absent":
+                values[name] = value
+        path.write_text(json.dumps(values))
+
+    return edit
+
+
+def edit_index(change: Callable[[dict[str, str]], object]) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        path = directory / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        change(index["weight_map"])
+        path.write_text(json.dumps(index))
+
+    return edit
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        values = tensors(directory)
+        for path in directory.glob("model*"):
+            path.unlink()
+        change(values)
+        save_file(values, directory / "model.safetensors")
+
+    return edit
+
+
+def shard(directory: Path, number: int = 1) -> Path:
+    return sorted(directory.glob("*.safetensors"))[number]
+
+
+def cut(directory: Path) -> None:
+    os.truncate(shard(directory), shard(directory).stat().st_size - 10)
+
+
+def cut_to(length: int) -> Callable[[Path], None]:
+    return lambda directory: os.truncate(shard(directory), length)
+
+
+def append(directory: Path) -> None:
+    with shard(directory).open("ab") as file:
+        file.write(b"more")
+
+
+def break_header(directory: Path) -> None:
+    data = bytearray(shard(directory).read_bytes())
+    data[8:10] = b"[}"
+    shard(directory).write_bytes(data)
+
+
+def short_offsets(directory: Path) -> None:
+    data = shard(directory).read_bytes()
+    shard(directory).write_bytes(data.replace(b'"dtype":"F32"', b'"dtype":"F16"', 1))
+
+
+def pickled(name: str) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        for path in directory.glob("model*"):
+            path.unlink()
+        (directory / name).write_bytes(b"")
+
+    return edit
+
+
+def no_weights(directory: Path) -> None:
+    for path in directory.glob("model*"):
+        path.unlink()
+
+
+def link_out(directory: Path) -> None:
+    outside = directory.parent / "outside.safetensors"
+    shard(directory).rename(outside)
+    (directory / sorted(set(names(directory)))[1]).symlink_to(outside)
+
+
+def names(directory: Path) -> list[str]:
+    return list(json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"].values())
+
+
+def large_vocabulary(directory: Path) -> None:
+    alphabet = {chr(ord("a") + i // 26) + chr(ord("a") + i % 26): i for i in range(132)}
+    model = {"type": "WordLevel", "vocab": alphabet, "unk_token": "aa"}
+    (directory / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+
+
+BAD = {
+    "other architecture": (edit_config(model_type="qwen2"), r"model_type is 'qwen2', expected 'llama'"),
+    "no architecture": (edit_config(model_type="absent"), r"model_type is None, expected 'llama'"),
+    "other activation": (edit_config(hidden_act="gelu"), r"hidden_act is 'gelu', expected 'silu'"),
+    "missing key": (edit_config(hidden_size="absent"), r"hidden_size is None, expected a positive integer"),
+    "ill-typed key": (edit_config(num_hidden_layers="3"), r"num_hidden_layers is '3', expected a positive integer"),
+    "quantised": (edit_config(quantization_config={"bits": 4}), r"quantised"),
+    "config not JSON": (lambda d: (d / "config.json").write_text("{"), r"config.json: not valid JSON"),
+    "config not an object": (lambda d: (d / "config.json").write_text("[]"), r"found a JSON list, expected an object"),
+    "missing tensor": (
+        edit_tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
+        r"tensor model.layers.1.mlp.up_proj.weight is missing; expected shape \[48, 32\]",
+    ),
+    "mis-shaped tensor": (
+        edit_tensors(lambda t: t.update({"model.norm.weight": torch.ones(31)})),
+        r"model.safetensors: tensor model.norm.weight has shape \[31\], expected \[32\]",
+    ),
+    "extra tensor": (
+        edit_tensors(lambda t: t.update({"model.extra": torch.ones(1)})),
+        r"tensor model.extra is not part of this model \(1 such\)",
+    ),
+    "integer tensor": (
+        edit_tensors(lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
+        r"tensor model.norm.weight is I8, expected one of F64, F32",
+    ),
+    "fewer layers in config": (edit_config(num_hidden_layers=2), r"tensor model.layers.2\S+ is not part of this model"),
+    "truncated shard": (cut, r"00002-of-\d+.safetensors: truncated: \d+ bytes, its header describes \d+"),
+    "truncated header": (cut_to(20), r"not a whole safetensors file: it has 20 bytes"),
+    "empty shard": (cut_to(0), r"not a whole safetensors file: it has 0 bytes"),
+    "longer shard": (append, r"too long: \d+ bytes"),
+    "broken header": (break_header, r"the safetensors header is not valid"),
+    "wrong offsets": (short_offsets, r"its header gives it \d+"),
+    "missing shard": (lambda d: shard(d).unlink(), r"00002-of-\d+.safetensors: no such file"),
+    "index leads up": (
+        edit_index(lambda m: m.update({"model.norm.weight": "../x.safetensors"})),
+        r"names the file '../x.safetensors', which is outside its directory",
+    ),
+    "index leads to parent": (edit_index(lambda m: m.update({"model.norm.weight": ".."})), r"names the file '..'"),
+    "index is absolute": (
+        edit_index(lambda m: m.update({"model.norm.weight": "/etc/passwd"})),
+        r"names the file '/etc/passwd', which is outside",
+    ),
+    "link leads out": (link_out, r"which is outside its directory"),
+    "index has too much": (
+        edit_index(lambda m: m.update({"model.more": m["model.norm.weight"]})),
+        r"tensor model.more is missing; model.safetensors.index.json has it in this shard",
+    ),
+    "index has too little": (
+        edit_index(lambda m: m.pop("model.norm.weight")),
+        r"tensor model.norm.weight is here, but model.safetensors.index.json has it in None",
+    ),
+    "index is no map": (
+        lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": [1]}'),
+        r"expected a weight_map",
+    ),
+    "pickled": (pickled("pytorch_model.bin"), r"pickled weights \(pytorch_model.bin\).*python -c .*save_pretrained"),
+    "pickled .pt": (pickled("model.pt"), r"pickled weights \(model.pt\)"),
+    "no weights": (no_weights, r"no weights; expected model.safetensors"),
+    "vocabulary too large": (large_vocabulary, r"the tokenizer has 132 tokens, the embedding 131 rows"),
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("good") / "hf", shard="20KB")
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(good: Path, tmp_path: Path, case: str) -> None:
+    spoil, message = BAD[case]
+    source = tmp_path / "in" / "hf"
+    shutil.copytree(good, source)
+    spoil(source)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match=message) as caught:
+        from_hf(source, tmp_path / "out" / "native")
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(InputError, match=message):
+        eabf_jax.load(source)
+
+
+def test_destination_must_be_free(good: Path, tmp_path: Path) -> None:
+    target = tmp_path / "native"
+    target.mkdir()
+    (target / "precious").write_text("x")
+    with pytest.raises(InputError, match="is not empty; pass --overwrite"):
+        from_hf(good, target)
+    assert (target / "precious").read_text() == "x"
+    from_hf(good, target, overwrite=True)
+    assert not (target / "precious").exists() and native.is_native(target)
+    with pytest.raises(InputError, match="holds the source"):
+        to_hf(target, target, overwrite=True)
+    with pytest.raises(InputError, match="holds the source"):
+        to_hf(target, tmp_path, overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        to_hf(target, tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    to_hf(target, tmp_path / "empty")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "native"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: No space left on device [x]")],
+)
+def test_full_disk(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(native, "write_model_json", full)  # the last thing written
+    with pytest.raises(InputError, match="no space left on device while writing"):
+        from_hf(good, tmp_path / "native")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interruption_leaves_nothing(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(native, "write_model_json", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        from_hf(good, tmp_path / "native")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_pass_through(good: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Not a directory"):
+        from_hf(good, tmp_path / "file" / "native")
+
+
+def edit_model(**changes: object) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        values = json.loads((directory / "model.json").read_text())
+        (directory / "model.json").write_text(json.dumps({**values, **changes}))
+
+    return edit
+
+
+def lose_chunks(directory: Path) -> None:
+    for path in (directory / "checkpoints" / "0" / "params").rglob("d/*"):
+        path.unlink()
+
+
+BAD_NATIVE = {
+    "unknown field": (edit_model(colour=1), "unknown field 'colour'"),
+    "missing field": (edit_model(hidden_size=None), "field hidden_size is None, expected an integer"),
+    "rope": (edit_model(rope="eabf"), "field rope is 'eabf', expected an object"),
+    "other shape": (
+        edit_model(intermediate_size=50),
+        r"parameter layers.mlp.gate_proj.kernel has shape \[3, 32, 48\], expected \[3, 32, 50\]",
+    ),
+    "missing": (edit_model(attention_bias=True), r"parameter layers.self_attn.q_proj.bias is missing"),
+    "extra": (edit_model(tie_word_embeddings=True), r"parameter lm_head.kernel is not part of this model"),
+    "no checkpoint": (lambda d: shutil.rmtree(d / "checkpoints"), "no checkpoint there"),
+    "no metadata": (lambda d: (d / "checkpoints/0/params/_METADATA").unlink(), "damaged checkpoint"),
+    "no data": (lose_chunks, "damaged checkpoint"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_NATIVE)
+def test_bad_native_directory(good: Path, tmp_path: Path, case: str) -> None:
+    spoil, message = BAD_NATIVE[case]
+    from_hf(good, tmp_path / "native")
+    spoil(tmp_path / "native")
+    for action in (lambda d: to_hf(d, tmp_path / "out" / "hf"), eabf_jax.load):
+        with pytest.raises(InputError, match=message) as caught:
+            action(tmp_path / "native")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "hf").exists()
+
+
+def test_config_spells_what_transformers_cannot_say() -> None:
+    values = {**SIZES, "model_type": "llama", "rope_theta": 1e4}
+    config = config_from_hf(values)
+    assert config.num_key_value_heads == 2 and config.head_dim == 8 and config.rms_norm_eps == 1e-6
+    assert config_from_hf({k: v for k, v in values.items() if k != "num_key_value_heads"}).num_key_value_heads == 4
+    eabf = scheme("eabf", base=5e5, pretrained_window=64)
+    written = config_to_hf(dataclasses.replace(config, rope=eabf), "bfloat16")
+    assert written["model_type"] == "eabf_llama" and written["torch_dtype"] == "bfloat16"
+    assert set(written["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert config_from_hf(written).rope == eabf
+    assert "auto_map" not in config_to_hf(config)
+
+
+MEMORY = """
+import resource, sys
+from eabf_jax.interop.huggingface import from_hf, to_hf
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from_hf(sys.argv[1], sys.argv[2])
+there = peak()
+print(there)
+"""
+
+
+def test_memory_stays_within_the_model_and_two_gib(tmp_path: Path) -> None:
+    """A 0.6 GiB model in 27 shards; the allowance for a real one, whatever its size, is its size and 2 GiB."""
+    layers, hidden = 12, 2048
+    sizes = {**SIZES, "hidden_size": hidden, "intermediate_size": 4096, "num_hidden_layers": layers}
+    config = config_from_hf({**sizes, "head_dim": 128, "model_type": "llama"})
+    source = tmp_path / "hf"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config_to_hf(config, "bfloat16")))
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    block = torch.randn(2**24).to(torch.bfloat16)
+    for entry in parameters(config):
+        for name in entry.hf_names():
+            found = re.search(r"layers\.(\d+)", name)
+            value = block[: int(np.prod(entry.hf_shape))].reshape(entry.hf_shape).clone()
+            shards.setdefault(f"model-{found[1] if found else 'x'}-{name[-12:-8]}.safetensors", {})[name] = value
+    for file, values in shards.items():
+        save_file(values, source / file)
+    weight_map = {name: file for file, values in shards.items() for name in values}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    size = sum(value.nbytes for values in shards.values() for value in values.values())
+    assert size > 0.5 * 2**30 and len(shards) > 20
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", MEMORY, str(source), str(tmp_path / "native")]
+    peak = int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    print(f"peak {peak / 2**30:.2f} GiB for a model of {size / 2**30:.2f} GiB")
+    # Tighter than promised, so that a model held twice is caught at this size too.
+    assert peak < size + 1.0 * 2**30, f"{peak / 2**30:.2f} GiB for a model of {size / 2**30:.2f} GiB"
