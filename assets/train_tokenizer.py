@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
+
 from eabf_jax.cli import run
 from eabf_jax.data.cleaning import clean_conversation, language
 from eabf_jax.data.sharegpt import Index, fraction, order_key

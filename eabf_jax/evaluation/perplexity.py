@@ -1,5 +1,6 @@
 """Loss by position: how well a model uses what lies 256, 1,024 or 16,384 tokens back."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,12 +74,12 @@ def band_losses(losses: Float[np.ndarray, "documents T_minus_1"], edges: Sequenc
       InputError: edges that do not increase or reach past the documents.
     """
     length = losses.shape[1] + 1
-    if len(edges) < 2 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)) or edges[0] < 0:
+    if len(edges) < 2 or any(a >= b for a, b in itertools.pairwise(edges)) or edges[0] < 0:
         raise InputError(f"position bands {','.join(map(str, edges))} do not increase from 0 or more")
     if edges[-1] > length:
         raise InputError(f"position band ends at {edges[-1]}, the documents at {length} tokens")
     bands = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         per_document = losses[:, max(start - 1, 0) : end - 1].astype(np.float64).mean(axis=1)
         spread = per_document.std(ddof=1) / math.sqrt(len(per_document)) if len(per_document) > 1 else math.nan
         bands.append(BandLoss(start, end, float(per_document.mean()), float(1.96 * spread)))

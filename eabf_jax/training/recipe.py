@@ -70,9 +70,8 @@ class DataConfig:
 class RecipeConfig:
     """What is optimised and how."""
 
-    objective: Literal["extend", "pretrain"] = (
-        "extend"  # extend: loss on the assistant's tokens, one conversation a row; pretrain: every token, packed rows
-    )
+    # extend: the loss is on the assistant's tokens, one conversation a row; pretrain: on every token, rows packed
+    objective: Literal["extend", "pretrain"] = "extend"
     epochs: int = 2  # paper
     steps: int | None = None  # optimizer steps; null: epochs x floor(samples / batch_size), as in the paper
     batch_size: int = 32  # sequences a step over all devices; paper: 32 below 3.5k samples, 128 at 3.5k
@@ -91,13 +90,11 @@ class RecipeConfig:
 class ComputeConfig:
     """How it is computed; none of these changes what is computed."""
 
-    dtype: Literal["bfloat16", "float16", "float32"] = (
-        "bfloat16"  # of the matrix products; parameters, gradients and moments are float32
-    )
+    # of the matrix products; parameters, gradients and moments are float32
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     attention: str = "auto"  # auto, reference, chunked, cudnn or splash
-    remat: str = (
-        "full"  # what the backward pass keeps of a layer: none (all of it), full (nothing), attention, qkv or dots
-    )
+    # what the backward pass keeps of a layer: none (all of it), full (nothing), attention, qkv or dots
+    remat: str = "full"
     microbatch_size: int = 1  # sequences a device computes at a time; gradients are accumulated in float32
     loss_chunk: int = 1024  # tokens of a row whose logits exist at a time
 
@@ -227,12 +224,13 @@ def _check_arguments(arguments: Sequence[str]) -> None:
 
 def _check_keys(raw: Mapping[str, Any], kind: Any, path: str) -> None:
     if isinstance(kind, type) and issubclass(kind, RopeConfig):
+        choices = RopeConfig.get_known_choices()
         if "type" not in raw:
             raise InputError(
                 f"{path.rstrip('.')} has no key 'type': one of {', '.join(RopeConfig.get_known_choices())}"
             )
-        if raw["type"] not in RopeConfig.get_known_choices():
-            raise unknown_name("rotary scheme", str(raw["type"]), RopeConfig.get_known_choices())
+        if raw["type"] not in choices:
+            raise unknown_name("rotary scheme", str(raw["type"]), choices)
         kind = RopeConfig.get_choice_class(raw["type"])
         raw = {key: value for key, value in raw.items() if key != "type"}
     hints = typing.get_type_hints(kind)

@@ -18,11 +18,11 @@ from eabf_jax.training.recipe import ComputeConfig
 
 
 class TrainState(NamedTuple):
-    """What an optimizer step reads and replaces."""
+    """What an optimizer step reads and replaces: arrays, or their shapes or shardings in the same places."""
 
-    step: Int[Array, ""]
-    params: dict[str, Any]
-    optimizer: Any
+    step: Any  # int32 scalar: optimizer steps taken
+    params: dict[str, Any]  # float32
+    optimizer: Any  # optax state, float32
 
 
 class StepMetrics(NamedTuple):
@@ -133,7 +133,7 @@ def state_shardings(
     structure = jax.tree.structure(abstract_params)
 
     def is_params(node: Any) -> bool:
-        return jax.tree.structure(node) == structure
+        return bool(jax.tree.structure(node) == structure)  # type: ignore[operator]
 
     optimizer_shardings = jax.tree.map(
         lambda node: shardings if is_params(node) else replicated, abstract_optimizer, is_leaf=is_params

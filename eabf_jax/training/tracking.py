@@ -1,6 +1,7 @@
 """What a run reports: a progress bar for people, JSON lines and TensorBoard for programs."""
 
 import json
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -89,7 +90,7 @@ class Tracker:
             return
         path = run / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= start]
+        kept = [line for line in lines if _step_of(line) <= start]
         path.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
         self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
@@ -128,9 +129,9 @@ class Tracker:
                 self._tensorboard.add_scalar(name, value, step)
 
 
-def _step_of(line: str) -> int | None:
-    """The step of a record; None for a line that a kill cut short."""
+def _step_of(line: str) -> float:
+    """The step of a record; infinite for a line that a kill cut short."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return None
+        return math.inf

@@ -315,14 +315,13 @@ def _preemption_flag() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield flag  # only the main thread may handle signals
         return
-    handled = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in handled}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def set_flag(number: int, frame: Any) -> None:
         flag.set()
         signal.signal(number, before[number])  # the second one is not held back
 
-    for number in handled:
+    for number in before:
         signal.signal(number, set_flag)
     try:
         yield flag
