@@ -1,0 +1,125 @@
+"""`eabf evaluate perplexity` from the command line to table, JSON and picture."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from eabf_jax import load
+from eabf_jax.cli import main
+from eabf_jax.data.chat import Encoded
+from eabf_jax.data.dataset import DatasetWriter
+from eabf_jax.errors import InputError
+from eabf_jax.evaluation.command import default_edges, parse_entry, read_documents
+from eabf_jax.evaluation.perplexity import position_losses
+from eabf_jax.interop.native import save_params, write_model_json
+from eabf_jax.model import Llama, LlamaConfig
+
+CONFIG = LlamaConfig(
+    vocab_size=61,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    max_position_embeddings=16,
+    initializer_range=0.5,
+)
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    write_model_json(directory, CONFIG)
+    save_params(directory, Llama(CONFIG, rngs=nnx.Rngs(0)).parameters())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data") / "documents"
+    random = np.random.default_rng(0)
+    with DatasetWriter(directory) as writer:
+        for number, length in enumerate((48, 40, 44)):
+            tokens = random.integers(0, CONFIG.vocab_size, length).astype(np.int32)
+            writer.add("held_out", Encoded(tokens, np.ones(length, bool)), f"document {number}")
+        writer.finish({"vocab_size": CONFIG.vocab_size})
+    return directory
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "perplexity", *arguments])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_two_schemes_side_by_side(
+    model_directory: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures, picture = tmp_path / "figures.json", tmp_path / "picture.png"
+    scheme = "{type: eabf, base: 500000, pretrained_window: 16}"
+    code = run(
+        *("--model", f"own={model_directory}", "--model", f"extended={model_directory}@{scheme}"),
+        *("--data", str(dataset), "--bands", "0,16,40", "--dtype", "float32"),
+        *("--json", str(figures), "--figure", str(picture)),
+    )
+    assert code == 0
+    out = capsys.readouterr().out
+    written = json.loads(figures.read_text())
+    assert written["documents"] == 3
+    assert written["length"] == 40  # the shortest document's
+    documents = read_documents(str(dataset), "held_out", 40, None)
+    for label, rope in {"own": None, "extended": {"type": "eabf", "base": 500000, "pretrained_window": 16}}.items():
+        model, tokenizer = load(model_directory, rope=rope, dtype="float32")
+        assert tokenizer is None
+        losses = position_losses(model, documents)
+        for band, (start, end) in zip(written["bands"][label], ((1, 16), (16, 40)), strict=True):
+            expected = losses[:, start - 1 : end - 1].mean()
+            assert band["mean"] == pytest.approx(expected, rel=1e-6)
+            assert f"{expected:.3f}" in out
+    # Within the pretrained window the multiplier is 1, but the base differs; past it both do.
+    assert written["bands"]["own"][1]["mean"] != written["bands"]["extended"][1]["mean"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_default_bands_double_up_to_the_length() -> None:
+    assert default_edges(2048) == [0, 256, 512, 1024, 2048]
+    assert default_edges(3000) == [0, 256, 512, 1024, 2048, 3000]
+    assert default_edges(40) == [0, 40]
+
+
+def test_entries_are_labelled() -> None:
+    assert parse_entry("models/a") == ("models/a", "models/a", None)
+    assert parse_entry("x=models/a@{type: pi, factor: 4}") == ("x", "models/a", {"type": "pi", "factor": 4})
+    for wrong in ("a@", "a@pi", "a@{factor: 4}", "a@{type: ["):
+        with pytest.raises(InputError, match="after @ a scheme"):
+            parse_entry(wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--length", "41"), "the shortest of 40 tokens; 41 are needed"),
+        (("--split", "hold_out"), "did you mean 'held_out'"),
+        (("--bands", "0,a"), "not a list of positions"),
+        (("--bands", "0,64"), "band ends at 64"),
+        (("--dtype", "int8"), "dtype is 'int8'"),
+        (("--model", "nowhere"), "nowhere: no such directory"),
+        (("--model", "x=nowhere@{type: eabff}"), "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: tuple[str, ...],
+    complaint: str,
+    model_directory: Path,
+    dataset: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("--model", str(model_directory), "--data", str(dataset), *arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert complaint in error

@@ -1,0 +1,99 @@
+"""Loss by position against transformers' logits and NumPy averages."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import LlamaConfig as HfConfig
+from transformers import LlamaForCausalLM
+
+from eabf_jax.errors import InputError
+from eabf_jax.evaluation.perplexity import band_losses, position_losses
+from eabf_jax.model import Llama, LlamaConfig
+
+CONFIG = LlamaConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=32,
+    tie_word_embeddings=True,
+    initializer_range=0.3,
+)
+
+
+def reference_model(params: dict) -> LlamaForCausalLM:
+    """The same weights in transformers."""
+    model = LlamaForCausalLM(
+        HfConfig(
+            vocab_size=CONFIG.vocab_size,
+            hidden_size=CONFIG.hidden_size,
+            intermediate_size=CONFIG.intermediate_size,
+            num_hidden_layers=CONFIG.num_hidden_layers,
+            num_attention_heads=CONFIG.num_attention_heads,
+            num_key_value_heads=CONFIG.num_key_value_heads,
+            head_dim=CONFIG.head_dim,
+            rms_norm_eps=CONFIG.rms_norm_eps,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+    state = {
+        "model.embed_tokens.weight": params["embed_tokens"]["embedding"],
+        "model.norm.weight": params["norm"]["scale"],
+    }
+    layers = params["layers"]
+    for number in range(CONFIG.num_hidden_layers):
+        name = f"model.layers.{number}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            state[f"{name}.{norm}.weight"] = layers[norm]["scale"][number]
+        for block, kernels in (("self_attn", layers["self_attn"]), ("mlp", layers["mlp"])):
+            for projection, leaf in kernels.items():
+                state[f"{name}.{block}.{projection}.weight"] = leaf["kernel"][number].T
+    missing, unexpected = model.load_state_dict(
+        {key: torch.tensor(np.asarray(value)) for key, value in state.items()}, strict=False
+    )
+    assert missing == ["lm_head.weight"]
+    assert not unexpected
+    model.tie_weights()
+    return model
+
+
+def test_losses_are_those_of_transformers_for_every_document_and_position() -> None:
+    model = Llama(CONFIG, rngs=nnx.Rngs(1), attention="reference")
+    documents = np.asarray(jax.random.randint(jax.random.key(2), (5, 23), 0, CONFIG.vocab_size), np.int32)
+    done: list[int] = []
+    ours = position_losses(model, documents, batch_size=2, chunk=7, progress=done.append)
+    with torch.no_grad():
+        tokens = torch.tensor(documents, dtype=torch.long)
+        logits = reference_model(model.parameters())(tokens).logits
+        theirs = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+    # float32 on both sides, logits of order 10: rounding of a few 1e-6.
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-5)
+    assert ours.shape == (5, 22)
+    assert done == [2, 4, 5]
+
+
+def test_bands_are_means_over_documents_of_the_positions_inside() -> None:
+    losses = np.random.default_rng(0).gamma(2.0, size=(7, 63)).astype(np.float32)
+    first, second = band_losses(losses, [0, 16, 64])
+    # The loss of the token at position p is in column p - 1; position 0 has none.
+    expected = losses[:, 0:15].astype(np.float64).mean(axis=1)
+    assert (first.start, first.end) == (0, 16)
+    assert first.mean == pytest.approx(expected.mean(), rel=1e-12)
+    assert first.half_width == pytest.approx(1.96 * expected.std(ddof=1) / np.sqrt(7), rel=1e-12)
+    assert second.mean == pytest.approx(losses[:, 15:63].astype(np.float64).mean(), rel=1e-12)
+
+
+def test_one_document_has_no_confidence_interval() -> None:
+    (band,) = band_losses(np.ones((1, 7), np.float32), [0, 8])
+    assert np.isnan(band.half_width)
+
+
+@pytest.mark.parametrize("edges", [[0], [0, 8, 8], [8, 0], [-1, 8], [0, 65]])
+def test_bands_that_do_not_fit_are_refused(edges: list[int]) -> None:
+    with pytest.raises(InputError, match="position band"):
+        band_losses(np.ones((2, 63), np.float32), edges)
