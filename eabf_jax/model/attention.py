@@ -131,16 +131,17 @@ def _flash_backward(chunk: int, saved: tuple[Array, ...], d_out: Array) -> tuple
             q_i, d_out_i = _block(q, i, chunk, 3), _block(d_out, i, chunk, 3)
             logits = _block_logits(q_i, k_j, _block(segments, i, chunk, 1), segments_j, i, j)
             weights = jnp.exp(logits - _block(log_sum_exp, i, chunk, 3)[..., None])
-            d_v_j += _dot("bkgts,bkgth->bksh", weights.astype(v.dtype), d_out_i)
+            d_v_j += _dot("bkgth,bkgts->bkhs", d_out_i, weights.astype(v.dtype))
             d_weights = _dot("bkgth,bksh->bkgts", d_out_i, v_j)
             d_logits = (weights * (d_weights - _block(delta, i, chunk, 3)[..., None])).astype(q.dtype)
-            d_k_j += _dot("bkgts,bkgth->bksh", d_logits, q_i)
+            d_k_j += _dot("bkgth,bkgts->bkhs", q_i, d_logits)
             d_q_i = _block(d_q, i, chunk, 3) + _dot("bkgts,bksh->bkgth", d_logits, k_j)
             return jax.lax.dynamic_update_slice_in_dim(d_q, d_q_i, i * chunk, 3), d_k_j, d_v_j
 
-        zeros = jnp.zeros(k_j.shape, jnp.float32)
+        # Summed head-size first: the other way round XLA would transpose the large [t, s] operand for each product.
+        zeros = jnp.zeros(k_j.mT.shape, jnp.float32)
         d_q, d_k_j, d_v_j = jax.lax.fori_loop(j, blocks, query_block, (d_q, zeros, zeros))
-        return d_q, (d_k_j, d_v_j)
+        return d_q, (d_k_j.mT, d_v_j.mT)
 
     d_q, (d_k, d_v) = jax.lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(blocks))
     return d_q.astype(q.dtype), _join(d_k).astype(k.dtype), _join(d_v).astype(v.dtype), None
