@@ -9,7 +9,22 @@ import jax
 import orbax.checkpoint as ocp
 
 from eabf_jax.errors import InputError
+from eabf_jax.interop.native import CHECKPOINTS
 from eabf_jax.training.step import TrainState
+
+
+def latest_step(run: Path) -> int:
+    """The newest whole checkpoint of a run.
+
+    Args:
+      run: the run's directory, which need not exist.
+
+    Returns:
+      Its step; 0 where there is none.
+    """
+    folder = run / CHECKPOINTS
+    found = folder.iterdir() if folder.is_dir() else ()
+    return max((int(entry.name) for entry in found if entry.name.isdigit()), default=0)
 
 
 class Checkpoints:
@@ -27,9 +42,9 @@ class Checkpoints:
           keep: newest checkpoints kept.
         """
         self._manager = ocp.CheckpointManager(
-            (run / "checkpoints").absolute(),
+            (run / CHECKPOINTS).absolute(),
             item_names=("params", "optimizer", "data"),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         )
 
     def __enter__(self) -> Self:

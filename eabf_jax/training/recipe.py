@@ -3,14 +3,13 @@
 The defaults are the recipe of the paper (arXiv 2401.07004, section 4.1, the runs with fewer than 3.5k samples).
 """
 
-import argparse
 import dataclasses
 import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import draccus
 import yaml
@@ -140,14 +139,16 @@ def load_config(arguments: Sequence[str], prog: str | None = None) -> TrainConfi
       The configuration, every value checked by itself (not yet against the model and the data).
     Raises:
       InputError: unreadable file, unknown or missing key, wrong type, unknown scheme, value out of range.
+      SystemExit: `--help` was asked for and printed.
     """
-    _check_arguments(arguments)
-    try:
-        config = draccus.parse(TrainConfig, args=list(arguments), prog=prog, exit_on_error=False)
-    except OSError as error:
-        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
-    except (draccus.ParsingError, draccus.utils.DraccusException, argparse.ArgumentError, yaml.YAMLError) as error:
-        raise InputError(" ".join(str(error).split())) from error
+    if "--help" in arguments or "-h" in arguments:
+        _print_help(prog)
+    overrides = _overrides(arguments)
+    path = overrides.pop("config_path", None)
+    values = _read_file(path) if path is not None else {}
+    for key, text in overrides.items():
+        _override(values, key, _Text(text))
+    config: TrainConfig = _build(TrainConfig, values, "")
     _check_values(config)
     return config
 
@@ -166,15 +167,16 @@ def config_differences(written: Path, config: TrainConfig) -> list[str]:
 
     Returns:
       Top-level and second-level keys; those that change nothing of the result (`overwrite`, `checkpoint`) are left out.
+    Raises:
+      InputError: the file is not a configuration.
     """
-    before, now = (
-        {
-            f"{key}.{inner}" if isinstance(value, dict) else key: (value[inner] if isinstance(value, dict) else value)
-            for key, value in yaml.safe_load(text).items()
-            for inner in (value if isinstance(value, dict) else [""])
-        }
-        for text in (written.read_text(), dump_config(config))
-    )
+    try:
+        before = _flat(yaml.safe_load(written.read_text()))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+        raise InputError(
+            f"{written} is not a run's configuration; pass --overwrite true to start afresh, or name another directory"
+        ) from error
+    now = _flat(yaml.safe_load(dump_config(config)))
     keys = sorted({*before, *now})
     return [
         key
@@ -183,84 +185,146 @@ def config_differences(written: Path, config: TrainConfig) -> list[str]:
     ]
 
 
-def _check_arguments(arguments: Sequence[str]) -> None:
-    """Names the nearest key for one that does not exist, in the file and on the command line."""
-    if "--help" in arguments or "-h" in arguments:
-        return
-    raw: dict[str, Any] = {}
-    pairs = [argument for argument in arguments if argument.startswith("--")]
-    paths = [
-        argument.partition("=")[2] or following
-        for argument, following in zip(arguments, [*arguments[1:], ""], strict=True)
-        if argument.partition("=")[0] == "--config_path"
-    ]
-    if paths:
-        path = paths[-1]
-        try:
-            with open(path, encoding="utf-8") as file:
-                raw = draccus.cfgparsing.load_config(file, file=path) or {}
-        except OSError as error:
-            raise InputError(f"cannot read the configuration {path!r}: {error.strerror}") from error
-        except (yaml.YAMLError, draccus.utils.DraccusException) as error:
-            raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(raw, dict):
-            raise InputError(f"{path} holds a {type(raw).__name__}; a mapping of configuration keys is needed")
-    for argument in pairs:
-        key = argument[2:].partition("=")[0]
-        if key == "config_path":
-            continue
-        level = raw
-        *parents, leaf = key.split(".")
-        for parent in parents:
-            level = level.setdefault(parent, {})
-            if not isinstance(level, dict):
-                raise InputError(f"--{key}: {parent!r} holds a value, not keys")
-        if leaf == "type":  # the value decides which keys are right
-            level[leaf] = dict(zip(arguments, [*arguments[1:], ""], strict=True)).get(argument, "")
-        else:
-            level.setdefault(leaf, None)
-    _check_keys(raw, TrainConfig, "")
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by top-level key, those of a section by `section.key`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= {f"{key}.{inner}": item for inner, item in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
-def _check_keys(raw: Mapping[str, Any], kind: Any, path: str) -> None:
-    if isinstance(kind, type) and issubclass(kind, RopeConfig):
+def _print_help(prog: str | None) -> NoReturn:
+    """Every key with the comment beside it; draccus's option to read one section from a file is not ours."""
+    parser = draccus.argparsing.ArgumentParser(config_class=TrainConfig, prog=prog).parser
+    parser.usage = "%(prog)s --config_path FILE [--dotted.key VALUE ...]"
+    print("\n".join(line for line in parser.format_help().splitlines() if "Config file for" not in line))
+    raise SystemExit(0)
+
+
+class _Text(str):
+    """A value from the command line: YAML, unless a string is wanted."""
+
+
+def _overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """Pairs `--key value` and `--key=value`; of a key that is given twice, the last one counts."""
+    found: dict[str, str] = {}
+    remaining = iter(arguments)
+    for argument in remaining:
+        if not argument.startswith("--"):
+            raise InputError(f"unexpected argument {argument!r}: --config_path FILE or --dotted.key value is needed")
+        key, equals, value = argument[2:].partition("=")
+        if not equals:
+            value = next(remaining, "--")
+            if value.startswith("--"):
+                raise InputError(f"--{key} has no value: --{key} VALUE is needed")
+        found[key] = value
+    return found
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file, draccus.config_type("yaml"):
+            values = draccus.cfgparsing.load_config(file)
+    except OSError as error:
+        raise InputError(f"cannot read the configuration {path!r}: {error.strerror}") from error
+    except (yaml.YAMLError, draccus.utils.DraccusException, UnicodeDecodeError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError):
+            raise InputError(f"{path} includes {cause.filename}: {cause.strerror}") from error
+        raise InputError(f"{path} is not YAML: {' '.join(str(cause).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds {values!r:.60}; a mapping of configuration keys is needed")
+    return values
+
+
+def _override(values: dict[str, Any], key: str, text: str) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise InputError(f"--{key}: the configuration's {parent!r} is {values!r}, which has no keys")
+    values[leaf] = text
+
+
+def _build(kind: Any, values: Any, path: str) -> Any:
+    """A configuration class from plain values, checked; `path` is its own key and a dot."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"configuration key '{path[:-1]}' takes a mapping of keys, not {str(values)!r}")
+    values = dict(values)
+    if kind is RopeConfig:
         choices = RopeConfig.get_known_choices()
-        if "type" not in raw:
-            raise InputError(
-                f"{path.rstrip('.')} has no key 'type': one of {', '.join(RopeConfig.get_known_choices())}"
-            )
-        if raw["type"] not in choices:
-            raise unknown_name("rotary scheme", str(raw["type"]), choices)
-        kind = RopeConfig.get_choice_class(raw["type"])
-        raw = {key: value for key, value in raw.items() if key != "type"}
+        name = values.pop("type", None)
+        if name is None:
+            raise InputError(f"configuration key '{path}type' is missing: one of {', '.join(sorted(choices))}")
+        if name not in choices:
+            raise unknown_name("rotary scheme", str(name), choices)
+        kind = RopeConfig.get_choice_class(name)
     hints = typing.get_type_hints(kind)
-    known = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-    for key, value in raw.items():
-        if key not in known:
-            raise unknown_name("configuration key", f"{path}{key}", [f"{path}{name}" for name in known])
-        if dataclasses.is_dataclass(known[key]) or known[key] is RopeConfig:
-            if not isinstance(value, Mapping):
-                raise InputError(f"configuration key '{path}{key}' takes a mapping, not {value!r}")
-            _check_keys(value, known[key], f"{path}{key}.")
-        elif value is not None:
-            _check_type(f"{path}{key}", value, known[key])
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in values:
+        if key not in fields:
+            raise unknown_name("configuration key", f"{path}{key}", [f"{path}{name}" for name in fields])
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise InputError(f"configuration key '{path}{name}' is missing; {_names(hints[name])} is needed")
+    return kind(
+        **{
+            name: _build(hints[name], value, f"{path}{name}.")
+            if dataclasses.is_dataclass(hints[name]) or hints[name] is RopeConfig
+            else _value(f"{path}{name}", value, hints[name])
+            for name, value in values.items()
+        }
+    )
 
 
-def _check_type(key: str, value: Any, kind: Any) -> None:
-    """YAML knows the types already: what draccus would convert silently (a string to a number) is a mistake."""
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if any(typing.get_origin(k) is Literal for k in kinds):
-        choices = [str(c) for k in kinds for c in typing.get_args(k)]
+def _value(key: str, value: Any, kind: Any) -> Any:
+    """One value, of exactly the type wanted: what would be converted silently (text to a number) is a mistake."""
+    kinds = tuple(typing.get_origin(k) or k for k in _alternatives(kind))
+    if isinstance(value, _Text):
+        if str in kinds and value not in ("null", "~"):
+            return str(value)
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"configuration key '{key}' takes {_names(kind)}, not {str(value)!r}") from error
+    if Literal in kinds:
+        choices = [str(choice) for choice in typing.get_args(kind)]
         if value not in choices:
             raise unknown_name(f"value of '{key}'", str(value), choices)
-        return
-    plain = tuple(typing.get_origin(k) or k for k in kinds)
-    # YAML 1.1 reads 2e-5 as a string; it is a number all the same.
-    if float in plain and _is_number(value):
-        return
-    if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
-        names = " or ".join("null" if k is types.NoneType else k.__name__ for k in plain)
-        raise InputError(f"configuration key '{key}' takes {names}, not {value!r}")
+        return value
+    if dict in kinds and isinstance(value, dict):
+        return _plain(value)
+    # YAML 1.1 reads 2e-5 as text; it is a number all the same.
+    if float in kinds and _is_number(value):
+        return float(value)
+    # type(), because a bool is an int to isinstance; a float has been dealt with, and this one is not finite.
+    if type(value) not in kinds or isinstance(value, float):
+        raise InputError(f"configuration key '{key}' takes {_names(kind)}, not {value!r}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """A mapping of free keys, its values from the command line read as YAML."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return yaml.safe_load(value) if isinstance(value, _Text) else value
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def _names(kind: Any) -> str:
+    names = {
+        int: "an integer",
+        float: "a finite number",
+        bool: "true or false",
+        str: "text",
+        dict: "a mapping",
+        types.NoneType: "null",
+    }
+    return " or ".join(names.get(typing.get_origin(k) or k, "a mapping of keys") for k in _alternatives(kind))
 
 
 def _is_number(value: Any) -> bool:
@@ -290,8 +354,17 @@ def _check_values(config: TrainConfig) -> None:
     for key, beta in {"recipe.beta1": recipe.beta1, "recipe.beta2": recipe.beta2}.items():
         if not 0 <= beta < 1:
             raise InputError(f"configuration key '{key}' is {beta}; a number in [0, 1) is needed")
-    if recipe.warmup_steps < 0 or recipe.weight_decay < 0:
-        raise InputError("recipe.warmup_steps and recipe.weight_decay cannot be negative")
+    not_negative = {
+        "recipe.warmup_steps": recipe.warmup_steps,
+        "recipe.weight_decay": recipe.weight_decay,
+        "recipe.epsilon": recipe.epsilon,
+        "recipe.seed": recipe.seed,
+    }
+    for key, value in not_negative.items():
+        if value < 0:
+            raise InputError(f"configuration key '{key}' is {value}; a number that is not negative is needed")
+    if recipe.seed >= 2**32:
+        raise InputError(f"configuration key 'recipe.seed' is {recipe.seed}; a number below 2**32 is needed")
     config.scheme  # noqa: B018 - building it checks the scheme's own values
 
 
@@ -324,7 +397,9 @@ def check_window(config: TrainConfig, base: LlamaConfig) -> None:
             f"window {config.window} is not larger than the model's own window {base.max_position_embeddings}: "
             "nothing to extend"
         )
-    told = config.scheme.to_dict().get("pretrained_window", 0)
+    values = config.scheme.to_dict()
+    parts = [values, *(part for part in values.values() if isinstance(part, dict))]  # of a composition, two schemes
+    told = max(part.get("pretrained_window", 0) for part in parts)
     if told > base.max_position_embeddings:
         raise InputError(
             f"rope.pretrained_window {told} is larger than the model's own window {base.max_position_embeddings}"

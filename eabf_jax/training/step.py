@@ -30,6 +30,7 @@ class StepMetrics(NamedTuple):
 
     loss: Float[Array, ""]  # nats per trained token, over the global batch
     gradient_norm: Float[Array, ""]  # before clipping
+    parameter_norm: Float[Array, ""]  # after the update
     tokens: Int[Array, ""]  # tokens that the loss was averaged over
 
 
@@ -103,7 +104,7 @@ def make_train_step(
         gradients = jax.tree.map(lambda g: g * scale, gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(total * scale, optax.global_norm(gradients), count)
+        metrics = StepMetrics(total * scale, optax.global_norm(gradients), optax.global_norm(params), count)
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
     return train_step

@@ -2,15 +2,21 @@
 
 import json
 import math
+import time
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2, summary_pb2
 
 from eabf_jax.model.config import LlamaConfig
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 
 # Dense bfloat16 peak of one device in FLOP/s, by a part of `jax.Device.device_kind`; from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -73,60 +79,85 @@ class Tracker:
           start: steps already taken.
           quiet: True on all but the first process of a pod: nothing is written or shown.
         """
-        self._quiet = quiet
+        self._steps, self._start, self._quiet = steps, start, quiet
+        self._began = time.monotonic()
         self._console = Console(stderr=True, quiet=quiet)
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
             console=self._console,
+            disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("", total=steps, completed=start, note="compiling the step ...")
         if quiet:
             return
-        path = run / "metrics.jsonl"
+        path = run / METRICS_FILE
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= start]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(path)
         self._file = path.open("a")
-        self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
+        folder = run / TENSORBOARD
+        folder.mkdir(exist_ok=True)
+        # The plain writer, in this thread: SummaryWriter's own thread dies of a full disk unseen, and the run hangs.
+        self._events = EventsWriter(str(folder / "events"), f".{start}")
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._events.write_event(event_pb2.Event(wall_time=time.time(), step=start + 1, session_log=restart))
 
     def __enter__(self) -> Self:
         self._progress.start()
+        self._say("compiling the step ...")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._progress.stop()
-        if not self._quiet:
+        if self._quiet:
+            return
+        try:
             self._file.close()
-            self._tensorboard.close()
+            self._events.close()
+        except OSError:
+            if error is None:  # else the first failure is the one to report
+                raise
+
+    def compiled(self) -> None:
+        """Notes that the step is compiled: the time left is reckoned from here."""
+        self._began = time.monotonic()
+        self._progress.update(self._task, note="first step ...")
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """Reports one step.
 
         Args:
           step: optimizer steps taken so far.
-          metrics: JSON values by name; `loss` and `tokens_per_second` are shown to people.
+          metrics: numbers by name, None for one that is not known; `loss` and `tokens_per_second` are shown to people.
         """
+        left = (time.monotonic() - self._began) / (step - self._start) * (self._steps - step)
         note = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s"
         if metrics.get("mfu") is not None:
             note += f"  MFU {metrics['mfu']:.1%}"
+        note += f"  {timedelta(seconds=round(left))} left"
         self._progress.update(self._task, completed=step, note=note)
-        if not self._console.is_terminal:
-            self._console.print(f"step {step}/{int(self._progress.tasks[0].total or 0)}  {note}")
+        self._say(f"step {step}/{self._steps}  {note}")
         if self._quiet:
             return
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
-        for name, value in metrics.items():
-            if value is not None:
-                self._tensorboard.add_scalar(name, value, step)
+        known = {name: value for name, value in metrics.items() if value is not None}
+        values = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in known.items()]
+        summary = summary_pb2.Summary(value=values)
+        self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+        self._events.flush()
+
+    def _say(self, line: str) -> None:
+        """A line of its own where there is no terminal to draw a bar on."""
+        if not self._console.is_terminal:
+            self._console.print(line, soft_wrap=True, highlight=False)
 
 
 def _step_of(line: str) -> float:

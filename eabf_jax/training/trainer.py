@@ -19,16 +19,17 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
+from eabf_jax.data.dataset import read_metadata, tokenizer_digest
 from eabf_jax.data.loader import Mode, make_loader, steps_per_epoch
 from eabf_jax.errors import InputError
 from eabf_jax.interop.loading import load_parameters, read_config
-from eabf_jax.interop.native import write_model_json
-from eabf_jax.interop.tokenizer import load_tokenizer
+from eabf_jax.interop.native import CHECKPOINTS, MODEL_FILE, check_vocabulary, write_model_json
+from eabf_jax.interop.tokenizer import TOKENIZER_FILES, Tokenizer, has_tokenizer, load_tokenizer
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 from eabf_jax.parallel.mesh import make_mesh
 from eabf_jax.parallel.rules import batch_ways, process_batch_shard
-from eabf_jax.training.checkpoint import Checkpoints
+from eabf_jax.training.checkpoint import Checkpoints, latest_step
 from eabf_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from eabf_jax.training.recipe import TrainConfig, check_window, config_differences, dump_config, total_steps
 from eabf_jax.training.step import (
@@ -38,9 +39,13 @@ from eabf_jax.training.step import (
     microbatch_sharding,
     state_shardings,
 )
-from eabf_jax.training.tracking import Tracker, flops_per_token, peak_flops
+from eabf_jax.training.tracking import METRICS_FILE, TENSORBOARD, Tracker, flops_per_token, peak_flops
 
 CONFIG_FILE = "config.yaml"
+BATCH_ARRAYS = {"tokens": jnp.int32, "loss_mask": jnp.bool_, "positions": jnp.int32, "segment_ids": jnp.int32}
+
+# All that a run writes: what overwriting removes, and nothing else of what may lie beside.
+_RUN_ENTRIES = (CONFIG_FILE, MODEL_FILE, METRICS_FILE, TENSORBOARD, CHECKPOINTS, *TOKENIZER_FILES)
 
 
 def train(config: TrainConfig) -> Path:
@@ -61,64 +66,58 @@ def train(config: TrainConfig) -> Path:
     mesh = make_mesh(config.mesh)
     model_config = dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
     microbatches = microbatch_count(config, mesh)
-    every_token = config.recipe.objective == "pretrain"
-    mode: Mode = "packed" if every_token else "conversations"
-    steps = total_steps(
-        config.recipe,
-        steps_per_epoch(
-            config.data.directory,
-            config.data.split,
-            batch_size=config.recipe.batch_size,
-            length=config.window,
-            mode=mode,
-        ),
+    mode: Mode = "packed" if config.recipe.objective == "pretrain" else "conversations"
+    per_epoch = steps_per_epoch(
+        config.data.directory, config.data.split, batch_size=config.recipe.batch_size, length=config.window, mode=mode
     )
-    tokenizer_directory = config.model.tokenizer or config.model.path
-    tokenizer = load_tokenizer(tokenizer_directory) if tokenizer_directory else None
-
+    steps = total_steps(config.recipe, per_epoch)
+    tokenizer = _tokenizer(config)
+    _check_vocabularies(config, base, tokenizer)
     plan = _plan_step(config, model_config, mesh, steps)
-
-    _open_run(run, config)
+    process_index, process_count = process_batch_shard(mesh)
+    batches = make_loader(
+        config.data.directory,
+        config.data.split,
+        batch_size=config.recipe.batch_size,
+        length=config.window,
+        seed=config.recipe.seed,
+        mode=mode,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    _check_output(run, config)
+    start = 0 if config.overwrite else latest_step(run)
+    if start >= steps:
+        return run
+    state = None
+    if not start:
+        # The model first: nothing is written for one that cannot be read.
+        state = _initial_state(config, model_config, plan)
+        _begin_run(run, config, model_config, tokenizer)
     with Checkpoints(run, config.checkpoint.keep) as checkpoints, _preemption_flag() as preempted:
-        start = checkpoints.latest_step() or 0
-        if start >= steps:
-            return run
-        process_index, process_count = process_batch_shard(mesh)
-        batches = make_loader(
-            config.data.directory,
-            config.data.split,
-            batch_size=config.recipe.batch_size,
-            length=config.window,
-            seed=config.recipe.seed,
-            mode=mode,
-            process_index=process_index,
-            process_count=process_count,
-        )
-        if start:
+        if state is None:
             state, position = checkpoints.restore(start, plan.abstract)
             batches.set_state(position)
-        else:
-            state = _initial_state(config, model_config, plan)
-            if jax.process_index() == 0:
-                write_model_json(run, model_config)
-                if tokenizer:
-                    tokenizer.save(run)
-
         schedule = learning_rate_schedule(config.recipe, steps)
         place = microbatch_sharding(mesh)
         row_tokens = config.recipe.batch_size * config.window
         peak = peak_flops(jax.devices()[0].device_kind)
         with Tracker(run, steps=steps, start=start, quiet=jax.process_index() != 0) as tracker:
+            began = time.perf_counter()
+            train_step = _lower(plan, config, mesh).compile()
+            once = {"compile_seconds": time.perf_counter() - began}
+            tracker.compiled()
             for step in range(start + 1, steps + 1):
                 began = time.perf_counter()
                 batch = place_batch(next(batches), place, microbatches)
-                state, metrics = plan.function(state, batch)
-                loss, gradient_norm = float(metrics.loss), float(metrics.gradient_norm)
-                if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+                state, metrics = train_step(state, batch)
+                figures = {name: float(value) for name, value in metrics._asdict().items()}
+                if not all(map(math.isfinite, figures.values())):
                     saved = checkpoints.latest_step()
                     kept = f"checkpoint {saved} in {run} is the last good one" if saved else "no checkpoint was written"
+                    found = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
                     raise InputError(
-                        f"loss {loss}, gradient norm {gradient_norm} at step {step}: stopped; {kept} "
+                        f"not finite at step {step}: {found}; stopped, {kept} "
                         "(a lower recipe.learning_rate is the usual cure)"
                     )
                 seconds = time.perf_counter() - began
@@ -127,15 +126,18 @@ def train(config: TrainConfig) -> Path:
                 tracker.record(
                     step,
                     {
-                        "loss": loss,
+                        "loss": figures["loss"],
                         "learning_rate": float(schedule(step - 1)),
-                        "gradient_norm": gradient_norm,
+                        "gradient_norm": figures["gradient_norm"],
+                        "parameter_norm": figures["parameter_norm"],
                         "trained_tokens": int(metrics.tokens),
                         "tokens_per_second": rate,
                         "mfu": per_device / peak if peak else None,
                         "seconds": seconds,
+                        **once,
                     },
                 )
+                once = {}
                 stopping = preempted.is_set() or checkpoints.reached_preemption(step)
                 due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
                 if due or step == steps or stopping:
@@ -218,7 +220,7 @@ def place_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding, microb
     def place(rows: np.ndarray) -> Array:
         return jax.make_array_from_process_local_data(sharding, rows.reshape(microbatches, -1, rows.shape[-1]))
 
-    return {name: place(batch[name]) for name in ("tokens", "loss_mask", "positions", "segment_ids")}
+    return {name: place(batch[name]) for name in BATCH_ARRAYS}
 
 
 def lower_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
@@ -237,18 +239,7 @@ def lower_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     check_window(config, base)
     model_config = dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
     plan = _plan_step(config, model_config, mesh, steps=config.recipe.steps or 1)
-    rows = (microbatch_count(config, mesh), config.recipe.batch_size // microbatch_count(config, mesh), config.window)
-    place = microbatch_sharding(mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct(rows, dtype, sharding=place)
-        for name, dtype in {
-            "tokens": "int32",
-            "loss_mask": "bool",
-            "positions": "int32",
-            "segment_ids": "int32",
-        }.items()
-    }
-    return plan.function.lower(plan.abstract, batch)
+    return _lower(plan, config, mesh)
 
 
 class _StepPlan(NamedTuple):
@@ -270,6 +261,13 @@ def _plan_step(config: TrainConfig, model_config: LlamaConfig, mesh: Mesh, steps
     return _StepPlan(optimizer, abstract, jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)))
 
 
+def _lower(plan: _StepPlan, config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
+    microbatches, place = microbatch_count(config, mesh), microbatch_sharding(mesh)
+    shape = (microbatches, config.recipe.batch_size // microbatches, config.window)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in BATCH_ARRAYS.items()}
+    return plan.function.lower(plan.abstract, batch)
+
+
 def _initial_state(config: TrainConfig, model_config: LlamaConfig, plan: _StepPlan) -> TrainState:
     """Parameters from `model.path`, or drawn at random by the recipe's seed; moments at zero."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
@@ -283,17 +281,52 @@ def _initial_state(config: TrainConfig, model_config: LlamaConfig, plan: _StepPl
     return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, moments)
 
 
-def _open_run(run: Path, config: TrainConfig) -> None:
-    """Makes the run's directory, or recognises it as this very run, cut off earlier."""
-    written = run / CONFIG_FILE
+def _tokenizer(config: TrainConfig) -> Tokenizer | None:
+    """The tokenizer to keep beside the model; a model may have none, a directory named for it may not."""
+    if config.model.tokenizer is not None:
+        return load_tokenizer(config.model.tokenizer)
+    if config.model.path is not None and has_tokenizer(config.model.path):
+        return load_tokenizer(config.model.path)
+    return None
+
+
+def _check_vocabularies(config: TrainConfig, base: LlamaConfig, tokenizer: Tokenizer | None) -> None:
+    """Refuses tokens that the embedding has no row for, and tokens of another tokenizer than the model's."""
+    directory = config.data.directory
+    metadata = read_metadata(directory)
+    if metadata.get("vocab_size", 0) > base.vocab_size:
+        raise InputError(
+            f"the dataset {directory} was tokenized with {metadata['vocab_size']} tokens; the model's embedding has "
+            f"{base.vocab_size} rows: prepare it with the model's own tokenizer"
+        )
+    if tokenizer is None:
+        return
+    source = config.model.tokenizer or config.model.path
+    check_vocabulary(tokenizer, base, str(source))
+    made_with = metadata.get("tokenizer")
+    if made_with is not None and made_with != tokenizer_digest(tokenizer):
+        raise InputError(
+            f"the dataset {directory} was tokenized with another tokenizer (digest {made_with}) than the one in "
+            f"{source} (digest {tokenizer_digest(tokenizer)}): prepare it with --tokenizer {source}"
+        )
+
+
+def _check_output(run: Path, config: TrainConfig) -> None:
+    """Refuses an output directory that is not this very run, cut off earlier or finished, and not free to be one."""
     if jax.process_index() != 0:
         return
-    if config.overwrite and run.is_dir():
-        shutil.rmtree(run)
-    if not written.exists() and run.is_dir() and any(run.iterdir()):
-        raise InputError(
-            f"output {run} is not empty and holds no run; pass --overwrite true, or name another directory"
-        )
+    for key, source in {
+        "model.path": config.model.path,
+        "model.tokenizer": config.model.tokenizer,
+        "data.directory": config.data.directory,
+    }.items():
+        if source is not None and Path(source).resolve() == run.resolve():
+            raise InputError(f"output {run} is also {key}: name another directory for the run")
+    if run.exists() and not run.is_dir():
+        raise InputError(f"output {run} is a file: name a directory for the run")
+    if config.overwrite or not run.is_dir():
+        return
+    written = run / CONFIG_FILE
     if written.exists():
         differing = config_differences(written, config)
         if differing:
@@ -301,11 +334,31 @@ def _open_run(run: Path, config: TrainConfig) -> None:
                 f"output {run} holds a run with other values of {', '.join(differing)}; pass --overwrite true to start "
                 "afresh, or name another directory"
             )
+    elif any(run.iterdir()):
+        raise InputError(
+            f"output {run} is not empty and holds no run; name another directory, or pass --overwrite true "
+            "(it replaces a run's files and leaves others)"
+        )
+
+
+def _begin_run(run: Path, config: TrainConfig, model_config: LlamaConfig, tokenizer: Tokenizer | None) -> None:
+    """Makes the run's directory; config.yaml comes first, so that a start cut off in here is known for this run."""
+    if jax.process_index() != 0:
         return
+    if config.overwrite:
+        for entry in (run / name for name in _RUN_ENTRIES):
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
+    written = run / CONFIG_FILE
     partial = written.with_suffix(".partial")
     partial.write_text(dump_config(config))
     partial.replace(written)
+    write_model_json(run, model_config)
+    if tokenizer:
+        tokenizer.save(run)
 
 
 @contextmanager

@@ -1,0 +1,320 @@
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from eabf_jax.errors import InputError
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.parallel.mesh import MeshConfig
+from eabf_jax.rope import compose, scheme
+from eabf_jax.rope.schemes import scheme_names
+from eabf_jax.training.optimizer import learning_rate_schedule
+from eabf_jax.training.recipe import (
+    RecipeConfig,
+    check_window,
+    config_differences,
+    dump_config,
+    load_config,
+    total_steps,
+)
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+MINIMAL = {"output": "runs/x", "window": 64, "rope": {"type": "eabf", "base": 1e5, "pretrained_window": 32}}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads a configuration given as a mapping (or as text) and command-line arguments."""
+
+    def load(values=MINIMAL, *arguments):
+        path = tmp_path / "config.yaml"
+        path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+        return load_config(["--config_path", str(path), *arguments])
+
+    return load
+
+
+def test_defaults_are_the_papers(load):
+    recipe, compute = load().recipe, load().compute
+    assert (recipe.objective, recipe.epochs, recipe.steps, recipe.batch_size) == ("extend", 2, None, 32)
+    assert (recipe.learning_rate, recipe.warmup_steps, recipe.schedule) == (2e-5, 0, "cosine")
+    assert (recipe.beta1, recipe.beta2, recipe.weight_decay, recipe.clip_norm) == (0.9, 0.95, 0.1, 1.0)
+    assert (compute.dtype, compute.remat) == ("bfloat16", "full")
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "expected"),
+    # Paper: two epochs, the last incomplete batch of each dropped; batch 32 below 3.5k samples, 128 there.
+    [(32, 32, 2), (100, 32, 6), (1000, 32, 62), (3500, 128, 54), (63, 32, 2), (64, 32, 4)],
+)
+def test_steps_are_epochs_times_whole_batches(samples, batch_size, expected):
+    recipe = RecipeConfig(batch_size=batch_size)
+    assert total_steps(recipe, samples // batch_size) == expected
+    assert total_steps(dataclasses.replace(recipe, steps=5), samples // batch_size) == 5
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(6, 0), (54, 10), (1, 0), (3, 2)])
+def test_schedule_is_warmup_then_cosine_to_zero(steps, warmup):
+    peak = 2e-5
+    schedule = learning_rate_schedule(RecipeConfig(learning_rate=peak, warmup_steps=warmup), steps)
+
+    def expected(step):
+        if step < warmup:
+            return peak * step / warmup
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+    found = [float(schedule(step)) for step in range(steps + 1)]
+    # float32's cosine near pi/2 loses digits relative to the value but not to the peak: a few roundings of 6e-8.
+    np.testing.assert_allclose(found, [expected(step) for step in range(steps + 1)], rtol=0, atol=peak * 3e-7)
+    assert found[steps] == 0
+    assert found[warmup] == np.float32(peak)
+
+
+def test_constant_schedule_stays_at_the_peak():
+    schedule = learning_rate_schedule(RecipeConfig(learning_rate=0.5, warmup_steps=4, schedule="constant"), 9)
+    np.testing.assert_allclose([float(schedule(step)) for step in range(9)], [0, 0.125, 0.25, 0.375, *[0.5] * 5])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_fits_its_model(path, monkeypatch):
+    monkeypatch.chdir(path.parents[1])
+    config = load_config(["--config_path", str(path)])
+    # The name is model_scheme_window.
+    assert config.output == f"runs/{path.stem}"
+    assert path.stem.endswith(f"_{config.window // 1024}k" if config.window >= 1024 else f"_{config.window}")
+    (model,) = (shape for shape in (path.parent / "shapes").glob("*.yaml") if path.stem.startswith(f"{shape.stem}_"))
+    shape = yaml.safe_load(model.read_text())
+    base = LlamaConfig.from_fields(shape)
+    if config.model.shape is not None:
+        assert config.model.shape == shape
+    check_window(config, base)
+    values = config.scheme.to_dict()
+    kinds = {values["type"], *(part["type"] for part in values.values() if isinstance(part, dict))}
+    middle = path.stem.removeprefix(f"{model.stem}_").rpartition("_")[0] + "_"
+    named = [name for name in scheme_names() if middle.startswith(f"{name}_")]
+    assert not named or max(named, key=len) in kinds
+    parts = [values, *(part for part in values.values() if isinstance(part, dict))]
+    for part in parts:
+        assert part.get("pretrained_window", base.max_position_embeddings) == base.max_position_embeddings
+        if part["type"] != "dynamic_yarn" and "factor" in part:
+            assert part["factor"] == config.window / base.max_position_embeddings
+
+
+def test_llama2_7b_has_a_config_for_every_scheme_with_the_papers_values():
+    for name in scheme_names():
+        (path,) = (path for path in CONFIGS if path.stem == f"llama2_7b_{name}_16k")
+        config = load_config(["--config_path", str(path)])
+        assert config.scheme.name == name
+        assert config.window == 16_384
+        recipe = config.recipe
+        assert (recipe.batch_size, recipe.epochs, recipe.learning_rate, recipe.warmup_steps) == (32, 2, 2e-5, 0)
+        if name in ("abf", "eabf"):
+            assert config.scheme.to_dict()["base"] == 500_000
+    assert config.mesh == MeshConfig(data=1, fsdp=-1, tensor=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "read", "expected"),
+    [
+        (["--rope.base", "20000"], lambda c: c.scheme, scheme("eabf", base=20_000.0, pretrained_window=32)),
+        (["--rope.base=2e4"], lambda c: c.scheme, scheme("eabf", base=20_000.0, pretrained_window=32)),
+        (["--recipe.learning_rate", "1e-3"], lambda c: c.recipe.learning_rate, 1e-3),
+        (["--recipe.steps", "7", "--recipe.steps", "8"], lambda c: c.recipe.steps, 8),
+        (["--recipe.steps", "null"], lambda c: c.recipe.steps, None),
+        (["--mesh.fsdp", "2", "--mesh.data", "-1"], lambda c: c.mesh, MeshConfig(data=-1, fsdp=2)),
+        (["--output", "2024"], lambda c: c.output, "2024"),
+        (["--model.path", "null"], lambda c: c.model.path, None),
+        (["--model.shape.hidden_size", "64"], lambda c: c.model.shape, {"hidden_size": 64}),
+        (["--model.shape", "{hidden_size: 64}"], lambda c: c.model.shape, {"hidden_size": 64}),
+        (["--overwrite", "true"], lambda c: c.overwrite, True),
+        (["--checkpoint.every_steps", "null"], lambda c: c.checkpoint.every_steps, None),
+        (["--window", "128"], lambda c: c.window, 128),
+    ],
+)
+def test_command_line_overrides(load, arguments, read, expected):
+    found = read(load(MINIMAL, *arguments))
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_a_run_can_be_given_on_the_command_line_alone():
+    config = load_config(["--output", "x", "--window", "64", "--rope.type", "pi", "--rope.factor", "2"])
+    assert config.scheme == scheme("pi", factor=2.0)
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(load):
+    # YAML 1.1 wants a point in 2e-5 and a sign in 1.0e5.
+    config = load("{output: x, window: 64, rope: {type: abf, base: 1.0e5}, recipe: {learning_rate: 2e-5}}")
+    assert config.recipe.learning_rate == 2e-5
+    assert config.scheme.to_dict()["base"] == 100_000.0
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"type": "yarn", "factor": 4, "pretrained_window": 32},
+        {"type": "llama3", "factor": 4, "pretrained_window": 32},
+        {
+            "type": "compose",
+            "frequencies": {"type": "ntk_by_parts", "factor": 4, "pretrained_window": 32},
+            "logit_scale": {"type": "entropy_aware", "pretrained_window": 32},
+        },
+    ],
+    ids=lambda rope: rope["type"],
+)
+def test_what_is_dumped_loads_the_same(load, rope):
+    config = load({**MINIMAL, "rope": rope, "model": {"shape": {"rms_norm_eps": 1e-5}}, "recipe": {"steps": 3}})
+    assert load(dump_config(config)) == config
+
+
+def test_compose_in_yaml_is_compose(load):
+    frequencies = {"type": "yarn", "factor": 4, "pretrained_window": 32}
+    logits = {"type": "eabf", "pretrained_window": 32, "unscaled_layers": 1}
+    config = load({**MINIMAL, "rope": {"type": "compose", "frequencies": frequencies, "logit_scale": logits}})
+    assert config.scheme == compose(frequencies=frequencies, logit_scale=logits)
+
+
+def test_differences_name_the_keys_that_change_the_result(load, tmp_path):
+    before = tmp_path / "before.yaml"
+    before.write_text(dump_config(load()))
+    same = load(MINIMAL, "--overwrite", "true", "--checkpoint.keep", "3")
+    assert config_differences(before, same) == []
+    other = load(MINIMAL, "--rope.base", "7e4", "--window", "128", "--model.shape", "{a: 1}", "--recipe.seed", "5")
+    assert config_differences(before, other) == ["model.shape", "recipe.seed", "rope.base", "window"]
+    before.write_text("nothing of ours")
+    with pytest.raises(InputError, match=r"before\.yaml is not a run's configuration"):
+        config_differences(before, same)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipee": {}}, "unknown configuration key 'recipee': did you mean 'recipe'"),
+        ({"recipe": {"lerning_rate": 1}}, "'recipe.lerning_rate': did you mean 'recipe.learning_rate'"),
+        ({"rope": {"type": "eabf", "bas": 1, "pretrained_window": 32}}, "'rope.bas': did you mean 'rope.base'"),
+        ({"rope": {"type": "eabff"}}, "unknown rotary scheme 'eabff': did you mean 'eabf'"),
+        ({"rope": {"base": 1}}, "configuration key 'rope.type' is missing: one of abf,"),
+        ({"rope": {"type": "yarn", "pretrained_window": 32}}, "'rope.factor' is missing; a finite number is needed"),
+        ({"rope": {"type": "eabf"}}, "'rope.pretrained_window' is missing; an integer is needed"),
+        ({"rope": "eabf"}, "'rope' takes a mapping of keys, not 'eabf'"),
+        ({"rope": None}, "'rope' takes a mapping of keys, not 'None'"),
+        ({"rope": {"type": "abf", "base": 0.5}}, "base must be more than 1"),
+        ({"rope": {"type": "pi", "factor": "four"}}, "'rope.factor' takes a finite number, not 'four'"),
+        ({"rope": {"type": "compose", "frequencies": {"type": "yarrn"}, "logit_scale": {}}}, "did you mean 'yarn'"),
+        ({"window": "64"}, "'window' takes an integer, not '64'"),
+        ({"window": True}, "'window' takes an integer, not True"),
+        ({"window": 64.0}, "'window' takes an integer, not 64.0"),
+        ({"window": None}, "'window' takes an integer, not None"),
+        ({"window": -64}, "'window' is -64; a positive number is needed"),
+        ({"output": 3}, "'output' takes text, not 3"),
+        ({"overwrite": 1}, "'overwrite' takes true or false, not 1"),
+        ({"recipe": None}, "'recipe' takes a mapping of keys, not 'None'"),
+        ({"recipe": {"learning_rate": "fast"}}, "'recipe.learning_rate' takes a finite number, not 'fast'"),
+        ({"recipe": {"learning_rate": True}}, "'recipe.learning_rate' takes a finite number, not True"),
+        ({"recipe": {"learning_rate": float("inf")}}, "'recipe.learning_rate' takes a finite number, not inf"),
+        ({"recipe": {"learning_rate": None}}, "'recipe.learning_rate' takes a finite number, not None"),
+        ({"recipe": {"learning_rate": 0}}, "'recipe.learning_rate' is 0.0; a positive number"),
+        ({"recipe": {"epochs": -1}}, "'recipe.epochs' is -1; a positive number"),
+        ({"recipe": {"steps": 0}}, "'recipe.steps' is 0; a positive number"),
+        ({"recipe": {"steps": "6"}}, "'recipe.steps' takes an integer or null, not '6'"),
+        ({"recipe": {"warmup_steps": -1}}, "'recipe.warmup_steps' is -1; a number that is not negative"),
+        ({"recipe": {"weight_decay": -0.1}}, "'recipe.weight_decay' is -0.1; a number that is not negative"),
+        ({"recipe": {"seed": 2**32}}, "'recipe.seed' is 4294967296; a number below"),
+        ({"recipe": {"beta2": 1.0}}, r"'recipe.beta2' is 1.0; a number in [0, 1)"),
+        ({"recipe": {"objective": "extnd"}}, "unknown value of 'recipe.objective' 'extnd': did you mean 'extend'"),
+        ({"compute": {"dtype": "bf16"}}, "known: bfloat16, float16, float32"),
+        ({"compute": {"microbatch_size": 0}}, "'compute.microbatch_size' is 0; a positive number"),
+        ({"mesh": {"fsdp": 0}}, "mesh data=1, fsdp=0, tensor=1"),
+        ({"checkpoint": {"keep": 0}}, "'checkpoint.keep' is 0; a positive number"),
+        ({"model": {"shape": [1]}}, "'model.shape' takes a mapping or null, not [1]"),
+    ],
+    ids=str,
+)
+def test_bad_values_are_named(load, change, message):
+    with pytest.raises(InputError) as error:
+        load({**MINIMAL, **change})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe.lerning_rate", "1"], "'recipe.lerning_rate': did you mean 'recipe.learning_rate'"),
+        (["--recipee.seed", "1"], "unknown configuration key 'recipee': did you mean 'recipe'"),
+        (["--rope.bas", "1"], "'rope.bas': did you mean 'rope.base'"),
+        (["--rope.type", "eabff"], "unknown rotary scheme 'eabff': did you mean 'eabf'"),
+        (["--window"], "--window has no value"),
+        (["--window", "--output", "x"], "--window has no value"),
+        (["--window", "long"], "'window' takes an integer, not 'long'"),
+        (["--window", "2.5"], "'window' takes an integer, not 2.5"),
+        (["--window", "null"], "'window' takes an integer, not None"),
+        (["--window", "[64"], "'window' takes an integer, not '[64'"),
+        (["--recipe.learning_rate", "-1"], "'recipe.learning_rate' is -1.0"),
+        (["--output.directory", "x"], "--output.directory: the configuration's 'output' is 'runs/x', which has no keys"),
+        (["config.yaml"], "unexpected argument 'config.yaml'"),
+        (["--config_path", "no/such.yaml"], "cannot read the configuration 'no/such.yaml': No such file"),
+        (["--config_path", "."], "cannot read the configuration '.': Is a directory"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(load, arguments, message):
+    with pytest.raises(InputError) as error:
+        load(MINIMAL, *arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("missing", ["output", "window", "rope"])
+def test_a_required_key_that_is_missing_is_named(load, missing):
+    with pytest.raises(InputError, match=f"configuration key '{missing}' is missing"):
+        load({key: value for key, value in MINIMAL.items() if key != missing})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"output: [1\n", "is not YAML: while parsing a flow sequence"),
+        (b"\xff\xfe\x00", "is not YAML: 'utf-8' codec can't decode"),
+        (b"- 1\n- 2\n", r"holds \[1, 2\]; a mapping of configuration keys is needed"),
+        (b"", "holds None; a mapping of configuration keys is needed"),
+        (b"model: {shape: !include nowhere.yaml}\n", "includes .*nowhere.yaml: No such file"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path, content, message):
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        load_config(["--config_path", str(path)])
+    assert "broken.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_extension_has_to_extend(load, model_config):
+    with pytest.raises(InputError, match="window 32 is not larger than the model's own window 32"):
+        check_window(load({**MINIMAL, "window": 32}), model_config)
+    with pytest.raises(InputError, match=r"rope.pretrained_window 64 is larger than the model's own window 32"):
+        check_window(load(MINIMAL, "--rope.pretrained_window", "64"), model_config)
+    composed = {
+        "type": "compose",
+        "frequencies": {"type": "abf"},
+        "logit_scale": {"type": "entropy_aware", "pretrained_window": 64},
+    }
+    with pytest.raises(InputError, match=r"rope.pretrained_window 64 is larger than the model's own window 32"):
+        check_window(load({**MINIMAL, "rope": composed}), model_config)
+    check_window(load(MINIMAL), model_config)
+    check_window(load({**MINIMAL, "window": 32, "recipe": {"objective": "pretrain"}}), model_config)
+
+
+def test_help_names_every_key_and_nothing_else(capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_config(["--help"], prog="train.py")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for key in ("--config_path", "--output", "--rope.type", "--recipe.learning_rate", "--model.shape", "--mesh.fsdp"):
+        assert key in text
+    assert "peak; paper" in text
+    # draccus would also take a file for each section; we do not.
+    assert "Config file for" not in text and "--recipe str" not in text
