@@ -65,7 +65,6 @@ def train(source: Path, destination: Path) -> None:
             "add_eos_token": False,
             "legacy": False,
             "clean_up_tokenization_spaces": False,
-            "model_max_length": 512,
         }
         (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
