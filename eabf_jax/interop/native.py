@@ -261,7 +261,7 @@ def sharding_by_path(shardings: Any, config: LlamaConfig) -> dict[tuple[str, ...
 
 def _restore(path: Path, arguments: Mapping[tuple[str, ...], ocp.RestoreArgs]) -> dict[str, Any]:
     restore = ocp.args.PyTreeRestore(
-        item=nest({name: 0 for name in arguments}), restore_args=nest(arguments), partial_restore=True
+        item=nest(dict.fromkeys(arguments, 0)), restore_args=nest(arguments), partial_restore=True
     )
     with _reading(path) as checkpointer:
         return checkpointer.restore(path, args=restore)
