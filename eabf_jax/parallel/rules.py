@@ -79,8 +79,8 @@ def parameter_shardings(mesh: Mesh, params: Mapping[str, Any]) -> dict[str, Any]
             ways = _ways(mesh, axes)
             if size % ways:
                 raise InputError(
-                    f"parameter {'.'.join(names)} has a dimension of {size}, which the mesh splits {ways} ways ({axes}):"
-                    " choose a mesh axis that divides it"
+                    f"parameter {'.'.join(names)} has a dimension of {size}, which the mesh splits {ways} ways "
+                    f"({axes}): choose a mesh axis that divides it"
                 )
         return NamedSharding(mesh, partition)
 
@@ -112,7 +112,8 @@ def process_batch_shard(mesh: Mesh) -> tuple[int, int]:
     """
     ways = batch_ways(mesh)
     rows: dict[int, set[int]] = {}
-    for device, (index, *_) in batch_sharding(mesh).devices_indices_map((ways, 1)).items():
+    places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((ways, 1))
+    for device, (index, *_) in places.items():
         rows.setdefault(device.process_index, set()).update(range(*index.indices(ways)))
     return batch_part(rows, jax.process_index())
 

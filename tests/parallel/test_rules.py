@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -31,7 +30,7 @@ from eabf_jax.rope import scheme
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=8,
     num_key_value_heads=4, head_dim=8, max_position_embeddings=32, attention_bias=True, mlp_bias=True,
-    initializer_range=0.3, rope=scheme("eabf", pretrained_window=8),
+    rope=scheme("eabf", pretrained_window=8),
 )  # fmt: skip
 
 
@@ -65,7 +64,9 @@ def test_axes_of_a_parameter_outside_the_layers_have_no_layer_axis() -> None:
 
 def test_a_dimension_that_the_mesh_does_not_divide_is_named() -> None:
     params = {"embed_tokens": {"embedding": jax.ShapeDtypeStruct((63, 32), jnp.float32)}}
-    with pytest.raises(InputError, match=r"parameter embed_tokens.embedding has a dimension of 63, .* 2 ways \(tensor\)"):
+    with pytest.raises(
+        InputError, match=r"parameter embed_tokens.embedding has a dimension of 63, .* 2 ways \(tensor\)"
+    ):
         parameter_shardings(make_mesh(MeshConfig(2, 2, 2)), params)
 
 
@@ -96,7 +97,12 @@ def batch(packed: bool) -> tuple[np.ndarray, np.ndarray | None]:
 
 @pytest.fixture(scope="module")
 def params() -> dict[str, Any]:
-    return Llama(CONFIG, rngs=nnx.Rngs(0)).parameters()
+    generator = np.random.default_rng(0)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        return generator.normal(scale=0.3, size=leaf.shape).astype(np.float32)
+
+    return jax.tree.map(draw, Llama.abstract(CONFIG).parameters())
 
 
 def loss_and_gradient(model: Llama, params: Any, tokens: Any, segments: Any) -> Any:
@@ -111,7 +117,9 @@ def loss_and_gradient(model: Llama, params: Any, tokens: Any, segments: Any) -> 
 @pytest.fixture(scope="module")
 def single_device(params: dict[str, Any]) -> dict[bool, Any]:
     model = Llama.abstract(CONFIG, attention="chunked")
-    return {packed: jax.jit(loss_and_gradient, static_argnums=0)(model, params, *batch(packed)) for packed in (False, True)}
+    return {
+        packed: jax.jit(loss_and_gradient, static_argnums=0)(model, params, *batch(packed)) for packed in (False, True)
+    }
 
 
 @pytest.mark.parametrize(
@@ -153,7 +161,9 @@ def test_activations_are_laid_out_by_their_logical_axes() -> None:
 def mesh_of_processes(sizes: tuple[int, int, int], devices_each: int) -> Mesh:
     """A mesh over many processes, of stand-ins for devices: only their place is ever asked for."""
     count = int(np.prod(sizes))
-    devices = [SimpleNamespace(id=i, process_index=i // devices_each, platform="cpu", client=None) for i in range(count)]
+    devices = [
+        SimpleNamespace(id=i, process_index=i // devices_each, platform="cpu", client=None) for i in range(count)
+    ]
     hashable = [type("Device", (), {**vars(device), "__hash__": lambda self: self.id})() for device in devices]
     return Mesh(np.array(hashable, dtype=object).reshape(sizes), ("data", "fsdp", "tensor"))
 
