@@ -119,7 +119,7 @@ class TrainConfig:
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    overwrite: bool = False  # start afresh where the output directory holds something else
+    overwrite: bool = False  # start afresh: replace a run that is in the output directory, and leave other files there
     distributed: bool = False  # true on every host of a pod: the processes find each other (jax.distributed)
 
     @property

@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
+import transformers
 import yaml
 from flax import nnx
 
@@ -19,7 +21,7 @@ from eabf_jax.interop.native import save_params, write_model_json
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 from eabf_jax.parallel.mesh import MeshConfig
-from eabf_jax.rope import scheme
+from eabf_jax.rope import scheme, to_hf
 from eabf_jax.training.recipe import (
     CheckpointConfig,
     ComputeConfig,
@@ -188,3 +190,45 @@ def read_metrics():
         return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def in_transformers():
+    """Builds transformers' LlamaForCausalLM with our parameters, in float32 with plain attention."""
+
+    def build(config, params):
+        fields = {name: getattr(config, name) for name in SHAPE} | to_hf(
+            config.rope, head_dim=config.head_dim, spelling="rope_parameters"
+        )
+        reference = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**fields, tie_word_embeddings=False, rms_norm_eps=1e-5, attn_implementation="eager")
+        )
+        reference.load_state_dict(
+            {name: torch.from_numpy(np.array(array)) for name, array in in_torch_layout(params).items()}
+        )
+        return reference
+
+    return build
+
+
+def in_torch_layout(params):
+    """Parameters by Hugging Face name: one tensor a layer, kernels [out, in]."""
+    named = {
+        "model.embed_tokens.weight": params["embed_tokens"]["embedding"],
+        "model.norm.weight": params["norm"]["scale"],
+        "lm_head.weight": params["lm_head"]["kernel"].T,
+    }
+    for layer in range(SHAPE["num_hidden_layers"]):
+        for module, leaves in params["layers"].items():
+            for name, leaf in leaves.items():
+                path = f"model.layers.{layer}.{module}"
+                if name == "scale":
+                    named[f"{path}.weight"] = leaf[layer]
+                else:
+                    named[f"{path}.{name}.weight"] = leaf["kernel"][layer].T
+    return {name: np.asarray(array) for name, array in named.items()}
+
+
+@pytest.fixture(scope="session")
+def torch_layout():
+    return in_torch_layout

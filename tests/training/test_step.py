@@ -1,0 +1,202 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.rope import scheme
+from eabf_jax.training.optimizer import make_optimizer
+from eabf_jax.training.recipe import ComputeConfig, RecipeConfig
+from eabf_jax.training.step import TrainState, build_model, make_train_step, microbatch_sharding, state_shardings
+from eabf_jax.training.trainer import place_batch
+
+STEPS, BATCH, LENGTH = 4, 8, 24
+# Adam divides by sqrt(v) + epsilon: with the usual 1e-8 a gradient that is nought but for rounding becomes a whole step.
+# This epsilon is larger than the rounding of a gradient (1e-7) by so much that rounding stays rounding.
+RECIPE = RecipeConfig(learning_rate=1e-2, batch_size=BATCH, epsilon=1e-3)
+COMPUTE = ComputeConfig(dtype="float32", attention="reference", remat="none", loss_chunk=7)
+
+
+@pytest.fixture(scope="module")
+def yarn(model_config):
+    """A scheme that transformers has too."""
+    rope = scheme("yarn", factor=2.0, pretrained_window=32)
+    return dataclasses.replace(model_config, max_position_embeddings=64, rope=rope)
+
+
+@pytest.fixture(scope="module")
+def batches(yarn):
+    """Rows of different lengths, with one row and one microbatch in which nothing is to be learned."""
+    rng = np.random.default_rng(5)
+    made = []
+    for _ in range(STEPS):
+        lengths = rng.integers(6, LENGTH + 1, BATCH)
+        inside = np.arange(LENGTH) < lengths[:, None]
+        learned = (rng.random((BATCH, LENGTH)) < 0.4) & inside
+        learned[:2] = False
+        made.append(
+            {
+                "tokens": np.where(inside, rng.integers(0, yarn.vocab_size, (BATCH, LENGTH)), 0).astype(np.int32),
+                "loss_mask": learned,
+                "positions": np.where(inside, np.arange(LENGTH), 0).astype(np.int32),
+                "segment_ids": inside.astype(np.int32),
+            }
+        )
+    return made
+
+
+def fine_tune(config, params, batches, *, compute=COMPUTE, mesh=None, microbatches=4, every_token=False):
+    """Runs the step over the batches; returns its metrics and the final state."""
+    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+    model, optimizer = build_model(config, compute, mesh), make_optimizer(RECIPE, STEPS)
+    shardings = state_shardings(mesh, model.parameters(), optimizer)
+    state = TrainState(jnp.int32(0), jax.tree.map(jnp.asarray, params), optimizer.init(params))
+    state = jax.device_put(state, shardings)
+    step = jax.jit(
+        make_train_step(model, optimizer, compute, every_token=every_token), out_shardings=(shardings, None)
+    )
+    metrics = []
+    for batch in batches:
+        state, found = step(state, place_batch(batch, microbatch_sharding(mesh), microbatches))
+        metrics.append(jax.tree.map(float, found._asdict()))
+    return metrics, jax.device_get(state)
+
+
+@pytest.fixture(scope="module")
+def single_device(yarn, params, batches):
+    return fine_tune(yarn, params, batches)
+
+
+@pytest.fixture(scope="module")
+def in_torch(yarn, params, batches, in_transformers):
+    """The same fine-tune in torch, each global batch in one piece: losses, gradient norms, final parameters."""
+    model = in_transformers(yarn, params).train()
+    decayed = [tensor for name, tensor in model.named_parameters() if not name.endswith("norm.weight")]
+    norms = [tensor for name, tensor in model.named_parameters() if name.endswith("norm.weight")]
+    assert len(norms) == 2 * yarn.num_hidden_layers + 1
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+        eps=1e-3,
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    losses, gradient_norms = [], []
+    for batch in batches:
+        ids = torch.from_numpy(batch["tokens"]).long()
+        attended = torch.from_numpy(batch["segment_ids"])
+        logits = model(ids, attention_mask=attended).logits[:, :-1]
+        losses_by_token = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        loss = losses_by_token[torch.from_numpy(batch["loss_mask"][:, 1:])].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        gradient_norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss))
+    return losses, gradient_norms, {name: tensor.detach().numpy() for name, tensor in model.named_parameters()}
+
+
+def test_fine_tune_is_torchs(single_device, in_torch, batches, params, torch_layout):
+    metrics, state = single_device
+    losses, gradient_norms, tensors = in_torch
+    assert [m["tokens"] for m in metrics] == [batch["loss_mask"][:, 1:].sum() for batch in batches]
+    # Two float32 implementations: roundings of 1e-7 in some hundreds of sums, carried over four steps.
+    np.testing.assert_allclose([m["loss"] for m in metrics], losses, rtol=1e-5)
+    np.testing.assert_allclose([m["gradient_norm"] for m in metrics], gradient_norms, rtol=1e-4)
+    assert max(gradient_norms) > 1  # clipping took part
+    for name, array in torch_layout(state.params).items():
+        # rate x gradient's rounding / epsilon = 1e-2 x 1e-6 / 1e-3 a step, on entries of order one.
+        np.testing.assert_allclose(array, tensors[name], rtol=0, atol=3e-5, err_msg=name)
+    moved = jax.tree.map(lambda before, after: np.abs(before - after).max(), params, state.params)
+    assert min(jax.tree.leaves(moved)) > 1e-3
+    assert state.step == STEPS
+
+
+def test_norms_reported_are_those_of_the_result(single_device):
+    metrics, state = single_device
+    squares = sum(np.square(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(state.params))
+    np.testing.assert_allclose(metrics[-1]["parameter_norm"], np.sqrt(squares), rtol=1e-6)
+
+
+def agree(found, expected):
+    """The same sums in another order: float32 rounding, as in `test_fine_tune_is_torchs`."""
+    for name in ("loss", "gradient_norm", "tokens"):
+        np.testing.assert_allclose([m[name] for m in found[0]], [m[name] for m in expected[0]], rtol=1e-5, err_msg=name)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-5), found[1].params, expected[1].params
+    )
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=lambda sizes: "-".join(f"{k}{v}" for k, v in sizes.items())
+)
+def test_eight_devices_give_the_curve_of_one(yarn, params, batches, single_device, sizes):
+    assert jax.device_count() == 8
+    mesh = make_mesh(MeshConfig(**sizes))
+    ways = sizes.get("data", 1) * sizes["fsdp"]
+    agree(fine_tune(yarn, params, batches, mesh=mesh, microbatches=BATCH // ways), single_device)
+
+
+@pytest.mark.parametrize("microbatches", [1, 8])
+def test_microbatches_do_not_change_the_curve(yarn, params, batches, single_device, microbatches):
+    agree(fine_tune(yarn, params, batches, microbatches=microbatches), single_device)
+
+
+@pytest.mark.parametrize("remat", ["full", "attention", "qkv", "dots"])
+def test_recomputation_does_not_change_the_curve(yarn, params, batches, single_device, remat):
+    compute = dataclasses.replace(COMPUTE, remat=remat)
+    agree(fine_tune(yarn, params, batches, compute=compute), single_device)
+
+
+def test_gradients_are_accumulated_in_float32_under_bfloat16(yarn, params, batches):
+    """Sixteen times the same microbatch has the gradient of one; in bfloat16 the sum would lose its last bits."""
+    compute = dataclasses.replace(COMPUTE, dtype="bfloat16")
+    rows = {name: array[2:4] for name, array in batches[0].items()}
+    (one,), state = fine_tune(yarn, params, [rows], compute=compute, microbatches=1)
+    repeated = {name: np.tile(array, (16, 1)) for name, array in rows.items()}
+    (sixteen,), repeated_state = fine_tune(yarn, params, [repeated], compute=compute, microbatches=16)
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.optimizer))} == {
+        np.dtype(np.float32),
+        np.dtype(np.int32),  # the optimizer's counts
+    }
+    assert sixteen["tokens"] == 16 * one["tokens"]
+    # 16 sums of float32: a few 1e-7; bfloat16 would be off by 4e-3.
+    for name in ("loss", "gradient_norm", "parameter_norm"):
+        np.testing.assert_allclose(sixteen[name], one[name], rtol=3e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), state.optimizer, repeated_state.optimizer
+    )
+
+
+def test_packed_documents_do_not_see_each_other(yarn, params, in_transformers):
+    """The pretraining loss of packed rows is that of each document by itself, over all its tokens but the first."""
+    rng = np.random.default_rng(8)
+    lengths = [(9, 15), (20, 4), (24,), (1, 2, 21)]
+    tokens = rng.integers(0, yarn.vocab_size, (4, LENGTH)).astype(np.int32)
+    batch = {
+        "tokens": tokens,
+        "loss_mask": rng.random(tokens.shape) < 0.5,  # not asked in this objective
+        "positions": np.stack([np.concatenate([np.arange(n) for n in row]) for row in lengths]).astype(np.int32),
+        "segment_ids": np.stack([np.repeat(np.arange(len(row)) + 1, row) for row in lengths]).astype(np.int32),
+    }
+    (metrics,), _ = fine_tune(yarn, params, [batch], microbatches=2, every_token=True)
+
+    model, losses = in_transformers(yarn, params), []
+    for row, parts in zip(tokens, lengths, strict=True):
+        for document in np.split(row, np.cumsum(parts)[:-1]):
+            ids = torch.from_numpy(document[None]).long()
+            with torch.no_grad():
+                logits = model(ids).logits
+            losses.extend(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none").tolist())
+    assert metrics["tokens"] == len(losses) == 4 * LENGTH - 8
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+
+
+def test_a_batch_without_a_token_to_learn_is_no_nan(yarn, params, batches):
+    nothing = {**batches[0], "loss_mask": np.zeros((BATCH, LENGTH), bool)}
+    (metrics,), _ = fine_tune(yarn, params, [nothing])
+    assert (metrics["loss"], metrics["gradient_norm"], metrics["tokens"]) == (0, 0, 0)
