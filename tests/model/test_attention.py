@@ -1,5 +1,6 @@
 """The backends against attention in float64 NumPy, values and gradients; which backend is chosen where."""
 
+import functools
 import math
 from typing import Any
 
@@ -60,7 +61,8 @@ def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray | No
 
 
 def with_gradients(backend: Any, qkv: Any, segments: np.ndarray | None, d_out: np.ndarray) -> list[jax.Array]:
-    @jax.jit
+    # Compiling is nearly all the time this takes; the compiler need not try hard.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
         out, back = jax.vjp(lambda q, k, v: backend(q, k, v, segments), q, k, v)
         return out, back(jnp.asarray(d_out, out.dtype))

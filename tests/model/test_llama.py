@@ -21,6 +21,8 @@ from eabf_jax.rope import Scheme, compose, from_hf, scheme
 from eabf_jax.training.tracking import parameter_count
 
 WINDOW = 16
+# Compiling is nearly all the time these tests take; the compiler need not try hard.
+QUICK = {"xla_backend_optimization_level": 0}
 
 
 def small(rope: Scheme | None = None, **changes: Any) -> LlamaConfig:
@@ -51,7 +53,8 @@ def tokens_for(config: LlamaConfig, batch: int, length: int, seed: int = 0) -> n
 
 def our_logits(config: LlamaConfig, params: Mapping[str, Any], tokens: np.ndarray, **inputs: Any) -> np.ndarray:
     model = Llama.from_params(config, params, attention="reference")
-    return np.asarray(jax.jit(lambda model, tokens, inputs: model(tokens, **inputs))(model, tokens, inputs))
+    run = jax.jit(lambda model, tokens, inputs: model(tokens, **inputs), compiler_options=QUICK)
+    return np.asarray(run(model, tokens, inputs))
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
@@ -418,7 +421,7 @@ def test_remat_policies_give_the_same_gradients() -> None:
     for remat in REMAT_POLICIES:
         template = Llama.abstract(config, attention="reference", remat=remat)
         loss = jax.grad(lambda p, template=template: (template.with_parameters(p)(tokens) ** 2).mean())
-        gradients[remat] = jax.jit(loss)(params)
+        gradients[remat] = jax.jit(loss, compiler_options=QUICK)(params)
 
     def near(value: jax.Array, expected: jax.Array) -> None:
         # Computing an intermediate again may round differently (fusion), nothing more.
@@ -486,7 +489,7 @@ def test_the_parameter_tree_is_the_documented_one(tied: bool) -> None:
 
 def test_random_parameters_have_the_configured_spread() -> None:
     config = small(initializer_range=0.05, attention_bias=True, vocab_size=500)
-    params = Llama(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16).parameters()
+    params = jax.jit(lambda: Llama(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16).parameters())()
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
     kernel = np.asarray(params["layers"]["mlp"]["gate_proj"]["kernel"], np.float32)
     for drawn in (kernel, np.asarray(params["embed_tokens"]["embedding"], np.float32)):
