@@ -1,6 +1,8 @@
 """Checkpoints of a run, in Orbax: parameters, optimizer, data position."""
 
 import errno
+import logging
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -41,6 +43,10 @@ class Checkpoints:
           run: the run's directory.
           keep: newest checkpoints kept.
         """
+        # What Orbax logs as an error is raised as well; its tracebacks would stand above our one line.
+        self._log = logging.getLogger("absl")
+        self._log_level = self._log.level
+        self._log.setLevel(logging.CRITICAL)
         self._manager = ocp.CheckpointManager(
             (run / CHECKPOINTS).absolute(),
             item_names=("params", "optimizer", "data"),
@@ -59,6 +65,8 @@ class Checkpoints:
             # An error of the loop itself is the one to report; one of the background write stands alone.
             if error is None:
                 raise _explained(failure) from failure
+        finally:
+            self._log.setLevel(self._log_level)
 
     def latest_step(self) -> int | None:
         """The newest whole checkpoint's step."""
@@ -130,8 +138,10 @@ def _explained(failure: Exception) -> Exception:
     """The error for a failed write: one line where it is the disk's fault, itself otherwise."""
     cause: BaseException | None = failure
     while cause is not None:
-        text = str(cause)
-        if getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in text or "RESOURCE_EXHAUSTED" in text:
-            return InputError(f"no space left to write the checkpoint: {_first_line(cause)}")
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            # Tensorstore reports a full disk through a ValueError whose text is all there is.
+            if getattr(cause, "errno", None) == number or os.strerror(number) in str(cause):
+                reason = "no space left" if number == errno.ENOSPC else os.strerror(number).lower()
+                return InputError(f"{reason}: the checkpoint cannot be written ({_first_line(cause)})")
         cause = cause.__cause__ or cause.__context__
     return failure

@@ -104,7 +104,7 @@ def make_train_step(
         gradients = jax.tree.map(lambda g: g * scale, gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(total * scale, optax.global_norm(gradients), optax.global_norm(params), count)
+        metrics = StepMetrics(total * scale, optax.tree.norm(gradients), optax.tree.norm(params), count)
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
     return train_step

@@ -25,6 +25,7 @@ PEAK_FLOPS = {
     "A100": 312e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
     "TPU v5": 459e12,
     "TPU v6": 918e12,
 }

@@ -71,6 +71,11 @@ def train(config: TrainConfig) -> Path:
         config.data.directory, config.data.split, batch_size=config.recipe.batch_size, length=config.window, mode=mode
     )
     steps = total_steps(config.recipe, per_epoch)
+    if config.recipe.warmup_steps >= steps:
+        raise InputError(
+            f"recipe.warmup_steps {config.recipe.warmup_steps} is not less than the run's {steps} steps: the peak rate "
+            "would never be reached"
+        )
     tokenizer = _tokenizer(config)
     _check_vocabularies(config, base, tokenizer)
     plan = _plan_step(config, model_config, mesh, steps)
@@ -167,10 +172,13 @@ def base_config(config: TrainConfig) -> LlamaConfig:
     if config.model.path is None:
         return shape_config(config)
     found = read_config(config.model.path)
-    for name, value in (config.model.shape or {}).items():
-        if getattr(found, name, value) != value:
+    fields = {entry.name: getattr(found, entry.name) for entry in dataclasses.fields(found)}
+    told = LlamaConfig.from_fields({**fields, **(config.model.shape or {})})
+    for name in fields:
+        if getattr(told, name) != getattr(found, name):
             raise InputError(
-                f"model.shape says {name} {value}; the model in {config.model.path} has {getattr(found, name)}"
+                f"model.shape says {name} {getattr(told, name)}; the model in {config.model.path} has "
+                f"{getattr(found, name)}"
             )
     return found
 

@@ -47,6 +47,8 @@ SHAPE = {
     "initializer_range": 0.2,
 }
 WINDOW, RECORDS = 64, 40
+# Compiles several times as fast, into slower code: a micro step is all compilation.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 def write_records(directory, *, records=RECORDS, longest=WINDOW, metadata=None, seed=0):
@@ -62,8 +64,9 @@ def write_records(directory, *, records=RECORDS, longest=WINDOW, metadata=None, 
 
 
 @pytest.fixture(scope="session")
-def shape():
-    return dict(SHAPE)
+def quick():
+    """Compiler options for tests whose time is compilation."""
+    return dict(QUICK)
 
 
 @pytest.fixture(scope="session")
@@ -174,7 +177,11 @@ def start_training():
         return subprocess.Popen(
             [sys.executable, "train.py", *map(str, arguments)],
             cwd=ROOT,
-            env={**environment, "JAX_PLATFORMS": "cpu"},
+            env={
+                **environment,
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items()),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -201,7 +208,9 @@ def in_transformers():
             config.rope, head_dim=config.head_dim, spelling="rope_parameters"
         )
         reference = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**fields, tie_word_embeddings=False, rms_norm_eps=1e-5, attn_implementation="eager")
+            transformers.LlamaConfig(
+                **fields, tie_word_embeddings=False, rms_norm_eps=1e-5, attn_implementation="eager"
+            )
         )
         reference.load_state_dict(
             {name: torch.from_numpy(np.array(array)) for name, array in in_torch_layout(params).items()}
@@ -232,3 +241,8 @@ def in_torch_layout(params):
 @pytest.fixture(scope="session")
 def torch_layout():
     return in_torch_layout
+
+
+@pytest.fixture(scope="session")
+def shape():
+    return dict(SHAPE)

@@ -34,21 +34,23 @@ def expected(yarn, params, tokens, in_transformers):
         return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").numpy()
 
 
-def losses(config, params, tokens, *, chunk, dtype=jnp.float32):
+def losses(config, params, tokens, options, *, chunk, dtype=jnp.float32):
     model = Llama.abstract(config, attention="reference", dtype=dtype)
-    return jax.jit(lambda params: token_losses(model.with_parameters(params), tokens, chunk=chunk))(params)
+    return jax.jit(
+        lambda params: token_losses(model.with_parameters(params), tokens, chunk=chunk), compiler_options=options
+    )(params)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 5, 8, 1024])
-def test_losses_are_torchs_whatever_the_chunk(yarn, params, tokens, expected, chunk):
-    found = losses(yarn, params, tokens, chunk=chunk)
+def test_losses_are_torchs_whatever_the_chunk(yarn, params, tokens, quick, expected, chunk):
+    found = losses(yarn, params, tokens, quick, chunk=chunk)
     assert found.dtype == jnp.float32
     # Two float32 forward passes; logits are of order ten, where a rounding is 1e-6.
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
 
 
-def test_losses_are_float32_under_bfloat16(yarn, params, tokens, expected):
-    found = losses(yarn, params, tokens, chunk=4, dtype=jnp.bfloat16)
+def test_losses_are_float32_under_bfloat16(yarn, params, tokens, quick, expected):
+    found = losses(yarn, params, tokens, quick, chunk=4, dtype=jnp.bfloat16)
     assert found.dtype == jnp.float32
     # bfloat16 keeps 8 bits: logits of order ten are off by some hundredths.
     np.testing.assert_allclose(found, expected, rtol=0, atol=0.5)

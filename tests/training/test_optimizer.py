@@ -29,7 +29,10 @@ def test_updates_are_torchs(warmup):
     }
     # Norms from 0.06 to 600: some steps are clipped at 1, some are not.
     gradients = [
-        {name: (rng.normal(size=leaf.shape) * 10.0 ** rng.integers(-2, 3)).astype(np.float32) for name, leaf in start.items()}
+        {
+            name: (rng.normal(size=leaf.shape) * 10.0 ** rng.integers(-2, 3)).astype(np.float32)
+            for name, leaf in start.items()
+        }
         for _ in range(steps)
     ]
     gradients[4] = {name: np.zeros_like(leaf) for name, leaf in start.items()}
@@ -65,6 +68,10 @@ def test_updates_are_torchs(warmup):
             # A parameter of order one keeps 6e-8 a step; torch divides by norm + 1e-6, and the ratio of the moments
             # takes ten-odd roundings: 2e-6 of each step of at most the peak rate.
             np.testing.assert_allclose(
-                params[name], tensor.detach(), rtol=1e-6, atol=(step + 1) * (2e-6 * peak + 1e-7), err_msg=f"{name} {step}"
+                params[name],
+                tensor.detach(),
+                rtol=1e-6,
+                atol=(step + 1) * (2e-6 * peak + 1e-7),
+                err_msg=f"{name} {step}",
             )
     assert max(np.abs(params[name] - start[name]).max() for name in start) > peak  # it did move

@@ -254,7 +254,10 @@ def test_bad_values_are_named(load, change, message):
         (["--window", "null"], "'window' takes an integer, not None"),
         (["--window", "[64"], "'window' takes an integer, not '[64'"),
         (["--recipe.learning_rate", "-1"], "'recipe.learning_rate' is -1.0"),
-        (["--output.directory", "x"], "--output.directory: the configuration's 'output' is 'runs/x', which has no keys"),
+        (
+            ["--output.directory", "x"],
+            "--output.directory: the configuration's 'output' is 'runs/x', which has no keys",
+        ),
         (["config.yaml"], "unexpected argument 'config.yaml'"),
         (["--config_path", "no/such.yaml"], "cannot read the configuration 'no/such.yaml': No such file"),
         (["--config_path", "."], "cannot read the configuration '.': Is a directory"),

@@ -1,0 +1,106 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from eabf_jax import cli
+from eabf_jax.errors import InputError
+
+
+def run_fresh(code, **environment):
+    """Runs Python code in a process of its own."""
+    variables = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=variables)
+
+
+def exit_code(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    return stop.value.code
+
+
+def test_help_names_the_commands_and_loads_neither_jax_nor_torch():
+    code = (
+        "import sys\n"
+        "from eabf_jax.cli import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as stop:\n    print('exit', stop.code)\n"
+        "print('loaded', *({'jax', 'flax', 'orbax', 'torch', 'tensorflow_datasets', 'draccus'} & set(sys.modules)))"
+    )
+    found = run_fresh(code)
+    *text, exit_line, loaded = found.stdout.splitlines()
+    assert (exit_line, loaded.strip()) == ("exit 0", "loaded")
+    for name, command in cli.COMMANDS.items():
+        assert any(name in line and command.summary in line for line in text)
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_command_has_a_help_that_describes_it(name, capsys):
+    assert exit_code(name, "--help") == 0
+    text = capsys.readouterr().out
+    assert "usage:" in text
+    expected = {"train": ["--recipe.learning_rate", "--config_path"], "prepare": ["--src", "--tokenizer"]}
+    for option in expected.get(name, []):
+        assert option in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--config_path", "nowhere.yaml"), "cannot read the configuration 'nowhere.yaml'"),
+        (("train", "--windw", "3"), "unknown configuration key 'windw': did you mean 'window'"),
+        (("train",), "configuration key 'output' is missing"),
+        (("evaluate", "perplexity", "--model", "nowhere", "--data", "nowhere"), "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
+    assert exit_code(*arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_an_unknown_command_is_named(capsys):
+    assert exit_code("trian") == 2
+    assert "trian" in capsys.readouterr().err
+    assert exit_code() == 2
+
+
+def test_exit_statuses(capsys):
+    def fail(error):
+        def command():
+            raise error
+
+        with pytest.raises(SystemExit) as stop:
+            cli.run(command)
+        return stop.value.code, capsys.readouterr().err
+
+    assert fail(InputError("two\nlines")) == (2, "error: two lines\n")
+    assert fail(KeyboardInterrupt()) == (130, "interrupted\n")
+    code, shown = fail(OSError(28, "No space left on device", "runs/x/metrics.jsonl"))
+    assert (code, shown) == (2, "error: no space left on the device that holds runs/x/metrics.jsonl\n")
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: None)
+    assert stop.value.code == 0
+    # What is not the user's fault keeps its traceback.
+    with pytest.raises(PermissionError):
+        cli.run(lambda: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+
+
+def test_module_and_script_are_the_command():
+    module = subprocess.run([sys.executable, "-m", "eabf_jax", "--help"], capture_output=True, text=True, check=True)
+    assert "commands:" in module.stdout
+    script = subprocess.run([sys.executable, "train.py", "--windw", "3"], capture_output=True, text=True, check=False)
+    assert script.returncode == 2
+    assert "did you mean 'window'" in script.stderr and "Traceback" not in script.stderr
+
+
+def test_figures_appear_whole(tmp_path):
+    cli.write_json(tmp_path / "figures.json", {"a": 1})
+    with pytest.raises(TypeError):
+        cli.write_json(tmp_path / "figures.json", {"a": object()})
+    assert json.loads((tmp_path / "figures.json").read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]

@@ -1,0 +1,408 @@
+import dataclasses
+import errno
+import functools
+import json
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import yaml
+
+from eabf_jax.data.dataset import tokenizer_digest
+from eabf_jax.errors import InputError
+from eabf_jax.interop.native import load_native, save_params, write_model_json
+from eabf_jax.interop.tokenizer import load_tokenizer
+from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.training.recipe import load_config
+from eabf_jax.training.tracking import parameter_count
+from eabf_jax.training.trainer import base_config, lower_train_step, train
+
+TOKENIZER = "assets/tiny"
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly(monkeypatch, quick):
+    monkeypatch.setattr(
+        jax.stages.Lowered, "compile", functools.partialmethod(jax.stages.Lowered.compile, compiler_options=quick)
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(run_config, quick, tmp_path_factory):
+    """A run of ten steps on eight devices, and its configuration."""
+    config = run_config(tmp_path_factory.mktemp("finished") / "runs" / "micro")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            jax.stages.Lowered, "compile", functools.partialmethod(jax.stages.Lowered.compile, compiler_options=quick)
+        )
+        return train(config), config
+
+
+def final_params(run):
+    return load_native(run)[1]
+
+
+def refuse(config, message):
+    """`train` refuses with one line."""
+    with pytest.raises(InputError, match=message) as error:
+        train(config)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_leaves_a_model_directory_with_its_record(finished, extended, read_metrics):
+    run, config = finished
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml",
+        "model.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+    }
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"10"}
+    assert load_config(["--config_path", str(run / "config.yaml")]) == config
+    found, params = load_native(run)
+    assert found == extended
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    metrics = read_metrics(run)
+    assert [m["step"] for m in metrics] == list(range(1, 11))
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.3
+    # Cosine from the peak; the last step's own rate is the one before nought.
+    expected = [1e-2 * 0.5 * (1 + np.cos(np.pi * step / 10)) for step in range(10)]
+    np.testing.assert_allclose([m["learning_rate"] for m in metrics], expected, rtol=1e-5)
+    assert ["compile_seconds" in m for m in metrics] == [True] + [False] * 9
+    # The first step's rate is that of a step, not of the compilation before it.
+    assert metrics[0]["seconds"] < metrics[0]["compile_seconds"] + 1
+    for m in metrics:
+        assert m["tokens_per_second"] == pytest.approx(8 * 64 / m["seconds"])
+        assert m["mfu"] is None  # nobody publishes the peak of this CPU
+
+
+def test_a_finished_run_is_left_alone(finished, monkeypatch):
+    run, config = finished
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    monkeypatch.setattr("eabf_jax.training.trainer._lower", None)  # nothing is compiled
+    assert train(config) == run
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"recipe": {"learning_rate": 2e-2}}, "recipe.learning_rate"),
+        ({"rope": {"type": "abf", "base": 5e4}}, "rope.pretrained_window, rope.type, rope.unscaled_layers"),
+        ({"mesh": {"data": 2}, "recipe": {"seed": 1}}, "mesh.data, recipe.seed"),
+    ],
+)
+def test_another_configuration_in_the_same_directory_is_refused(finished, run_config, changes, keys):
+    run, _ = finished
+    if changes.get("rope"):
+        changed = dataclasses.replace(
+            run_config(run), rope=type(load_config(["--output", "x", "--window", "2", "--rope.type", "abf"]).rope)(5e4)
+        )
+    else:
+        changed = run_config(run, **changes)
+    refuse(changed, f"holds a run with other values of {re.escape(keys)}; pass --overwrite true")
+
+
+def test_overwriting_starts_afresh_and_leaves_other_files(run_config, tmp_path, read_metrics):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    config = run_config(run, recipe={"steps": 1})
+    refuse(config, "is not empty and holds no run; name another directory, or pass --overwrite true")
+    assert [path.name for path in run.iterdir()] == ["notes.txt"]
+    train(dataclasses.replace(config, overwrite=True))
+    assert (run / "notes.txt").read_text() == "mine"
+    other = run_config(run, recipe={"steps": 2, "seed": 4}, overwrite=True)
+    train(other)
+    assert [m["step"] for m in read_metrics(run)] == [1, 2]
+    assert len(list((run / "tensorboard").iterdir())) == 1
+    assert yaml.safe_load((run / "config.yaml").read_text())["recipe"]["seed"] == 4
+
+
+def test_a_pretraining_run_from_nothing_packs_and_keeps_the_tokenizer(run_config, shape, write_dataset, tmp_path):
+    shape = {**shape, "vocab_size": 4096}
+    digest = tokenizer_digest(load_tokenizer(TOKENIZER))
+    data = write_dataset(tmp_path / "set", metadata={"vocab_size": 4096, "tokenizer": digest})
+    config = run_config(
+        tmp_path / "run",
+        window=32,
+        model={"path": None, "shape": shape, "tokenizer": TOKENIZER},
+        data={"directory": str(data)},
+        recipe={"objective": "pretrain", "steps": 2, "batch_size": 16},
+        compute={"microbatch_size": 2},
+        checkpoint={"every_steps": None},
+    )
+    run = train(config)
+    assert load_tokenizer(run).encode("hello") == load_tokenizer(TOKENIZER).encode("hello")
+    tokens = [json.loads(line)["trained_tokens"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(16 * 32 * 0.9 < count < 16 * 32 for count in tokens)  # all but the first of each document in a row
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": {"batch_size": 12}}, r"batch_size 12 is not divisible by compute.microbatch_size 1 x 8 devices"),
+        (
+            {"compute": {"microbatch_size": 2}},
+            r"batch_size 8 is not divisible by compute.microbatch_size 2 x 8 devices",
+        ),
+        ({"recipe": {"batch_size": 48}}, "has 40 records, fewer than one batch of 48"),
+        ({"recipe": {"seed": 2**32}}, "seed 4294967296 is out of range"),
+        ({"mesh": {"fsdp": 3}}, "takes 3 devices; 8 are at hand"),
+        ({"mesh": {"tensor": 8}}, "mesh tensor=8 does not divide the model's 2 key-value heads"),
+        ({"window": 32}, "window 32 is not larger than the model's own window 32"),
+        ({"window": 48}, "has records of 64 tokens, rows have 48"),
+        ({"data": {"directory": "nowhere"}}, "nowhere is not a prepared dataset"),
+        ({"data": {"split": "trian"}}, "did you mean 'train'"),
+        ({"model": {"path": "nowhere"}}, "nowhere: no such directory"),
+        ({"model": {"path": None}}, r"names no model: set model.path .* or model.shape"),
+        ({"model": {"shape": {"hidden_size": 64}}}, r"model.shape says hidden_size 64; the model in .* has 32"),
+        ({"model": {"shape": {"hiden_size": 32}}}, "unknown model field 'hiden_size': did you mean 'hidden_size'"),
+        ({"model": {"tokenizer": "configs"}}, "no tokenizer in configs"),
+        ({"model": {"tokenizer": TOKENIZER}}, "the tokenizer has 4096 tokens, the embedding 96 rows"),
+        ({"compute": {"attention": "flash"}}, "unknown attention backend 'flash'"),
+        ({"compute": {"remat": "ful"}}, "unknown remat policy 'ful': did you mean 'full'"),
+        ({"recipe": {"warmup_steps": 10}}, r"recipe.warmup_steps 10 is not less than the run's 10 steps"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_before_anything_is_written(run_config, tmp_path, changes, message):
+    refuse(run_config(tmp_path / "run", **changes), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_may_not_be_what_is_read(run_config, base_model, dataset, tmp_path):
+    before = sorted(base_model.iterdir())
+    for source, key in ((base_model, "model.path"), (dataset, "data.directory")):
+        refuse(run_config(source, overwrite=True), f"is also {key}: name another directory")
+    (tmp_path / "file").write_text("")
+    refuse(run_config(tmp_path / "file"), "is a file: name a directory")
+    assert sorted(base_model.iterdir()) == before
+
+
+def test_tokens_beyond_the_embedding_are_refused(run_config, write_dataset, tmp_path):
+    data = write_dataset(tmp_path / "set", metadata={"vocab_size": 97})
+    config = run_config(tmp_path / "run", data={"directory": str(data)})
+    refuse(config, "was tokenized with 97 tokens; the model's embedding has 96 rows")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokens_of_another_tokenizer_are_refused(run_config, shape, write_dataset, tmp_path):
+    data = write_dataset(tmp_path / "set", metadata={"vocab_size": 96, "tokenizer": "0123456789abcdef"})
+    model = {"path": None, "shape": {**shape, "vocab_size": 4096}, "tokenizer": TOKENIZER}
+    config = run_config(tmp_path / "run", data={"directory": str(data)}, model=model)
+    refuse(
+        config, r"another tokenizer \(digest 0123456789abcdef\) than the one in assets/tiny .* --tokenizer assets/tiny"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_model_leaves_no_run(run_config, base_model, tmp_path):
+    shutil.copytree(base_model, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "checkpoints" / "0" / "params" / "d")
+    refuse(run_config(tmp_path / "run", model={"path": str(tmp_path / "model")}), "damaged checkpoint|cannot be read")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_blow_up_stops_the_run_and_keeps_the_last_good_checkpoint(run_config, params, tmp_path, read_metrics):
+    # Warm-up starts at nought: the first step changes nothing, the second one everything.
+    config = run_config(tmp_path / "run", recipe={"learning_rate": 1e30, "warmup_steps": 3})
+    refuse(config, r"not finite at step 2: .*parameter norm inf.*; stopped, checkpoint 1 in .*run is the last good one")
+    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [1]
+    jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), params)
+
+
+def test_a_weight_that_is_not_a_number_stops_the_run(run_config, model_config, params, tmp_path):
+    broken = jax.tree.map(np.array, params)
+    broken["norm"]["scale"][3] = np.nan
+    (tmp_path / "model").mkdir()
+    write_model_json(tmp_path / "model", model_config)
+    save_params(tmp_path / "model", broken)
+    config = run_config(tmp_path / "run", model={"path": str(tmp_path / "model")})
+    refuse(config, "not finite at step 1: loss nan, .* stopped, no checkpoint was written")
+
+
+@pytest.mark.parametrize(("number", "reason"), [(errno.ENOSPC, "no space left"), (errno.EDQUOT, "disk quota exceeded")])
+def test_no_space_for_a_checkpoint_is_one_line(run_config, tmp_path, monkeypatch, number, reason):
+    handler = ocp.StandardCheckpointHandler
+    original = handler.async_save
+
+    async def full_disk(self, directory, *arguments, **options):
+        if directory.name.startswith("optimizer") and "/3." in str(directory):
+            raise OSError(number, "it is full")
+        return await original(self, directory, *arguments, **options)
+
+    monkeypatch.setattr(handler, "async_save", full_disk)
+    refuse(run_config(tmp_path / "run"), f"{reason}: the checkpoint cannot be written .*it is full")
+    assert load_native(tmp_path / "run")  # checkpoint 2 is whole
+
+
+def test_a_write_that_the_system_refuses_is_one_line(config_file, start_training, tmp_path):
+    """The real thing, within a user's means: files of more than 16 KiB are refused while Orbax writes."""
+    config = config_file(tmp_path / "config.yaml", tmp_path / "run")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))
+
+    process = start_training("--config_path", config, preexec_fn=limit)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    *steps, last = err.splitlines()
+    assert last.startswith("error: file too large: the checkpoint cannot be written (")
+    assert all(line.startswith(("compiling", "step ")) for line in steps)
+    assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_a_damaged_checkpoint_is_named(finished, run_config, tmp_path):
+    run, config = finished
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "10").rename(tmp_path / "run" / "checkpoints" / "4")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4" / "optimizer" / "d")
+    copied = dataclasses.replace(config, output=str(tmp_path / "run"))
+    (tmp_path / "run" / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(run), copied.output))
+    refuse(copied, "checkpoint 4 in .* cannot be read .*: remove it to go on from the one before")
+
+
+class Interrupted:
+    """Runs of `python train.py` that are cut off, and one that is not."""
+
+    STEPS = 32
+
+    def __init__(self, folder, config_file, start_training):
+        self.run, self.start = folder / "run", start_training
+        self.config = config_file(
+            folder / "config.yaml", self.run, recipe={"steps": self.STEPS}, checkpoint={"keep": 2}
+        )
+
+    def go(self):
+        return self.start("--config_path", self.config)
+
+    def recorded(self):
+        path = self.run / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def wait(self, process, condition):
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config_file, start_training, tmp_path_factory):
+    whole = Interrupted(tmp_path_factory.mktemp("whole"), config_file, start_training)
+    process = whole.go()
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    # Nothing but our own lines: no library's log or warning.
+    lines = err.splitlines()
+    assert lines[0] == "compiling the step ..."
+    assert len(lines) == 1 + Interrupted.STEPS and all(re.match(r"step \d+/32  loss ", line) for line in lines[1:])
+    assert f"{whole.run}: finished" in out
+    return whole
+
+
+def test_killed_and_started_again_a_run_ends_bit_for_bit_the_same(
+    uninterrupted, config_file, start_training, tmp_path, read_metrics
+):
+    cut = Interrupted(tmp_path, config_file, start_training)
+
+    process = cut.go()  # SIGKILL at a random step
+    kill_at = random.Random(20240107).randint(2, 8)
+    cut.wait(process, lambda: cut.recorded() >= kill_at)
+    process.kill()
+    process.communicate()
+    killed_at = cut.recorded()
+    assert kill_at <= killed_at < cut.STEPS
+
+    process = cut.go()  # SIGKILL while a later checkpoint is being written
+    partial = re.compile(r"(\d+)\.orbax-checkpoint-tmp")
+    checkpoints = cut.run / "checkpoints"
+
+    def writing():
+        names = [partial.fullmatch(path.name) for path in checkpoints.iterdir()]
+        return any(name and int(name[1]) > killed_at + 1 for name in names)
+
+    cut.wait(process, writing)
+    process.kill()
+    process.communicate()
+
+    process = cut.go()  # SIGTERM: a preempted machine
+    recorded = cut.recorded()
+    cut.wait(process, lambda: cut.recorded() > recorded)
+    process.terminate()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    last = err.splitlines()[-1]
+    stopped = re.fullmatch(r"error: stopped by a signal after step (\d+) of 32; start again to go on from there", last)
+    assert stopped, err
+    assert max(int(path.name) for path in checkpoints.iterdir()) == int(stopped[1]) < cut.STEPS
+
+    process = cut.go()
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert err.splitlines()[1].startswith(f"step {int(stopped[1]) + 1}/32")
+
+    jax.tree.map(np.testing.assert_array_equal, final_params(cut.run), final_params(uninterrupted.run))
+    lines, expected = read_metrics(cut.run), read_metrics(uninterrupted.run)
+    assert [m["step"] for m in lines] == list(range(1, cut.STEPS + 1))
+    for name in ("loss", "gradient_norm", "parameter_norm", "learning_rate", "trained_tokens"):
+        assert [m[name] for m in lines] == [m[name] for m in expected]
+    # What the kills left behind is gone.
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["31", "32"]
+
+
+def test_a_finished_run_started_again_says_so_at_once(uninterrupted, read_metrics):
+    before = read_metrics(uninterrupted.run)
+    process = uninterrupted.go()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert f"{uninterrupted.run}: finished" in out
+    assert err == ""
+    assert read_metrics(uninterrupted.run) == before
+
+
+def test_the_second_signal_is_not_held_back():
+    from eabf_jax.training.trainer import _preemption_flag
+
+    before = signal.getsignal(signal.SIGINT)
+    with _preemption_flag() as flag:
+        signal.raise_signal(signal.SIGINT)
+        assert flag.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_7b_step_lowers_from_shapes_alone():
+    config = load_config(["--config_path", "configs/llama2_7b_eabf_16k.yaml"])
+    assert parameter_count(base_config_without_weights(config)) == 6_738_415_616
+    arrays = sum(array.nbytes for array in jax.live_arrays())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lowered = lower_train_step(config, make_mesh(MeshConfig(fsdp=8)))
+    assert sum(array.nbytes for array in jax.live_arrays()) - arrays < 2**20
+    # In KiB. The parameters alone would be 25 GiB, their smallest kernel 500 MiB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 400 * 2**10
+
+    state, _ = lowered.in_avals[0]
+    leaves = jax.tree.leaves(state.params)
+    assert sum(leaf.size for leaf in leaves) == 6_738_415_616
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    assert sum(leaf.size for leaf in moments) == 2 * 6_738_415_616
+    assert {leaf.dtype for leaf in (*leaves, *moments)} == {jnp.dtype("float32")}
+    (_, batch), _ = lowered.in_avals
+    assert batch["tokens"].shape == (4, 8, 16_384)
+
+
+def base_config_without_weights(config):
+    return base_config(dataclasses.replace(config, model=dataclasses.replace(config.model, path=None)))
