@@ -27,7 +27,7 @@ from eabf_jax.training.trainer import train
 
 BASE_MODEL = "assets/tiny"
 EDGES = [0, 256, 512, 1024, 2048]
-LEARNING_RATES = (2e-4, 3e-4, 5e-4, 1e-3)
+LEARNING_RATES = (1e-4, 2e-4, 4e-4)
 WINDOW = {"pretrained_window": 512}
 SCHEMES: tuple[dict[str, Any], ...] = (
     *({"type": "eabf", "base": base, **WINDOW} for base in (5e4, 1e5, 2e5, 5e5)),
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--json", required=True, help="write the figures here")
     options = parser.parse_args()
     documents = read_documents(options.data, "held_out", None, None)[32:64]
+    made_on = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     rows = [{"rope": None, "learning_rate": None, "bands": bands(BASE_MODEL, documents)}]
     rows += [{"rope": rope, "learning_rate": None, "bands": bands(BASE_MODEL, documents, rope)} for rope in SCHEMES]
     with tempfile.TemporaryDirectory() as scratch:
@@ -81,8 +82,7 @@ def main() -> None:
             fine_tune(output, options.data, rope, rate)
             rows.append({"rope": rope, "learning_rate": rate, "bands": bands(str(output), documents)})
             print(rows[-1], flush=True)
-    device = jax.devices()[0].device_kind
-    write_json(options.json, {"device": device, "jax": jax.__version__, "edges": EDGES, "seeds": 1, "runs": rows})
+            write_json(options.json, {**made_on, "edges": EDGES, "seeds": 1, "runs": rows})
 
 
 run(main)

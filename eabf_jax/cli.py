@@ -64,9 +64,11 @@ def _prepare(arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
+    from eabf_jax.parallel.mesh import use_every_core
     from eabf_jax.training.recipe import load_config
 
     config = load_config(arguments, prog="train.py")
+    use_every_core()
     if config.distributed:
         import jax
 
@@ -82,12 +84,14 @@ def _evaluate(arguments: list[str]) -> None:
 
     from eabf_jax.analysis.figures import loss_by_position
     from eabf_jax.evaluation import command
+    from eabf_jax.parallel.mesh import use_every_core
 
     parser = argparse.ArgumentParser("eabf evaluate", description=COMMANDS["evaluate"].summary)
     kinds = parser.add_subparsers(dest="kind", required=True)
     perplexity = kinds.add_parser("perplexity", help="loss by band of positions, for several models side by side")
     command.add_arguments(perplexity)
     parsed = parser.parse_args(arguments)
+    use_every_core()
     comparison = command.compare(parsed)
     Console().print(command.table(comparison))
     if parsed.json:

@@ -68,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bands", help="edges of the position bands, e.g. 0,256,512,1024 (default: doubling from 256 to the length)"
     )
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
-    parser.add_argument("--batch-size", type=int, default=1, help="documents in one forward pass (default: 1)")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="documents that each device reads at a time (default: 1)"
+    )
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--figure", help="draw loss by position here (.png, .svg or .pdf)")
 

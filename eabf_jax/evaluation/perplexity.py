@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from eabf_jax.errors import InputError
 from eabf_jax.model.llama import Llama
+from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.parallel.rules import batch_sharding, sharded_attention
 from eabf_jax.training.loss import token_losses
 
 Progress = Callable[[int], None]
@@ -39,24 +42,29 @@ def position_losses(
     Args:
       model: the model.
       documents: int32 [documents, length], all of the same length.
-      batch_size: documents in one forward pass.
+      batch_size: documents that each device reads in one forward pass.
       chunk: positions whose logits exist at a time.
       progress: called with the number of documents done.
 
     Returns:
       float32 [documents, length - 1], nats; entry t belongs to the token at position t + 1.
     """
-    # The parameters travel as arguments: closed over, they would be compiled into the program.
-    template, params = (
-        Llama.abstract(model.config, dtype=model.dtype, param_dtype=model.dtype, attention=model.attention),
-        model.parameters(),
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
+    template = Llama.abstract(
+        model.config,
+        dtype=model.dtype,
+        param_dtype=model.dtype,
+        attention=sharded_attention(mesh, model.attention, model.config.num_key_value_heads),
     )
+    # The parameters travel as arguments: closed over, they would be compiled into the program.
+    params = jax.device_put(model.parameters(), NamedSharding(mesh, PartitionSpec()))
     losses = jax.jit(lambda params, tokens: token_losses(template.with_parameters(params), tokens, chunk=chunk))
-    rows = []
-    for start in range(0, len(documents), batch_size):
-        batch = documents[start : start + batch_size]
-        missing = batch_size - len(batch)  # the last batch is filled up, so that nothing is compiled twice
-        rows.append(np.asarray(losses(params, np.pad(batch, ((0, missing), (0, 0)))))[: len(batch)])
+    rows, per_pass = [], batch_size * mesh.size
+    for start in range(0, len(documents), per_pass):
+        batch = documents[start : start + per_pass]
+        missing = per_pass - len(batch)  # the last batch is filled up, so that nothing is compiled twice
+        tokens = jax.device_put(np.pad(batch, ((0, missing), (0, 0))), batch_sharding(mesh))
+        rows.append(np.asarray(losses(params, tokens))[: len(batch)])
         progress(start + len(batch))
     return np.concatenate(rows)
 
