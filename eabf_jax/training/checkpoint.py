@@ -3,6 +3,8 @@
 import errno
 import logging
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,10 +45,8 @@ class Checkpoints:
           run: the run's directory.
           keep: newest checkpoints kept.
         """
-        # What Orbax logs as an error is raised as well; its tracebacks would stand above our one line.
-        self._log = logging.getLogger("absl")
-        self._log_level = self._log.level
-        self._log.setLevel(logging.CRITICAL)
+        self._failed = False
+        self._unsilence = _silence()
         self._manager = ocp.CheckpointManager(
             (run / CHECKPOINTS).absolute(),
             item_names=("params", "optimizer", "data"),
@@ -62,11 +62,13 @@ class Checkpoints:
         try:
             self._manager.close()
         except Exception as failure:
+            self._failed = True
             # An error of the loop itself is the one to report; one of the background write stands alone.
             if error is None:
                 raise _explained(failure) from failure
         finally:
-            self._log.setLevel(self._log_level)
+            if not self._failed:  # what a failed write has left running goes on complaining until the process ends
+                self._unsilence()
 
     def latest_step(self) -> int | None:
         """The newest whole checkpoint's step."""
@@ -94,6 +96,7 @@ class Checkpoints:
                 force=True,
             )
         except Exception as failure:
+            self._failed = True
             raise _explained(failure) from failure
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -128,6 +131,31 @@ class Checkpoints:
     def reached_preemption(self, step: int) -> bool:
         """True where the scheduler of a pod has announced that the machine goes away (agreed among all hosts)."""
         return self._manager.reached_preemption(step)
+
+
+def _silence() -> Callable[[], None]:
+    """Keeps the tracebacks of a failed write from standing around our one line; returns what undoes it.
+
+    What Orbax logs as an error it raises as well. The other writes of the same checkpoint fail after it: in tasks that
+    nobody waits for, and in callbacks to an event loop that is gone.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    before = sys.unraisablehook
+
+    def hook(failure: Any) -> None:
+        if str(failure.exc_value) != "Event loop is closed":
+            before(failure)
+
+    def undo() -> None:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        sys.unraisablehook = before
+
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = hook
+    return undo
 
 
 def _first_line(error: BaseException) -> str:

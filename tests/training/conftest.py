@@ -172,10 +172,10 @@ def config_file(base_model, dataset):
 def start_training():
     """Starts `python train.py` as a user would, on one device."""
 
-    def start(*arguments, **options):
+    def start(*arguments, prefix=()):
         environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
         return subprocess.Popen(
-            [sys.executable, "train.py", *map(str, arguments)],
+            [*prefix, sys.executable, "train.py", *map(str, arguments)],
             cwd=ROOT,
             env={
                 **environment,
@@ -185,7 +185,6 @@ def start_training():
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            **options,
         )
 
     return start

@@ -231,29 +231,24 @@ def test_a_weight_that_is_not_a_number_stops_the_run(run_config, model_config, p
     refuse(config, "not finite at step 1: loss nan, .* stopped, no checkpoint was written")
 
 
-@pytest.mark.parametrize(("number", "reason"), [(errno.ENOSPC, "no space left"), (errno.EDQUOT, "disk quota exceeded")])
-def test_no_space_for_a_checkpoint_is_one_line(run_config, tmp_path, monkeypatch, number, reason):
+def test_no_space_for_a_checkpoint_is_one_line(run_config, tmp_path, monkeypatch):
     handler = ocp.StandardCheckpointHandler
     original = handler.async_save
 
     async def full_disk(self, directory, *arguments, **options):
         if directory.name.startswith("optimizer") and "/3." in str(directory):
-            raise OSError(number, "it is full")
+            raise OSError(errno.ENOSPC, "it is full")
         return await original(self, directory, *arguments, **options)
 
     monkeypatch.setattr(handler, "async_save", full_disk)
-    refuse(run_config(tmp_path / "run"), f"{reason}: the checkpoint cannot be written .*it is full")
+    refuse(run_config(tmp_path / "run"), "no space left: the checkpoint cannot be written .*it is full")
     assert load_native(tmp_path / "run")  # checkpoint 2 is whole
 
 
 def test_a_write_that_the_system_refuses_is_one_line(config_file, start_training, tmp_path):
     """The real thing, within a user's means: files of more than 16 KiB are refused while Orbax writes."""
     config = config_file(tmp_path / "config.yaml", tmp_path / "run")
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))
-
-    process = start_training("--config_path", config, preexec_fn=limit)
+    process = start_training("--config_path", config, prefix=("bash", "-c", 'ulimit -f 16; exec "$@"', "bash"))
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     *steps, last = err.splitlines()
@@ -275,7 +270,7 @@ def test_a_damaged_checkpoint_is_named(finished, run_config, tmp_path):
 class Interrupted:
     """Runs of `python train.py` that are cut off, and one that is not."""
 
-    STEPS = 32
+    STEPS = 20
 
     def __init__(self, folder, config_file, start_training):
         self.run, self.start = folder / "run", start_training
@@ -307,7 +302,7 @@ def uninterrupted(config_file, start_training, tmp_path_factory):
     # Nothing but our own lines: no library's log or warning.
     lines = err.splitlines()
     assert lines[0] == "compiling the step ..."
-    assert len(lines) == 1 + Interrupted.STEPS and all(re.match(r"step \d+/32  loss ", line) for line in lines[1:])
+    assert len(lines) == 1 + Interrupted.STEPS and all(re.match(r"step \d+/20  loss ", line) for line in lines[1:])
     assert f"{whole.run}: finished" in out
     return whole
 
@@ -318,7 +313,7 @@ def test_killed_and_started_again_a_run_ends_bit_for_bit_the_same(
     cut = Interrupted(tmp_path, config_file, start_training)
 
     process = cut.go()  # SIGKILL at a random step
-    kill_at = random.Random(20240107).randint(2, 8)
+    kill_at = random.Random(20240107).randint(2, 5)
     cut.wait(process, lambda: cut.recorded() >= kill_at)
     process.kill()
     process.communicate()
@@ -344,14 +339,14 @@ def test_killed_and_started_again_a_run_ends_bit_for_bit_the_same(
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     last = err.splitlines()[-1]
-    stopped = re.fullmatch(r"error: stopped by a signal after step (\d+) of 32; start again to go on from there", last)
+    stopped = re.fullmatch(r"error: stopped by a signal after step (\d+) of 20; start again to go on from there", last)
     assert stopped, err
     assert max(int(path.name) for path in checkpoints.iterdir()) == int(stopped[1]) < cut.STEPS
 
     process = cut.go()
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    assert err.splitlines()[1].startswith(f"step {int(stopped[1]) + 1}/32")
+    assert err.splitlines()[1].startswith(f"step {int(stopped[1]) + 1}/20")
 
     jax.tree.map(np.testing.assert_array_equal, final_params(cut.run), final_params(uninterrupted.run))
     lines, expected = read_metrics(cut.run), read_metrics(uninterrupted.run)
@@ -359,7 +354,7 @@ def test_killed_and_started_again_a_run_ends_bit_for_bit_the_same(
     for name in ("loss", "gradient_norm", "parameter_norm", "learning_rate", "trained_tokens"):
         assert [m[name] for m in lines] == [m[name] for m in expected]
     # What the kills left behind is gone.
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["31", "32"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["19", "20"]
 
 
 def test_a_finished_run_started_again_says_so_at_once(uninterrupted, read_metrics):
