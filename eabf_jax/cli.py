@@ -98,7 +98,12 @@ def _evaluate(arguments: list[str]) -> None:
         write_json(parsed.json, command.as_json(comparison, parsed))
         print(f"figures: {parsed.json}")
     if parsed.figure:
-        loss_by_position(comparison.losses, Path(parsed.figure), pretrained_window=comparison.pretrained_window)
+        loss_by_position(
+            comparison.losses,
+            Path(parsed.figure),
+            pretrained_window=comparison.pretrained_window,
+            title=f"loss by position, {comparison.documents} documents",
+        )
         print(f"picture: {parsed.figure}")
 
 

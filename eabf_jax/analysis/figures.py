@@ -16,7 +16,7 @@ def loss_by_position(
     title: str = "",
     bins: int = 32,
 ) -> None:
-    """Draws the mean loss over documents against the position, one line a model.
+    """Draws the mean loss over documents against the position, one line a model, the last one emphasised.
 
     Args:
       losses: from `evaluation.perplexity.position_losses`, by label.
@@ -25,25 +25,21 @@ def loss_by_position(
       title: above the axes.
       bins: points of each line; the tokens in between are averaged.
     """
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for label, table in losses.items():
+    for number, (label, table) in enumerate(losses.items(), start=1):
         means = [part.mean() for part in np.array_split(table.mean(axis=0), bins)]
         centres = [part.mean() for part in np.array_split(np.arange(1, table.shape[1] + 1), bins)]
-        axes.plot(centres, means, label=label, linewidth=1.8)
+        emphasis = {"linewidth": 3, "color": "black"} if number == len(losses) > 1 else {"linewidth": 1.5}
+        axes.plot(centres, means, label=label, **emphasis)
     if pretrained_window is not None:
         axes.axvline(pretrained_window, color="grey", linestyle="--", linewidth=1)
-        axes.annotate(
-            "pretrained window",
-            (pretrained_window, axes.get_ylim()[1]),
-            (4, -12),
-            textcoords="offset points",
-            color="grey",
-            fontsize=8,
-        )
+        top = (pretrained_window, axes.get_ylim()[1])
+        axes.annotate("pretrained window", top, (4, -12), textcoords="offset points", color="grey", fontsize=8)
     axes.set(xlabel="position (tokens)", ylabel="loss (nats per token)", title=title)
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
     figure.savefig(partial, dpi=150)
     partial.replace(path)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
@@ -351,6 +352,8 @@ def _check_output(run: Path, config: TrainConfig) -> None:
 
 def _begin_run(run: Path, config: TrainConfig, model_config: LlamaConfig, tokenizer: Tokenizer | None) -> None:
     """Makes the run's directory; config.yaml comes first, so that a start cut off in here is known for this run."""
+    # Not before every host has seen the directory as it was.
+    multihost_utils.sync_global_devices("output directory checked")
     if jax.process_index() != 0:
         return
     if config.overwrite:
