@@ -180,7 +180,8 @@ def start_training():
             env={
                 **environment,
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items()),
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=1 "
+                + " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items()),
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -379,8 +380,9 @@ def test_the_second_signal_is_not_held_back():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_the_7b_step_lowers_from_shapes_alone():
-    config = load_config(["--config_path", "configs/llama2_7b_eabf_16k.yaml"])
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("llama2_7b_*.yaml")), ids=lambda path: path.stem)
+def test_the_7b_step_lowers_from_shapes_alone(path):
+    config = load_config(["--config_path", str(path)])
     assert parameter_count(base_config_without_weights(config)) == 6_738_415_616
     arrays = sum(array.nbytes for array in jax.live_arrays())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
