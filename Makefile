@@ -72,7 +72,7 @@ demo-all: demo runs/tiny_pi_2k runs/tiny_yarn_2k runs/tiny_abf_2k
 	@echo "  demo/all_methods.png         the picture"
 
 test: .venv/tested
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term
 
 # The exported modeling file in the oldest transformers it supports.
 OLD := .venv/transformers-4.46

@@ -68,7 +68,7 @@ def _train(arguments: list[str]) -> None:
     from eabf_jax.training.recipe import load_config
 
     config = load_config(arguments, prog="train.py")
-    use_every_core()
+    use_every_core(config.recipe.batch_size // config.compute.microbatch_size)
     if config.distributed:
         import jax
 

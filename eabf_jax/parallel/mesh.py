@@ -1,6 +1,5 @@
 """The device mesh: data parallel x fully sharded data parallel x tensor parallel."""
 
-import math
 import os
 from dataclasses import dataclass
 
@@ -28,17 +27,20 @@ class MeshConfig:
             )
 
 
-def use_every_core() -> None:
-    """Makes a device of every CPU core (a power of two of them), so that a machine without accelerator is not idle.
+def use_every_core(rows: int = 8) -> None:
+    """Makes a device of every CPU core (up to eight), so that a machine without accelerator is not idle.
 
     XLA runs much of a transformer's layer on one thread; two devices on two cores are about twice as fast as one. To be
     called before JAX is first used; a number of devices set in XLA_FLAGS or JAX_NUM_CPU_DEVICES is left alone.
+
+    Args:
+      rows: what the devices are to share; their number divides it.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
     # The cores that this process may use, where the system tells.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", 2 ** int(math.log2(cores)))
+    jax.config.update("jax_num_cpu_devices", max(n for n in (1, 2, 4, 8) if n <= cores and rows % n == 0))
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
