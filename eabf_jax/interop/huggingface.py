@@ -1,5 +1,6 @@
 """Hugging Face directories to native ones and back, tensor by tensor and bit by bit, and straight into memory."""
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -79,11 +80,11 @@ def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
         num_key_value_heads=_positive("num_key_value_heads", heads if key_heads is None else key_heads),
         head_dim=_positive("head_dim", values["hidden_size"] // heads if head_dim is None else head_dim),
         max_position_embeddings=_positive("max_position_embeddings", values.get("max_position_embeddings", 2048)),
-        rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
-        attention_bias=bool(values.get("attention_bias", False)),
-        mlp_bias=bool(values.get("mlp_bias", False)),
-        initializer_range=float(values.get("initializer_range", 0.02)),
+        rms_norm_eps=_positive_number("rms_norm_eps", values.get("rms_norm_eps", 1e-6)),
+        tie_word_embeddings=_flag("tie_word_embeddings", values.get("tie_word_embeddings", False)),
+        attention_bias=_flag("attention_bias", values.get("attention_bias", False)),
+        mlp_bias=_flag("mlp_bias", values.get("mlp_bias", False)),
+        initializer_range=_positive_number("initializer_range", values.get("initializer_range", 0.02)),
         bos_token_id=values.get("bos_token_id", 1),
         eos_token_id=tuple(end) if isinstance(end, list) else end,
         pad_token_id=values.get("pad_token_id"),
@@ -95,6 +96,18 @@ def _positive(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"config.json: {name} is {value!r}, expected a positive integer")
     return value
+
+
+def _positive_number(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise InputError(f"config.json: {name} is {value!r}, expected a positive number")
+    return float(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"config.json: {name} is {value!r}, expected true or false")
+    return bool(value)
 
 
 def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
@@ -162,6 +175,8 @@ def write_config(directory: Path, config: LlamaConfig, dtype: str) -> None:
 def read_config(directory: Path | str) -> LlamaConfig:
     """Reads the config.json of a directory; see `config_from_hf`."""
     path = Path(directory) / "config.json"
+    if not path.is_file() and native.is_native(directory):
+        raise InputError(f"{directory}: a native model directory; expected a Hugging Face one (config.json)")
     if not path.is_file():
         raise InputError(
             f"{directory}: neither a Hugging Face directory (config.json) nor a native one ({native.MODEL_FILE})"
@@ -170,7 +185,9 @@ def read_config(directory: Path | str) -> LlamaConfig:
         return config_from_hf(read_json_object(path))
     except InputError as error:
         message = str(error)
-        raise InputError(message if str(path) in message else f"{path.parent}/{message}") from error
+        if str(path) in message:
+            raise
+        raise InputError(f"{path}: {message.removeprefix('config.json: ')}") from error
 
 
 def load_hf(directory: Path | str, dtype: Any = None, shardings: Any = None) -> tuple[LlamaConfig, dict[str, Any]]:
@@ -255,6 +272,8 @@ def to_hf(
     """
     source = Path(src)
     _different(source, dst)
+    if not native.is_native(source):
+        raise InputError(f"{source}: no {native.MODEL_FILE} there; expected a native model directory or a run's")
     config = native.read_model_json(source)
     path = native.checkpoint_path(source, step)
     stored = native.stored_arrays(path, config)
@@ -277,7 +296,15 @@ def to_hf(
         widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
         write_config(partial, config, widest.name)
         copy_tokenizer_files(source, partial)
+        _widen_tokenizer(partial / "tokenizer_config.json", config.max_position_embeddings)
     return Summary(len(planned), sum(tensor.nbytes for tensor in planned))
+
+
+def _widen_tokenizer(path: Path, window: int) -> None:
+    """Lets an extended model's tokenizer truncate at the new window, not at the one before."""
+    settings = read_json_object(path) if path.is_file() else {}
+    if settings.get("model_max_length", window) < window:
+        write_json(path, {**settings, "model_max_length": window})
 
 
 def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor]:

@@ -512,3 +512,17 @@ def test_memory_stays_within_the_model_and_two_gib(tmp_path: Path) -> None:
     print(f"peak {peak / 2**30:.2f} GiB for a model of {size / 2**30:.2f} GiB")
     # Tighter than promised, so that a model held twice is caught at this size too.
     assert peak < size + 1.0 * 2**30, f"{peak / 2**30:.2f} GiB for a model of {size / 2**30:.2f} GiB"
+
+
+@pytest.mark.parametrize(("length", "expected"), [(16, 64), (64, 64), (10**30, 10**30), (None, None)])
+def test_the_tokenizer_of_an_extended_model_truncates_at_its_window(
+    good: Path, tmp_path: Path, length: int | None, expected: int | None
+) -> None:
+    from_hf(good, tmp_path / "native")
+    config = native.read_model_json(tmp_path / "native")
+    native.write_model_json(tmp_path / "native", dataclasses.replace(config, max_position_embeddings=64))
+    settings = {"add_bos_token": True} if length is None else {"add_bos_token": True, "model_max_length": length}
+    (tmp_path / "native" / "tokenizer_config.json").write_text(json.dumps(settings))
+    to_hf(tmp_path / "native", tmp_path / "hf")
+    written = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert written == {**settings, **({} if expected is None else {"model_max_length": expected})}
