@@ -75,6 +75,8 @@ def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
     key_heads = values.get("num_key_value_heads")
     head_dim = values.get("head_dim")
     end = values.get("eos_token_id", 2)
+    if not all(isinstance(i, int) for i in (end if isinstance(end, list) else () if end is None else (end,))):
+        raise InputError(f"config.json: eos_token_id is {end!r}, expected an integer or a list of them")
     return LlamaConfig(
         **{name: values[name] for name in _INTEGERS},
         num_key_value_heads=_positive("num_key_value_heads", heads if key_heads is None else key_heads),

@@ -97,7 +97,7 @@ def save_params(directory: Path | str, params: Mapping[str, Any], step: int = 0)
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1 + largest // 10**9)
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     path = (Path(directory) / CHECKPOINTS).absolute()
-    with ocp.CheckpointManager(path, options=options, item_handlers={"params": handler}) as manager:
+    with _quiet(), ocp.CheckpointManager(path, options=options, item_handlers={"params": handler}) as manager:
         save_args = nest({name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in leaves})
         item = ocp.args.PyTreeSave(nest(leaves), save_args=save_args, ocdbt_target_data_file_size=CHUNK_BYTES)
         manager.save(step, args=ocp.args.Composite(params=item))
@@ -164,7 +164,10 @@ def stored_arrays(path: Path, config: LlamaConfig) -> dict[tuple[str, ...], jax.
       InputError: not a checkpoint, or parameters that are not this model's.
     """
     with _reading(path) as checkpointer:
-        tree = checkpointer.metadata(path).item_metadata.tree
+        metadata = checkpointer.metadata(path).item_metadata
+        if metadata is None:
+            raise ValueError("its metadata cannot be read")
+        tree = metadata.tree
     found = {name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for name, leaf in flatten(tree)}
     check_shapes({name: leaf.shape for name, leaf in found.items()}, config, str(path))
     return found
@@ -269,15 +272,25 @@ def _restore(path: Path, arguments: Mapping[tuple[str, ...], ocp.RestoreArgs]) -
 
 @contextmanager
 def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
-    """A checkpointer whose complaints about a damaged checkpoint are ours, and whose warnings are off."""
-    log = logging.getLogger("absl")
-    level = log.level
-    # Orbax warns of an item read by itself, and of one read to memory without shardings: both are meant.
-    log.setLevel(logging.ERROR)
+    """A checkpointer whose complaints about a damaged checkpoint are ours."""
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             yield checkpointer
-    except (ValueError, OSError, KeyError, AttributeError) as error:
+    # Orbax reports damaged files through whatever its parts raise, bare Exception included.
+    except Exception as error:
         raise InputError(f"{path}: damaged checkpoint: {' '.join(str(error).split())[:200]}") from error
-    finally:
-        log.setLevel(level)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Turns Orbax's log off: it warns of what is meant here, and logs with tracebacks what it raises as well.
+
+    After a failure the log stays off: what was under way beside it goes on failing until the process ends.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)

@@ -209,6 +209,8 @@ class _SentencePieceBackend:
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         proto = _read_sentencepiece(path)
+        if not proto.pieces:  # an empty file parses
+            raise InputError(f"{path}: not a whole SentencePiece model: it has no pieces; copy it again")
         self._leading = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         # Text after a special token has no dummy prefix, so a second processor goes without.
         proto.normalizer_spec.add_dummy_prefix = False
@@ -299,7 +301,10 @@ def _content(token: Any) -> str | None:
 def _as_ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
-    return tuple(int(i) for i in value) if isinstance(value, list) else (int(value),)
+    ids = tuple(value) if isinstance(value, list) else (value,)
+    if not all(isinstance(i, int) for i in ids):
+        raise InputError(f"special token id {value!r} in config.json or generation_config.json; expected an integer")
+    return ids
 
 
 def _read_json(path: Path) -> dict[str, Any]:

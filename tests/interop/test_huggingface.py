@@ -526,3 +526,35 @@ def test_the_tokenizer_of_an_extended_model_truncates_at_its_window(
     to_hf(tmp_path / "native", tmp_path / "hf")
     written = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert written == {**settings, **({} if expected is None else {"model_max_length": expected})}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("rms_norm_eps", "abc", "a positive number"),
+        ("rms_norm_eps", -1.0, "a positive number"),
+        ("tie_word_embeddings", "no", "true or false"),
+        ("eos_token_id", "x", "an integer"),
+    ],
+)
+def test_config_of_a_wrong_type(name: str, value: object, expected: str) -> None:
+    with pytest.raises(InputError, match=f"{name} is {value!r}, expected {expected}"):
+        config_from_hf({"model_type": "llama", **SIZES, name: value})
+
+
+def test_kinds_of_directories_are_not_mixed_up(good: Path, tmp_path: Path) -> None:
+    from_hf(good, tmp_path / "native")
+    with pytest.raises(InputError, match="a native model directory; expected a Hugging Face one"):
+        from_hf(tmp_path / "native", tmp_path / "x")
+    with pytest.raises(InputError, match="expected a native model directory"):
+        to_hf(good, tmp_path / "x")
+
+
+def test_truncated_checkpoint(good: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from_hf(good, tmp_path / "native")
+    files = (tmp_path / "native" / "checkpoints").rglob("ocdbt.process_0/d/*")
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    with pytest.raises(InputError, match="damaged checkpoint"):
+        native.load_native(tmp_path / "native")
+    assert "Traceback" not in capfd.readouterr().err

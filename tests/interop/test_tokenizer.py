@@ -126,6 +126,7 @@ def test_save_copies_everything(json_directory: Path, tmp_path_factory: pytest.T
         (None, b"", "neither tokenizer.json nor tokenizer.model"),
         ("tokenizer.json", b"{", "not a tokenizer.json"),
         ("tokenizer.model", b"junk", "not a SentencePiece model"),
+        ("tokenizer.model", b"", "not a whole SentencePiece model"),
         ("tokenizer_config.json", b"[]", "expected an object"),
         ("tokenizer_config.json", b"{", "not valid JSON"),
     ],
