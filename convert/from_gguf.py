@@ -1,14 +1,13 @@
 """GGUF file to Hugging Face directory: python convert/from_gguf.py --src FILE --dst DIR [--dtype NAME]."""
 
-import argparse
 import time
 
-from eabf_jax.cli import run
+from eabf_jax.cli import ArgumentParser, run
 from eabf_jax.interop.gguf import from_gguf
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Converts a GGUF file of the LLaMA architecture to Hugging Face.")
+    parser = ArgumentParser(description="Converts a GGUF file of the LLaMA architecture to Hugging Face.")
     parser.add_argument("--src", required=True, help="the .gguf file")
     parser.add_argument("--dst", required=True, help="Hugging Face directory to make")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")

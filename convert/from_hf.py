@@ -1,16 +1,13 @@
 """Hugging Face directory to native model directory: python convert/from_hf.py --src DIR --dst DIR [--overwrite]."""
 
-import argparse
 import time
 
-from eabf_jax.cli import run
+from eabf_jax.cli import ArgumentParser, run
 from eabf_jax.interop.huggingface import from_hf
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Converts a Hugging Face LLaMA directory to a native one, bit for bit."
-    )
+    parser = ArgumentParser(description="Converts a Hugging Face LLaMA directory to a native one, bit for bit.")
     parser.add_argument("--src", required=True, help="directory with config.json and safetensors files")
     parser.add_argument("--dst", required=True, help="native model directory to make")
     parser.add_argument("--overwrite", action="store_true", help="replace --dst if it is not empty")

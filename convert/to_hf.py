@@ -1,14 +1,13 @@
 """Native or run directory to Hugging Face: python convert/to_hf.py --src DIR --dst DIR [--step N] [--dtype NAME]."""
 
-import argparse
 import time
 
-from eabf_jax.cli import run
+from eabf_jax.cli import ArgumentParser, run
 from eabf_jax.interop.huggingface import to_hf
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Exports a native model or run directory to a Hugging Face one.")
+    parser = ArgumentParser(description="Exports a native model or run directory to a Hugging Face one.")
     parser.add_argument("--src", required=True, help="native model or run directory (model.json, checkpoints/)")
     parser.add_argument("--dst", required=True, help="Hugging Face directory to make")
     parser.add_argument("--overwrite", action="store_true", help="replace --dst if it is not empty")

@@ -9,7 +9,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from eabf_jax.errors import InputError
+from eabf_jax.errors import InputError, unknown_name
+
+# What a wrong path on the command line ends in, wherever it is first touched.
+_PATH_ERRORS = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with its complaints as one line like those about any other input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; `{self.prog} --help` lists what is right")
 
 
 class Command(NamedTuple):
@@ -32,9 +42,11 @@ def run(command: Callable[[], None]) -> NoReturn:
     except InputError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno == errno.ENOSPC:
+            _fail(f"no space left on the device that holds {error.filename or 'the output'}")
+        if error.errno not in _PATH_ERRORS or error.filename is None:
             raise
-        _fail(f"no space left on the device that holds {error.filename or 'the output'}")
+        _fail(f"{error.filename}: {error.strerror}; a path that can be read, or written, is needed")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -50,15 +62,32 @@ def write_json(path: str | Path, value: Any) -> None:
     """Writes figures for programs; the file appears whole or not at all."""
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(target)
+    text = json.dumps(value, indent=2) + "\n"
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check_file(option: str, path: str | None, suffixes: Sequence[str] = ()) -> None:
+    """Refuses a file that could not be written, before the hours of work whose figures it is for."""
+    if path is None:
+        return
+    target = Path(path)
+    if target.is_dir():
+        raise InputError(f"{option} {path} is a directory; expected a file to write")
+    if not target.parent.is_dir():
+        raise InputError(f"{option} {path}: there is no directory {target.parent}; make it, or name another file")
+    if suffixes and target.suffix not in suffixes:
+        raise InputError(f"{option} {path} ends in {target.suffix!r}; expected one of {', '.join(suffixes)}")
 
 
 def _prepare(arguments: list[str]) -> None:
     from eabf_jax.data.prepare import add_arguments, run
     from eabf_jax.interop.tokenizer import load_tokenizer
 
-    parser = argparse.ArgumentParser("eabf prepare", description=COMMANDS["prepare"].summary)
+    parser = ArgumentParser("eabf prepare", description=COMMANDS["prepare"].summary)
     add_arguments(parser)
     run(parser.parse_args(arguments), load_tokenizer)
 
@@ -86,11 +115,13 @@ def _evaluate(arguments: list[str]) -> None:
     from eabf_jax.evaluation import command
     from eabf_jax.parallel.mesh import use_every_core
 
-    parser = argparse.ArgumentParser("eabf evaluate", description=COMMANDS["evaluate"].summary)
+    parser = ArgumentParser("eabf evaluate", description=COMMANDS["evaluate"].summary)
     kinds = parser.add_subparsers(dest="kind", required=True)
     perplexity = kinds.add_parser("perplexity", help="loss by band of positions, for several models side by side")
     command.add_arguments(perplexity)
     parsed = parser.parse_args(arguments)
+    _check_file("--json", parsed.json)
+    _check_file("--figure", parsed.figure, (".png", ".svg", ".pdf"))
     use_every_core()
     comparison = command.compare(parsed)
     Console().print(command.table(comparison))
@@ -121,14 +152,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
       arguments: the command line; None takes the process's own.
     """
     summaries = "\n".join(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         "eabf",
         description="Extend the context window of LLaMA models.",
         epilog=f"commands:\n{summaries}\n\n`eabf COMMAND --help` describes each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("command", metavar="COMMAND")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own")
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parsed = parser.parse_args(given[:1])
-    run(lambda: COMMANDS[parsed.command].run(given[1:]))
+
+    def command() -> None:
+        name = parser.parse_args(given[:1]).command
+        if name not in COMMANDS:
+            raise unknown_name("command", name, COMMANDS)
+        COMMANDS[name].run(given[1:])
+
+    run(command)

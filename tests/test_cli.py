@@ -52,6 +52,12 @@ def test_every_command_has_a_help_that_describes_it(name, capsys):
         (("train", "--config_path", "nowhere.yaml"), "cannot read the configuration 'nowhere.yaml'"),
         (("train", "--windw", "3"), "unknown configuration key 'windw': did you mean 'window'"),
         (("train",), "configuration key 'output' is missing"),
+        ((), "required: COMMAND"),
+        (("trian",), "unknown command 'trian': did you mean 'train'?"),
+        (("prepare", "--src", "a.json"), "--dst, --tokenizer; `eabf prepare --help` lists what is right"),
+        (("evaluate", "perplexity", "--model", "a", "--data", "b", "--json", "."), "--json . is a directory"),
+        (("evaluate", "perplexity", "--model", "a", "--data", "b", "--json", "no/x.json"), "no directory no"),
+        (("evaluate", "perplexity", "--model", "a", "--data", "b", "--figure", "x.doc"), "expected one of .png"),
         (("evaluate", "perplexity", "--model", "nowhere", "--data", "nowhere"), "nowhere"),
     ],
 )
@@ -61,12 +67,6 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
     assert shown.out == ""
     (line,) = shown.err.splitlines()
     assert line.startswith("error: ") and message in line
-
-
-def test_an_unknown_command_is_named(capsys):
-    assert exit_code("trian") == 2
-    assert "trian" in capsys.readouterr().err
-    assert exit_code() == 2
 
 
 def test_exit_statuses(capsys):
@@ -82,6 +82,8 @@ def test_exit_statuses(capsys):
     assert fail(KeyboardInterrupt()) == (130, "interrupted\n")
     code, shown = fail(OSError(28, "No space left on device", "runs/x/metrics.jsonl"))
     assert (code, shown) == (2, "error: no space left on the device that holds runs/x/metrics.jsonl\n")
+    code, shown = fail(NotADirectoryError(20, "Not a directory", "file/run"))
+    assert code == 2 and shown.startswith("error: file/run: Not a directory;")
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda: None)
     assert stop.value.code == 0

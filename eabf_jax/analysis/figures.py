@@ -41,5 +41,8 @@ def loss_by_position(
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    figure.savefig(partial, dpi=150)
-    partial.replace(path)
+    try:
+        figure.savefig(partial, dpi=150)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -13,9 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from eabf_jax.data.dataset import Records
-from eabf_jax.errors import InputError
+from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.evaluation.perplexity import BandLoss, band_losses, position_losses
-from eabf_jax.interop.loading import load, read_config
+from eabf_jax.interop.loading import DTYPES, load, read_config
+from eabf_jax.rope import Scheme
 
 
 class Entry(NamedTuple):
@@ -105,8 +106,16 @@ def compare(arguments: argparse.Namespace) -> Comparison:
       InputError: as the loading functions; bands that do not fit; documents that are too short.
     """
     entries = [parse_entry(text) for text in arguments.model]
-    configs = [read_config(entry.directory) for entry in entries]  # a wrong name is told before hours of work
+    # What is wrong is told before hours of work.
+    _check(arguments, entries)
+    configs = [read_config(entry.directory) for entry in entries]
     documents = read_documents(arguments.data, arguments.split, arguments.length, arguments.documents)
+    for entry, config in zip(entries, configs, strict=True):
+        if documents.max() >= config.vocab_size:
+            raise InputError(
+                f"{arguments.data} holds token id {documents.max()}, {entry.directory} has ids below "
+                f"{config.vocab_size} only; prepare the dataset with this model's tokenizer"
+            )
     edges = _edges(arguments.bands, documents.shape[1])
     losses, bands = {}, {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -120,9 +129,27 @@ def compare(arguments: argparse.Namespace) -> Comparison:
                 batch_size=arguments.batch_size,
                 progress=functools.partial(_advance, progress, task),
             )
+            if not np.isfinite(losses[entry.label]).all():
+                raise InputError(f"{entry.label}: the loss is not finite; expected sound weights, or --dtype float32")
             bands[entry.label] = band_losses(losses[entry.label], edges)
     window = min(config.max_position_embeddings for config in configs)
     return Comparison(losses, bands, len(documents), documents.shape[1], window)
+
+
+def _check(arguments: argparse.Namespace, entries: list[Entry]) -> None:
+    for option in ("length", "documents", "batch_size"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise InputError(f"--{option.replace('_', '-')} {value}: a positive number is needed")
+    if arguments.dtype not in DTYPES:
+        raise unknown_name("--dtype", arguments.dtype, DTYPES)
+    labels = [entry.label for entry in entries]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise InputError(f"--model {label!r} is there twice; give each line a label of its own: LABEL=DIR")
+    for entry in entries:
+        if entry.rope is not None:
+            Scheme.from_dict(entry.rope)
 
 
 def _advance(progress: Progress, task: TaskID, done: int) -> None:

@@ -1,8 +1,10 @@
 """`eabf evaluate perplexity` from the command line to table, JSON and picture."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -107,9 +109,9 @@ def test_entries_are_labelled() -> None:
         (("--split", "hold_out"), "did you mean 'held_out'"),
         (("--bands", "0,a"), "not a list of positions"),
         (("--bands", "0,64"), "band ends at 64"),
-        (("--dtype", "int8"), "dtype is 'int8'"),
+        (("--dtype", "int8"), "unknown --dtype 'int8'"),
         (("--model", "nowhere"), "nowhere: no such directory"),
-        (("--model", "x=nowhere@{type: eabff}"), "nowhere"),
+        (("--model", "x=nowhere@{type: eabff}"), "did you mean 'eabf'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -123,3 +125,37 @@ def test_bad_input_is_one_line_and_exit_code_2(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert complaint in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--documents", "0"), "--documents 0: a positive number"),
+        (("--length", "-3"), "--length -3: a positive number"),
+        (("--batch-size", "0"), "--batch-size 0: a positive number"),
+        (("--dtype", "float8"), "unknown --dtype 'float8'"),
+        (("--model", "b=x@{type: eabff}"), "did you mean 'eabf'"),
+        (("--model", "a=y"), "--model 'a' is there twice"),
+    ],
+)
+def test_bad_options_are_told_first(options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--model", "a=nowhere", "--data", "nowhere", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tokens_outside_the_vocabulary_and_weights_that_are_not_numbers(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smaller = dataclasses.replace(CONFIG, vocab_size=40)
+    write_model_json(tmp_path, smaller)
+    params = Llama(smaller, rngs=nnx.Rngs(0)).parameters()
+    save_params(tmp_path, params)
+    assert run("--model", f"small={tmp_path}", "--data", str(dataset)) == 2
+    assert "has ids below 40 only" in capsys.readouterr().err
+    write_model_json(tmp_path, CONFIG)
+    params = jax.tree.map(
+        lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), Llama(CONFIG, rngs=nnx.Rngs(0)).parameters()
+    )
+    save_params(tmp_path, params, step=1)
+    assert run("--model", f"broken={tmp_path}", "--data", str(dataset)) == 2
+    assert "broken: the loss is not finite" in capsys.readouterr().err
