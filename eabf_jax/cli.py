@@ -1,6 +1,7 @@
 """The `eabf` command; `train.py` and the scripts of `convert/` go through it as well."""
 
 import argparse
+import dataclasses
 import errno
 import json
 import logging
@@ -89,7 +90,12 @@ def _prepare(arguments: list[str]) -> None:
 
     parser = ArgumentParser("eabf prepare", description=COMMANDS["prepare"].summary)
     add_arguments(parser)
-    run(parser.parse_args(arguments), load_tokenizer)
+    parsed = parser.parse_args(arguments)
+    _check_file("--json", parsed.json)
+    report = run(parsed, load_tokenizer)
+    if parsed.json:
+        write_json(parsed.json, dataclasses.asdict(report))
+        print(f"counts: {parsed.json}")
 
 
 def _train(arguments: list[str]) -> None:
@@ -97,7 +103,8 @@ def _train(arguments: list[str]) -> None:
     from eabf_jax.training.recipe import load_config
 
     config = load_config(arguments, prog="train.py")
-    use_every_core(config.recipe.batch_size // config.compute.microbatch_size)
+    devices = config.mesh.data * config.mesh.fsdp * config.mesh.tensor  # negative: an axis takes all that are left
+    use_every_core(devices if devices > 0 else config.recipe.batch_size // config.compute.microbatch_size)
     if config.distributed:
         import jax
 

@@ -69,6 +69,21 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
     assert line.startswith("error: ") and message in line
 
 
+def test_prepare_writes_its_counts_and_refuses_a_wrong_path_before_any_work(tmp_path, capsys):
+    turns = [{"from": "human", "value": "one two three"}, {"from": "gpt", "value": "four five six"}]
+    (tmp_path / "a.json").write_text(json.dumps([{"id": "c_0", "conversations": turns}]))
+    arguments = (
+        *("prepare", "--src", str(tmp_path / "a.json"), "--dst", str(tmp_path / "set"), "--tokenizer", "assets/tiny"),
+        *("--template", "vicuna", "--min-tokens", "1", "--max-tokens", "200", "--language", "any", "--json"),
+    )
+    assert exit_code(*arguments, str(tmp_path / "none" / "counts.json")) == 2
+    assert "there is no directory" in capsys.readouterr().err
+    assert not (tmp_path / "set").exists()
+    assert exit_code(*arguments, str(tmp_path / "counts.json")) == 0
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert (counts["entries"], counts["splits"]["train"]["records"]) == (1, 1)
+
+
 def test_exit_statuses(capsys):
     def fail(error):
         def command():

@@ -1,9 +1,6 @@
 """`eabf prepare`: ShareGPT files to a dataset of tokens and loss masks, with the counts of every stage."""
 
 import argparse
-import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -296,9 +293,9 @@ def _check_filled(options: Options, report: Report) -> None:
         if wanted == 0 or (wanted is not None and found >= wanted):
             continue
         if found == 0:
-            stages = ", ".join(f"{name} {count}" for name, count in report.stages())
+            stages = [*report.stages(), *((f"dropped: {why}", n) for why, n in report.dropped_in_cleaning.items())]
             raise InputError(
-                f"no conversation is left for split {split!r} ({stages}): "
+                f"no conversation is left for split {split!r} ({', '.join(f'{name} {n}' for name, n in stages)}): "
                 "lower --min-tokens, widen --portion, or give more files"
             )
         if wanted is not None:
@@ -466,18 +463,4 @@ def run(arguments: argparse.Namespace, load_tokenizer: Callable[[Path], chat.Tok
         console.print(table)
     for note in (*report.broken_files, *report.shortages):
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    if arguments.json is not None:
-        _write_json(arguments.json, report)
     return report
-
-
-def _write_json(path: Path, report: Report) -> None:
-    """Writes the counts beside their place, then moves them there."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            partial = Path(folder) / path.name
-            partial.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; name another file with --json") from None

@@ -305,7 +305,8 @@ def to_hf(
 def _widen_tokenizer(path: Path, window: int) -> None:
     """Lets an extended model's tokenizer truncate at the new window, not at the one before."""
     settings = read_json_object(path) if path.is_file() else {}
-    if settings.get("model_max_length", window) < window:
+    length = settings.get("model_max_length")
+    if isinstance(length, int) and length < window:
         write_json(path, {**settings, "model_max_length": window})
 
 

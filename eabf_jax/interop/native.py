@@ -146,7 +146,7 @@ def checkpoint_path(directory: Path | str, step: int | None = None) -> Path:
     if not steps:
         raise InputError(f"{root}: no checkpoint there; expected <step>/params")
     if step is not None and step not in steps:
-        raise InputError(f"{root}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+        raise InputError(f"{root}: no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     return root / str(steps[-1] if step is None else step) / "params"
 
 

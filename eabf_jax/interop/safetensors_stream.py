@@ -82,7 +82,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
       InputError: not a safetensors file, truncated, or tensors that are not floating point.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file; expected a shard of the weights there")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

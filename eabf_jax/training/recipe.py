@@ -250,8 +250,8 @@ def _build(kind: Any, values: Any, path: str) -> Any:
     """A configuration class from plain values, checked; `path` is its own key and a dot."""
     if not isinstance(values, Mapping):
         raise InputError(f"configuration key '{path[:-1]}' takes a mapping of keys, not {str(values)!r}")
-    values = dict(values)
-    if kind is RopeConfig:
+    values, is_rope = dict(values), kind is RopeConfig
+    if is_rope:
         choices = RopeConfig.get_known_choices()
         name = values.pop("type", None)
         if name is None:
@@ -263,7 +263,8 @@ def _build(kind: Any, values: Any, path: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:
-            raise unknown_name("configuration key", f"{path}{key}", [f"{path}{name}" for name in fields])
+            known = [*fields, "type"] if is_rope else fields
+            raise unknown_name("configuration key", f"{path}{key}", [f"{path}{name}" for name in known])
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:

@@ -252,11 +252,10 @@ def test_defaults_are_the_papers():
     assert (arguments.language, arguments.num_conversations, arguments.portion) == ("en", None, "0.0:1.0")
 
 
-def test_the_command_prints_and_writes_the_counts(many, tmp_path, capsys):
+def test_the_command_prints_the_counts(many, tmp_path, capsys):
     arguments = parse(
         *("--src", many, "--dst", tmp_path / "set", "--tokenizer", tmp_path, "--template", "vicuna", "--min-tokens", 1),
         *("--max-tokens", 500, "--num-conversations", 70, "--language", "any", "--portion", "0.0:1.0"),
-        *("--json", tmp_path / "made" / "counts.json"),
     )
     asked = []
     report = run(arguments, lambda directory: asked.append(directory) or Words())
@@ -265,10 +264,8 @@ def test_the_command_prints_and_writes_the_counts(many, tmp_path, capsys):
     assert "conversations, parts joined" in printed.out
     assert "note: train: 60 records found, 70 asked for" in printed.out
     assert "reading" in printed.err
-    content = json.loads((tmp_path / "made" / "counts.json").read_text())
-    assert content["splits"]["train"]["records"] == report.splits["train"].records == 60
-    assert content["entries"] == 60
-    assert [path.name for path in (tmp_path / "made").iterdir()] == ["counts.json"]
+    assert report.splits["train"].records == 60
+    assert report.entries == 60
 
 
 def test_options_are_checked_before_the_tokenizer_is_loaded(many, tmp_path):
@@ -281,16 +278,6 @@ def test_options_are_checked_before_the_tokenizer_is_loaded(many, tmp_path):
 def test_a_portion_is_two_numbers(many, tmp_path, portion):
     arguments = parse("--src", many, "--dst", tmp_path / "set", "--tokenizer", "t", "--portion", portion)
     with pytest.raises(InputError, match="START:END"):
-        run(arguments, lambda directory: Words())
-
-
-def test_a_json_file_that_cannot_be_written_is_one_line(many, tmp_path):
-    (tmp_path / "file").write_text("")
-    arguments = parse(
-        *("--src", many, "--dst", tmp_path / "set", "--tokenizer", "t", "--min-tokens", 1, "--language", "any"),
-        *("--json", tmp_path / "file" / "counts.json"),
-    )
-    with pytest.raises(InputError, match=r"cannot write .*counts.json"):
         run(arguments, lambda directory: Words())
 
 

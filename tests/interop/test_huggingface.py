@@ -150,7 +150,7 @@ def test_steps_and_dtype_of_export(tmp_path: Path) -> None:
     assert_same_bits(before, tensors(tmp_path / "first"))
     assert_same_bits({name: (value + 1).bfloat16() for name, value in before.items()}, tensors(tmp_path / "last"))
     assert json.loads((tmp_path / "last" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    with pytest.raises(InputError, match="no checkpoint of step 3; there are 0, 6"):
+    with pytest.raises(InputError, match="no checkpoint of step 3; it has 0, 6"):
         to_hf(tmp_path / "run", tmp_path / "other", step=3)
     assert config.vocab_size == 131
 

@@ -321,3 +321,8 @@ def test_help_names_every_key_and_nothing_else(capsys):
     assert "peak; paper" in text
     # draccus would also take a file for each section; we do not.
     assert "Config file for" not in text and "--recipe str" not in text
+
+
+def test_a_misspelt_type_is_named() -> None:
+    with pytest.raises(InputError, match="unknown configuration key 'rope.typ': did you mean 'rope.type'"):
+        load_config(["--output", "x", "--window", "64", "--rope.typ", "pi", "--rope.type", "pi", "--rope.factor", "2"])
