@@ -324,5 +324,5 @@ def test_help_names_every_key_and_nothing_else(capsys):
 
 
 def test_a_misspelt_type_is_named() -> None:
-    with pytest.raises(InputError, match="unknown configuration key 'rope.typ': did you mean 'rope.type'"):
+    with pytest.raises(InputError, match=r"unknown configuration key 'rope\.typ': did you mean 'rope\.type'"):
         load_config(["--output", "x", "--window", "64", "--rope.typ", "pi", "--rope.type", "pi", "--rope.factor", "2"])
