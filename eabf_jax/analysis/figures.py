@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -30,8 +31,11 @@ def loss_by_position(
     for number, (label, table) in enumerate(losses.items(), start=1):
         means = [part.mean() for part in np.array_split(table.mean(axis=0), bins)]
         centres = [part.mean() for part in np.array_split(np.arange(1, table.shape[1] + 1), bins)]
-        emphasis = {"linewidth": 3, "color": "black"} if number == len(losses) > 1 else {"linewidth": 1.5}
-        axes.plot(centres, means, label=label, **emphasis)
+        # There are ten colours: the eleventh model is dashed rather than drawn like the first.
+        style: dict[str, Any] = {"linewidth": 1.5, "linestyle": "-" if number <= 10 else "--"}
+        if number == len(losses) > 1:
+            style = {"linewidth": 3, "color": "black"}
+        axes.plot(centres, means, label=label, **style)
     if pretrained_window is not None:
         axes.axvline(pretrained_window, color="grey", linestyle="--", linewidth=1)
         top = (pretrained_window, axes.get_ylim()[1])
