@@ -379,7 +379,8 @@ def _preemption_flag() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield flag  # only the main thread may handle signals
         return
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {number: handler for number, handler in found.items() if handler != signal.SIG_IGN}
 
     def set_flag(number: int, frame: Any) -> None:
         flag.set()

@@ -24,7 +24,7 @@ from eabf_jax.interop.tokenizer import load_tokenizer
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.training.recipe import load_config
 from eabf_jax.training.tracking import parameter_count
-from eabf_jax.training.trainer import base_config, lower_train_step, train
+from eabf_jax.training.trainer import _preemption_flag, base_config, lower_train_step, train
 
 TOKENIZER = "assets/tiny"
 
@@ -368,16 +368,29 @@ def test_a_finished_run_started_again_says_so_at_once(uninterrupted, read_metric
     assert read_metrics(uninterrupted.run) == before
 
 
-def test_the_second_signal_is_not_held_back():
-    from eabf_jax.training.trainer import _preemption_flag
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
-    before = signal.getsignal(signal.SIGINT)
+
+def test_the_second_signal_is_not_held_back(interruptible):
     with _preemption_flag() as flag:
         signal.raise_signal(signal.SIGINT)
         assert flag.is_set()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_that_is_ignored_stays_so(interruptible):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and `&` have it
+    with _preemption_flag() as flag:
+        signal.raise_signal(signal.SIGINT)
+        assert not flag.is_set()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("llama2_7b_*.yaml")), ids=lambda path: path.stem)
