@@ -19,9 +19,10 @@ from typing import Any
 import jax
 
 from eabf_jax import load
-from eabf_jax.cli import run, write_json
+from eabf_jax.cli import run
 from eabf_jax.evaluation.command import read_documents
 from eabf_jax.evaluation.perplexity import band_losses, position_losses
+from eabf_jax.interop.directory import write_json
 from eabf_jax.training.recipe import load_config
 from eabf_jax.training.trainer import train
 
@@ -70,7 +71,7 @@ def fine_tune(output: Path, data: str, rope: dict[str, Any], learning_rate: floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the dataset that holds out 64")
-    parser.add_argument("--json", required=True, help="write the figures here")
+    parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     options = parser.parse_args()
     documents = read_documents(options.data, "held_out", None, None)[32:64]
     made_on = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}

@@ -3,14 +3,14 @@
 import argparse
 import dataclasses
 import errno
-import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.interop.directory import write_json
 
 # What a wrong path on the command line ends in, wherever it is first touched.
 _PATH_ERRORS = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)
@@ -59,18 +59,6 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Writes figures for programs; the file appears whole or not at all."""
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.partial")
-    text = json.dumps(value, indent=2) + "\n"
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _check_file(option: str, path: str | None, suffixes: Sequence[str] = ()) -> None:
     """Refuses a file that could not be written, before the hours of work whose figures it is for."""
     if path is None:
@@ -94,7 +82,7 @@ def _prepare(arguments: list[str]) -> None:
     _check_file("--json", parsed.json)
     report = run(parsed, load_tokenizer)
     if parsed.json:
-        write_json(parsed.json, dataclasses.asdict(report))
+        write_json(Path(parsed.json), dataclasses.asdict(report))
         print(f"counts: {parsed.json}")
 
 
@@ -133,7 +121,7 @@ def _evaluate(arguments: list[str]) -> None:
     comparison = command.compare(parsed)
     Console().print(command.table(comparison))
     if parsed.json:
-        write_json(parsed.json, command.as_json(comparison, parsed))
+        write_json(Path(parsed.json), command.as_json(comparison, parsed))
         print(f"figures: {parsed.json}")
     if parsed.figure:
         loss_by_position(
