@@ -6,6 +6,7 @@ G = N / K, H head_dim. A new kernel is one more function with the signature of `
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +44,12 @@ def reference(
     """
     batch, length, heads, head_dim = q.shape
     grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
-    logits = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32, precision=_precision(q))
+    logits = jnp.einsum(
+        "btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32, precision=precision_of(q.dtype)
+    )
     mask = _mask(jnp.arange(length), jnp.arange(length), segment_ids, segment_ids)
     weights = jax.nn.softmax(jnp.where(mask, logits, _MASKED), axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=_precision(v))
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=precision_of(v.dtype))
     return out.reshape(batch, length, heads, head_dim)
 
 
@@ -175,13 +178,20 @@ def _mask(q_index: Array, k_index: Array, q_segments: Array | None, k_segments: 
     return causal & (q_segments[:, None, None, :, None] == k_segments[:, None, None, None, :])
 
 
-def _precision(x: Array) -> jax.lax.Precision | None:
-    """Float32 means float32 on every device: TPUs and recent GPUs would round its products to fewer bits."""
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+def precision_of(dtype: Any) -> jax.lax.Precision | None:
+    """The precision of matrix products: float32 means float32 on every device.
+
+    Args:
+      dtype: the compute dtype.
+
+    Returns:
+      HIGHEST for float32, which TPUs and recent GPUs would otherwise round to fewer bits; None for the others.
+    """
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32, precision=_precision(a))
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32, precision=precision_of(a.dtype))
 
 
 def cudnn(

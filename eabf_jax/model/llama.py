@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from eabf_jax.errors import InputError, unknown_name
-from eabf_jax.model.attention import BACKENDS, Attention, select
+from eabf_jax.model.attention import BACKENDS, Attention, precision_of, select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.rope import Scheme
 
@@ -128,8 +128,27 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((*stack, out_features), param_dtype)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=_precision(x.dtype))
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=precision_of(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def _linears(
+    stack: tuple[int, ...], config: LlamaConfig, *, bias: bool, rngs: nnx.Rngs, param_dtype: Any
+) -> Callable[[int, int], Linear]:
+    """What the projections of one module have in common; their sizes are left to be given."""
+
+    def linear(in_features: int, out_features: int) -> Linear:
+        return Linear(
+            stack,
+            in_features,
+            out_features,
+            bias=bias,
+            stddev=config.initializer_range,
+            rngs=rngs,
+            param_dtype=param_dtype,
+        )
+
+    return linear
 
 
 class RMSNorm(nnx.Module):
@@ -149,17 +168,7 @@ class SelfAttention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
     def __init__(self, stack: tuple[int, ...], config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: Any):
-        def linear(in_features: int, out_features: int) -> Linear:
-            return Linear(
-                stack,
-                in_features,
-                out_features,
-                bias=config.attention_bias,
-                stddev=config.initializer_range,
-                rngs=rngs,
-                param_dtype=param_dtype,
-            )
-
+        linear = _linears(stack, config, bias=config.attention_bias, rngs=rngs, param_dtype=param_dtype)
         self.head_dim = config.head_dim
         self.q_proj = linear(config.hidden_size, config.num_attention_heads * config.head_dim)
         self.k_proj = linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
@@ -192,17 +201,7 @@ class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, stack: tuple[int, ...], config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: Any):
-        def linear(in_features: int, out_features: int) -> Linear:
-            return Linear(
-                stack,
-                in_features,
-                out_features,
-                bias=config.mlp_bias,
-                stddev=config.initializer_range,
-                rngs=rngs,
-                param_dtype=param_dtype,
-            )
-
+        linear = _linears(stack, config, bias=config.mlp_bias, rngs=rngs, param_dtype=param_dtype)
         self.gate_proj = linear(config.hidden_size, config.intermediate_size)
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
@@ -432,7 +431,7 @@ def logits(hidden: Float[Array, "... D"], kernel: Float[Array, "D V"]) -> Float[
       float32 [..., vocab_size].
     """
     return jnp.matmul(
-        hidden, kernel.astype(hidden.dtype), precision=_precision(hidden.dtype), preferred_element_type=jnp.float32
+        hidden, kernel.astype(hidden.dtype), precision=precision_of(hidden.dtype), preferred_element_type=jnp.float32
     )
 
 
@@ -444,7 +443,3 @@ def _named_leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
             yield from _named_leaves(params[key], f"{name}.")
         else:
             yield name, params[key]
-
-
-def _precision(dtype: Any) -> jax.lax.Precision | None:
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
