@@ -4,12 +4,12 @@ Dimensions, here and in `llama.py`: B batch, T length, N query heads, K key-valu
 G = N / K, H head_dim. A new kernel is one more function with the signature of `reference` and one line in `BACKENDS`.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as fused
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -53,6 +53,54 @@ def reference(
     return out.reshape(batch, length, heads, head_dim)
 
 
+class Kernel(NamedTuple):
+    """An attention kernel in two halves, which meet in the log-sum-exp of each query's logits.
+
+    Attributes:
+      forward: (q, k, v, segment_ids, causal) -> out [B, T, N, H], log_sum_exp float32 [B, N, T]. Not causal: every
+        query sees every key, and there may be more or fewer keys than queries.
+      backward: (q, k, v, segment_ids, out, log_sum_exp, d_out, causal) -> d_q, d_k, d_v. With an `out` and a
+        `log_sum_exp` over more keys than these it gives these keys' part of the gradients.
+    """
+
+    forward: Callable[[Array, Array, Array, Array | None, bool], tuple[Array, Array]]
+    backward: Callable[[Array, Array, Array, Array | None, Array, Array, Array, bool], tuple[Array, Array, Array]]
+
+
+def keep_residuals(kernel: Kernel) -> Attention:
+    """Attention whose output and log-sum-exp a remat policy can keep, so that its forward pass is not run again.
+
+    Both carry the name "attention_output"; the output is not to be named again, or it would be kept twice. What else
+    the backward pass needs (q, k, v) is the caller's to name.
+
+    Args:
+      kernel: the two halves.
+
+    Returns:
+      A function with the signature of `reference`.
+    """
+
+    @jax.custom_vjp
+    def attend(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+        return kernel.forward(q, k, v, segment_ids, True)[0]
+
+    def forward(q: Array, k: Array, v: Array, segment_ids: Array | None) -> tuple[Array, Any]:
+        out, log_sum_exp = named(*kernel.forward(q, k, v, segment_ids, True))
+        return out, (q, k, v, segment_ids, out, log_sum_exp)
+
+    def backward(saved: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
+        q, k, v, segment_ids, out, log_sum_exp = saved
+        return *kernel.backward(q, k, v, segment_ids, out, log_sum_exp, d_out, True), None
+
+    attend.defvjp(forward, backward)
+    return attend
+
+
+def named(*residuals: Array) -> tuple[Array, ...]:
+    """Gives what a kernel computes for its backward pass the name by which remat policies know it."""
+    return tuple(checkpoint_name(x, _CHECKPOINT_NAME) for x in residuals)
+
+
 def chunked(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
@@ -64,42 +112,71 @@ def chunked(
     Args and Returns: as `reference`.
     Source: "FlashAttention-2" (Dao, 2023), algorithms 1 and 2, in plain JAX for any device.
     """
-    batch, length, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    chunk = min(_CHUNK, length)
-    # Padding comes after every real query, so causality alone keeps it out.
-    pad = -length % chunk
-    segments = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
-    segments = jnp.pad(segments, ((0, 0), (0, pad)))
-
-    def head_major(x: Array, per_group: int) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
-        return x.reshape(batch, length + pad, kv_heads, per_group, head_dim).transpose(0, 2, 3, 1, 4)
-
-    out = _flash(
-        head_major(q, heads // kv_heads), head_major(k, 1)[:, :, 0], head_major(v, 1)[:, :, 0], segments, chunk
-    )
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length + pad, heads, head_dim)[:, :length]
+    return _chunked(q, k, v, segment_ids)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _flash(q: Array, k: Array, v: Array, segments: Array, chunk: int) -> Array:
-    """q [B, K, G, T, H], k and v [B, K, T, H], segments [B, T], T a multiple of chunk -> [B, K, G, T, H]."""
-    return _flash_forward(q, k, v, segments, chunk)[0]
+class _Blocks:
+    """How the chunked kernel cuts [T, S] logits into blocks, and which of their entries count."""
+
+    def __init__(self, length: int, keys: int, causal: bool):
+        self.length, self.keys, self.causal = length, keys, causal
+        self.q_size, self.k_size = min(_CHUNK, length), min(_CHUNK, keys)
+        self.q_count, self.k_count = -(-length // self.q_size), -(-keys // self.k_size)
+
+    def queries(self, x: Array, kv_heads: int) -> Array:
+        """[B, T, N, H] -> [B, K, G, padded T, H]."""
+        x = jnp.pad(x, ((0, 0), (0, self.q_count * self.q_size - self.length), (0, 0), (0, 0)))
+        return x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]).transpose(0, 2, 3, 1, 4)
+
+    def from_queries(self, x: Array) -> Array:
+        """[B, K, G, padded T, H] -> [B, T, N, H]."""
+        x = x.transpose(0, 3, 1, 2, 4)
+        return x.reshape(*x.shape[:2], -1, x.shape[-1])[:, : self.length]
+
+    def key_values(self, x: Array) -> Array:
+        """[B, S, K, H] -> [B, K, padded S, H]."""
+        return jnp.pad(x, ((0, 0), (0, self.k_count * self.k_size - self.keys), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    def from_key_values(self, x: Array) -> Array:
+        """[B, K, padded S, H] -> [B, S, K, H]."""
+        return x.swapaxes(1, 2)[:, : self.keys]
+
+    def statistics(self, x: Array, kv_heads: int) -> Array:
+        """[B, N, T] -> [B, K, G, padded T]."""
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, self.q_count * self.q_size - self.length)))
+        return x.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
+
+    def segments(self, ids: Array | None) -> Array | None:
+        return None if ids is None else jnp.pad(ids, ((0, 0), (0, self.q_count * self.q_size - self.length)))
+
+    def logits(self, q_i: Array, k_j: Array, segments: Array | None, i: Array, j: Array) -> Array:
+        """Masked logits of query block i against key block j: [B, K, G, q_size, k_size]."""
+        k_index = j * self.k_size + jnp.arange(self.k_size)
+        if self.causal:
+            # Padding comes after every real query, so causality alone keeps it out.
+            q_index = i * self.q_size + jnp.arange(self.q_size)
+            of_block = (None, None) if segments is None else (_block(segments, n, self.q_size, 1) for n in (i, j))
+            mask = _mask(q_index, k_index, *of_block)
+        else:
+            mask = k_index < self.keys
+        return jnp.where(mask, _dot("bkgth,bksh->bkgts", q_i, k_j), _MASKED)
 
 
-def _flash_forward(q: Array, k: Array, v: Array, segments: Array, chunk: int) -> tuple[Array, tuple[Array, ...]]:
+def _chunked_forward(q: Array, k: Array, v: Array, segment_ids: Array | None, causal: bool) -> tuple[Array, Array]:
+    blocks, kv_heads = _Blocks(q.shape[1], k.shape[1], causal), k.shape[2]
+    q, k, v = blocks.queries(q, kv_heads), blocks.key_values(k), blocks.key_values(v)
+    segments = blocks.segments(segment_ids)
+
     def query_block(i: Array) -> tuple[Array, Array]:
-        q_i, segments_i = _block(q, i, chunk, 3), _block(segments, i, chunk, 1)
+        q_i = _block(q, i, blocks.q_size, 3)
 
         def key_block(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             total, largest, weighted = carry
-            logits = _block_logits(q_i, _block(k, j, chunk, 2), segments_i, _block(segments, j, chunk, 1), i, j)
+            logits = blocks.logits(q_i, _block(k, j, blocks.k_size, 2), segments, i, j)
             new_largest = jnp.maximum(largest, logits.max(-1))
             weights = jnp.exp(logits - new_largest[..., None])
             shrink = jnp.exp(largest - new_largest)
-            v_j = _block(v, j, chunk, 2)
-            update = _dot("bkgts,bksh->bkgth", weights.astype(v.dtype), v_j)
+            update = _dot("bkgts,bksh->bkgth", weights.astype(v.dtype), _block(v, j, blocks.k_size, 2))
             return (
                 total * shrink + weights.sum(-1),
                 new_largest,
@@ -108,66 +185,71 @@ def _flash_forward(q: Array, k: Array, v: Array, segments: Array, chunk: int) ->
 
         zeros = jnp.zeros(q_i.shape, jnp.float32)
         start = (zeros[..., 0], jnp.full(q_i.shape[:-1], _MASKED, jnp.float32), zeros)
-        total, largest, weighted = jax.lax.fori_loop(0, i + 1, key_block, start)
+        last = i + 1 if causal else blocks.k_count
+        total, largest, weighted = jax.lax.fori_loop(0, last, key_block, start)
         return (weighted / total[..., None]).astype(v.dtype), largest + jnp.log(total)
 
-    blocks = jnp.arange(q.shape[3] // chunk)
-    out, log_sum_exp = jax.lax.map(query_block, blocks)
-    # Named here too: what the backward pass needs are these very arrays, not what the caller makes of them.
-    out, log_sum_exp = (
-        checkpoint_name(x, _CHECKPOINT_NAME) for x in (_join(out), _join(log_sum_exp[..., None])[..., 0])
-    )
-    return out, (q, k, v, segments, out, log_sum_exp)
+    out, log_sum_exp = jax.lax.map(query_block, jnp.arange(blocks.q_count))
+    log_sum_exp = _join(log_sum_exp[..., None])[..., 0]
+    log_sum_exp = log_sum_exp.reshape(log_sum_exp.shape[0], -1, log_sum_exp.shape[-1])
+    return blocks.from_queries(_join(out)), log_sum_exp[..., : blocks.length]
 
 
-def _flash_backward(chunk: int, saved: tuple[Array, ...], d_out: Array) -> tuple[Array, Array, Array, None]:
-    q, k, v, segments, out, log_sum_exp = saved
-    blocks = q.shape[3] // chunk
+def _chunked_backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    out: Array,
+    log_sum_exp: Array,
+    d_out: Array,
+    causal: bool,
+) -> tuple[Array, Array, Array]:
+    blocks, kv_heads = _Blocks(q.shape[1], k.shape[1], causal), k.shape[2]
     # Row sums of weights * d_weights: what the softmax's own derivative subtracts.
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+    delta, log_sum_exp = blocks.statistics(delta, kv_heads), blocks.statistics(log_sum_exp, kv_heads)
+    q, d_out = blocks.queries(q, kv_heads), blocks.queries(d_out, kv_heads)
+    k, v = blocks.key_values(k), blocks.key_values(v)
+    segments = blocks.segments(segment_ids)
 
     def key_block(d_q: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
-        k_j, v_j, segments_j = _block(k, j, chunk, 2), _block(v, j, chunk, 2), _block(segments, j, chunk, 1)
+        k_j, v_j = _block(k, j, blocks.k_size, 2), _block(v, j, blocks.k_size, 2)
 
         def query_block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             d_q, d_k_j, d_v_j = carry
-            q_i, d_out_i = _block(q, i, chunk, 3), _block(d_out, i, chunk, 3)
-            logits = _block_logits(q_i, k_j, _block(segments, i, chunk, 1), segments_j, i, j)
-            weights = jnp.exp(logits - _block(log_sum_exp, i, chunk, 3)[..., None])
+            q_i, d_out_i = _block(q, i, blocks.q_size, 3), _block(d_out, i, blocks.q_size, 3)
+            logits = blocks.logits(q_i, k_j, segments, i, j)
+            weights = jnp.exp(logits - _block(log_sum_exp, i, blocks.q_size, 3)[..., None])
             d_v_j += _dot("bkgth,bkgts->bkhs", d_out_i, weights.astype(v.dtype))
             d_weights = _dot("bkgth,bksh->bkgts", d_out_i, v_j)
-            d_logits = (weights * (d_weights - _block(delta, i, chunk, 3)[..., None])).astype(q.dtype)
+            d_logits = (weights * (d_weights - _block(delta, i, blocks.q_size, 3)[..., None])).astype(q.dtype)
             d_k_j += _dot("bkgth,bkgts->bkhs", q_i, d_logits)
-            d_q_i = _block(d_q, i, chunk, 3) + _dot("bkgts,bksh->bkgth", d_logits, k_j)
-            return jax.lax.dynamic_update_slice_in_dim(d_q, d_q_i, i * chunk, 3), d_k_j, d_v_j
+            d_q_i = _block(d_q, i, blocks.q_size, 3) + _dot("bkgts,bksh->bkgth", d_logits, k_j)
+            return jax.lax.dynamic_update_slice_in_dim(d_q, d_q_i, i * blocks.q_size, 3), d_k_j, d_v_j
 
         # Summed head-size first: the other way round XLA would transpose the large [t, s] operand for each product.
         zeros = jnp.zeros(k_j.mT.shape, jnp.float32)
-        d_q, d_k_j, d_v_j = jax.lax.fori_loop(j, blocks, query_block, (d_q, zeros, zeros))
+        first = j if causal else 0
+        d_q, d_k_j, d_v_j = jax.lax.fori_loop(first, blocks.q_count, query_block, (d_q, zeros, zeros))
         return d_q, (d_k_j.mT, d_v_j.mT)
 
-    d_q, (d_k, d_v) = jax.lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(blocks))
-    return d_q.astype(q.dtype), _join(d_k).astype(k.dtype), _join(d_v).astype(v.dtype), None
+    d_q, (d_k, d_v) = jax.lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(blocks.k_count))
+    return (
+        blocks.from_queries(d_q.astype(q.dtype)),
+        blocks.from_key_values(_join(d_k).astype(k.dtype)),
+        blocks.from_key_values(_join(d_v).astype(v.dtype)),
+    )
 
 
-_flash.defvjp(_flash_forward, _flash_backward)
-
-
-def _block(x: Array, index: Array, chunk: int, axis: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk, axis)
+def _block(x: Array, index: Array, size: int, axis: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis)
 
 
 def _join(blocks: Array) -> Array:
-    """[blocks, ..., chunk, H] -> [..., blocks * chunk, H]."""
+    """[blocks, ..., size, H] -> [..., blocks * size, H]."""
     moved = jnp.moveaxis(blocks, 0, -3)
     return moved.reshape(*moved.shape[:-3], -1, moved.shape[-1])
-
-
-def _block_logits(q: Array, k: Array, q_segments: Array, k_segments: Array, i: Array, j: Array) -> Array:
-    """Masked logits of query block i against key block j: [B, K, G, chunk, chunk]."""
-    chunk = jnp.arange(q.shape[3])
-    mask = _mask(i * q.shape[3] + chunk, j * q.shape[3] + chunk, q_segments, k_segments)
-    return jnp.where(mask, _dot("bkgth,bksh->bkgts", q, k), _MASKED)
 
 
 def _mask(q_index: Array, k_index: Array, q_segments: Array | None, k_segments: Array | None) -> Array:
@@ -204,18 +286,60 @@ def cudnn(
 
     Args and Returns: as `reference`. With segment ids the kernel takes a [B, 1, T, T] mask: meant for the short
     windows of packed pretraining.
-    Source: `jax.nn.dot_product_attention`.
+    Source: `jax.nn.dot_product_attention`, whose two primitives are called here: its own derivative does not let go of
+    the log-sum-exp in float32.
     """
-    length = q.shape[1]
     # The kernel's backward pass refuses odd lengths. The padding comes last: causality alone keeps it out.
-    pad = length % 2
+    length, pad = q.shape[1], q.shape[1] % 2
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
-    mask = None
+    ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, pad)))
+    return _cudnn(q, k, v, ids)[:, :length]
+
+
+def _cudnn_forward(q: Array, k: Array, v: Array, segment_ids: Array | None, causal: bool) -> tuple[Array, Array]:
+    out, log_sum_exp = fused._dot_product_attention_fwd_p_wrapper.bind(
+        q, k, v, *_cudnn_operands(q, segment_ids), **_cudnn_options(segment_ids, causal), is_training=True
+    )
+    return out, log_sum_exp
+
+
+def _cudnn_backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    out: Array,
+    log_sum_exp: Array,
+    d_out: Array,
+    causal: bool,
+) -> tuple[Array, Array, Array]:
+    operands = _cudnn_operands(q, segment_ids)
+    d_q, d_k, d_v = fused._dot_product_attention_bwd_p_wrapper.bind(
+        q, k, v, *operands, log_sum_exp, out, d_out, **_cudnn_options(segment_ids, causal)
+    )
+    return d_q, d_k, d_v
+
+
+def _cudnn_operands(q: Array, segment_ids: Array | None) -> tuple[Array, ...]:
+    """Bias, then lengths, offsets and page tables of queries and keys: those that are not used are empty."""
+    unused = jnp.zeros(0, q.dtype)
+    bias = unused
     if segment_ids is not None:
-        ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
-        mask = ids[:, None, :, None] == ids[:, None, None, :]
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, scale=1.0, implementation="cudnn")
-    return out[:, :length]
+        same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        bias = jnp.where(same, 0, fused.get_large_negative_number(q.dtype)).astype(q.dtype)
+    return bias, *(unused,) * 6
+
+
+def _cudnn_options(segment_ids: Array | None, causal: bool) -> dict[str, Any]:
+    return {
+        "scale": 1.0,
+        "seed": 42,
+        "dropout_rate": 0.0,
+        "variadic_args": (segment_ids is not None, False),  # a bias; its gradient
+        "mask_type": fused.MaskType.CAUSAL if causal else fused.MaskType.NO_MASK,
+        "layout": fused.AttentionLayout.BTNH.value,
+        "sliding_window_length": None,
+    }
 
 
 def splash(
@@ -246,6 +370,11 @@ def splash(
     return out.swapaxes(1, 2)[:, :length, :, :head_dim]
 
 
+KERNELS: dict[str, Kernel] = {
+    "chunked": Kernel(_chunked_forward, _chunked_backward),
+    "cudnn": Kernel(_cudnn_forward, _cudnn_backward),
+}
+_chunked, _cudnn = (keep_residuals(KERNELS[name]) for name in ("chunked", "cudnn"))
 BACKENDS: dict[str, Attention] = {"reference": reference, "chunked": chunked, "cudnn": cudnn, "splash": splash}
 
 

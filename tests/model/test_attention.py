@@ -2,13 +2,17 @@
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.ad_checkpoint import saved_residuals
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
+from jax.interpreters import partial_eval as pe
 
 from eabf_jax.errors import InputError
 from eabf_jax.model import attention
@@ -150,9 +154,7 @@ def test_splash_is_exact_in_the_interpreter(packed: bool) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", [256, 201])
-def test_cudnn_lowers_to_the_fused_kernel(length: int, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Lowering asks which cuDNN is installed; here none is, and nothing runs.
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91_000)
+def test_cudnn_lowers_to_the_fused_kernel(length: int, packed: bool) -> None:
     q = jax.ShapeDtypeStruct((2, length, 4, 64), jnp.bfloat16)
     kv = jax.ShapeDtypeStruct((2, length, 2, 64), jnp.bfloat16)
     segments = jax.ShapeDtypeStruct((2, length), jnp.int32) if packed else None
@@ -164,6 +166,53 @@ def test_cudnn_lowers_to_the_fused_kernel(length: int, packed: bool, monkeypatch
     assert f"@__cudnn${kernel}(" in text
     assert f"@__cudnn${kernel}Backward(" in text
     assert "exponential" not in text  # no softmax beside the kernel
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """A jaxpr's equations and those of all jaxprs inside, but for the bodies of Pallas kernels."""
+    for equation in jaxpr.eqns:
+        yield equation
+        if equation.primitive.name == "pallas_call":
+            continue
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+# How the halves of each kernel are known in a jaxpr; the chunked one's by what only they compute.
+FORWARD = ("reduce_max", "dot_product_attention_fwd_wrapper", "splash_mha_fwd_residuals")
+BACKWARD = ("dynamic_update_slice", "dot_product_attention_bwd_wrapper", "splash_mha_dkv_no_residuals")
+
+
+def count_kernels(function: Any, *arguments: Any) -> tuple[int, int]:
+    """How often a function runs a forward and a backward kernel; what nobody reads is not run."""
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    live, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    counts = dict.fromkeys((*FORWARD, *BACKWARD), 0)
+    for equation in equations(live):
+        name = equation.primitive.name
+        name = str(equation.params["name"]) if name == "pallas_call" else name
+        if name in counts:
+            counts[name] += 1
+    return sum(counts[name] for name in FORWARD), sum(counts[name] for name in BACKWARD)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("chunked", "float32"), ("cudnn", "bfloat16"), ("splash", "float32")])
+def test_what_remat_keeps_spares_the_forward_kernel_and_is_kept_once(backend: str, dtype: str) -> None:
+    def layer(x: jax.Array) -> jax.Array:
+        q, k, v = (checkpoint_name(jnp.tanh(x * scale), "qkv") for scale in (1, 2, 3))
+        return jnp.sin(BACKENDS[backend](q, k, v, None)).sum()
+
+    x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.dtype(dtype))
+    policy = jax.checkpoint_policies.save_only_these_names("attention_output", "qkv")
+    kept = jax.checkpoint(layer, policy=policy)
+    recomputed = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)
+    assert count_kernels(jax.value_and_grad(kept), x) == (1, 1)
+    assert count_kernels(jax.value_and_grad(recomputed), x) == (2, 1)
+    # q, k, v and the output, beside the input; the log-sum-exp
+    sizes = [aval.size for aval, _ in saved_residuals(kept, x) if aval.dtype.kind != "i"]
+    assert sorted(sizes) == [256 * 2] + [256 * 2 * 128] * 5
 
 
 @pytest.mark.parametrize(
