@@ -6,7 +6,7 @@ on a leading axis L, so that one traced block serves every layer and compile tim
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +14,20 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.errors import InputError
 from eabf_jax.model.attention import BACKENDS, Attention, precision_of, select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.rope import Scheme
 
 Constrain = Callable[..., Array]
 
-# What the backward pass keeps of each block; everything else is computed again. Names are given in `Block`.
-REMAT_POLICIES: dict[str, Any] = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention_output"),
-    "qkv": jax.checkpoint_policies.save_only_these_names("attention_output", "qkv"),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+class Row(NamedTuple):
+    """What every layer is told of the tokens, beside their hidden states."""
+
+    positions: Int[Array, "B T"]
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+    segment_ids: Int[Array, "B T"] | None
 
 
 def unconstrained(x: Array, *logical_axes: str | None) -> Array:
@@ -159,9 +158,23 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
+    """Divides by the root mean square and multiplies by `scale`, in float32.
+
+    Args:
+      x: [..., features].
+      scale: [features].
+      eps: added to the mean square.
+
+    Returns:
+      The shape and dtype of x.
+    """
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 class SelfAttention(nnx.Module):
@@ -178,22 +191,20 @@ class SelfAttention(nnx.Module):
     def __call__(
         self,
         x: Array,
-        cos: Array,
-        sin: Array,
+        row: Row,
         q_scale: Array,
-        segment_ids: Array | None,
         attention: Attention,
         constrain: Constrain,
     ) -> Array:
         def heads(y: Array) -> Array:
-            y = checkpoint_name(y, "qkv").reshape(*y.shape[:2], -1, self.head_dim)
-            return constrain(y, "batch", "length", "heads", None)
+            return constrain(y.reshape(*y.shape[:2], -1, self.head_dim), "batch", "length", "heads", None)
 
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         # The multiplier is folded into q in float32, before the one rounding to the compute dtype.
-        q = (rotate(q, cos, sin) * q_scale[:, :, None, None]).astype(x.dtype)
-        k = rotate(k, cos, sin).astype(x.dtype)
-        out = checkpoint_name(attention(q, k, v, segment_ids), "attention_output")
+        q = (rotate(q, row.cos, row.sin) * q_scale[:, :, None, None]).astype(x.dtype)
+        k = rotate(k, row.cos, row.sin).astype(x.dtype)
+        q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
+        out = attention(q, k, v, row.segment_ids)
         return self.o_proj(out.reshape(*out.shape[:2], -1))
 
 
@@ -207,8 +218,8 @@ class SwiGLU(nnx.Module):
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: Array, constrain: Constrain) -> Array:
-        wide = constrain(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x), "batch", "length", "mlp")
-        return self.down_proj(wide)
+        gate, up = (checkpoint_name(proj(x), "mlp") for proj in (self.gate_proj, self.up_proj))
+        return self.down_proj(constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp"))
 
 
 class Block(nnx.Module):
@@ -226,14 +237,13 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Array,
-        cos: Array,
-        sin: Array,
+        row: Row,
         q_scale: Array,
-        segment_ids: Array | None,
         attention: Attention,
         constrain: Constrain,
     ) -> Array:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, q_scale, segment_ids, attention, constrain)
+        x = x + self.self_attn(self.input_layernorm(x), row, q_scale, attention, constrain)
+        x = checkpoint_name(x, "middle")
         x = x + self.mlp(self.post_attention_layernorm(x), constrain)
         return constrain(x, "batch", "length", None)
 
@@ -257,7 +267,6 @@ class Llama(nnx.Module):
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
         attention: str | Attention = "auto",
-        remat: str = "none",
         constrain: Constrain = unconstrained,
     ):
         """Initialises the parameters at random.
@@ -268,17 +277,13 @@ class Llama(nnx.Module):
           dtype: compute dtype of the matrix products; norms, angles, softmax and logits are float32.
           param_dtype: dtype of the parameters.
           attention: a backend's name, "auto", or a function with the signature of `attention.reference`.
-          remat: a name in `REMAT_POLICIES`: what the backward pass keeps of each block.
           constrain: called with each large activation and its logical axes, to lay it out on a mesh.
 
         Raises:
-          InputError: unknown backend or remat policy.
+          InputError: unknown backend.
         """
-        if remat not in REMAT_POLICIES:
-            raise unknown_name("remat policy", remat, REMAT_POLICIES)
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.remat = remat
         self.constrain = constrain
         self.attention = (
             BACKENDS[select(attention, self.dtype, config.head_dim)] if isinstance(attention, str) else attention
@@ -374,28 +379,60 @@ class Llama(nnx.Module):
         Returns:
           Final normed hidden states [batch, length, hidden_size], in the compute dtype.
         """
+        row = self.row(tokens, positions, segment_ids)
+        stacked = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param))
+
+        def layer(x: Array, inputs: tuple[Any, Array]) -> tuple[Array, None]:
+            return self.layer(*inputs, x, row), None
+
+        x = self.embed(self.embed_tokens.embedding[...], tokens)
+        x, _ = jax.lax.scan(layer, x, (stacked, jnp.arange(self.config.num_hidden_layers)))
+        return self.norm(x)
+
+    def row(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Row:
+        """What every layer is told of the tokens.
+
+        Args:
+          tokens, positions, segment_ids: as for `hidden_states`.
+
+        Returns:
+          Positions, the rotary scheme's cosines and sines there, and the segments.
+        """
         if positions is None:
             positions = (
                 jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
                 if segment_ids is None
                 else positions_from_segments(segment_ids)
             )
-        rope, head_dim = self.config.rope, self.config.head_dim
-        cos, sin = rotary_tables(rope, head_dim, positions, segment_ids)
-        x = jnp.take(self.embed_tokens.embedding[...], tokens, axis=0).astype(self.dtype)
-        x = self.constrain(x, "batch", "length", None)
-        graphdef, stacked = nnx.split(self.layers)
+        cos, sin = rotary_tables(self.config.rope, self.config.head_dim, positions, segment_ids)
+        return Row(positions, cos, sin, segment_ids)
 
-        def layer(x: Array, inputs: tuple[Any, Array]) -> tuple[Array, None]:
-            state, index = inputs
-            q_scale = rope.logit_scale(positions, index) * head_dim**-0.5
-            block = nnx.merge(graphdef, state)
-            return block(x, cos, sin, q_scale, segment_ids, self.attention, self.constrain), None
+    def embed(self, embedding: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Hidden states before the first layer, in the compute dtype."""
+        x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
+        return self.constrain(x, "batch", "length", None)
 
-        if self.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(layer, x, (stacked, jnp.arange(self.config.num_hidden_layers)))
-        return self.norm(x)
+    def layer(self, parameters: Mapping[str, Any], index: Array, x: Float[Array, "B T D"], row: Row) -> Array:
+        """One decoder layer.
+
+        Args:
+          parameters: `parameters()["layers"]` without the leading axis.
+          index: int32 scalar, 0-based: the schemes' logit multipliers may depend on it.
+          x: hidden states before the layer.
+          row: from `row`.
+
+        Returns:
+          Hidden states after it, of the shape and dtype of x.
+        """
+        graphdef, state = nnx.split(self.layers)
+        block = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(dict(parameters))))
+        q_scale = self.config.rope.logit_scale(row.positions, index) * self.config.head_dim**-0.5
+        return block(x, row, q_scale, self.attention, self.constrain)
 
     def output_kernel(self) -> Float[Array, "D V"]:
         """The [hidden_size, vocab_size] matrix from hidden states to logits, in the parameters' dtype."""

@@ -9,12 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import jax
 import orbax.checkpoint as ocp
 
 from eabf_jax.errors import InputError
 from eabf_jax.interop.native import CHECKPOINTS
-from eabf_jax.training.step import TrainState
+from eabf_jax.training.step import Saved
 
 
 def latest_step(run: Path) -> int:
@@ -74,12 +73,12 @@ class Checkpoints:
         """The newest whole checkpoint's step."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+    def save(self, step: int, saved: Saved, data: dict[str, Any]) -> None:
         """Saves in the background; a save still under way is waited for first.
 
         Args:
           step: optimizer steps taken.
-          state: the training state after that step.
+          saved: what is to be kept of the state after that step.
           data: the loader's position, JSON.
 
         Raises:
@@ -89,8 +88,8 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
-                    optimizer=ocp.args.StandardSave(state.optimizer),
+                    params=ocp.args.StandardSave(saved.params),
+                    optimizer=ocp.args.StandardSave(saved.optimizer),
                     data=ocp.args.JsonSave(data),
                 ),
                 force=True,
@@ -99,15 +98,15 @@ class Checkpoints:
             self._failed = True
             raise _explained(failure) from failure
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, step: int, abstract: Saved) -> tuple[Saved, dict[str, Any]]:
         """Reads a checkpoint straight to its places on the mesh.
 
         Args:
           step: the checkpoint's step.
-          abstract: TrainState of `jax.ShapeDtypeStruct` with shardings.
+          abstract: the same of `jax.ShapeDtypeStruct` with shardings.
 
         Returns:
-          The state and the loader's position.
+          What was saved, and the loader's position.
         Raises:
           InputError: the checkpoint cannot be read.
         """
@@ -125,8 +124,7 @@ class Checkpoints:
                 f"checkpoint {step} in {self._manager.directory} cannot be read ({_first_line(failure)}): "
                 "remove it to go on from the one before"
             ) from failure
-        counter = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
-        return TrainState(counter, restored["params"], restored["optimizer"]), restored["data"]
+        return Saved(restored["params"], restored["optimizer"]), restored["data"]
 
     def reached_preemption(self, step: int) -> bool:
         """True where the scheduler of a pod has announced that the machine goes away (agreed among all hosts)."""

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from eabf_jax.model.llama import Llama, logits
@@ -48,15 +49,22 @@ def token_losses(
     return out.swapaxes(0, 1).reshape(tokens.shape[0], -1)[:, :length]
 
 
-def target_mask(loss_mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T_minus_1"]:
-    """Which entries of `token_losses` count.
+def next_tokens(
+    tokens: Int[np.ndarray, "B T"],
+    loss_mask: Bool[np.ndarray, "B T"],
+    segment_ids: Int[np.ndarray, "B T"],
+) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
+    """The token after each token, and where it counts.
 
     Args:
+      tokens: int32 [batch, length].
       loss_mask: bool [batch, length]: tokens to be learned.
       segment_ids: int32 [batch, length]; 0 is padding.
 
     Returns:
-      bool [batch, length - 1]: the token is to be learned, and its predecessor is of the same segment.
+      Targets int32 [batch, length], and bool [batch, length]: the target is to be learned, and of the same segment. The
+      last column has no target.
     """
     same = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] > 0)
-    return loss_mask[:, 1:].astype(bool) & same
+    last = ((0, 0), (0, 1))
+    return np.pad(tokens[:, 1:], last), np.pad(loss_mask[:, 1:].astype(bool) & same, last)

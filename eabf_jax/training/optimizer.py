@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import optax
+from jaxtyping import Array
 
 from eabf_jax.training.recipe import RecipeConfig
 
@@ -35,7 +36,7 @@ def decayed(params: Any) -> Any:
 
 
 def make_optimizer(recipe: RecipeConfig, steps: int) -> optax.GradientTransformation:
-    """Clips by global norm, then AdamW.
+    """AdamW; the gradients that it is given are clipped already, over all parameters together.
 
     Args:
       recipe: the hyperparameters.
@@ -44,14 +45,34 @@ def make_optimizer(recipe: RecipeConfig, steps: int) -> optax.GradientTransforma
     Returns:
       The optax transformation.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(recipe.clip_norm),
-        optax.adamw(
-            learning_rate_schedule(recipe, steps),
-            b1=recipe.beta1,
-            b2=recipe.beta2,
-            eps=recipe.epsilon,
-            weight_decay=recipe.weight_decay,
-            mask=decayed,
-        ),
+    return optax.adamw(
+        learning_rate_schedule(recipe, steps),
+        b1=recipe.beta1,
+        b2=recipe.beta2,
+        eps=recipe.epsilon,
+        weight_decay=recipe.weight_decay,
+        mask=decayed,
     )
+
+
+def updated(
+    optimizer: optax.GradientTransformation, step: Array, masters: Any, mu: Any, nu: Any, gradients: Any
+) -> tuple[Any, Any, Any]:
+    """One update of a tree of parameters, or of any part of it.
+
+    Optax would count the steps in the state of every part; here the caller counts them once.
+
+    Args:
+      optimizer: from `make_optimizer`.
+      step: int32 scalar, steps taken before.
+      masters: float32 parameters.
+      mu: first moments.
+      nu: second moments.
+      gradients: float32, clipped.
+
+    Returns:
+      New parameters, first and second moments.
+    """
+    state = optax.tree.set(optimizer.init(masters), count=step, mu=mu, nu=nu)
+    updates, state = optimizer.update(gradients, state, masters)
+    return optax.apply_updates(masters, updates), optax.tree.get(state, "mu"), optax.tree.get(state, "nu")

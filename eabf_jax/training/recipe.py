@@ -92,8 +92,13 @@ class ComputeConfig:
     # of the matrix products; parameters, gradients and moments are float32
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     attention: str = "auto"  # auto, reference, chunked, cudnn or splash
-    # what the backward pass keeps of a layer: none (all of it), full (nothing), attention, qkv or dots
+    # program: the step is one program (TPU, CPU); layerwise: a program for each layer (GPU); auto: by platform
+    executor: Literal["auto", "program", "layerwise"] = "auto"
+    # what the backward pass keeps of a layer: full (nothing), attention, qkv, dots (no matrix product is computed
+    # twice) or none (all there is); a mix by layers is written dots:12,qkv (the first 12 layers dots, the others qkv)
     remat: str = "full"
+    # where float32 master weights and AdamW moments lie; host needs the layerwise executor
+    optimizer_memory: Literal["device", "host"] = "device"
     microbatch_size: int = 1  # sequences a device computes at a time; gradients are accumulated in float32
     loss_chunk: int = 1024  # tokens of a row whose logits exist at a time
 

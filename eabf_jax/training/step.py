@@ -1,7 +1,12 @@
-"""One optimizer step: microbatches, float32 gradient accumulation, clipping, update."""
+"""One optimizer step: microbatches, float32 gradient accumulation, clipping, update.
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+`Program` is the step as one jitted program that scans over stacked layers, for TPUs and CPUs; `layerwise.Layerwise` is
+the same step as a program for each layer, for GPUs. Both are a `Step`.
+"""
+
+import itertools
+import time
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +18,25 @@ from eabf_jax.model.attention import BACKENDS, select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 from eabf_jax.parallel.rules import activation_constraint, parameter_shardings, sharded_attention, spec
-from eabf_jax.training.loss import target_mask, token_losses
+from eabf_jax.training.backward import Microbatch, Pieces, Tree, head_parameters, merge, remat_by_layer, zeros
+from eabf_jax.training.master import join, split_tree
+from eabf_jax.training.optimizer import updated
 from eabf_jax.training.recipe import ComputeConfig
 
 
 class TrainState(NamedTuple):
-    """What an optimizer step reads and replaces: arrays, or their shapes or shardings in the same places."""
+    """What an optimizer step reads and replaces: arrays, or their shapes or shardings in the same places.
+
+    `params` and `rest` are together the float32 master parameters (see `master`); `mu` and `nu` are AdamW's moments.
+    All four have the same tree.
+    """
 
     step: Any  # int32 scalar: optimizer steps taken
-    params: dict[str, Any]  # float32
-    optimizer: Any  # optax state, float32
+    params: Tree  # in the compute dtype
+    rest: Tree
+    mu: Tree  # float32
+    nu: Tree  # float32
+    frozen: Tree  # parameters that are not trained, in the compute dtype
 
 
 class StepMetrics(NamedTuple):
@@ -34,7 +48,34 @@ class StepMetrics(NamedTuple):
     tokens: Int[Array, ""]  # tokens that the loss was averaged over
 
 
-TrainStep = Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, StepMetrics]]
+class Saved(NamedTuple):
+    """The part of a state that a checkpoint holds, whoever ran the step: layers stacked, parameters float32."""
+
+    params: Tree
+    optimizer: Tree  # {"mu": ..., "nu": ...}
+
+
+class Step(Protocol):
+    """An optimizer step, ready to be compiled and called."""
+
+    @property
+    def abstract(self) -> Saved:
+        """Shapes and shardings of what a checkpoint holds."""
+
+    def compile(self) -> float:
+        """Compiles; returns the seconds that it took."""
+
+    def begin(self, params: Tree) -> TrainState:
+        """A fresh state from float32 parameters with stacked layers, which it consumes."""
+
+    def restored(self, step: int, saved: Saved) -> TrainState:
+        """The state of a checkpoint, which it consumes."""
+
+    def saved(self, state: TrainState) -> Saved:
+        """What a checkpoint is to hold of a state."""
+
+    def __call__(self, state: TrainState, batch: Microbatch) -> tuple[TrainState, StepMetrics]:
+        """One step over arrays [microbatches, rows, length]; consumes the state."""
 
 
 def build_model(config: LlamaConfig, compute: ComputeConfig, mesh: Mesh) -> Llama:
@@ -42,11 +83,11 @@ def build_model(config: LlamaConfig, compute: ComputeConfig, mesh: Mesh) -> Llam
 
     Args:
       config: the model's shape.
-      compute: dtype, attention backend and remat policy.
+      compute: dtype and attention backend.
       mesh: the device mesh.
 
     Returns:
-      A `Llama` to be used through `with_parameters`; its parameters are float32 shapes.
+      A Llama whose parameters are float32 shapes.
     """
     platform = mesh.devices.flat[0].platform
     backend = BACKENDS[select(compute.attention, jnp.dtype(compute.dtype), config.head_dim, platform)]
@@ -55,91 +96,199 @@ def build_model(config: LlamaConfig, compute: ComputeConfig, mesh: Mesh) -> Llam
         dtype=jnp.dtype(compute.dtype),
         param_dtype=jnp.float32,
         attention=sharded_attention(mesh, backend, config.num_key_value_heads),
-        remat=compute.remat,
         constrain=activation_constraint(mesh),
     )
 
 
-def make_train_step(
-    model: Llama, optimizer: optax.GradientTransformation, compute: ComputeConfig, *, every_token: bool
-) -> TrainStep:
-    """Builds the function of one optimizer step, to be jitted.
+class Program:
+    """The step as one program."""
 
-    Args:
-      model: from `build_model`.
-      optimizer: from `make_optimizer`.
-      compute: the loss chunk is read.
-      every_token: the loss is over every token, and rows hold several documents; otherwise it is over the tokens in
-        `loss_mask`, and each row holds one document (padding after it).
+    def __init__(
+        self,
+        model: Llama,
+        optimizer: optax.GradientTransformation,
+        compute: ComputeConfig,
+        mesh: Mesh,
+        *,
+        clip_norm: float,
+        batch: Microbatch,
+    ):
+        """Plans the step.
 
-    Returns:
-      Function of the state and a batch of arrays `tokens`, `loss_mask`, `positions`, `segment_ids`, each
-      [microbatches, rows, length].
-    """
+        Args:
+          model: from `build_model`.
+          optimizer: from `make_optimizer`.
+          compute: remat policy, loss chunk.
+          mesh: the device mesh.
+          clip_norm: largest norm of the gradient.
+          batch: shapes and shardings of the arrays that the step takes, each [microbatches, rows, length].
 
-    def microbatch_loss(params: dict[str, Any], batch: Mapping[str, Array]) -> Array:
-        losses = token_losses(
-            model.with_parameters(params),
-            batch["tokens"],
-            batch["positions"],
-            # Padding comes after every real token of a single document: causality alone keeps it out, and the
-            # kernels are faster without a mask.
-            batch["segment_ids"] if every_token else None,
-            chunk=compute.loss_chunk,
+        Raises:
+          InputError: unknown remat policy; a dimension that the mesh does not divide.
+        """
+        self._optimizer, self._clip_norm, self._batch = optimizer, clip_norm, batch
+        self._dtype = jnp.dtype(compute.dtype)
+        self._remat = remat_by_layer(compute.remat, model.config.num_hidden_layers)
+        self._pieces = Pieces(model, compute.loss_chunk)
+        masters = model.parameters()
+        shardings = parameter_shardings(mesh, masters)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        params, rest = jax.eval_shape(lambda tree: split_tree(tree, self._dtype), masters)
+        rest_shardings = jax.tree.map(lambda leaf, at: at if leaf.size else replicated, rest, shardings)
+        self._state = with_shardings(
+            TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, rest, masters, masters, {}),
+            TrainState(replicated, shardings, rest_shardings, shardings, shardings, {}),
         )
-        return jnp.where(_mask(batch, every_token), losses, 0.0).sum()
+        masters = with_shardings(masters, shardings)
+        self.abstract = Saved(masters, {"mu": masters, "nu": masters})
+        outputs = jax.tree.map(lambda leaf: leaf.sharding, self._state)
+        self._step = jax.jit(self._run, donate_argnums=0, out_shardings=(outputs, None))
+        self._compiled: Any = None
 
-    def train_step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, StepMetrics]:
-        count = jax.vmap(lambda rows: _mask(rows, every_token).sum())(dict(batch)).sum()
+    def lower(self) -> jax.stages.Lowered:
+        """Traces and lowers the step from shapes alone."""
+        return self._step.lower(self._state, self._batch)
 
-        def accumulate(carry: tuple[Array, Any], rows: Mapping[str, Array]) -> tuple[tuple[Array, Any], None]:
+    def compile(self) -> float:
+        """See `Step`."""
+        began = time.perf_counter()
+        self._compiled = self.lower().compile()
+        return time.perf_counter() - began
+
+    def begin(self, params: Tree) -> TrainState:
+        """See `Step`."""
+        moments = jax.jit(
+            lambda: (zeros(self._state.mu), zeros(self._state.nu)), out_shardings=self._placed("mu", "nu")
+        )
+        return self.restored(0, Saved(params, dict(zip(("mu", "nu"), moments(), strict=True))))
+
+    def restored(self, step: int, saved: Saved) -> TrainState:
+        """See `Step`."""
+        halves = jax.jit(
+            lambda tree: split_tree(tree, self._dtype), out_shardings=self._placed("params", "rest"), donate_argnums=0
+        )
+        counter = jax.device_put(jnp.int32(step), self._state.step.sharding)
+        return TrainState(counter, *halves(saved.params), saved.optimizer["mu"], saved.optimizer["nu"], {})
+
+    def saved(self, state: TrainState) -> Saved:
+        """See `Step`."""
+        whole = jax.jit(lambda *halves: jax.tree.map(join, *halves), out_shardings=self._placed("mu")[0])
+        return Saved(whole(state.params, state.rest), {"mu": state.mu, "nu": state.nu})
+
+    def _placed(self, *names: str) -> tuple[Any, ...]:
+        return tuple(jax.tree.map(lambda leaf: leaf.sharding, getattr(self._state, name)) for name in names)
+
+    def __call__(self, state: TrainState, batch: Microbatch) -> tuple[TrainState, StepMetrics]:
+        """See `Step`."""
+        return (self._compiled or self._step)(state, batch)
+
+    def _run(self, state: TrainState, batch: Microbatch) -> tuple[TrainState, StepMetrics]:
+        def accumulate(carry: tuple[Array, Tree], rows: Microbatch) -> tuple[tuple[Array, Tree], None]:
             total, gradients = carry
-            loss, gradient = jax.value_and_grad(microbatch_loss)(state.params, rows)
-            return (total + loss, jax.tree.map(jnp.add, gradients, gradient)), None
+            loss, gradients = self._microbatch(state, rows, gradients)
+            return (total + loss, gradients), None
 
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), state.params)
-        (total, gradients), _ = jax.lax.scan(accumulate, (jnp.float32(0), zeros), dict(batch))
+        start = (jnp.float32(0), zeros(state.params))
+        (total, gradients), _ = jax.lax.scan(accumulate, start, batch)
+        count = batch.mask.sum()
         # Averaged over the trained tokens of the global batch, however they fall into microbatches and devices.
         scale = 1.0 / jnp.maximum(count, 1).astype(jnp.float32)
-        gradients = jax.tree.map(lambda g: g * scale, gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(total * scale, optax.tree.norm(gradients), optax.tree.norm(params), count)
-        return TrainState(state.step + 1, params, optimizer_state), metrics
+        norm = optax.tree.norm(gradients) * scale
+        scale *= clip_factor(norm, self._clip_norm)
+        *trees, squares = update(self._optimizer, *state[:5], gradients, scale)
+        metrics = StepMetrics(total / jnp.maximum(count, 1), norm, jnp.sqrt(squares), count)
+        return TrainState(state.step + 1, *trees, state.frozen), metrics
 
-    return train_step
+    def _microbatch(self, state: TrainState, rows: Microbatch, gradients: Tree) -> tuple[Array, Tree]:
+        """The summed loss of one microbatch; its gradients are added to those given."""
+        pieces, params, frozen = self._pieces, state.params, state.frozen
+        whole = merge(params, frozen)
+        row = pieces.row(rows)
+        x = pieces.embed(whole["embed_tokens"], rows.tokens)
+
+        def layer(index: Array) -> tuple[Tree, Tree, Array]:
+            trained, others = (
+                jax.tree.map(lambda leaf: leaf[index], tree.get("layers", {})) for tree in (params, frozen)
+            )
+            return trained, others, index
+
+        # One scan for each run of layers with the same policy.
+        runs = [(policy, [index for index, _ in group]) for policy, group in self._runs()]
+        kept = []
+        for policy, indices in runs:
+
+            def forward(x: Array, index: Array, policy: str = policy) -> tuple[Array, tuple[Array, list[Array]]]:
+                y, saved = pieces.forward(policy, *layer(index), x, row)
+                return y, (x, saved)
+
+            x, saved = jax.lax.scan(forward, x, jnp.array(indices, jnp.int32))
+            kept.append(saved)
+        tied = "lm_head" not in whole
+        loss, head, d_x = pieces.head(
+            head_parameters(params, tied), head_parameters(frozen, tied), x, rows, head_parameters(gradients, tied)
+        )
+        gradients = {**gradients, **head}
+        layers = gradients.get("layers", {})
+        for (policy, indices), saved in zip(reversed(runs), reversed(kept), strict=True):
+
+            def backward(
+                carry: tuple[Array, Tree], inputs: tuple[Array, tuple[Array, list[Array]]], policy: str = policy
+            ) -> tuple[tuple[Array, Tree], None]:
+                (d_y, sums), (index, (x, saved)) = carry, inputs
+                d_layer, d_x = pieces.backward(policy, *layer(index), x, row, saved, d_y)
+                # Added where the sums lie: the gradients of all layers never exist beside them.
+                sums = jax.tree.map(lambda a, g: a.at[index].add(g.astype(jnp.float32)), sums, d_layer)
+                return (d_x, sums), None
+
+            (d_x, layers), _ = jax.lax.scan(
+                backward, (d_x, layers), (jnp.array(indices, jnp.int32), saved), reverse=True
+            )
+        embedding = pieces.embed_backward(gradients.get("embed_tokens", {}), rows.tokens, d_x)
+        found = {"embed_tokens": embedding, "layers": layers}
+        return loss, {**gradients, **{name: tree for name, tree in found.items() if name in gradients}}
+
+    def _runs(self) -> Any:
+        return itertools.groupby(enumerate(self._remat), key=lambda item: item[1])
 
 
-def _mask(batch: Mapping[str, Array], every_token: bool) -> Array:
-    learned = jnp.ones_like(batch["loss_mask"]) if every_token else batch["loss_mask"]
-    return target_mask(learned, batch["segment_ids"])
+def clip_factor(norm: Float[Array, ""], largest: float) -> Float[Array, ""]:
+    """What to multiply gradients of that norm with, so that it is at most `largest`."""
+    return jnp.where(norm > largest, largest / norm, 1.0)
 
 
-def state_shardings(
-    mesh: Mesh, abstract_params: Mapping[str, Any], optimizer: optax.GradientTransformation
-) -> TrainState:
-    """Shardings of a `TrainState`: the optimizer's moments lie where their parameters lie.
+def update(
+    optimizer: optax.GradientTransformation,
+    step: Int[Array, ""],
+    params: Tree,
+    rest: Tree,
+    mu: Tree,
+    nu: Tree,
+    gradients: Tree,
+    scale: Float[Array, ""],
+) -> tuple[Tree, Tree, Tree, Tree, Float[Array, ""]]:
+    """AdamW on float32 master parameters: on all of them, or on any part.
 
     Args:
-      mesh: the device mesh.
-      abstract_params: parameter tree of `jax.ShapeDtypeStruct`.
       optimizer: from `make_optimizer`.
+      step, params, rest, mu, nu: as in `TrainState`.
+      gradients: float32 sums over the microbatches.
+      scale: what the sums are to be multiplied with.
 
     Returns:
-      A TrainState of NamedSharding.
+      New params, rest, mu and nu, and the sum of squares of the new master parameters.
     """
-    shardings = parameter_shardings(mesh, abstract_params)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    abstract_optimizer = jax.eval_shape(optimizer.init, abstract_params)
-    structure = jax.tree.structure(abstract_params)
+    masters = jax.tree.map(join, params, rest)
+    gradients = jax.tree.map(lambda g: g * scale, gradients)
+    masters, mu, nu = updated(optimizer, step, masters, mu, nu, gradients)
+    dtype = jax.tree.leaves(params)[0].dtype
+    return (*split_tree(masters, dtype), mu, nu, optax.tree.norm(masters, squared=True))
 
-    def is_params(node: Any) -> bool:
-        return bool(jax.tree.structure(node) == structure)  # type: ignore[operator]
 
-    optimizer_shardings = jax.tree.map(
-        lambda node: shardings if is_params(node) else replicated, abstract_optimizer, is_leaf=is_params
+def with_shardings(shapes: Tree, shardings: Tree) -> Any:
+    """Shapes with the shardings that stand in the same places."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
-    return TrainState(replicated, shardings, optimizer_shardings)
 
 
 def microbatch_sharding(mesh: Mesh) -> NamedSharding:

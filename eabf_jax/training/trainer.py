@@ -9,12 +9,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
@@ -30,21 +29,16 @@ from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 from eabf_jax.parallel.mesh import make_mesh
 from eabf_jax.parallel.rules import batch_ways, process_batch_shard
+from eabf_jax.training.backward import Microbatch, Tree
 from eabf_jax.training.checkpoint import Checkpoints, latest_step
+from eabf_jax.training.layerwise import Layerwise
+from eabf_jax.training.loss import next_tokens
 from eabf_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from eabf_jax.training.recipe import TrainConfig, check_window, config_differences, dump_config, total_steps
-from eabf_jax.training.step import (
-    TrainState,
-    build_model,
-    make_train_step,
-    microbatch_sharding,
-    state_shardings,
-)
+from eabf_jax.training.step import Program, Saved, Step, build_model, microbatch_sharding
 from eabf_jax.training.tracking import METRICS_FILE, TENSORBOARD, Tracker, flops_per_token, peak_flops
 
 CONFIG_FILE = "config.yaml"
-BATCH_ARRAYS = {"tokens": jnp.int32, "loss_mask": jnp.bool_, "positions": jnp.int32, "segment_ids": jnp.int32}
-
 # All that a run writes: what overwriting removes, and nothing else of what may lie beside.
 _RUN_ENTRIES = (CONFIG_FILE, MODEL_FILE, METRICS_FILE, TENSORBOARD, CHECKPOINTS, *TOKENIZER_FILES)
 
@@ -79,7 +73,7 @@ def train(config: TrainConfig) -> Path:
         )
     tokenizer = _tokenizer(config)
     _check_vocabularies(config, base, tokenizer)
-    plan = _plan_step(config, model_config, mesh, steps)
+    step_of = prepare_step(config, mesh, model_config, steps)
     process_index, process_count = process_batch_shard(mesh)
     batches = make_loader(
         config.data.directory,
@@ -98,25 +92,24 @@ def train(config: TrainConfig) -> Path:
     state = None
     if not start:
         # The model first: nothing is written for one that cannot be read.
-        state = _initial_state(config, model_config, plan)
+        state = step_of.begin(_initial_params(config, model_config, step_of.abstract))
         _begin_run(run, config, model_config, tokenizer)
     with Checkpoints(run, config.checkpoint.keep) as checkpoints, _preemption_flag() as preempted:
         if state is None:
-            state, position = checkpoints.restore(start, plan.abstract)
+            saved, position = checkpoints.restore(start, step_of.abstract)
+            state = step_of.restored(start, saved)
             batches.set_state(position)
         schedule = learning_rate_schedule(config.recipe, steps)
         place = microbatch_sharding(mesh)
         row_tokens = config.recipe.batch_size * config.window
         peak = peak_flops(jax.devices()[0].device_kind)
         with Tracker(run, steps=steps, start=start, quiet=jax.process_index() != 0) as tracker:
-            began = time.perf_counter()
-            train_step = _lower(plan, config, mesh).compile()
-            once = {"compile_seconds": time.perf_counter() - began}
+            once = {"compile_seconds": step_of.compile()}
             tracker.compiled()
             for step in range(start + 1, steps + 1):
                 began = time.perf_counter()
-                batch = place_batch(next(batches), place, microbatches)
-                state, metrics = train_step(state, batch)
+                batch = place_batch(next(batches), place, microbatches, every_token=mode == "packed")
+                state, metrics = step_of(state, batch)
                 figures = {name: float(value) for name, value in metrics._asdict().items()}
                 if not all(map(math.isfinite, figures.values())):
                     saved = checkpoints.latest_step()
@@ -147,7 +140,7 @@ def train(config: TrainConfig) -> Path:
                 stopping = preempted.is_set() or checkpoints.reached_preemption(step)
                 due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
                 if due or step == steps or stopping:
-                    checkpoints.save(step, state, batches.get_state())
+                    checkpoints.save(step, step_of.saved(state), batches.get_state())
                 if stopping and step < steps:
                     raise Preempted(
                         f"stopped by a signal after step {step} of {steps}; start again to go on from there"
@@ -214,26 +207,76 @@ def microbatch_count(config: TrainConfig, mesh: Mesh) -> int:
     return batch // (ways * size)
 
 
-def place_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding, microbatches: int) -> dict[str, Array]:
+def place_batch(
+    batch: Mapping[str, np.ndarray], sharding: NamedSharding, microbatches: int, *, every_token: bool
+) -> Microbatch:
     """Puts this process's rows of a batch on its devices.
 
     Args:
-      batch: arrays [rows of this process, length].
+      batch: arrays `tokens`, `loss_mask`, `positions`, `segment_ids`, each [rows of this process, length].
       sharding: from `microbatch_sharding`.
       microbatches: number of microbatches.
+      every_token: the loss is over every token, and rows hold several documents; otherwise it is over the tokens in
+        `loss_mask`, and each row holds one document (padding after it).
 
     Returns:
       Global arrays [microbatches, rows of a microbatch, length].
     """
+    segment_ids = batch["segment_ids"]
+    learned = np.ones_like(batch["loss_mask"]) if every_token else batch["loss_mask"]
+    targets, mask = next_tokens(batch["tokens"], learned, segment_ids)
+    # Padding comes after every real token of a single document: causality alone keeps it out, and the kernels are
+    # faster without a mask.
+    rows = Microbatch(batch["tokens"], targets, mask, batch["positions"], segment_ids if every_token else None)
 
-    def place(rows: np.ndarray) -> Array:
-        return jax.make_array_from_process_local_data(sharding, rows.reshape(microbatches, -1, rows.shape[-1]))
+    def place(array: np.ndarray) -> Array:
+        return jax.make_array_from_process_local_data(sharding, array.reshape(microbatches, -1, array.shape[-1]))
 
-    return {name: place(batch[name]) for name in BATCH_ARRAYS}
+    return jax.tree.map(place, rows)
+
+
+def prepare_step(config: TrainConfig, mesh: Mesh, model_config: LlamaConfig | None = None, steps: int = 1) -> Step:
+    """The run's optimizer step, planned from shapes alone.
+
+    Args:
+      config: the run.
+      mesh: the device mesh.
+      model_config: the model with the run's window and scheme; None takes it from `model.shape`, or else `model.path`.
+      steps: optimizer steps of the run, for the schedule.
+
+    Returns:
+      The step of the executor that `compute.executor` names.
+    Raises:
+      InputError: as `train` for the same configuration.
+    """
+    if model_config is None:
+        base = shape_config(config) if config.model.shape else base_config(config)
+        check_window(config, base)
+        model_config = dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
+    executor = config.compute.executor
+    if executor == "auto":
+        executor = "layerwise" if mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm") else "program"
+    if config.compute.optimizer_memory == "host" and executor != "layerwise":
+        raise InputError("compute.optimizer_memory 'host' needs compute.executor 'layerwise', not 'program'")
+    microbatches = microbatch_count(config, mesh)
+    shape = (microbatches, config.recipe.batch_size // microbatches, config.window)
+    ids, flags = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=microbatch_sharding(mesh)) for dtype in (jnp.int32, jnp.bool_)
+    )
+    packed = config.recipe.objective == "pretrain"
+    kind: type[Program | Layerwise] = Layerwise if executor == "layerwise" else Program
+    return kind(
+        build_model(model_config, config.compute, mesh),
+        make_optimizer(config.recipe, steps),
+        config.compute,
+        mesh,
+        clip_norm=config.recipe.clip_norm,
+        batch=Microbatch(ids, ids, flags, ids, ids if packed else None),
+    )
 
 
 def lower_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
-    """Traces and lowers the run's optimizer step from shapes alone: no parameter and no batch is allocated.
+    """Traces and lowers the run's optimizer step, as one program, from shapes alone: nothing is allocated.
 
     Args:
       config: the run; `model.shape` describes the model where it is given, so that no weights are needed.
@@ -244,50 +287,32 @@ def lower_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     Raises:
       InputError: as `train` for the same configuration.
     """
-    base = shape_config(config) if config.model.shape else base_config(config)
-    check_window(config, base)
-    model_config = dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
-    plan = _plan_step(config, model_config, mesh, steps=config.recipe.steps or 1)
-    return _lower(plan, config, mesh)
+    compute = dataclasses.replace(config.compute, executor="program")
+    step = prepare_step(dataclasses.replace(config, compute=compute), mesh, steps=config.recipe.steps or 1)
+    assert isinstance(step, Program)
+    return step.lower()
 
 
-class _StepPlan(NamedTuple):
-    optimizer: optax.GradientTransformation
-    abstract: TrainState
-    function: Any  # the jitted step
-
-
-def _plan_step(config: TrainConfig, model_config: LlamaConfig, mesh: Mesh, steps: int) -> _StepPlan:
-    optimizer = make_optimizer(config.recipe, steps)
-    model = build_model(model_config, config.compute, mesh)
-    params = model.parameters()
-    shardings = state_shardings(mesh, params, optimizer)
-    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
-    )
-    step = make_train_step(model, optimizer, config.compute, every_token=config.recipe.objective == "pretrain")
-    return _StepPlan(optimizer, abstract, jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)))
-
-
-def _lower(plan: _StepPlan, config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
-    microbatches, place = microbatch_count(config, mesh), microbatch_sharding(mesh)
-    shape = (microbatches, config.recipe.batch_size // microbatches, config.window)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in BATCH_ARRAYS.items()}
-    return plan.function.lower(plan.abstract, batch)
-
-
-def _initial_state(config: TrainConfig, model_config: LlamaConfig, plan: _StepPlan) -> TrainState:
-    """Parameters from `model.path`, or drawn at random by the recipe's seed; moments at zero."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
+def _initial_params(config: TrainConfig, model_config: LlamaConfig, abstract: Saved) -> Tree:
+    """Float32 parameters from `model.path`, or drawn at random by the recipe's seed."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
     if config.model.path is not None:
-        _, params = load_parameters(config.model.path, dtype="float32", shardings=shardings.params)
-    else:
-        seed = config.recipe.seed
-        init = jax.jit(lambda: Llama(model_config, rngs=nnx.Rngs(seed)).parameters(), out_shardings=shardings.params)
-        params = init()
-    moments = jax.jit(plan.optimizer.init, out_shardings=shardings.optimizer)(params)
-    return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, moments)
+        return load_parameters(config.model.path, dtype="float32", shardings=shardings)[1]
+    return random_params(model_config, config.recipe.seed, shardings)
+
+
+def random_params(model_config: LlamaConfig, seed: int, shardings: Tree) -> Tree:
+    """Random float32 parameters, drawn where they are to lie.
+
+    Args:
+      model_config: the model.
+      seed: of the draw.
+      shardings: by parameter.
+
+    Returns:
+      The parameters.
+    """
+    return jax.jit(lambda: Llama(model_config, rngs=nnx.Rngs(seed)).parameters(), out_shardings=shardings)()
 
 
 def _tokenizer(config: TrainConfig) -> Tokenizer | None:

@@ -1,0 +1,246 @@
+"""The loss and its gradients, the backward pass driven by hand from layer to layer.
+
+JAX's own derivative of a scan over layers returns the gradients of all layers at once, to be added to what earlier
+microbatches gave: twice the memory of the gradients. Here each layer's gradient is added where the sum lies as soon
+as it is known. What a layer keeps for its backward pass is chosen by name, for each layer on its own.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.model.attention import precision_of
+from eabf_jax.model.llama import Llama, Row, logits, rms_norm
+
+Tree = Any  # nested dict of arrays
+
+# What the backward pass keeps of a layer beside its input; the names are given in `model/`. None: all there is.
+REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
+    "full": (),
+    "attention": ("attention_output",),
+    "qkv": ("attention_output", "qkv"),
+    "dots": ("attention_output", "qkv", "middle", "mlp"),
+    "none": None,
+}
+
+
+def remat_by_layer(remat: str, layers: int) -> tuple[str, ...]:
+    """The policy of every layer.
+
+    Args:
+      remat: a name in `REMAT_POLICIES` for all layers, or for some of them: "dots:12,qkv" is the first twelve layers
+        `dots` and the others `qkv`.
+      layers: layers of the model.
+
+    Returns:
+      One name a layer.
+    Raises:
+      InputError: unknown policy, or counts that do not make up the layers.
+    """
+    found: list[str] = []
+    parts = remat.split(",")
+    for number, part in enumerate(parts):
+        name, colon, count = part.strip().partition(":")
+        if name not in REMAT_POLICIES:
+            raise unknown_name("remat policy", name, [*REMAT_POLICIES, "auto"])
+        if (colon and not count.isdigit()) or (not colon and number != len(parts) - 1):
+            raise InputError(f"remat {remat!r}: each policy but the last takes its number of layers, as in dots:12,qkv")
+        found += [name] * (int(count) if colon else layers - len(found))
+    if len(found) != layers:
+        raise InputError(f"remat {remat!r} is for {len(found)} layers; the model has {layers}")
+    return tuple(found)
+
+
+class Microbatch(NamedTuple):
+    """The rows of one microbatch, or their shapes."""
+
+    tokens: Int[Array, "B T"]
+    targets: Int[Array, "B T"]  # the token after each
+    mask: Bool[Array, "B T"]  # targets that count
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"] | None
+
+
+class Pieces:
+    """The training computation in pieces, each a pure function of arrays.
+
+    `trained` trees hold what is optimised, `frozen` trees the other parameters in the same places: together they are
+    the model's. Gradient trees have the trained trees' structure.
+    """
+
+    def __init__(self, model: Llama, loss_chunk: int, length_ways: int = 1):
+        """Holds what is static.
+
+        Args:
+          model: its parameters are not used.
+          loss_chunk: positions of a row, or of a device's part of it, whose logits exist at a time.
+          length_ways: parts into which the mesh cuts a row.
+        """
+        self._model = model
+        self._chunk = loss_chunk
+        self._length_ways = length_ways
+
+    def row(self, rows: Microbatch) -> Row:
+        """What every layer is told of the tokens."""
+        return self._model.row(rows.tokens, rows.positions, rows.segment_ids)
+
+    def embed(self, parameters: Tree, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Hidden states before the first layer."""
+        return self._model.embed(parameters["embedding"], tokens)
+
+    def _pullback(
+        self, policy: str, trained: Tree, frozen: Tree, index: Array, x: Array, row: Row
+    ) -> tuple[Array, Any]:
+        def layer(trained: Tree, x: Array, frozen: Tree, index: Array, row: Row) -> Array:
+            frozen, row = jax.lax.stop_gradient((frozen, row))
+            return self._model.layer(merge(trained, frozen), index, x, row)
+
+        names = REMAT_POLICIES[policy]
+        if names is not None:
+            kept = jax.checkpoint_policies.save_only_these_names(*names)
+            layer = jax.checkpoint(layer, policy=kept, prevent_cse=False)
+        return jax.vjp(layer, trained, x, frozen, index, row)
+
+    def forward(
+        self, policy: str, trained: Tree, frozen: Tree, index: Array, x: Float[Array, "B T D"], row: Row
+    ) -> tuple[Float[Array, "B T D"], list[Array]]:
+        """One layer.
+
+        Args:
+          policy: a name in `REMAT_POLICIES`.
+          trained: the layer's trained parameters.
+          frozen: its others.
+          index: int32 scalar, 0-based.
+          x: hidden states before it.
+          row: from `row`.
+
+        Returns:
+          Hidden states after it, and what `backward` is to be given beside the same arguments.
+        """
+        y, pullback = self._pullback(policy, trained, frozen, index, x, row)
+        return y, pullback.opaque_residuals
+
+    def backward(
+        self,
+        policy: str,
+        trained: Tree,
+        frozen: Tree,
+        index: Array,
+        x: Float[Array, "B T D"],
+        row: Row,
+        kept: list[Array],
+        d_y: Float[Array, "B T D"],
+    ) -> tuple[Tree, Float[Array, "B T D"]]:
+        """The derivative of `forward`.
+
+        Args:
+          policy, trained, frozen, index, x, row: as given to `forward`.
+          kept: what `forward` returned.
+          d_y: gradient of the loss by the layer's output.
+
+        Returns:
+          Gradients by the trained parameters and by x.
+        """
+        # Traced again for the pullback's structure; what `kept` replaces is dead code to the compiler.
+        _, pullback = self._pullback(policy, trained, frozen, index, x, row)
+        pullback.opaque_residuals = kept
+        d_trained, d_x, *_ = pullback(d_y)
+        return d_trained, d_x
+
+    def head(
+        self, trained: Tree, frozen: Tree, x: Float[Array, "B T D"], rows: Microbatch, gradients: Tree
+    ) -> tuple[Float[Array, ""], Tree, Float[Array, "B T D"]]:
+        """Final norm, logits and loss, with their derivatives: the logits of a chunk are computed once.
+
+        Args:
+          trained: the trained ones among `head_parameters`.
+          frozen: the others among them.
+          x: hidden states after the last layer.
+          rows: targets and mask.
+          gradients: float32 sums by the trained parameters.
+
+        Returns:
+          Sum of the losses that count (nats), the gradients with this microbatch's added, and the gradient by x.
+        """
+        params = merge(trained, frozen)
+        tied = "lm_head" not in params
+        kernel = params["embed_tokens"]["embedding"].T if tied else params["lm_head"]["kernel"]
+        kernel, precision = kernel.astype(x.dtype), precision_of(x.dtype)
+
+        def norm(scale: Array, x: Array) -> Array:
+            return rms_norm(x, scale, self._model.config.rms_norm_eps)
+
+        def chunk(carry: tuple[Array, Tree], part: tuple[Array, Array, Array]) -> tuple[tuple[Array, Tree], Array]:
+            (total, gradients), (x, targets, mask) = carry, part
+            hidden, pullback = jax.vjp(norm, params["norm"]["scale"], x)
+            scores = logits(hidden, kernel)
+            log_sum = jax.nn.logsumexp(scores, axis=-1)
+            chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+            total += jnp.where(mask, log_sum - chosen, 0.0).sum()
+            d_scores = jnp.exp(scores - log_sum[..., None]) - jax.nn.one_hot(targets, kernel.shape[1])
+            # In the compute dtype, or the products below would be of float32.
+            d_scores = jnp.where(mask[..., None], d_scores, 0.0).astype(x.dtype)
+            d_scale, d_x = pullback(jnp.matmul(d_scores, kernel.T, precision=precision))
+            product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+            found: dict[str, Any] = {"norm": {"scale": d_scale}} if trained.get("norm") else {}
+            if trained.get("lm_head"):
+                found["lm_head"] = {"kernel": product("...d,...v->dv", hidden, d_scores)}
+            if trained.get("embed_tokens") and tied:
+                found["embed_tokens"] = {"embedding": product("...d,...v->vd", hidden, d_scores)}
+            return (total, {**gradients, **add({name: gradients[name] for name in found}, found)}), d_x
+
+        parts = tuple(map(self._chunks, (x, rows.targets, rows.mask)))
+        (total, gradients), d_x = jax.lax.scan(chunk, (jnp.float32(0), gradients), parts)
+        d_x = jnp.moveaxis(d_x, 0, 2).reshape(x.shape[0], self._length_ways, -1, x.shape[2])
+        return total, gradients, d_x[:, :, : x.shape[1] // self._length_ways].reshape(x.shape)
+
+    def _chunks(self, array: Array) -> Array:
+        """[B, T, ...] -> [chunks, B, ways, size, ...]: each chunk has a share of every device's part of the row."""
+        batch, length, *rest = array.shape
+        part = length // self._length_ways
+        size = min(self._chunk, part)
+        array = array.reshape(batch, self._length_ways, part, *rest)
+        array = jnp.pad(array, ((0, 0), (0, 0), (0, -part % size), *((0, 0),) * len(rest)))
+        return jnp.moveaxis(array.reshape(batch, self._length_ways, -1, size, *rest), 2, 0)
+
+    def embed_backward(self, gradients: Tree, tokens: Int[Array, "B T"], d_x: Float[Array, "B T D"]) -> Tree:
+        """Adds the derivative of `embed` to the gradients of its parameters, where they are trained."""
+        if "embedding" not in gradients:
+            return gradients
+        return {"embedding": gradients["embedding"].at[tokens].add(d_x.astype(jnp.float32))}
+
+
+def head_parameters(params: Mapping[str, Tree], tied: bool) -> dict[str, Tree]:
+    """The part of a parameter or gradient tree that `Pieces.head` takes.
+
+    Args:
+      params: by top-level name; with parts of it missing where they are not trained.
+      tied: the embedding is the output's kernel as well.
+
+    Returns:
+      The trees of the final norm and of the output's kernel, so far as they are there.
+    """
+    return {name: params[name] for name in ("norm", "embed_tokens" if tied else "lm_head") if name in params}
+
+
+def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested mappings with different leaves as one."""
+    merged = dict(first)
+    for key, value in second.items():
+        merged[key] = merge(merged[key], value) if key in merged else value
+    return merged
+
+
+def zeros(params: Tree) -> Tree:
+    """Float32 zeros in the shapes of a tree."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+
+
+def add(total: Tree, gradients: Tree) -> Tree:
+    """Adds gradients to their float32 sum."""
+    return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, gradients)

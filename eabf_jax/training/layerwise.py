@@ -1,0 +1,345 @@
+"""The optimizer step as a program for each layer, called from Python: for GPUs.
+
+A GPU gains by it over one program that scans: parameters, gradients and what the backward pass keeps lie in buffers of
+their own, where the matrix products read and write them without a copy; every layer may keep something else; and the
+optimizer's state may lie in host memory and pass through the device a few layers at a time, which XLA would have to
+plan for the whole program. The device does not wait for Python: calls are queued far faster than they are computed.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from eabf_jax.model.llama import Llama
+from eabf_jax.parallel.rules import parameter_shardings
+from eabf_jax.training.backward import Microbatch, Pieces, Tree, add, head_parameters, remat_by_layer, zeros
+from eabf_jax.training.master import join, split_tree
+from eabf_jax.training.recipe import ComputeConfig
+from eabf_jax.training.step import Saved, StepMetrics, TrainState, clip_factor, update, with_shardings
+
+_HOST = "pinned_host"
+# Parts of the optimizer's state on their way between host and device at a time.
+_IN_FLIGHT = 3
+
+
+class Layerwise:
+    """The step as a program for each layer; `layers` in the trees of its state is a list."""
+
+    def __init__(
+        self,
+        model: Llama,
+        optimizer: optax.GradientTransformation,
+        compute: ComputeConfig,
+        mesh: Mesh,
+        *,
+        clip_norm: float,
+        batch: Microbatch,
+    ):
+        """Plans the step; arguments and errors are those of `step.Program`."""
+        self._optimizer, self._clip_norm, self._batch = optimizer, clip_norm, batch
+        self._dtype = jnp.dtype(compute.dtype)
+        self._layers = model.config.num_hidden_layers
+        self._remat = remat_by_layer(compute.remat, self._layers)
+        self._pieces = Pieces(model, compute.loss_chunk)
+        self._tied = model.config.tie_word_embeddings
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._on_host = compute.optimizer_memory == "host"
+        masters = model.parameters()
+        stacked = parameter_shardings(mesh, masters)
+
+        def on_host(sharding: NamedSharding) -> NamedSharding:
+            return sharding.with_memory_kind(_HOST)
+
+        # Stacked arrays pass through host memory: beside the layers, the device has no room for them.
+        self._stacked = with_shardings(masters, jax.tree.map(on_host, stacked))
+        self.abstract = Saved(self._stacked, {"mu": self._stacked, "nu": self._stacked})
+        self._masters = {
+            **with_shardings(masters, stacked),
+            "layers": jax.tree.map(
+                lambda leaf, at: jax.ShapeDtypeStruct(
+                    leaf.shape[1:], leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*at.spec[1:]))
+                ),
+                masters["layers"],
+                stacked["layers"],
+            ),
+        }
+        self._programs: dict[Any, Any] = {}
+        self._numbers: list[Array] = []
+
+    # Programs. Each is compiled for the shapes and shardings that the one before it returns.
+
+    def compile(self) -> float:
+        """See `Step`."""
+        began = time.perf_counter()
+        pieces, masters = self._pieces, self._masters
+        halves = jax.eval_shape(lambda tree: split_tree(tree, self._dtype), masters)
+        params = with_shardings(halves[0], _shardings(masters))
+        rest = jax.tree.map(
+            lambda leaf, master: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=master.sharding if leaf.size else self._replicated
+            ),
+            halves[1],
+            masters,
+        )
+        number = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
+        scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._replicated)
+        self._numbers = [
+            jax.device_put(np.int32(i), self._replicated) for i in range(max(self._layers, self._batch.tokens.shape[0]))
+        ]
+
+        def start(embedding: Tree, batch: Microbatch, number: Array) -> tuple[Any, ...]:
+            rows = jax.tree.map(lambda array: array[number], batch)
+            return rows, pieces.row(rows), pieces.embed(embedding, rows.tokens)
+
+        rows, row, x = self._compile("start", start, params["embed_tokens"], self._batch, number)
+        kept = {}
+        for policy in dict.fromkeys(self._remat):
+            forward = functools.partial(pieces.forward, policy)
+            x, kept[policy] = self._compile(("forward", policy), forward, params["layers"], {}, number, x, row)
+
+        def head(trained: Tree, x: Array, rows: Microbatch, gradients: Tree, total: Array) -> tuple[Any, ...]:
+            loss, gradients, d_x = pieces.head(trained, {}, x, rows, gradients)
+            return total + loss, gradients, d_x
+
+        trained, sums = (head_parameters(tree, self._tied) for tree in (params, masters))
+        _, _, d_x = self._compile("head", head, trained, x, rows, sums, scalar, donate=(3, 4))
+        for policy, saved in kept.items():
+
+            def backward(gradients: Tree, d_y: Array, *inputs: Any, policy: str = policy) -> tuple[Tree, Array]:
+                d_layer, d_x = pieces.backward(policy, *inputs, d_y)
+                return add(gradients, d_layer), d_x
+
+            inputs = (masters["layers"], d_x, params["layers"], {}, number, x, row, saved)
+            self._compile(("backward", policy), backward, *inputs, donate=(0, 1))
+        inputs = (masters["embed_tokens"], rows.tokens, d_x)
+        self._compile("embed_backward", pieces.embed_backward, *inputs, donate=0)
+
+        def finish(squares: list[Array], total: Array, mask: Array) -> tuple[Array, ...]:
+            count = mask.sum()
+            # Averaged over the trained tokens of the global batch, however they fall into microbatches and devices.
+            scale = 1.0 / jnp.maximum(count, 1).astype(jnp.float32)
+            norm = jnp.sqrt(sum(squares, start=jnp.float32(0))) * scale
+            return total * scale, norm, scale * clip_factor(norm, self._clip_norm), count
+
+        self._compile("finish", finish, [scalar] * (self._layers + len(masters) - 1), scalar, self._batch.mask)
+        for name in masters:
+            self._compile(("squares", name), lambda tree: optax.tree.norm(tree, squared=True), masters[name])
+            part = (params[name], rest[name], masters[name], masters[name])
+            outputs = (*_shardings(part), self._replicated)
+            change = functools.partial(update, self._optimizer)
+            inputs = (number, *part, masters[name], scalar)
+            self._compile(("update", name), change, *inputs, donate=(1, 2, 3, 4), outputs=outputs)
+            self._compile(("zeros", name), functools.partial(zeros, masters[name]), outputs=_shardings(masters[name]))
+        return time.perf_counter() - began
+
+    def _compile(
+        self, name: Any, function: Callable[..., Any], *shapes: Any, donate: Any = (), outputs: Any = None
+    ) -> Any:
+        """Compiles a program under a name; returns the shapes and shardings of what it returns."""
+        options = {} if outputs is None else {"out_shardings": outputs}
+        compiled = jax.jit(function, donate_argnums=donate, **options).lower(*shapes).compile()
+        self._programs[name] = compiled
+        return with_shardings(jax.eval_shape(function, *shapes), compiled.output_shardings)
+
+    # The step.
+
+    def __call__(self, state: TrainState, batch: Microbatch) -> tuple[TrainState, StepMetrics]:
+        """See `Step`."""
+        run, numbers = self._programs, self._numbers
+        params = state.params
+        gradients = {
+            name: [run["zeros", name]() for _ in range(self._layers)] if name == "layers" else run["zeros", name]()
+            for name in params
+        }
+        total = jax.device_put(np.float32(0), self._replicated)
+        for microbatch in range(batch.tokens.shape[0]):
+            rows, row, x = run["start"](params["embed_tokens"], batch, numbers[microbatch])
+            kept = []
+            for number, policy in enumerate(self._remat):
+                y, saved = run["forward", policy](params["layers"][number], {}, numbers[number], x, row)
+                kept.append((x, row, saved))
+                x = y
+            sums = head_parameters(gradients, self._tied)
+            total, sums, d_x = run["head"](head_parameters(params, self._tied), x, rows, sums, total)
+            gradients.update(sums)
+            del x, y, saved, sums
+            for number in reversed(range(self._layers)):
+                inputs = (params["layers"][number], {}, numbers[number], *kept.pop())
+                gradients["layers"][number], d_x = run["backward", self._remat[number]](
+                    gradients["layers"][number], d_x, *inputs
+                )
+                del inputs
+            gradients["embed_tokens"] = run["embed_backward"](gradients["embed_tokens"], rows.tokens, d_x)
+            del d_x
+        squares = [run["squares", name](_part(gradients, place)) for name, place in self._places()]
+        loss, norm, scale, count = run["finish"](squares, total, batch.mask)
+        state, parameter_norm = self._update(state, gradients, scale)
+        return state, StepMetrics(loss, norm, parameter_norm, count)
+
+    def _places(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """The parts that are updated one after the other: name of the part's programs, place in the trees."""
+        for name in self._masters:
+            if name == "layers":
+                yield from ((name, (name, number)) for number in range(self._layers))
+            else:
+                yield name, (name,)
+
+    def _update(self, state: TrainState, gradients: Tree, scale: Array) -> tuple[TrainState, Array]:
+        """Updates part by part. What lies in host memory comes in ahead of its turn and goes out behind it."""
+        trees = [{**tree, "layers": list(tree["layers"])} for tree in state[1:5]]
+        places = list(self._places())
+        coming: dict[int, Any] = {}
+        leaving: list[Any] = []
+        squares = []
+
+        def fetch(turn: int) -> None:
+            if turn < len(places):
+                name, place = places[turn]
+                coming[turn] = [_part(tree, place) for tree in trees[1:]]
+                if self._on_host:
+                    coming[turn] = jax.device_put(coming[turn], self._optimizer_shardings(name, host=False))
+
+        for turn in range(_IN_FLIGHT):
+            fetch(turn)
+        for turn, (name, place) in enumerate(places):
+            rest, mu, nu = coming.pop(turn)
+            *new, square = self._programs["update", name](
+                state.step, _part(trees[0], place), rest, mu, nu, _part(gradients, place), scale
+            )
+            _set_part(gradients, place, None)
+            del rest, mu, nu
+            squares.append(square)
+            if self._on_host:
+                new[1:] = jax.device_put(new[1:], self._optimizer_shardings(name, host=True))
+                leaving.append(new[1:])
+                if len(leaving) > _IN_FLIGHT:
+                    jax.block_until_ready(leaving.pop(0))  # or the device would fill up with parts that wait to leave
+            for tree, value in zip(trees, new, strict=True):
+                _set_part(tree, place, value)
+            fetch(turn + _IN_FLIGHT)
+        norm = jnp.sqrt(jnp.stack(squares).sum())
+        return TrainState(state.step + 1, *trees, {}), norm
+
+    @functools.cache  # noqa: B019 - lives as long as the run
+    def _optimizer_shardings(self, name: str, *, host: bool) -> Any:
+        """Shardings of one part's rest, mu and nu."""
+        at = _shardings(self._masters[name])
+        halves = jax.eval_shape(lambda tree: split_tree(tree, self._dtype)[1], self._masters[name])
+        rest = jax.tree.map(lambda leaf, sharding: sharding if leaf.size else self._replicated, halves, at)
+        kind = _HOST if host else "device"
+        return jax.tree.map(lambda sharding: sharding.with_memory_kind(kind), [rest, at, at])
+
+    # To and from checkpoints, in which the layers are stacked.
+
+    def begin(self, params: Tree) -> TrainState:
+        """See `Step`."""
+        return self._state(0, params, None)
+
+    def restored(self, step: int, saved: Saved) -> TrainState:
+        """See `Step`."""
+        return self._state(step, saved.params, saved.optimizer)
+
+    def _state(self, step: int, masters: Tree, moments: Tree | None) -> TrainState:
+        trees: list[dict[str, Any]] = [{name: [] for name in self._masters} for _ in range(4)]
+        for name, place in self._places():
+            at = _shardings(self._masters[name])
+            halves = jax.jit(lambda tree: split_tree(tree, self._dtype))
+
+            def unstacked(tree: Tree, name: str = name, place: tuple[Any, ...] = place, at: Any = at) -> Tree:
+                if name != "layers":
+                    return jax.device_put(tree[name], at)
+                return jax.tree.map(lambda leaf, to: _unstacked(leaf, place[1], to), tree[name], at)
+
+            params, rest = halves(unstacked(masters))
+            if moments is None:
+                mu, nu = zeros(self._masters[name]), zeros(self._masters[name])
+            else:
+                mu, nu = (unstacked(moments[key]) for key in ("mu", "nu"))
+            others = jax.device_put([rest, mu, nu], self._optimizer_shardings(name, host=self._on_host))
+            for tree, value in zip(trees, (jax.device_put(params, at), *others), strict=True):
+                if name == "layers":
+                    tree[name].append(value)
+                else:
+                    tree[name] = value
+        jax.block_until_ready(trees)
+        return TrainState(jax.device_put(np.int32(step), self._replicated), *trees, {})
+
+    def saved(self, state: TrainState) -> Saved:
+        """See `Step`."""
+        whole = jax.jit(lambda params, rest: jax.tree.map(join, params, rest))
+        device = self._optimizer_shardings
+
+        def master(name: str, params: Tree, rest: Tree) -> Tree:
+            return whole(params, jax.device_put(rest, device(name, host=False)[0]))
+
+        def stacked(tree: dict[str, Any], convert: Callable[..., Tree], *others: dict[str, Any]) -> Tree:
+            out = {}
+            for name in tree:
+                at = _shardings(self._stacked[name])
+                if name != "layers":
+                    out[name] = jax.device_put(convert(name, tree[name], *(other[name] for other in others)), at)
+                    continue
+                layers = []
+                for number in range(self._layers):
+                    layer = convert(name, tree[name][number], *(other[name][number] for other in others))
+                    layers.append(jax.tree.map(_on_host_shards, layer))
+                out[name] = jax.tree.map(_stacked, at, *layers)
+            return out
+
+        def same(name: str, tree: Tree) -> Tree:
+            return tree
+
+        moments = {"mu": stacked(state.mu, same), "nu": stacked(state.nu, same)}
+        return Saved(stacked(state.params, master, state.rest), moments)
+
+
+class _Shards:
+    """The parts of an array that this process holds, in NumPy: a leaf to JAX, by device."""
+
+    def __init__(self, array: Array):
+        self.shape = array.shape
+        self.by_device = {shard.device: np.asarray(shard.data) for shard in array.addressable_shards}
+
+
+def _on_host_shards(array: Array) -> _Shards:
+    return _Shards(array)
+
+
+def _stacked(at: NamedSharding, *layers: _Shards) -> Array:
+    """One array in host memory from those of all layers."""
+    pieces = [
+        jax.device_put(
+            np.stack([layer.by_device[device] for layer in layers]),
+            jax.sharding.SingleDeviceSharding(device, memory_kind=_HOST),
+        )
+        for device in layers[0].by_device
+    ]
+    return jax.make_array_from_single_device_arrays((len(layers), *layers[0].shape), at, pieces)
+
+
+def _unstacked(leaf: Array, number: int, at: NamedSharding) -> Array:
+    """One layer of a stacked array, on the device."""
+    pieces = [jax.device_put(np.asarray(shard.data)[number], shard.device) for shard in leaf.addressable_shards]
+    return jax.make_array_from_single_device_arrays(leaf.shape[1:], at, pieces)
+
+
+def _shardings(shapes: Tree) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, shapes)
+
+
+def _part(tree: Tree, place: tuple[Any, ...]) -> Tree:
+    for key in place:
+        tree = tree[key]
+    return tree
+
+
+def _set_part(tree: Tree, place: tuple[Any, ...], value: Any) -> None:
+    _part(tree, place[:-1])[place[-1]] = value
