@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import errno
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -91,7 +92,7 @@ def _train(arguments: list[str]) -> None:
     from eabf_jax.training.recipe import load_config
 
     config = load_config(arguments, prog="train.py")
-    devices = config.mesh.data * config.mesh.fsdp * config.mesh.tensor  # negative: an axis takes all that are left
+    devices = math.prod(config.mesh.sizes)  # negative: an axis takes all that are left
     use_every_core(devices if devices > 0 else config.recipe.batch_size // config.compute.microbatch_size)
     if config.distributed:
         import jax

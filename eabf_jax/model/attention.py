@@ -4,11 +4,13 @@ Dimensions, here and in `llama.py`: B batch, T length, N query heads, K key-valu
 G = N / K, H head_dim. A new kernel is one more function with the signature of `reference` and one line in `BACKENDS`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax._src.cudnn import fused_attention_stablehlo as fused
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -23,6 +25,9 @@ _MASKED = -1e30
 _CHECKPOINT_NAME = "attention_output"
 # Query and key block of the chunked backend: measured fastest of 128 to 1024 on CPU, for rows of 2,048 tokens.
 _CHUNK = 256
+# The splash kernel works on whole lanes of queries and of a head, and on blocks of at most so many queries and keys.
+SPLASH_LANES = 128
+_SPLASH_BLOCK = 512
 
 
 def reference(
@@ -42,12 +47,34 @@ def reference(
     Returns:
       The attended values, in the dtype of `v`; softmax is taken in float32.
     """
+    return reference_at(jnp.arange(q.shape[1]), q, k, v, segment_ids)
+
+
+def reference_at(
+    q_index: Int[Array, "T"],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """`reference` for some of a row's queries, in any order.
+
+    Args:
+      q_index: the place in the row of each query; it sees the keys up to there.
+      q: these queries.
+      k: the keys of the whole row.
+      v: its values.
+      segment_ids: as for `reference`, where the queries are the row's.
+
+    Returns:
+      As `reference`.
+    """
     batch, length, heads, head_dim = q.shape
     grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
     logits = jnp.einsum(
         "btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32, precision=precision_of(q.dtype)
     )
-    mask = _mask(jnp.arange(length), jnp.arange(length), segment_ids, segment_ids)
+    mask = _mask(q_index, jnp.arange(k.shape[1]), segment_ids, segment_ids)
     weights = jax.nn.softmax(jnp.where(mask, logits, _MASKED), axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=precision_of(v.dtype))
     return out.reshape(batch, length, heads, head_dim)
@@ -353,21 +380,59 @@ def splash(
     Args and Returns: as `reference`. The kernel works on whole lanes of 128: shorter heads and lengths are padded.
     Source: `jax.experimental.pallas.ops.tpu.splash_attention`.
     """
+    _, length, heads, head_dim = q.shape
+    pad_length, pad_head = -length % SPLASH_LANES, -head_dim % SPLASH_LANES
+    pads = ((0, 0), (0, pad_length), (0, 0), (0, pad_head))
+    q, k, v = (jnp.pad(x, pads) for x in (q, k, v))
+    ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, pad_length)))
+    out = run_splash(splash_kernel(np.arange(length + pad_length), heads), q, k, v, ids)
+    return out[:, :length, :, :head_dim]
+
+
+def splash_kernel(q_index: np.ndarray, heads: int, *, head_shards: int = 1, q_shards: int = 1) -> Any:
+    """The splash kernel for causal attention of queries in any order.
+
+    Args:
+      q_index: the place in the row of each query; a permutation of 0 ... length - 1, length a multiple of 128.
+      heads: query heads.
+      head_shards: devices that split the heads.
+      q_shards: devices that split the queries, each a multiple of 128.
+
+    Returns:
+      A pytree to be called with q, k and v of one row, head before length.
+    """
     # Imported here because importing the kernel takes longer than the whole model on machines that never use it.
     from jax.experimental.pallas.ops.tpu import splash_attention as kernel
 
-    _, length, heads, head_dim = q.shape
-    pad_length, pad_head = -length % 128, -head_dim % 128
-    pads = ((0, 0), (0, pad_length), (0, 0), (0, pad_head))
-    q, k, v = (jnp.pad(x, pads).swapaxes(1, 2) for x in (q, k, v))
-    mask = kernel.MultiHeadMask([kernel.CausalMask((length + pad_length,) * 2) for _ in range(heads)])
-    attend = kernel.make_splash_mha_single_device(mask, residual_checkpoint_name=_CHECKPOINT_NAME)
-    if segment_ids is None:
-        out = jax.vmap(lambda *qkv: attend(*qkv))(q, k, v)
-    else:
-        ids = jnp.pad(segment_ids, ((0, 0), (0, pad_length)))
-        out = jax.vmap(lambda q, k, v, s: attend(q, k, v, kernel.SegmentIds(s, s)))(q, k, v, ids)
-    return out.swapaxes(1, 2)[:, :length, :, :head_dim]
+    mask = kernel.CausalMask((len(q_index),) * 2)
+    mask.q_sequence = q_index.astype(np.int32)
+    # The largest blocks that divide a device's queries: the tables of blocks grow with (length / block)^2 and have to
+    # fit the scalar memory, and the library's default of 128 leaves the matrix unit waiting.
+    block = math.gcd(len(q_index) // q_shards, _SPLASH_BLOCK)
+    sizes = kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    return kernel.make_splash_mha(
+        kernel.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=head_shards,
+        q_seq_shards=q_shards,
+        residual_checkpoint_name=_CHECKPOINT_NAME,
+    )
+
+
+def run_splash(kernel: Any, q: Array, k: Array, v: Array, segment_ids: Array | None = None) -> Array:
+    """Runs a kernel from `splash_kernel` on rows: [B, T, N, H], [B, S, K, H] twice, [B, T] -> [B, T, N, H]."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    ids = None if segment_ids is None else SegmentIds(segment_ids, segment_ids)
+    return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
 
 
 KERNELS: dict[str, Kernel] = {

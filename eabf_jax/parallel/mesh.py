@@ -1,6 +1,7 @@
-"""The device mesh: data parallel x fully sharded data parallel x tensor parallel."""
+"""The device mesh: data parallel x fully sharded data parallel x context parallel x tensor parallel."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -8,6 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from eabf_jax.errors import InputError
+
+# Slowest first: neighbours on the last axis are neighbours on the interconnect where JAX knows it.
+AXES = ("data", "fsdp", "context", "tensor")
 
 
 @dataclass(frozen=True)
@@ -17,14 +21,24 @@ class MeshConfig:
     data: int = 1  # replicas of the parameters, each with its own part of the batch
     fsdp: int = -1  # devices that share the parameters and split the batch; -1: all that the other axes leave
     tensor: int = 1  # devices that split every matrix product
+    context: int = 1  # devices that split every row of tokens, and share the parameters as well
 
     def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = self.sizes
         if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
             raise InputError(
-                f"mesh data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}: every axis takes a positive number "
-                "of devices, and one of them may be -1 (all that are left)"
+                f"mesh {_listed(sizes, ', ')}: every axis takes a positive number of devices, and one of them may be "
+                "-1 (all that are left)"
             )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The size of each axis, in the order of `AXES`."""
+        return tuple(getattr(self, axis) for axis in AXES)
+
+
+def _listed(sizes: Sequence[int], separator: str) -> str:
+    return separator.join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
 
 
 def use_every_core(rows: int = 8) -> None:
@@ -44,19 +58,19 @@ def use_every_core(rows: int = 8) -> None:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Arranges devices as a mesh with the axes `data`, `fsdp` and `tensor`.
+    """Arranges devices as a mesh with the axes `AXES`.
 
     Args:
       config: the size of each axis.
       devices: the devices to arrange; None takes all of them.
 
     Returns:
-      The mesh; neighbours on the tensor axis are neighbours on the interconnect where JAX knows it.
+      The mesh.
     Raises:
       InputError: the axes do not multiply to the number of devices.
     """
     count = len(devices) if devices is not None else jax.device_count()
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = list(config.sizes)
     if -1 in sizes:
         rest = int(np.prod([size for size in sizes if size != -1]))
         if count % rest:
@@ -64,8 +78,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         sizes[sizes.index(-1)] = count // rest
     if int(np.prod(sizes)) != count:
         raise InputError(
-            f"mesh data={sizes[0]} x fsdp={sizes[1]} x tensor={sizes[2]} takes {int(np.prod(sizes))} devices; "
-            f"{count} are at hand (set one axis to -1 to take all that are left)"
+            f"mesh {_listed(sizes, ' x ')} takes {int(np.prod(sizes))} devices; {count} are at hand "
+            "(set one axis to -1 to take all that are left)"
         )
-    auto = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=auto, devices=devices)
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)

@@ -1,5 +1,6 @@
 """Sharding as data: one table from the model's axes to mesh axes, one from parameters to the model's axes."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,12 +11,14 @@ from jaxtyping import Array
 from eabf_jax.errors import InputError
 from eabf_jax.model.attention import Attention
 from eabf_jax.model.llama import Constrain, unconstrained
+from eabf_jax.parallel.context import context_attention
 
 LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
-    "length": None,
+    "length": "context",
     "layers": None,
-    "embed": "fsdp",
+    # Over context too: the devices of a row would otherwise each hold all that those of a column share.
+    "embed": ("fsdp", "context"),
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
@@ -80,7 +83,7 @@ def parameter_shardings(mesh: Mesh, params: Mapping[str, Any]) -> dict[str, Any]
             if size % ways:
                 raise InputError(
                     f"parameter {'.'.join(names)} has a dimension of {size}, which the mesh splits {ways} ways "
-                    f"({axes}): choose a mesh axis that divides it"
+                    f"({' x '.join(_names(axes))}): choose mesh axes that divide it"
                 )
         return NamedSharding(mesh, partition)
 
@@ -100,7 +103,7 @@ def batch_ways(mesh: Mesh) -> int:
 def process_batch_shard(mesh: Mesh) -> tuple[int, int]:
     """Which part of every batch this process has to load.
 
-    Processes whose devices hold the same rows (a tensor axis across hosts) load the same part.
+    Processes whose devices hold parts of the same rows (a tensor or context axis across hosts) load the same part.
 
     Args:
       mesh: the device mesh.
@@ -112,8 +115,8 @@ def process_batch_shard(mesh: Mesh) -> tuple[int, int]:
     """
     ways = batch_ways(mesh)
     rows: dict[int, set[int]] = {}
-    places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((ways, 1))
-    for device, (index, *_) in places.items():
+    places: Mapping[Any, Any] = NamedSharding(mesh, spec("batch")).devices_indices_map((ways,))
+    for device, (index,) in places.items():
         rows.setdefault(device.process_index, set()).update(range(*index.indices(ways)))
     return batch_part(rows, jax.process_index())
 
@@ -135,17 +138,17 @@ def batch_part(rows: Mapping[int, set[int]], process: int) -> tuple[int, int]:
     if overlap or len({len(part) for part in parts}) != 1:
         raise InputError(
             f"the mesh gives processes the batch rows {', '.join(map(str, parts))}, which overlap or differ in number: "
-            "let the tensor axis divide the devices of a process or be a multiple of them"
+            "let tensor x context divide the devices of a process or be a multiple of them"
         )
     return parts.index(tuple(sorted(rows[process]))), len(parts)
 
 
 def _ways(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    ways = 1
-    for name in names:
-        ways *= mesh.shape[name]
-    return ways
+    return math.prod(mesh.shape[name] for name in _names(axes))
+
+
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def activation_constraint(mesh: Mesh) -> Constrain:
@@ -160,7 +163,7 @@ def activation_constraint(mesh: Mesh) -> Constrain:
 
 
 def sharded_attention(mesh: Mesh, attention: Attention, kv_heads: int) -> Attention:
-    """Runs an attention backend on each device's own rows and heads: the kernels know nothing of a mesh.
+    """Runs an attention backend on each device's own rows, queries and heads: the kernels know nothing of a mesh.
 
     Args:
       mesh: the device mesh.
@@ -168,7 +171,8 @@ def sharded_attention(mesh: Mesh, attention: Attention, kv_heads: int) -> Attent
       kv_heads: key-value heads of the model.
 
     Returns:
-      A function with the same signature for arrays laid out on the mesh.
+      A function with the same signature for arrays laid out on the mesh; with a context axis, the tokens of its rows
+      are in `context.zigzag_order`.
     Raises:
       InputError: the tensor axis does not divide the key-value heads.
     """
@@ -180,6 +184,8 @@ def sharded_attention(mesh: Mesh, attention: Attention, kv_heads: int) -> Attent
     if mesh.size == 1:
         return attention
     heads = spec("batch", "length", "heads", None)
+    if mesh.shape["context"] > 1:
+        return context_attention(mesh, attention, heads)
 
     def attend(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
         if segment_ids is None:

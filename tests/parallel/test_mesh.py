@@ -17,25 +17,29 @@ from eabf_jax.parallel.mesh import MeshConfig, make_mesh
         ((1, 1, -1), (1, 1, 8)),
         ((2, 4, 1), (2, 4, 1)),
         ((8, -1, 1), (8, 1, 1)),
+        ((1, -1, 1, 4), (1, 2, 1, 4)),
+        ((2, 1, 2, -1), (2, 1, 2, 2)),
     ],
 )
-def test_axes_take_the_devices_asked_for_or_left(sizes: tuple[int, int, int], shape: tuple[int, int, int]) -> None:
+def test_axes_take_the_devices_asked_for_or_left(sizes: tuple[int, ...], shape: tuple[int, ...]) -> None:
     mesh = make_mesh(MeshConfig(*sizes))
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
-    assert mesh.devices.shape == shape
+    assert tuple(mesh.shape[axis] for axis in ("data", "fsdp", "tensor", "context")[: len(shape)]) == shape
+    assert mesh.size == 8
     assert sorted(device.id for device in mesh.devices.flat) == sorted(device.id for device in jax.devices())
 
 
 def test_given_devices_are_used_and_no_others() -> None:
     devices = jax.devices()[2:6]
     mesh = make_mesh(MeshConfig(data=2, tensor=2), devices)
-    assert mesh.devices.shape == (2, 1, 2)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "context": 1, "tensor": 2}
     assert set(np.ravel(mesh.devices)) == set(devices)
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (1, -2, 1), (-1, -1, 1), (-1, 2, -1)])
 def test_axis_sizes_are_positive_and_at_most_one_is_open(sizes: tuple[int, int, int]) -> None:
-    with pytest.raises(InputError, match=f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}: .* may be -1"):
+    with pytest.raises(
+        InputError, match=f"mesh data={sizes[0]}, fsdp={sizes[1]}, context=1, tensor={sizes[2]}: .* may be -1"
+    ):
         MeshConfig(*sizes)
 
 

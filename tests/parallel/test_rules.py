@@ -15,7 +15,7 @@ from eabf_jax.errors import InputError
 from eabf_jax.model import Llama, LlamaConfig
 from eabf_jax.model.attention import chunked
 from eabf_jax.model.llama import unconstrained
-from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from eabf_jax.parallel.rules import (
     activation_constraint,
     batch_part,
@@ -43,13 +43,14 @@ def named(tree: Any) -> dict[str, Any]:
 
 
 def test_parameters_are_split_as_documented() -> None:
-    column, row = P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")
+    embed = ("fsdp", "context")
+    column, row = P(None, embed, "tensor"), P(None, "tensor", embed)
     expected = {
-        "embed_tokens.embedding": P("tensor", "fsdp"),
+        "embed_tokens.embedding": P("tensor", embed),
         "layers.input_layernorm.scale": P(None, None),
         "layers.post_attention_layernorm.scale": P(None, None),
         "norm.scale": P(None),
-        "lm_head.kernel": P("fsdp", "tensor"),
+        "lm_head.kernel": P(embed, "tensor"),
     }
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
         expected |= {f"layers.{name}.kernel": column, f"layers.{name}.bias": P(None, "tensor")}
@@ -169,24 +170,28 @@ class StandInDevice:
     client: None = None
 
 
-def mesh_of_processes(sizes: tuple[int, int, int], devices_each: int) -> Mesh:
+def mesh_of_processes(sizes: tuple[int, int, int, int], devices_each: int) -> Mesh:
     """A mesh over many processes, of stand-ins for devices: only their place is ever asked for."""
     devices = [StandInDevice(index, index // devices_each) for index in range(math.prod(sizes))]
-    return Mesh(np.array(devices, dtype=object).reshape(sizes), ("data", "fsdp", "tensor"))
+    return Mesh(np.array(devices, dtype=object).reshape(sizes), AXES)
 
 
 @pytest.mark.parametrize(
     ("sizes", "devices_each", "expected"),
     [
-        ((1, 8, 1), 2, [(0, 4), (1, 4), (2, 4), (3, 4)]),  # every process its own rows
-        ((2, 2, 2), 4, [(0, 2), (1, 2)]),
-        ((1, 2, 4), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two processes share a tensor axis
-        ((1, 1, 8), 4, [(0, 1), (0, 1)]),  # tensor parallel only: all load everything
-        ((2, 4, 1), 8, [(0, 1)]),
+        ((1, 8, 1, 1), 2, [(0, 4), (1, 4), (2, 4), (3, 4)]),  # every process its own rows
+        ((2, 2, 1, 2), 4, [(0, 2), (1, 2)]),
+        ((1, 2, 1, 4), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two processes share a tensor axis
+        ((1, 2, 4, 1), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two processes share a context axis
+        ((1, 1, 1, 8), 4, [(0, 1), (0, 1)]),  # tensor parallel only: all load everything
+        ((2, 4, 1, 1), 8, [(0, 1)]),
     ],
 )
 def test_processes_that_hold_the_same_rows_load_the_same_part(
-    sizes: tuple[int, int, int], devices_each: int, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+    sizes: tuple[int, int, int, int],
+    devices_each: int,
+    expected: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mesh = mesh_of_processes(sizes, devices_each)
     for process, part in enumerate(expected):
@@ -206,6 +211,6 @@ def test_parts_are_numbered_by_their_rows_not_by_process() -> None:
 def test_parts_that_overlap_or_differ_are_refused() -> None:
     # Three devices a process, two on the tensor axis: the second process holds half of two rows.
     with pytest.raises(InputError, match="overlap or differ in number"):
-        process_batch_shard(mesh_of_processes((1, 3, 2), 3))
+        process_batch_shard(mesh_of_processes((1, 3, 1, 2), 3))
     with pytest.raises(InputError, match="overlap or differ in number"):
         batch_part({0: {0, 1}, 1: {2}}, 0)

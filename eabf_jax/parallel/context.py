@@ -1,0 +1,256 @@
+"""Context parallelism: the tokens of one row over many devices, each with its share of the causal triangle.
+
+A row is cut into 2C chunks for C devices, and device r holds chunks r and 2C - 1 - r: one early, one late. Their
+queries see (r + 1) + (2C - r) = 2C + 1 chunks of keys, whatever r. The permutation is made on the host, before the
+tokens are placed; positions (and with them the entropy-aware multiplier), targets and masks are permuted with the
+tokens, so that no part of the model but attention knows of it. Keys and values are gathered from all devices of the
+row; queries, outputs and what the backward pass keeps stay where they are.
+
+Dimensions: as in `model.attention`; C ways, c = T / 2C the length of a chunk.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from eabf_jax.errors import InputError
+from eabf_jax.model.attention import (
+    BACKENDS,
+    KERNELS,
+    SPLASH_LANES,
+    Attention,
+    Kernel,
+    named,
+    reference,
+    reference_at,
+    run_splash,
+    splash,
+    splash_kernel,
+)
+
+_AXIS = "context"
+# What a chunk's length has to be a multiple of: cuDNN's backward pass takes even lengths, splash whole lanes of them.
+_CHUNK_MULTIPLE = {BACKENDS["cudnn"]: 2, splash: SPLASH_LANES // 2}
+
+
+def zigzag_order(length: int, ways: int) -> np.ndarray:
+    """Which token of a row stands at each place, so that equal shares of the row are equal shares of the work.
+
+    Args:
+      length: tokens in a row.
+      ways: devices that split a row.
+
+    Returns:
+      int [length]: `row[zigzag_order(...)]` is what is placed. One way leaves the row as it is.
+    Raises:
+      InputError: the row does not divide into 2 x ways chunks.
+    """
+    if ways == 1:
+        return np.arange(length)
+    if length % (2 * ways):
+        raise InputError(
+            f"rows of {length} tokens do not divide into two chunks for each of mesh context={ways}: "
+            f"the window has to be a multiple of {2 * ways}"
+        )
+    chunks = np.arange(length).reshape(2 * ways, -1)
+    return np.stack((chunks[:ways], chunks[: ways - 1 : -1]), axis=1).reshape(-1)
+
+
+def undo_zigzag_order(length: int, ways: int) -> np.ndarray:
+    """The inverse of `zigzag_order`: `placed[undo_zigzag_order(...)]` is the row.
+
+    Args:
+      length: tokens in a row.
+      ways: devices that split a row.
+
+    Returns:
+      int [length].
+    Raises:
+      InputError: as `zigzag_order`.
+    """
+    return np.argsort(zigzag_order(length, ways))
+
+
+def context_attention(mesh: Mesh, attention: Attention, heads: PartitionSpec) -> Attention:
+    """Attention over rows whose tokens lie on many devices in `zigzag_order`.
+
+    Args:
+      mesh: the device mesh, with a context axis of more than one.
+      attention: a function of `model.attention.BACKENDS`.
+      heads: how [B, T, N, H] lies on the mesh.
+
+    Returns:
+      A function with the signature of `reference` for arrays laid out on the mesh. Called for rows that the backend
+      cannot split, or with segment ids, it raises InputError.
+    """
+    ways = mesh.shape[_AXIS]
+    shard_map = functools.partial(jax.shard_map, mesh=mesh, out_specs=heads, check_vma=False)
+
+    def attend(q: Array, k: Array, v: Array, segment_ids: Array | None = None) -> Array:
+        if segment_ids is not None:
+            raise InputError(
+                f"mesh context={ways} splits rows of one document; packed rows (pretraining) need context=1"
+            )
+        length, multiple = q.shape[1], 2 * ways * _CHUNK_MULTIPLE.get(attention, 1)
+        if length % multiple:
+            raise InputError(
+                f"rows of {length} tokens cannot be split over mesh context={ways} for this attention backend: "
+                f"the window has to be a multiple of {multiple}"
+            )
+        if attention is splash:
+            kernel = splash_kernel(
+                zigzag_order(length, ways), q.shape[2], head_shards=mesh.shape["tensor"], q_shards=ways
+            )
+            layout = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(heads[2], _AXIS)))
+            return shard_map(_splash, in_specs=(layout, *(heads,) * 3))(kernel, q, k, v)
+        local = _reference(ways) if attention is reference else _joined(_kernel_of(attention), ways)
+        return shard_map(local, in_specs=(heads,) * 3)(q, k, v)
+
+    return attend
+
+
+def _kernel_of(attention: Attention) -> Kernel:
+    return next(KERNELS[name] for name, backend in BACKENDS.items() if backend is attention)
+
+
+def _splash(kernel: Any, q: Array, k: Array, v: Array) -> Array:
+    head_dim = q.shape[-1]
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -head_dim % SPLASH_LANES))) for x in (q, k, v))
+    return run_splash(kernel, q, _gather(k), _gather(v))[..., :head_dim]
+
+
+def _reference(ways: int) -> Callable[[Array, Array, Array], Array]:
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        rank, chunk = jax.lax.axis_index(_AXIS), jnp.arange(q.shape[1] // 2)
+        q_index = jnp.concatenate((rank * chunk.size + chunk, (2 * ways - 1 - rank) * chunk.size + chunk))
+        return reference_at(q_index, q, _gather(k), _gather(v))
+
+    return attend
+
+
+def _joined(kernel: Kernel, ways: int) -> Callable[[Array, Array, Array], Array]:
+    """Attention of a device's two chunks of queries: [B, 2c, N, H], [B, 2c, K, H] twice -> [B, 2c, N, H].
+
+    Each chunk sees itself causally, and whole chunks before it: two kernels without a wasted block, whose softmaxes are
+    joined by their log-sum-exps. Backward, each kernel gets the joined output and log-sum-exp, with which its weights
+    are the joined softmax's, and its gradients that softmax's for its keys. Keys and values are gathered again there
+    rather than kept.
+    """
+
+    @jax.custom_vjp
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        return forward(q, k, v)[0]
+
+    def forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+        own, own_lse = kernel.forward(_apart(q), _apart(k), _apart(v), None, True)
+        branches = [functools.partial(_before, kernel, ways, rank) for rank in range(ways)]
+        before, before_lse = jax.lax.switch(jax.lax.axis_index(_AXIS), branches, q, _gather(k), _gather(v))
+        own, own_lse = _together(own), _statistics_together(own_lse)
+        lse = jnp.logaddexp(own_lse, before_lse)
+        out = own * _weight(own_lse - lse) + before * _weight(before_lse - lse)
+        out, lse = named(out.astype(v.dtype), lse)
+        return out, (q, k, v, out, lse)
+
+    def backward(saved: tuple[Array, ...], d_out: Array) -> tuple[Array, Array, Array]:
+        q, k, v, out, lse = saved
+        own = kernel.backward(
+            _apart(q), _apart(k), _apart(v), None, _apart(out), _statistics_apart(lse), _apart(d_out), True
+        )
+        branches = [functools.partial(_before_backward, kernel, ways, rank) for rank in range(ways)]
+        rank = jax.lax.axis_index(_AXIS)
+        before = jax.lax.switch(rank, branches, q, _gather(k), _gather(v), out, lse, d_out)
+        d_q, d_k, d_v = (
+            (_together(mine).astype(jnp.float32) + others.astype(jnp.float32)).astype(mine.dtype)
+            for mine, others in zip(own, (before[0], _scatter(before[1]), _scatter(before[2])), strict=True)
+        )
+        return d_q, d_k, d_v
+
+    attend.defvjp(forward, backward)
+    return attend
+
+
+def _prefixes(ways: int, rank: int, chunk: int) -> list[tuple[slice, int]]:
+    """Of each of a rank's chunks of queries that has keys before it: its place on the device, and how many keys."""
+    numbers = (rank, 2 * ways - 1 - rank)
+    return [(slice(i * chunk, (i + 1) * chunk), number * chunk) for i, number in enumerate(numbers) if number]
+
+
+def _before(kernel: Kernel, ways: int, rank: int, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    """Attention of a rank's queries to whole chunks before theirs: out [B, 2c, N, H], log-sum-exp [B, N, 2c]."""
+    parts = [
+        kernel.forward(q[:, place], k[:, :keys], v[:, :keys], None, False)
+        for place, keys in _prefixes(ways, rank, q.shape[1] // 2)
+    ]
+    if len(parts) == 1:
+        # The row's first chunk has no keys before it.
+        (out, lse), *_ = parts
+        parts.insert(0, (jnp.zeros_like(out), jnp.full_like(lse, -jnp.inf)))
+    outs, lses = zip(*parts, strict=True)
+    return jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=2)
+
+
+def _before_backward(
+    kernel: Kernel, ways: int, rank: int, q: Array, k: Array, v: Array, out: Array, lse: Array, d_out: Array
+) -> tuple[Array, Array, Array]:
+    """Gradients of `_before` within the joined softmax: d_q of the rank's queries, d_k and d_v of the whole row."""
+    parts = [
+        kernel.backward(
+            q[:, place], k[:, :keys], v[:, :keys], None, out[:, place], lse[:, :, place], d_out[:, place], False
+        )
+        for place, keys in _prefixes(ways, rank, q.shape[1] // 2)
+    ]
+    d_qs, d_ks, d_vs = zip(*parts, strict=True)
+    if len(parts) == 1:
+        d_qs = (jnp.zeros_like(d_qs[0]), *d_qs)
+
+    def row(parts: tuple[Array, ...]) -> Array:
+        """Sums gradients of prefixes of the row's keys, in float32 and one rounding."""
+        wide = (x.astype(jnp.float32) for x in parts)
+        rests = (((0, 0), (0, k.shape[1] - x.shape[1]), (0, 0), (0, 0)) for x in parts)
+        return sum(map(jnp.pad, wide, rests), jnp.float32(0)).astype(k.dtype)
+
+    return jnp.concatenate(d_qs, axis=1), row(d_ks), row(d_vs)
+
+
+def _gather(x: Array) -> Array:
+    """The device's two chunks -> the whole row in its own order: [B, 2c, ...] -> [B, T, ...]."""
+    early, late = (jax.lax.all_gather(half, _AXIS, axis=1) for half in jnp.split(x, 2, axis=1))
+    chunks = jnp.concatenate((early, jnp.flip(late, axis=1)), axis=1)
+    return chunks.reshape(x.shape[0], -1, *x.shape[2:])
+
+
+def _scatter(x: Array) -> Array:
+    """The transpose of `_gather`: sums over the devices, of which each keeps its two chunks."""
+    ways = jax.lax.axis_size(_AXIS)
+    early, late = jnp.split(x.reshape(x.shape[0], 2 * ways, -1, *x.shape[2:]), 2, axis=1)
+    halves = (jax.lax.psum_scatter(half, _AXIS, scatter_dimension=1) for half in (early, jnp.flip(late, axis=1)))
+    return jnp.concatenate(tuple(halves), axis=1)
+
+
+def _apart(x: Array) -> Array:
+    """The device's two chunks as two rows: [B, 2c, ...] -> [2B, c, ...]."""
+    return x.reshape(x.shape[0] * 2, x.shape[1] // 2, *x.shape[2:])
+
+
+def _together(x: Array) -> Array:
+    return x.reshape(x.shape[0] // 2, x.shape[1] * 2, *x.shape[2:])
+
+
+def _statistics_apart(x: Array) -> Array:
+    """[B, N, 2c] -> [2B, N, c]."""
+    return _apart(x.swapaxes(1, 2)).swapaxes(1, 2)
+
+
+def _statistics_together(x: Array) -> Array:
+    return _together(x.swapaxes(1, 2)).swapaxes(1, 2)
+
+
+def _weight(log_share: Array) -> Array:
+    """[B, N, T] -> [B, T, N, 1]: what one part's output counts for."""
+    return jnp.exp(log_share).swapaxes(1, 2)[..., None]
