@@ -1,8 +1,9 @@
 """Sharding: where parameters lie, that eight devices compute what one does, which rows a process loads."""
 
 import dataclasses
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from eabf_jax.errors import InputError
 from eabf_jax.model import Llama, LlamaConfig
 from eabf_jax.model.attention import chunked
 from eabf_jax.model.llama import unconstrained
+from eabf_jax.parallel.context import undo_zigzag_order, zigzag_order
 from eabf_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from eabf_jax.parallel.rules import (
     activation_constraint,
@@ -34,8 +36,9 @@ CONFIG = LlamaConfig(
     rope=scheme("eabf", pretrained_window=8),
 )  # fmt: skip
 
+LENGTH = 32
 # Compiling is nearly all the time these tests take; the compiler need not try hard.
-QUICK = {"xla_backend_optimization_level": 0}
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -91,11 +94,22 @@ def test_one_device_needs_no_hooks() -> None:
     assert activation_constraint(mesh) is unconstrained
 
 
-def batch(packed: bool) -> tuple[np.ndarray, np.ndarray | None]:
+class Batch(NamedTuple):
+    """Eight rows, and what is made of them on the host."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    positions: np.ndarray
+    mask: np.ndarray  # targets that count
+    segment_ids: np.ndarray | None
+
+
+def batch(packed: bool) -> Batch:
     generator = np.random.default_rng(0)
-    tokens = generator.integers(0, CONFIG.vocab_size, (8, 24)).astype(np.int32)
-    segments = np.sort(generator.integers(1, 4, (8, 24)), axis=1).astype(np.int32) if packed else None
-    return tokens, segments
+    tokens = generator.integers(0, CONFIG.vocab_size, (8, LENGTH)).astype(np.int32)
+    segments = np.sort(generator.integers(1, 4, (8, LENGTH)), axis=1).astype(np.int32) if packed else None
+    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (8, 1))
+    return Batch(tokens, np.roll(tokens, -1, axis=1), positions, positions < LENGTH - 1, segments)
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +122,11 @@ def params() -> dict[str, Any]:
     return jax.tree.map(draw, Llama.abstract(CONFIG).parameters())
 
 
-def loss_and_gradient(model: Llama, params: Any, tokens: Any, segments: Any) -> Any:
+def loss_and_gradient(model: Llama, params: Any, rows: Batch) -> Any:
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:
-        logits = model.with_parameters(params)(tokens, segment_ids=segments)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
-        return -chosen.mean(), logits
+        logits = model.with_parameters(params)(rows.tokens, rows.positions, rows.segment_ids)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), rows.targets[..., None], axis=-1)[..., 0]
+        return -(chosen * rows.mask).sum() / rows.mask.sum(), logits
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -120,37 +134,54 @@ def loss_and_gradient(model: Llama, params: Any, tokens: Any, segments: Any) -> 
 @pytest.fixture(scope="module")
 def single_device(params: dict[str, Any]) -> dict[bool, Any]:
     model = Llama.abstract(CONFIG, attention="reference")
-    run = jax.jit(lambda *inputs: loss_and_gradient(model, *inputs), compiler_options=QUICK)
-    return {packed: run(params, *batch(packed)) for packed in (False, True)}
+    run = jax.jit(functools.partial(loss_and_gradient, model), compiler_options=QUICK)
+    return {packed: jax.device_get(run(params, batch(packed))) for packed in (False, True)}
 
 
-@pytest.mark.parametrize(("sizes", "packed"), [((1, 8, 1), False), ((2, 2, 2), True), ((1, 2, 4), True)])
+# Sizes of the axes data, fsdp, tensor and context; whether rows are packed, which a context axis does not take.
+MESHES = [
+    ((8, 1, 1, 1), False),
+    ((1, 8, 1, 1), False),
+    ((2, 2, 2, 1), True),
+    ((1, 2, 4, 1), True),
+    ((1, 1, 1, 8), False),
+    ((1, 1, 2, 4), False),
+    ((1, 1, 4, 2), False),
+    ((1, 2, 1, 4), False),
+    ((2, 1, 1, 4), False),
+    ((1, 4, 1, 2), False),
+    ((4, 1, 1, 2), False),
+    ((2, 2, 1, 2), False),
+    ((2, 1, 2, 2), False),
+    ((1, 2, 2, 2), False),
+]
+
+
+@pytest.mark.parametrize(("sizes", "packed"), MESHES)
 def test_eight_devices_compute_what_one_does(
-    sizes: tuple[int, int, int], packed: bool, params: dict[str, Any], single_device: dict[bool, Any]
+    sizes: tuple[int, int, int, int], packed: bool, params: dict[str, Any], single_device: dict[bool, Any]
 ) -> None:
-    mesh = make_mesh(MeshConfig(*sizes))
+    mesh, ways = make_mesh(MeshConfig(*sizes)), sizes[3]
     model = Llama.abstract(
-        CONFIG, attention=sharded_attention(mesh, chunked, CONFIG.num_key_value_heads), remat="attention",
+        CONFIG, attention=sharded_attention(mesh, chunked, CONFIG.num_key_value_heads),
         constrain=activation_constraint(mesh),
     )  # fmt: skip
     shardings = parameter_shardings(mesh, params)
-    tokens, segments = batch(packed)
-    rows = batch_sharding(mesh)
-    inputs = (jax.device_put(params, shardings), jax.device_put(tokens, rows), segments)
-    run = jax.jit(
-        lambda *inputs: loss_and_gradient(model, *inputs), out_shardings=(None, shardings), compiler_options=QUICK
-    )
-    (loss, logits), gradient = run(*inputs)
+    order = zigzag_order(LENGTH, ways)
+    rows = jax.tree.map(lambda x: jax.device_put(x[:, order], batch_sharding(mesh)), batch(packed))
+    run = jax.jit(functools.partial(loss_and_gradient, model), out_shardings=(None, shardings), compiler_options=QUICK)
+    (loss, logits), gradient = run(jax.device_put(params, shardings), rows)
     (expected_loss, expected_logits), expected_gradient = single_device[packed]
     # The same sums in another order: float32 rounding (6e-8) through three layers.
     np.testing.assert_allclose(loss, expected_loss, rtol=2e-6)
-    np.testing.assert_allclose(logits, expected_logits, atol=2e-5 * float(jnp.abs(expected_logits).max()), rtol=0)
+    found = np.asarray(logits)[:, undo_zigzag_order(LENGTH, ways)]
+    np.testing.assert_allclose(found, expected_logits, atol=2e-5 * np.abs(expected_logits).max(), rtol=0)
     for name, expected in named(expected_gradient).items():
-        largest = float(jnp.abs(expected).max())
+        largest = np.abs(expected).max()
         assert largest > 0
         np.testing.assert_allclose(named(gradient)[name], expected, atol=2e-5 * largest, rtol=0, err_msg=name)
     kernel = gradient["layers"]["mlp"]["gate_proj"]["kernel"]
-    assert kernel.sharding.shard_shape(kernel.shape) == (3, 32 // sizes[1], 48 // sizes[2])
+    assert kernel.sharding.shard_shape(kernel.shape) == (3, 32 // (sizes[1] * ways), 48 // sizes[2])
 
 
 def test_activations_are_laid_out_by_their_logical_axes() -> None:
@@ -158,6 +189,9 @@ def test_activations_are_laid_out_by_their_logical_axes() -> None:
     constrain = activation_constraint(mesh)
     laid_out = jax.jit(lambda x: constrain(x, "batch", "length", "mlp"))(jnp.ones((8, 3, 6)))
     assert laid_out.sharding.shard_shape(laid_out.shape) == (2, 3, 3)
+    constrain = activation_constraint(make_mesh(MeshConfig(2, 1, 2, 2)))
+    laid_out = jax.jit(lambda x: constrain(x, "batch", "length", "heads", None))(jnp.ones((8, 4, 6, 5)))
+    assert laid_out.sharding.shard_shape(laid_out.shape) == (4, 2, 3, 5)
 
 
 @dataclasses.dataclass(frozen=True)
