@@ -1,11 +1,11 @@
 """The device mesh: data parallel x fully sharded data parallel x context parallel x tensor parallel."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from eabf_jax.errors import InputError
@@ -57,6 +57,32 @@ def use_every_core(rows: int = 8) -> None:
     jax.config.update("jax_num_cpu_devices", max(n for n in (1, 2, 4, 8) if n <= cores and rows % n == 0))
 
 
+def axis_sizes(config: MeshConfig, count: int) -> dict[str, int]:
+    """Devices along each axis.
+
+    Args:
+      config: the size of each axis.
+      count: devices to arrange.
+
+    Returns:
+      By axis, in the order of `AXES`.
+    Raises:
+      InputError: the axes do not multiply to the number of devices.
+    """
+    sizes = list(config.sizes)
+    if -1 in sizes:
+        rest = math.prod(size for size in sizes if size != -1)
+        if count % rest:
+            raise InputError(f"mesh axes of {rest} devices do not divide the {count} devices at hand")
+        sizes[sizes.index(-1)] = count // rest
+    if math.prod(sizes) != count:
+        raise InputError(
+            f"mesh {_listed(sizes, ' x ')} takes {math.prod(sizes)} devices; {count} are at hand (set one axis to "
+            "-1 to take all that are left)"
+        )
+    return dict(zip(AXES, sizes, strict=True))
+
+
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """Arranges devices as a mesh with the axes `AXES`.
 
@@ -69,17 +95,6 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     Raises:
       InputError: the axes do not multiply to the number of devices.
     """
-    count = len(devices) if devices is not None else jax.device_count()
-    sizes = list(config.sizes)
-    if -1 in sizes:
-        rest = int(np.prod([size for size in sizes if size != -1]))
-        if count % rest:
-            raise InputError(f"mesh axes of {rest} devices do not divide the {count} devices at hand")
-        sizes[sizes.index(-1)] = count // rest
-    if int(np.prod(sizes)) != count:
-        raise InputError(
-            f"mesh {_listed(sizes, ' x ')} takes {int(np.prod(sizes))} devices; {count} are at hand "
-            "(set one axis to -1 to take all that are left)"
-        )
+    sizes = axis_sizes(config, len(devices) if devices is not None else jax.device_count())
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices)
