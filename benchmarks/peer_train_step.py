@@ -158,9 +158,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps that are timed")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="of the peer, separated by commas")
     parser.add_argument("--precision", choices=PRECISIONS, required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = options.device
     torch.set_float32_matmul_precision("high")
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",

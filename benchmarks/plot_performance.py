@@ -1,0 +1,265 @@
+"""Draws docs/performance/*.png and writes the tables of docs/performance.md from the results of train_step.py.
+
+    python benchmarks/plot_performance.py
+
+Every figure in the page comes from a file in benchmarks/results; the page says which.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from eabf_jax.cli import run
+from eabf_jax.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- begin: written by benchmarks/plot_performance.py -->", "<!-- end -->"
+STACKS = {"ours": "eabf-jax", "eager": "transformers, eager", "compiled": "transformers, compiled"}
+STYLES: dict[str, dict[str, Any]] = {
+    "ours": {"linewidth": 3, "color": "black"},
+    "eager": {"linewidth": 1.5, "color": "tab:orange", "linestyle": "--"},
+    "compiled": {"linewidth": 1.5, "color": "tab:blue"},
+}
+
+Group = tuple[str, str, int]  # configuration, device, number of devices
+
+
+def read_results(directory: Path) -> list[dict[str, Any]]:
+    """Reads the reports of train_step.py.
+
+    Args:
+      directory: where they lie; JSON files of other benchmarks are passed over.
+
+    Returns:
+      The reports, oldest first, `file` added to each.
+    Raises:
+      InputError: there is none.
+    """
+    reports = []
+    for path in sorted(directory.glob("*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if report.get("benchmark") == "train_step":
+            reports.append({**report, "file": path.name})
+    if not reports:
+        raise InputError(f"{directory} holds no result of train_step.py; run that first")
+    return sorted(reports, key=lambda report: report["date"])
+
+
+def entries_of(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The report's measurements, one a length, with its `file`."""
+    return [{**entry, "file": report["file"]} for entry in report.get("lengths", [report])]
+
+
+def grouped(reports: Sequence[Mapping[str, Any]]) -> dict[Group, list[Mapping[str, Any]]]:
+    """Reports by configuration, device and number of devices, each group oldest first."""
+    groups: dict[Group, list[Mapping[str, Any]]] = {}
+    for report in reports:
+        group = (report["name"], report.get("device", "unknown device"), report.get("devices", 1))
+        groups.setdefault(group, []).append(report)
+    return dict(sorted(groups.items()))
+
+
+def stacks_of(entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Figures by stack at one length."""
+    return {"ours": entry, **entry["peers"]}
+
+
+def curves(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Mapping[str, Any]]]:
+    """What a picture shows of a group.
+
+    Args:
+      reports: the group's, oldest first.
+
+    Returns:
+      By stack, by length, the figures of the newest report that ran it, or of the newest at all.
+    """
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for entry in (entry for report in reports for entry in entries_of(report)):
+        for stack, figures in stacks_of(entry).items():
+            points = found.setdefault(stack, {})
+            if "tokens_per_second" in figures or "tokens_per_second" not in points.get(entry["length"], {}):
+                points[entry["length"]] = figures
+    return found
+
+
+def draw(group: Group, reports: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws tokens per second and memory against length, one line a stack; a cross where it ran out of memory.
+
+    Args:
+      group: for the title.
+      reports: the group's, oldest first.
+      path: the picture.
+    """
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = (("tokens_per_second", "tokens per second"), ("peak_gib", "peak device memory (GiB)"))
+    found = curves(reports)
+    lengths = sorted({length for points in found.values() for length in points})
+    for number, (key, label) in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, 2, number)
+        for stack, points in found.items():
+            ran = sorted(length for length, figures in points.items() if figures.get(key) is not None)
+            values = [points[length][key] for length in ran]
+            # Of each stack one label for both panels.
+            name = STACKS[stack] if number == 1 else None
+            axes.plot(ran, values, marker="o", markersize=4, label=name, **STYLES[stack])
+            full = sorted(length for length, figures in points.items() if figures.get("out_of_memory"))
+            axes.plot(full, [0.0] * len(full), "x", color=STYLES[stack]["color"], clip_on=False)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length // 1024}k" if length % 1024 == 0 else str(length) for length in lengths])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set(xlabel="tokens a row (× : out of memory)", ylabel=label)
+        axes.grid(alpha=0.3)
+    name, device, devices = group
+    figure.suptitle(f"{name}, full fine-tuning step, {devices} × {device}", fontsize=11)
+    figure.legend(loc="outside right upper", fontsize=8)
+    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    try:
+        figure.savefig(partial, dpi=150)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def picture_name(group: Group) -> str:
+    """File name of a group's picture."""
+    name, device, devices = group
+    return re.sub(r"[^a-z0-9]+", "_", f"{name} {devices}x {device}".lower()).strip("_") + ".png"
+
+
+def number(value: float | None, form: str) -> str:
+    """A number as a table shows it, a dash where there is none."""
+    return "–" if value is None else format(value, form)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    return [*lines, ""]
+
+
+def speed_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every measurement of a group: each stack at each length."""
+    ratios = {"eager": "ratio_to_eager_peer", "compiled": "ratio_to_compiled_peer"}
+    rows = []
+    for entry in (entry for report in reports for entry in entries_of(report)):
+        for stack, figures in stacks_of(entry).items():
+            row = [f"{entry['length']:,}", STACKS[stack]]
+            if "tokens_per_second" in figures:
+                first = figures["compile_seconds"] if stack == "ours" else figures["first_step_seconds"]
+                row += [
+                    f"{figures['tokens_per_second']:,.0f}",
+                    number(figures["mfu"], ".1%"),
+                    number(figures["peak_gib"], ".1f"),
+                    str(figures["microbatches"]),
+                    f"{first:.1f}",
+                ]
+            else:
+                row += ["out of memory" if figures.get("out_of_memory") else "failed", *("–" for _ in range(4))]
+            row += [number(entry[ratios[stack]], ".2f") + " ×" if entry.get(ratios.get(stack, "")) else "–"]
+            rows.append([*row, f"[{entry['file']}](../benchmarks/results/{entry['file']})"])
+    header = ("length", "stack", "tokens/s", "MFU", "peak GiB", "microbatches", "compile or first step, s")
+    return table([*header, "ours is", "from"], rows)
+
+
+def single_figures(
+    groups: Mapping[Group, Sequence[Mapping[str, Any]]],
+    key: str,
+    header: Sequence[str],
+    cells: Callable[[Mapping[str, Any]], Sequence[str]],
+) -> list[str]:
+    """A table over all groups of the entries that have one more kind of figure.
+
+    Args:
+      groups: from `grouped`.
+      key: of that figure in an entry.
+      header: names of its columns.
+      cells: its columns, from the figure.
+
+    Returns:
+      The lines; none where no entry has it.
+    """
+    rows = [
+        [name, f"{devices} × {device}", f"{entry['length']:,}", *cells(entry[key]), entry["file"]]
+        for (name, device, devices), reports in groups.items()
+        for report in reports
+        for entry in entries_of(report)
+        if key in entry
+    ]
+    return table(["configuration", "device", "length", *header, "from"], rows) if rows else []
+
+
+def page(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> str:
+    """The part of docs/performance.md that is written from results.
+
+    Args:
+      groups: from `grouped`.
+
+    Returns:
+      Markdown.
+    """
+    lines = []
+    for group, reports in groups.items():
+        name, device, devices = group
+        lines += [f"### {name}, {devices} × {device}", "", *speed_table(reports)]
+        lines += [f"![{name} on {devices} × {device}](performance/{picture_name(group)})", ""]
+    runs = single_figures(
+        groups,
+        "recipe",
+        ("steps", "seconds", "without compilation"),
+        lambda run: [
+            str(run["steps"]),
+            f"{run['total_seconds']:.0f}",
+            f"{run['total_seconds_without_compile']:.0f}",
+        ],
+    )
+    lines += ["### The paper's whole run", "", *runs] if runs else []
+    cost = single_figures(
+        groups,
+        "multiplier_cost",
+        ("pairs of steps", "cost"),
+        lambda cost: [str(len(cost["seconds_with"])), f"{cost['ratio']:+.2%}"],
+    )
+    lines += ["### What the logit multiplier costs", "", *cost] if cost else []
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write_page(path: Path, text: str) -> None:
+    """Replaces what stands between the markers of the page.
+
+    Args:
+      path: docs/performance.md.
+      text: from `page`.
+
+    Raises:
+      InputError: the page has not one pair of markers.
+    """
+    written = path.read_text(encoding="utf-8")
+    if written.count(BEGIN) != 1 or END not in written.partition(BEGIN)[2]:
+        raise InputError(f"{path} has no part between {BEGIN!r} and {END!r}, into which the tables would go")
+    before, _, rest = written.partition(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="directory of the results")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/performance.md", help="the page with the markers")
+    options = parser.parse_args()
+    groups = grouped(read_results(options.results))
+    pictures = options.page.parent / "performance"
+    pictures.mkdir(exist_ok=True)
+    for group, reports in groups.items():
+        draw(group, reports, pictures / picture_name(group))
+        print(f"picture: {pictures / picture_name(group)}")
+    write_page(options.page, page(groups))
+    print(f"tables: {options.page}")
+
+
+if __name__ == "__main__":
+    run(main)

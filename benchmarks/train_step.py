@@ -1,0 +1,503 @@
+"""Measures the optimizer step of a configuration, and beside it what Hugging Face transformers does with the same work.
+
+Random weights and random tokens; the step itself is the one that train.py runs: microbatches, accumulation, clipping,
+update. Every stack runs in a process of its own, one after the other, and has the whole device. README.md beside this
+file says how to read the figures.
+
+    python benchmarks/train_step.py --config_path configs/llama2_7b_eabf_16k.yaml --sequences 2 --json OUT.json
+
+Besides the options below it takes every key of the configuration, as train.py does: --compute.remat full
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from eabf_jax.cli import run
+from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.interop.directory import write_json
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.training.recipe import RopeConfig, TrainConfig, dump_config, load_config
+from eabf_jax.training.tracking import flops_per_token, parameter_count, peak_flops
+
+PEERS = ("eager", "compiled")
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
+PEER_PACKAGES = ("torch", "transformers", "triton")
+# Settings from outside that change a measurement.
+ENVIRONMENT = ("XLA_", "JAX_", "LIBTPU_", "CUDA_VISIBLE_DEVICES", "PYTORCH_")
+PAPER_STEPS = 6  # paper: floor(100 / 32) x 2
+GIB = 2**30
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Splits the command line.
+
+    Args:
+      arguments: without the program's name.
+
+    Returns:
+      The benchmark's own options, and the configuration's arguments.
+    Raises:
+      InputError: values that do not go together.
+    """
+    # No abbreviations: they would take keys of the configuration for options.
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config_path", required=True, help="the configuration, as for train.py")
+    parser.add_argument("--sequences", type=int, help="rows of a step over all devices; default: recipe.batch_size")
+    parser.add_argument("--lengths", default="", help="measure at these windows, separated by commas")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before those that are timed")
+    parser.add_argument("--steps", type=int, default=2, help="steps that are timed")
+    parser.add_argument("--recipe", action="store_true", help="time the paper's whole run: every step, no warm-up")
+    parser.add_argument(
+        "--multiplier-cost",
+        type=int,
+        default=0,
+        metavar="PAIRS",
+        help="after that, time this many pairs of steps with the configuration's scheme and with `default`",
+    )
+    parser.add_argument("--peers", default=",".join(PEERS), help="which to run beside it; '' for none")
+    parser.add_argument("--peer-microbatches", type=int, default=2, help="of the peer's step, at most ours")
+    parser.add_argument("--peer-precision", choices=("bfloat16", "autocast"), help="default: by the model's size")
+    parser.add_argument("--json", type=Path, required=True, help="write the figures here")
+    parser.add_argument("--own-process", action="store_true", help=argparse.SUPPRESS)  # set by this program itself
+    options, rest = parser.parse_known_args(arguments)
+    options.lengths = [int(length) for length in options.lengths.split(",") if length]
+    options.peers = [peer for peer in options.peers.split(",") if peer]
+    for peer in options.peers:
+        if peer not in PEERS:
+            raise unknown_name("peer", peer, PEERS)
+    if options.steps < 1 or options.warmup < 0:
+        raise InputError(f"--steps {options.steps}, --warmup {options.warmup}: at least 1 and 0 are needed")
+    if not options.json.absolute().parent.is_dir():
+        raise InputError(f"--json {options.json}: there is no directory {options.json.parent}; make it")
+    return options, ["--config_path", options.config_path, *rest]
+
+
+def configure(arguments: Sequence[str], options: argparse.Namespace, length: int | None) -> TrainConfig:
+    """The configuration of one measurement.
+
+    Args:
+      arguments: `--config_path FILE` and any `--dotted.key value`.
+      options: from `parse`.
+      length: the window to measure at; None for the configuration's own.
+
+    Returns:
+      The configuration with random weights in place of `model.path`. At a length within the model's window, where there
+      would be nothing to extend, the model's window (and the scheme's notion of it) is half the length instead: that
+      changes no shape and no amount of work.
+    Raises:
+      InputError: the configuration says nothing of the model's shape.
+    """
+    config = load_config(arguments)
+    if config.model.shape is None:
+        raise InputError("the configuration has no model.shape, which a benchmark with random weights needs")
+    steps = (config.recipe.steps or PAPER_STEPS) if options.recipe else options.warmup + options.steps
+    recipe = dataclasses.replace(
+        config.recipe, batch_size=options.sequences or config.recipe.batch_size, steps=steps, warmup_steps=0
+    )
+    window = length or config.window
+    shape, rope = dict(config.model.shape), config.rope
+    if window <= shape["max_position_embeddings"]:
+        shape["max_position_embeddings"] = window // 2
+        rope = rope_config(_with_window(config.scheme.to_dict(), window // 2))
+    model = dataclasses.replace(config.model, path=None, tokenizer=None, shape=shape)
+    return dataclasses.replace(config, window=window, rope=rope, model=model, recipe=recipe)
+
+
+def _with_window(values: dict[str, Any], window: int) -> dict[str, Any]:
+    """A scheme's dictionary, every `pretrained_window` in it at most the window."""
+    return {
+        key: _with_window(value, window)
+        if isinstance(value, dict)
+        else min(value, window)
+        if key == "pretrained_window"
+        else value
+        for key, value in values.items()
+    }
+
+
+def rope_config(values: dict[str, Any]) -> Any:
+    """A scheme's dictionary as the configuration's `rope`."""
+    return RopeConfig.get_choice_class(values["type"])(**{k: v for k, v in values.items() if k != "type"})
+
+
+def rotary_base(values: dict[str, Any]) -> float:
+    """The base of a scheme's dictionary; of a composition, that of its frequencies."""
+    return values["base"] if "base" in values else rotary_base(values["frequencies"])
+
+
+def random_batch(generator: np.random.Generator, rows: int, length: int, vocab_size: int) -> dict[str, np.ndarray]:
+    """Rows without padding, one document each, every token learned.
+
+    Args:
+      generator: source of the tokens.
+      rows: of the batch.
+      length: tokens of a row.
+      vocab_size: exclusive bound of the tokens.
+
+    Returns:
+      What `data.loader` gives: arrays [rows, length].
+    """
+    size = (rows, length)
+    return {
+        "tokens": generator.integers(vocab_size, size=size, dtype=np.int32),
+        "loss_mask": np.ones(size, np.bool_),
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), size).copy(),
+        "segment_ids": np.ones(size, np.int32),
+    }
+
+
+def model_flops_utilisation(tokens_per_second: float, config: LlamaConfig, length: int, device: str) -> float | None:
+    """MFU: model FLOPs (recomputation not counted) as a share of the dense bfloat16 peak.
+
+    Args:
+      tokens_per_second: of one device.
+      config: the model's shape.
+      length: tokens of a row.
+      device: its kind, as JAX or PyTorch names it.
+
+    Returns:
+      The share, or None for a device whose peak is not known.
+    """
+    peak = peak_flops(device)
+    return tokens_per_second * flops_per_token(config, length) / peak if peak else None
+
+
+def own_figures(config: TrainConfig, options: argparse.Namespace) -> dict[str, Any]:
+    """Measures our step in this process.
+
+    Args:
+      config: from `configure`.
+      options: from `parse`.
+
+    Returns:
+      The figures that README.md describes, those of the peers and the ratios to them left out.
+    """
+    # Not before here: the process that starts the others must not touch the device.
+    import jax
+
+    from eabf_jax.parallel.mesh import make_mesh
+
+    mesh = make_mesh(config.mesh)
+    device = mesh.devices.flat[0]
+    figures: dict[str, Any] = {"device": device.device_kind, "platform": device.platform, "devices": mesh.size}
+    try:
+        return figures | _measure(config, options, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+        if not any(sign in message for sign in ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "ut of memory")):
+            raise
+        return figures | {"out_of_memory": True, "error": message.splitlines()[0]}
+    except InputError as error:
+        return figures | {"error": str(error)}
+
+
+def _measure(config: TrainConfig, options: argparse.Namespace, mesh: Any) -> dict[str, Any]:
+    import jax
+
+    from eabf_jax.parallel.rules import batch_ways
+    from eabf_jax.training.step import microbatch_sharding
+    from eabf_jax.training.trainer import microbatch_count, place_batch, prepare_step, random_params
+
+    started = time.perf_counter()
+    model, microbatches, place = shape_of(config), microbatch_count(config, mesh), microbatch_sharding(mesh)
+    generator = np.random.default_rng(config.recipe.seed)
+    prepared = prepare_step(config, mesh, steps=config.recipe.steps or 1)
+    compile_seconds = prepared.compile()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, prepared.abstract.params)
+    state = prepared.begin(random_params(model, config.recipe.seed, shardings))
+    every_token = config.recipe.objective == "pretrain"
+
+    def placed(rows: dict[str, np.ndarray]) -> Any:
+        return place_batch(rows, place, microbatches, every_token=every_token)
+
+    def step(prepared: Any, state: Any) -> tuple[Any, float, Any]:
+        rows = random_batch(generator, config.recipe.batch_size, config.window, model.vocab_size)
+        began = time.perf_counter()
+        # The state too: a step is over when the last parameter is written, not when the loss is known.
+        state, metrics = jax.block_until_ready(prepared(state, placed(rows)))
+        return state, time.perf_counter() - began, metrics
+
+    warmup, count = (0, config.recipe.steps or 0) if options.recipe else (options.warmup, options.steps)
+    seconds, losses, norms = [], [], []
+    for _ in range(warmup + count):
+        state, taken, metrics = step(prepared, state)
+        seconds.append(taken)
+        losses.append(float(metrics.loss))
+        norms.append(float(metrics.gradient_norm))
+    total = time.perf_counter() - started
+    median = statistics.median(seconds[warmup:])
+    memory = [device.memory_stats() or {} for device in mesh.local_devices]
+    rate = config.recipe.batch_size * config.window / median
+    figures = {
+        "out_of_memory": False,
+        "tokens_per_second": rate,
+        "tokens_per_second_per_device": rate / mesh.size,
+        "mfu": model_flops_utilisation(rate / mesh.size, model, config.window, mesh.devices.flat[0].device_kind),
+        "peak_gib": _most(memory, "peak_bytes_in_use"),
+        "limit_gib": _most(memory, "bytes_limit"),
+        "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+        "compile_seconds": compile_seconds,
+        "seconds": seconds[warmup:],
+        "warmup_seconds": seconds[:warmup],
+        "sequences": config.recipe.batch_size,
+        "microbatches": microbatches,
+        "microbatch_size": config.recipe.batch_size // microbatches // batch_ways(mesh),
+        "losses": losses,
+        "gradient_norms": norms,
+    }
+    if options.recipe:
+        figures["recipe"] = {
+            "steps": count,
+            "total_seconds": total,
+            "total_seconds_without_compile": total - compile_seconds,
+        }
+    if options.multiplier_cost:
+        plain_rope = rope_config({"type": "default", "base": rotary_base(config.scheme.to_dict())})
+        plain = prepare_step(dataclasses.replace(config, rope=plain_rope), mesh)
+        plain.compile()
+        pairs = []
+        for _ in range(options.multiplier_cost + 1):  # the first pair is the warm-up
+            state, without, _ = step(plain, state)
+            state, with_multiplier, _ = step(prepared, state)
+            pairs.append((with_multiplier, without))
+        figures["multiplier_cost"] = multiplier_cost(pairs[1:])
+    return figures
+
+
+def _most(memory: Sequence[dict[str, int]], key: str) -> float | None:
+    """The largest value over the devices, in GiB; None where the backend keeps no account (CPU)."""
+    return max((stats[key] / GIB for stats in memory if key in stats), default=None)
+
+
+def multiplier_cost(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """What the logit multiplier costs.
+
+    Args:
+      pairs: seconds of a step with the configuration's scheme, and of the step with `default` just before it.
+
+    Returns:
+      The seconds, and by how much of a step the first is slower (the median of the pairs: neighbours in time share the
+      device's clock).
+    """
+    return {
+        "seconds_with": [pair[0] for pair in pairs],
+        "seconds_without": [pair[1] for pair in pairs],
+        "ratio": statistics.median(ours / plain for ours, plain in pairs) - 1,
+    }
+
+
+def shape_of(config: TrainConfig) -> LlamaConfig:
+    """The model that a configuration from `configure` trains."""
+    return LlamaConfig.from_fields({**(config.model.shape or {}), "rope": config.scheme})
+
+
+def run_own(arguments: Sequence[str], length: int, scratch: Path) -> dict[str, Any]:
+    """Runs `own_figures` in a process of its own.
+
+    Args:
+      arguments: this program's command line.
+      length: the window.
+      scratch: directory for the process's result.
+
+    Returns:
+      Its figures, or `error` alone.
+    """
+    result = scratch / "own.json"
+    own = ["--own-process", "--lengths", str(length), "--json", str(result)]
+    return _run_process([sys.executable, __file__, *arguments, *own], result)
+
+
+def run_peers(config: TrainConfig, options: argparse.Namespace, own: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """Runs the peers on the shapes that our step was measured on.
+
+    Args:
+      config: from `configure`.
+      options: from `parse`.
+      own: our figures, for the microbatches.
+      scratch: directory for the process's result.
+
+    Returns:
+      By peer, its figures.
+    """
+    model, result = shape_of(config), scratch / "peers.json"
+    precision = options.peer_precision or ("bfloat16" if parameter_count(model) > 1e9 else "autocast")
+    ignored = ("rope", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    shape = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ignored}
+    settings = {
+        "shape": json.dumps({**shape, "max_position_embeddings": config.window}),
+        "rope-theta": rotary_base(config.scheme.to_dict()),
+        "length": config.window,
+        "microbatches": min(options.peer_microbatches, own.get("microbatches", options.peer_microbatches)),
+        "microbatch-size": own.get("microbatch_size", 1),
+        "warmup": options.warmup,
+        "steps": options.steps,
+        "variants": ",".join(options.peers),
+        "precision": precision,
+        "json": result,
+    }
+    if "platform" in own:
+        # Never a peer on another kind of device than ours, were it for want of a build of PyTorch for it.
+        settings["device"] = {"gpu": "cuda"}.get(own["platform"], own["platform"])
+    command = [sys.executable, str(Path(__file__).with_name("peer_train_step.py"))]
+    found = _run_process([*command, *(f"--{key}={value}" for key, value in settings.items())], result)
+    peers = {}
+    for name in options.peers:
+        peer = found.get(name) or {"error": found.get("error", "no result")}
+        if "tokens_per_second" in peer:
+            rate = peer["tokens_per_second"]
+            peer["mfu"] = model_flops_utilisation(rate, model, config.window, found["device"])
+        peers[name] = {**peer, "device": found.get("device"), "precision": precision, "cuda": found.get("cuda")}
+    return peers
+
+
+def _run_process(command: Sequence[str], result: Path) -> dict[str, Any]:
+    """Runs a program that writes its result as JSON; what it wrote before it failed is kept."""
+    result.unlink(missing_ok=True)
+    status = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}).returncode
+    found = json.loads(result.read_text()) if result.exists() else {}
+    return {**found, "error": f"exit status {status}"} if status else found
+
+
+def ratio_to(own: dict[str, Any], peer: dict[str, Any] | None, length: int) -> float | None:
+    """Our tokens per second on each device over the peer's on one.
+
+    Args:
+      own: our figures.
+      peer: the peer's.
+      length: tokens of a row.
+
+    Returns:
+      The ratio, or None where one of the two did not run. Where the peer took fewer microbatches than we, its time is
+      reckoned up to ours, so that it pays for as few updates.
+    """
+    if "tokens_per_second" not in own or "tokens_per_second" not in (peer or {}):
+        return None
+    assert peer is not None
+    rate = peer["tokens_per_second"]
+    if peer["microbatches"] != own["microbatches"]:
+        seconds = own["microbatches"] * peer["microbatch_seconds"] + peer["update_seconds"]
+        rate = own["microbatches"] * peer["microbatch_size"] * length / seconds
+    return own["tokens_per_second_per_device"] / rate
+
+
+def measure_at(
+    config: TrainConfig, arguments: Sequence[str], options: argparse.Namespace, scratch: Path
+) -> dict[str, Any]:
+    """All figures at one length: ours, then the peers'."""
+    own = run_own(arguments, config.window, scratch)
+    peers = run_peers(config, options, own, scratch) if options.peers else {}
+    return {
+        "length": config.window,
+        **own,
+        "flops_per_token": flops_per_token(shape_of(config), config.window),
+        "ratio_to_eager_peer": ratio_to(own, peers.get("eager"), config.window),
+        "ratio_to_compiled_peer": ratio_to(own, peers.get("compiled"), config.window),
+        "peers": peers,
+    }
+
+
+def headline(entries: Sequence[dict[str, Any]], window: int) -> dict[str, Any]:
+    """The entry that stands for the run: the one at the configuration's window, else the longest that ran."""
+    ran = [entry for entry in entries if "tokens_per_second" in entry] or list(entries)
+    return next((entry for entry in ran if entry["length"] == window), max(ran, key=lambda entry: entry["length"]))
+
+
+def summary(entry: dict[str, Any]) -> str:
+    """One line for people."""
+    parts = [f"{entry['length']:,} tokens:"]
+    for name, figures in (("ours", entry), *entry["peers"].items()):
+        if "tokens_per_second" in figures:
+            mfu, peak = figures["mfu"], figures["peak_gib"]
+            told = f"{figures['tokens_per_second']:,.0f} tokens/s"
+            told += f", MFU {mfu:.1%}" if mfu is not None else ""
+            told += f", {peak:.1f} GiB" if peak is not None else ""
+        else:
+            told = "out of memory" if figures.get("out_of_memory") else figures.get("error", "failed")
+        ratio = entry.get(f"ratio_to_{name}_peer")
+        parts.append(f"{name} {told}" + (f" (ours {ratio:.2f} x)" if ratio else "") + ";")
+    return " ".join(parts).rstrip(";")
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    options, rest = parse(arguments)
+    if options.own_process:
+        [length] = options.lengths
+        write_json(options.json, own_figures(configure(rest, options, length), options))
+        return
+    asked = configure(rest, options, None)
+    # Every configuration is read before the first one takes its time.
+    configs = [configure(rest, options, length) for length in options.lengths or [asked.window]]
+    report: dict[str, Any] = {
+        "benchmark": "train_step",
+        "name": Path(options.config_path).stem,
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **versions([*PACKAGES, *PEER_PACKAGES])},
+        "environment": {key: value for key, value in os.environ.items() if key.startswith(ENVIRONMENT)},
+        "config": yaml.safe_load(dump_config(asked)),
+    }
+    entries: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for config in configs:
+            entries.append(measure_at(config, arguments, options, Path(scratch)))
+            print(summary(entries[-1]), flush=True)
+            swept = {"lengths": entries, "longest": longest(entries)} if options.lengths else {}
+            # After each: a machine that is taken away keeps what it has measured.
+            write_json(options.json, {**report, **headline(entries, asked.window), **swept})
+    print(f"figures: {options.json}")
+    failed = [
+        f"{name} at {entry['length']}: {figures['error']}"
+        for entry in entries
+        for name, figures in (("ours", entry), *entry["peers"].items())
+        if "error" in figures and not figures.get("out_of_memory")
+    ]
+    if failed:
+        sys.exit("failed: " + "; ".join(failed))
+
+
+def longest(entries: Sequence[dict[str, Any]]) -> dict[str, int | None]:
+    """The longest window that ran, ours and of each peer."""
+    columns: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for entry in entries:
+        for name, figures in (("ours", entry), *entry["peers"].items()):
+            columns.setdefault(name, []).append((entry["length"], figures))
+    return {
+        name: max((length for length, figures in column if "tokens_per_second" in figures), default=None)
+        for name, column in columns.items()
+    }
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,113 @@
+import json
+from xml.etree import ElementTree
+
+import pytest
+
+from eabf_jax.errors import InputError
+
+RAN = {
+    "out_of_memory": False,
+    "length": 16_384,
+    "tokens_per_second": 11_300.4,
+    "mfu": 0.6004,
+    "peak_gib": 131.25,
+    "microbatches": 2,
+    "compile_seconds": 31.5,
+    "ratio_to_eager_peer": 1.638,
+    "ratio_to_compiled_peer": 1.387,
+}
+PEER = {
+    "out_of_memory": False,
+    "tokens_per_second": 8149.0,
+    "mfu": 0.433,
+    "peak_gib": 60.6,
+    "microbatches": 2,
+    "first_step_seconds": 13.3,
+}
+FULL = {"out_of_memory": True, "error": "CUDA out of memory."}
+RUN = {"benchmark": "train_step", "name": "llama2_7b_eabf_16k", "device": "NVIDIA H200", "devices": 1}
+
+
+@pytest.fixture(scope="module")
+def program(load_program):
+    return load_program("plot_performance")
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A run, a sweep in which the peer runs out of memory, another device, and another benchmark's file."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+
+    def write(name, report):
+        (folder / name).write_text(json.dumps(report))
+
+    write("one.json", {**RUN, **RAN, "date": "2024-01-02", "peers": {"compiled": PEER}})
+    far = {**RAN, "length": 65_536, "tokens_per_second": 5000.0, "ratio_to_compiled_peer": None}
+    sweep = [{**RAN, "tokens_per_second": 9000.0, "peers": {"compiled": PEER}}, {**far, "peers": {"compiled": FULL}}]
+    write("sweep.json", {**RUN, **sweep[0], "date": "2024-01-01", "lengths": sweep})
+    whole = {"steps": 6, "total_seconds": 299.6, "total_seconds_without_compile": 268.1}
+    cost = {"seconds_with": [1.0, 1.0], "seconds_without": [1.0, 1.0], "ratio": 0.0042}
+    other = {**RUN, **RAN, "device": "NVIDIA H100", "devices": 2, "date": "2024-01-03", "peers": {}}
+    write("recipe.json", {**other, "recipe": whole, "multiplier_cost": cost})
+    write("tiny_recipe.json", {"device": "NVIDIA H100", "runs": []})
+    return folder
+
+
+def test_page_and_pictures_are_written_from_results(program, results, tmp_path, monkeypatch):
+    path = tmp_path / "performance.md"
+    path.write_text(f"# Speed\n\nBefore.\n\n{program.BEGIN}\n\nold table\n\n{program.END}\n\nAfter.\n")
+    monkeypatch.setattr("sys.argv", ["plot", "--results", str(results), "--page", str(path)])
+    program.main()
+    text = path.read_text()
+    assert text.startswith("# Speed\n\nBefore.\n") and text.endswith("\n\nAfter.\n")
+    assert "old table" not in text
+    link = "[one.json](../benchmarks/results/one.json)"
+    assert f"| 16,384 | eabf-jax | 11,300 | 60.0% | 131.2 | 2 | 31.5 | – | {link} |" in text
+    assert f"| 16,384 | transformers, compiled | 8,149 | 43.3% | 60.6 | 2 | 13.3 | 1.39 × | {link} |" in text
+    assert "| 65,536 | transformers, compiled | out of memory | – | – | – | – | – | [sweep.json]" in text
+    assert "| llama2_7b_eabf_16k | 2 × NVIDIA H100 | 16,384 | 6 | 300 | 268 | recipe.json |" in text
+    assert "| llama2_7b_eabf_16k | 2 × NVIDIA H100 | 16,384 | 2 | +0.42% | recipe.json |" in text
+    pictures = sorted(picture.name for picture in (tmp_path / "performance").iterdir())
+    assert pictures == ["llama2_7b_eabf_16k_1x_nvidia_h200.png", "llama2_7b_eabf_16k_2x_nvidia_h100.png"]
+    assert all(f"](performance/{name})" in text for name in pictures)
+    program.main()
+    assert path.read_text() == text  # from the same results the same page
+
+
+def test_the_newest_run_of_a_length_is_drawn(program, results):
+    [reports] = [found for group, found in program.grouped(program.read_results(results)).items() if group[2] == 1]
+    curves = program.curves(reports)
+    rates = {length: figures["tokens_per_second"] for length, figures in curves["ours"].items()}
+    assert rates == {16_384: 11_300.4, 65_536: 5000.0}  # not the 9,000 of the day before
+    assert curves["compiled"][65_536]["out_of_memory"]
+
+
+def test_picture_shows_both_stacks(program, results, tmp_path):
+    [(group, reports)] = [item for item in program.grouped(program.read_results(results)).items() if item[0][2] == 1]
+    program.draw(group, reports, tmp_path / "picture.svg")
+    text = "".join(ElementTree.parse(tmp_path / "picture.svg").getroot().itertext())
+    comments = (tmp_path / "picture.svg").read_text()
+    for word in ("eabf-jax", "transformers, compiled", "16k", "64k", "1 × NVIDIA H200"):
+        assert word in text + comments
+    assert not list(tmp_path.glob(".picture*"))
+
+
+def test_a_page_without_markers_is_left_alone(program, tmp_path):
+    path = tmp_path / "performance.md"
+    path.write_text("# Speed\n")
+    with pytest.raises(InputError, match="no part between"):
+        program.write_page(path, "tables")
+    assert path.read_text() == "# Speed\n"
+
+
+def test_no_results_is_one_line(program, tmp_path):
+    with pytest.raises(InputError, match="holds no result"):
+        program.read_results(tmp_path)
+
+
+def test_the_committed_page_has_its_markers(program, tmp_path):
+    path = tmp_path / "performance.md"
+    path.write_text((program.ROOT / "docs/performance.md").read_text())
+    program.write_page(path, "tables\n")
+    assert "tables" in path.read_text()
