@@ -83,6 +83,7 @@ def test_the_newest_run_of_a_length_is_drawn(program, results):
     assert curves["compiled"][65_536]["out_of_memory"]
 
 
+@pytest.mark.filterwarnings("error")  # matplotlib warns of a layout that it gave up
 def test_picture_shows_both_stacks(program, results, tmp_path):
     [(group, reports)] = [item for item in program.grouped(program.read_results(results)).items() if item[0][2] == 1]
     program.draw(group, reports, tmp_path / "picture.svg")

@@ -86,9 +86,9 @@ def test_both_stacks_do_the_same_work(report):
     # Weights of 0.02 say next to nothing of the tokens: the loss is ln(vocabulary) but for a few hundredths.
     assert report["losses"][0] == pytest.approx(math.log(96), abs=0.03)
     assert peer["losses"][0] == pytest.approx(math.log(96), abs=0.03)
-    # Different draws of weights and of 252 tokens: they differ by a few percent. Half the tokens, or a gradient that is
+    # Different draws of weights and of 252 tokens: they differ by half a percent. Half the tokens, or a gradient that is
     # summed rather than averaged, would make 40 percent or more.
-    assert report["gradient_norms"][0] == pytest.approx(peer["gradient_norms"][0], rel=0.25)
+    assert report["gradient_norms"][0] == pytest.approx(peer["gradient_norms"][0], rel=0.1)
     # The state is carried from step to step: a learning rate of 0.001 shows in the third.
     assert report["losses"][2] != report["losses"][0]
     assert (peer["parameter_dtype"], peer["precision"], peer["graphs"]) == ("float32", "autocast", 0)
