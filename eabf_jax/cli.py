@@ -134,9 +134,33 @@ def _evaluate(arguments: list[str]) -> None:
         print(f"picture: {parsed.figure}")
 
 
+def _compile(arguments: list[str]) -> None:
+    from rich.console import Console
+
+    from eabf_jax.training import compile as command
+
+    parser = ArgumentParser(
+        "eabf compile",
+        description=COMMANDS["compile"].summary,
+        epilog=command.EPILOG,
+        usage="%(prog)s --config_path FILE [--topology SLICE | --device NAME --devices N] [--dotted.key VALUE ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    parsed, overrides = parser.parse_known_args(arguments)
+    _check_file("--json", parsed.json)
+    figures = command.run(parsed, overrides)
+    Console().print(command.table(figures))
+    if parsed.json:
+        write_json(Path(parsed.json), figures)
+        print(f"figures: {parsed.json}")
+
+
 COMMANDS = {
     "prepare": Command("turn ShareGPT files into a dataset of tokens and loss masks", _prepare),
     "train": Command("run a training configuration (the same as train.py)", _train),
+    "compile": Command("predict a train step's memory, or compile it for a TPU slice without a TPU", _compile),
     "evaluate": Command("measure models on a prepared dataset", _evaluate),
 }
 

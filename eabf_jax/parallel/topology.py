@@ -62,12 +62,15 @@ class Slice:
 
 
 def _slices() -> dict[str, Slice]:
-    found = {}
-    for generation, layout in {"v4": _CUBES, "v5p": _CUBES, "v5e": _SQUARES, "v6e": _SQUARES}.items():
-        for chips, shape in layout.items():
-            # v4 and v5p are named by their TensorCores, of which a chip has two.
-            name = f"{generation}-{chips * (2 if layout is _CUBES else 1)}"
-            found[name] = Slice(name, generation, shape)
+    found: dict[str, Slice] = {}
+    for generation in ("v4", "v5p"):
+        for chips, cube in _CUBES.items():
+            name = f"{generation}-{2 * chips}"  # named by TensorCores, of which a chip has two
+            found[name] = Slice(name, generation, cube)
+    for generation in ("v5e", "v6e"):
+        for chips, square in _SQUARES.items():
+            name = f"{generation}-{chips}"
+            found[name] = Slice(name, generation, square)
     return found
 
 
@@ -78,7 +81,7 @@ def tpu_slice(name: str) -> Slice:
     """Finds a slice.
 
     Args:
-      name: as the cloud names it: v4-8 to v4-512, v5p-8 to v5p-512, v5e-4 (or v5litepod-4) to v5e-256, v6e-4 to v6e-256.
+      name: as the cloud names it: v4-8 to v4-512, v5p-8 to v5p-512, v5e-4 (or v5litepod-4) to v5e-256, v6e-4 on.
 
     Returns:
       The slice.

@@ -1,16 +1,274 @@
-"""What a compiled train step costs: memory, operations and traffic of one device, read from the program itself."""
+"""The `compile` command: what a train step will cost, predicted from shapes or read from the compiled program."""
 
+import argparse
+import dataclasses
+import math
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from math import prod
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-# Bytes that one device sends for each byte of the collective's result, among n devices (ring algorithms).
-_SENT = {
-    "all-gather": lambda n: (n - 1) / n,
-    "reduce-scatter": lambda n: float(n - 1),
-    "all-reduce": lambda n: 2 * (n - 1) / n,
-    "all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: 1.0,
-}
+import jax
+from rich.table import Table
+
+from eabf_jax.errors import InputError
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.parallel.collectives import collective_bytes
+from eabf_jax.parallel.mesh import axis_sizes, make_mesh
+from eabf_jax.parallel.topology import Slice, compile_only_devices, tpu_slice
+from eabf_jax.training.plan import DEVICES, GIB, Plan, check, choose, device_at_hand, device_named
+from eabf_jax.training.recipe import TrainConfig, check_window, load_config
+from eabf_jax.training.trainer import base_config, lower_train_step, shape_config
+
+EPILOG = """\
+Without --topology: predicts the memory of the step by part, from shapes alone, and settles what is `auto`.
+With --topology: compiles the very step with the TPU compiler (pip install libtpu; no TPU is needed) and reads the
+memory from the program. `eabf train --help` lists the keys of the configuration.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's own options; the rest of its command line are configuration keys."""
+    parser.add_argument("--config_path", metavar="FILE", required=True, help="the run's configuration")
+    parser.add_argument("--topology", metavar="SLICE", help="TPU slice to compile for: v4-8 to v4-512, v5e-8, v5p-8, …")
+    parser.add_argument("--device", metavar="NAME", help=f"plan for {', '.join(DEVICES)}; default: this machine")
+    parser.add_argument("--devices", metavar="N", type=int, help="how many of them; default: those at hand")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here as well")
+
+
+def run(parsed: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
+    """Runs the command.
+
+    Args:
+      parsed: from the parser of `add_arguments`.
+      overrides: `--dotted.key value` pairs for the configuration.
+
+    Returns:
+      The figures, as they are written with `--json`.
+    Raises:
+      InputError: the step does not fit, or anything else that is wrong with the configuration.
+    """
+    config = load_config(["--config_path", parsed.config_path, *overrides])
+    if parsed.topology is None:
+        return predict(config, parsed.device, parsed.devices)
+    if parsed.device or parsed.devices:
+        raise InputError("--topology names the devices already: leave out --device and --devices")
+    return compile_for(config, tpu_slice(parsed.topology))
+
+
+def predict(config: TrainConfig, device_name: str | None = None, count: int | None = None) -> dict[str, Any]:
+    """The planner's prediction, as the command reports it.
+
+    Args:
+      config: the run.
+      device_name: a name in `plan.DEVICES`; None is the kind at hand.
+      count: number of devices; None is the number at hand, or one of a kind that is not at hand.
+
+    Returns:
+      The figures.
+    Raises:
+      InputError: the step does not fit.
+    """
+    device = device_named(device_name) if device_name else device_at_hand()
+    devices = count or (1 if device_name else jax.device_count())
+    mesh = axis_sizes(config.mesh, devices)
+    model_config = _model_config(config)
+    settled, found = choose(config, model_config, mesh, device)
+    check(found, settled, model_config)
+    return {
+        "device": found.device.name,
+        "devices": devices,
+        "mesh": dict(mesh),
+        "window": config.window,
+        "microbatch_size": found.microbatch_size,
+        "remat": found.remat,
+        "optimizer_memory": found.optimizer_memory,
+        "gib_per_device": _gib(found.total),
+        "gib_by_part": {name: _gib(size) for name, size in found.parts.items()},
+        "host_gib_by_part": {name: _gib(size) for name, size in found.host.items()},
+        "device_gib": _gib(found.device.memory),
+    }
+
+
+def compile_for(config: TrainConfig, slice_: Slice) -> dict[str, Any]:
+    """Compiles the step for a TPU slice and reads what it costs.
+
+    Args:
+      config: the run; `auto` settings are settled by the planner.
+      slice_: from `topology.tpu_slice`.
+
+    Returns:
+      The figures.
+    Raises:
+      InputError: it does not fit into a chip's memory; the TPU compiler is not installed.
+    """
+    devices = compile_only_devices(slice_)
+    device = DEVICES[slice_.generation]
+    mesh = axis_sizes(config.mesh, len(devices))
+    # The compiler's word counts, not the planner's: what that takes for too large is compiled all the same.
+    config, predicted = choose(config, _model_config(config), mesh, device)
+    lowered = lower_train_step(config, make_mesh(config.mesh, devices))
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise _refusal(error, slice_, predicted) from error
+    seconds = time.perf_counter() - began
+    memory: Any = compiled.memory_analysis()
+    total = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+    parts = _state_bytes(compiled, lowered)
+    # The compiler tells the temporaries as one sum; gradients and kept activations are known from their shapes.
+    parts["gradients"] = predicted.parts["gradients"]
+    parts["kept activations"] = predicted.parts["kept activations"]
+    parts["workspace"] = total - sum(parts.values())
+    traffic = collective_bytes(compiled.as_text() or "")
+    estimate = roofline(predicted, slice_, sum(traffic.values()))
+    tokens = config.recipe.batch_size * config.window
+    return {
+        "topology": slice_.name,
+        "chips": slice_.chips,
+        "mesh": dict(mesh),
+        "window": config.window,
+        "batch_size": config.recipe.batch_size,
+        "microbatch_size": config.compute.microbatch_size,
+        "remat": config.compute.remat,
+        "hbm_gib_per_chip": _gib(total),
+        "hbm_gib_by_part": {name: _gib(size) for name, size in parts.items()},
+        "hbm_gib_available": _gib(device.memory),
+        "planned_gib_per_chip": _gib(predicted.total),
+        "host_gib_per_chip": _gib(memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes),
+        "model_flops_per_chip": predicted.model_flops,
+        "recomputed_flops_per_chip": predicted.recomputed_flops,
+        # The compiler counts the body of a loop once, however often it runs.
+        "compiler_flops_loops_once": (compiled.cost_analysis() or {}).get("flops", 0.0),
+        "collective_bytes_per_chip": traffic,
+        "estimate": {**estimate, "tokens_per_second_at_most": tokens / estimate["step_seconds_at_least"]},
+        "compile_seconds": round(seconds, 1),
+        "versions": {"jax": jax.__version__, "libtpu": _libtpu_version()},
+    }
+
+
+def roofline(predicted: Plan, slice_: Slice, collective: float) -> dict[str, float]:
+    """Estimates the time of a step from peaks: a bound, not a measurement.
+
+    Assumed: every matrix product at the bfloat16 peak; the state read and written once a step, kept activations and
+    gathered parameters once forward and once backward in each microbatch; collectives spread evenly over all links of
+    a chip at their full rate.
+
+    Args:
+      predicted: the step's plan, for its FLOPs and sizes.
+      slice_: the slice, for its links.
+      collective: bytes that a chip sends in a step.
+
+    Returns:
+      Seconds by resource; their maximum (everything overlapped) and their sum (nothing overlapped); MFU at the maximum.
+    """
+    device, parts = predicted.device, predicted.parts
+    state = sum(parts[name] for name in ("parameters", "master rest", "moments", "gradients"))
+    streamed = predicted.microbatches * (2 * parts["kept activations"] + 3 * parts["gradients"] / 2)
+    seconds = {
+        "compute_seconds": (predicted.model_flops + predicted.recomputed_flops) / device.flops,
+        "hbm_seconds": (2 * state + streamed) / device.bandwidth,
+        "ici_seconds": collective / (slice_.links * device.link),
+    }
+    longest = max(seconds.values())
+    return {
+        **seconds,
+        "step_seconds_at_least": longest,
+        "step_seconds_without_overlap": sum(seconds.values()),
+        "mfu_at_most": predicted.model_flops / device.flops / longest,
+    }
+
+
+def table(figures: Mapping[str, Any]) -> Table:
+    """The figures for people."""
+    compiled = "topology" in figures
+    where = (
+        f"{figures['topology']} ({figures['chips']} chips)"
+        if compiled
+        else f"{figures['devices']} x {figures['device']}"
+    )
+    mesh = " x ".join(f"{axis} {size}" for axis, size in figures["mesh"].items() if size > 1) or "one device"
+    shown = Table(title=f"train step on {where}: {mesh}, window {figures['window']:,}")
+    shown.add_column("")
+    shown.add_column("", justify="right")
+    by_part, total = ("hbm_gib_by_part", "hbm_gib_per_chip") if compiled else ("gib_by_part", "gib_per_device")
+    limit = figures["hbm_gib_available" if compiled else "device_gib"]
+    for key in ("microbatch_size", "remat", *(() if compiled else ("optimizer_memory",))):
+        shown.add_row(f"compute.{key}", str(figures[key]))
+    for name, size in figures[by_part].items():
+        shown.add_row(name, f"{size:.2f} GiB")
+    told = "compiled" if compiled else "predicted"
+    shown.add_row(f"{told}, of {limit:.2f} GiB", f"{figures[total]:.2f} GiB", style="bold")
+    for name, size in figures.get("host_gib_by_part", {}).items():
+        shown.add_row(f"{name} in host memory", f"{size:.2f} GiB")
+    if compiled:
+        shown.add_row("model FLOPs a chip and step", f"{figures['model_flops_per_chip']:.3e}")
+        shown.add_row("recomputed FLOPs", f"{figures['recomputed_flops_per_chip']:.3e}")
+        for kind, size in figures["collective_bytes_per_chip"].items():
+            shown.add_row(f"{kind}, sent by a chip", f"{size / GIB:.2f} GiB")
+        for name, value in figures["estimate"].items():
+            shown.add_row(f"estimate: {name.replace('_', ' ')}", f"{value:,.3f}" if value < 100 else f"{value:,.0f}")
+    return shown
+
+
+def _gib(size: float) -> float:
+    return round(size / GIB, 3)
+
+
+def _state_bytes(compiled: Any, lowered: Any) -> dict[str, float]:
+    """Bytes of the step's arguments on one chip, by what they are."""
+    shapes, _ = lowered.in_avals
+    shardings, _ = compiled.input_shardings
+
+    def size(tree: Any, at: Any) -> float:
+        def share(leaf: Any, sharding: Any) -> float:
+            return float(leaf.dtype.itemsize * math.prod(sharding.shard_shape(leaf.shape)))
+
+        return sum(jax.tree.leaves(jax.tree.map(share, tree, at)))
+
+    state, places = shapes[0], shardings[0]
+    names = {
+        "params": "parameters",
+        "rest": "master rest",
+        "mu": "moments",
+        "nu": "moments",
+        "frozen": "frozen parameters",
+    }
+    found: dict[str, float] = {}
+    for field, name in names.items():
+        found[name] = found.get(name, 0.0) + size(getattr(state, field), getattr(places, field))
+    return {name: value for name, value in found.items() if value}
+
+
+def _model_config(config: TrainConfig) -> LlamaConfig:
+    """The model with the run's window and scheme."""
+    base = shape_config(config) if config.model.shape else base_config(config)
+    check_window(config, base)
+    return dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
+
+
+def _refusal(error: Exception, slice_: Slice, predicted: Plan) -> Exception:
+    """What to raise for a compiler's error: one line where the memory is too small, else the error as it is."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text:
+        return error
+    numbers = re.search(r"\(?([\d.]+)G\)? (?:exceeds available HBM|of) \(?([\d.]+)G\)?", text)
+    told = f"{numbers[1]} GiB of {numbers[2]}" if numbers else text
+    return InputError(
+        f"the TPU compiler needs more memory than a chip of {slice_.name} has: {told} (predicted "
+        f"{predicted.total / GIB:.1f}); a larger slice, mesh.context or remat full needs less"
+    )
+
+
+def _libtpu_version() -> str:
+    try:
+        return version("libtpu")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,123 @@
+"""How many bytes the collectives of a compiled program move, read from its text."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# Bytes that each of n devices sends for each byte of the result, with ring algorithms.
+_SENT = {
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1.0,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1.0,
+}
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.+?) ([a-z][\w-]*)\((.*)$")
+_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_WHILE = re.compile(r"condition=%?([\w.-]+), body=%?([\w.-]+)")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+
+
+class _Instruction(NamedTuple):
+    name: str
+    type: str
+    opcode: str
+    rest: str  # operands and attributes
+
+
+def collective_bytes(text: str) -> dict[str, float]:
+    """Bytes that one device sends in one run of the program.
+
+    A loop's body counts as often as the loop runs, as far as its condition compares a counter with a constant, as the
+    conditions of `jax.lax.scan` do; other loops count once.
+
+    Args:
+      text: the optimised program, from `Compiled.as_text()`.
+
+    Returns:
+      Bytes by kind of collective; kinds that do not occur are left out. An all-reduce of which each device keeps only
+      its own part counts as a reduce-scatter.
+    """
+    computations, entry = _parse(text)
+    found: dict[str, float] = defaultdict(float)
+    seen: set[str] = set()
+
+    def visit(name: str, times: int) -> None:
+        for instruction in computations.get(name, ()):
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in _SENT:
+                channel = re.search(r"channel_id=(\d+)", instruction.rest)
+                # An asynchronous collective may stand in the computation of its start and in that of its end.
+                if channel is None or channel[1] not in seen:
+                    found_kind, size = _sent(instruction, kind, name)
+                    found[found_kind] += times * size
+                if channel is not None:
+                    seen.add(channel[1])
+            elif instruction.opcode == "while" and (loop := _WHILE.search(instruction.rest)):
+                visit(loop[2], times * _trips(computations.get(loop[1], [])))
+            else:
+                for called in _called(instruction.rest):
+                    visit(called, times)
+
+    visit(entry, 1)
+    return dict(found)
+
+
+def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    computations: dict[str, list[_Instruction]] = {}
+    entry, inside = "", ""
+    for line in text.splitlines():
+        if opened := _COMPUTATION.match(line):
+            inside = opened[2]
+            computations[inside] = []
+            entry = inside if opened[1] else entry
+        elif inside and (match := _INSTRUCTION.match(line)):
+            computations[inside].append(_Instruction(*match.groups()))
+    return computations, entry
+
+
+def _called(rest: str) -> Iterator[str]:
+    yield from _CALLED.findall(rest)
+    for names in _BRANCHES.findall(rest):
+        yield from (name.strip().removeprefix("%") for name in names.split(","))
+
+
+def _trips(condition: list[_Instruction]) -> int:
+    """Runs of a loop that counts from nought to a constant; 1 where the condition is another."""
+    constants = [re.match(r"(\d+)\)", item.rest) for item in condition if item.opcode == "constant"]
+    bounds = [int(match[1]) for match in constants if match]
+    return max(bounds, default=1) or 1
+
+
+def _sent(instruction: _Instruction, kind: str, computation: str) -> tuple[str, float]:
+    sizes = [
+        _BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
+        for dtype, shape in _ARRAY.findall(instruction.type)
+        if dtype != "u32" or shape  # the handles of an asynchronous collective
+    ]
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+        sizes = sizes[len(sizes) // 2 :]  # operands first, then results
+    devices = _group_size(instruction.rest)
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        return "reduce-scatter", sum(sizes) * (devices - 1) / devices
+    return kind, sum(sizes) * _SENT[kind](devices)
+
+
+def _group_size(rest: str) -> int:
+    """Devices among which a collective runs; the three ways in which XLA writes them."""
+    if named := re.search(r"replica_groups=(?:@?\w*)?mesh\[(.*?)\] ?\{(.*?)\}", rest):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        # A part of an axis is written 'name':(offset)size.
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part) if part else sizes[axis] for axis, part in parts)
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
+        return int(iota[2])
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return listed[1].count(",") + 1
+    return 1

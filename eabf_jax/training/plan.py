@@ -1,0 +1,474 @@
+"""How much memory a train step will take on each device, from shapes alone, and the settings that make it fit.
+
+All amounts are bytes of one device, or of its share of the host's memory.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.llama import Llama
+from eabf_jax.parallel.rules import parameter_shardings
+from eabf_jax.training.backward import remat_by_layer
+from eabf_jax.training.recipe import TrainConfig
+from eabf_jax.training.tracking import flops_per_token
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the planner has to know of an accelerator."""
+
+    name: str
+    kind: str  # a part of `jax.Device.device_kind`
+    platform: Literal["gpu", "tpu", "cpu"]
+    memory: float  # bytes that a program can have: less than is on the data sheet
+    flops: float  # dense bfloat16 FLOP/s
+    bandwidth: float  # bytes/s of its memory
+    link: float = 0.0  # bytes/s of one link to a neighbour, one way (TPU)
+    host_memory: float | None = None  # bytes of host memory a device; None: not known
+
+
+# GPUs: what CUDA reports less 0.6 GiB for its context. TPUs: what the compiler leaves to a program (v4, by its own
+# message: 30.75 of 32 GiB; the others in proportion). Bandwidths of TPUs: "How to Scale Your Model" (Google DeepMind).
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("h100", "H100", "gpu", 78.5 * GIB, 989.4e12, 3.35e12),
+        Device("h200", "H200", "gpu", 139.0 * GIB, 989.4e12, 4.8e12),
+        Device("a100-80", "A100-SXM4-80GB", "gpu", 78.5 * GIB, 312e12, 2.0e12),
+        Device("a100-40", "A100-SXM4-40GB", "gpu", 38.8 * GIB, 312e12, 1.55e12),
+        Device("v4", "TPU v4", "tpu", 30.75 * GIB, 275e12, 1.2e12, 45e9),
+        Device("v5e", "TPU v5 lite", "tpu", 15.4 * GIB, 197e12, 0.81e12, 45e9),
+        Device("v5p", "TPU v5", "tpu", 91.8 * GIB, 459e12, 2.8e12, 90e9),
+        Device("v6e", "TPU v6 lite", "tpu", 30.75 * GIB, 918e12, 1.6e12, 90e9),
+    )
+}
+
+# What the backward pass keeps of a layer, least first; `none` is for tiny models and not chosen.
+_KEEPING = ("full", "attention", "qkv", "dots")
+# Of the peak, what large matrix products and attention reach; of the host's link, what streaming does.
+_EFFICIENCY, _HOST_LINK = 0.7, 50e9
+# `auto` leaves this part of the memory free: the prediction is not exact, and allocators leave gaps.
+_SPARE = 0.05
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A prediction: where the memory goes when most of it is in use."""
+
+    device: Device
+    mesh: Mapping[str, int]
+    window: int
+    microbatch_size: int
+    microbatches: int
+    remat: str
+    optimizer_memory: str
+    parts: Mapping[str, float]  # bytes of one device at the step's peak
+    host: Mapping[str, float]  # bytes of host memory for one device
+    model_flops: float  # of one device in an optimizer step; recomputation is not counted
+    recomputed_flops: float  # likewise; what it computes a second time
+
+    @property
+    def total(self) -> float:
+        """Bytes of one device."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device and, where its size is known, the host have as much."""
+        limit = self.device.host_memory
+        return self.total <= self.device.memory and (limit is None or sum(self.host.values()) <= limit)
+
+    @property
+    def seconds(self) -> float:
+        """A rough time of the optimizer step, to compare the plans of one run by."""
+        streaming = sum(self.host.values()) / _HOST_LINK
+        return (self.model_flops + self.recomputed_flops) / (_EFFICIENCY * self.device.flops) + streaming
+
+
+def device_named(name: str) -> Device:
+    """Finds a device by its name in `DEVICES`.
+
+    Raises:
+      InputError: unknown name.
+    """
+    if name.lower() not in DEVICES:
+        raise unknown_name("device", name, DEVICES)
+    return DEVICES[name.lower()]
+
+
+def device_at_hand() -> Device:
+    """The kind of device that JAX sees, with the memory that it really gives a program."""
+    device = jax.devices()[0]
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    if device.platform == "cpu":
+        return Device("cpu", "cpu", "cpu", memory=host, flops=1e11, bandwidth=2e10, host_memory=host)
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    # The longest that fits: "TPU v5 lite" is not a "TPU v5".
+    known = [spec for spec in DEVICES.values() if spec.kind in device.device_kind]
+    if not known and limit is None:
+        raise InputError(
+            f"the memory of a {device.device_kind} is not known; name one with --device: {', '.join(DEVICES)}"
+        )
+    platform: Any = "tpu" if device.platform == "tpu" else "gpu"
+    found = max(known, key=lambda spec: len(spec.kind), default=Device(device.device_kind, "", platform, 0, 1e14, 1e12))
+    return dataclasses.replace(found, memory=limit or found.memory, host_memory=host)
+
+
+def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str, int], device: Device) -> Plan:
+    """Predicts the memory of a step whose settings are all given.
+
+    Args:
+      config: the run; nothing in `compute` is `auto`.
+      model_config: the model's shape.
+      mesh_shape: devices by mesh axis.
+      device: the kind of device.
+
+    Returns:
+      The prediction.
+    Raises:
+      InputError: the mesh does not divide the model or the batch; an unknown remat policy.
+    """
+    compute = config.compute
+    policies = remat_by_layer(compute.remat, model_config.num_hidden_layers)
+    step = _Step.of(config, model_config, mesh_shape, int(compute.microbatch_size))
+    ways = mesh_shape["data"] * mesh_shape["fsdp"]
+    if config.recipe.batch_size % (ways * step.rows):
+        raise InputError(
+            f"recipe.batch_size {config.recipe.batch_size} is not divisible by compute.microbatch_size {step.rows} x "
+            f"{ways} devices of the mesh axes data and fsdp"
+        )
+    microbatches = config.recipe.batch_size // (ways * step.rows)
+    held, layer = _held(step.parameters, compute.dtype), _held(step.layer_parameters, compute.dtype)
+    optimizer = {name: held[name] for name in _OPTIMIZER}
+    on_host = compute.optimizer_memory == "host"
+
+    # (kept activations, gathered parameters, workspace) of each phase. Behind a layer's backward pass nothing is kept.
+    kept = [step.kept(policy) for policy in policies]
+    phases = [(sum(kept), step.gathered_head, step.head_workspace)]
+    for index, policy in enumerate(policies):
+        phases.append((sum(kept[: index + 1]), step.gathered_layers, step.layer_workspace(policy)))
+    # While a layer is updated, the next one's state comes from the host and the last one's goes there.
+    phases.append((0.0, 0.0, 3 * sum(layer[name] for name in _OPTIMIZER) if on_host else 0.0))
+    activations, gathered, workspace = max(phases, key=sum)
+    return Plan(
+        device=device,
+        mesh=dict(mesh_shape),
+        window=config.window,
+        microbatch_size=step.rows,
+        microbatches=microbatches,
+        remat=compute.remat,
+        optimizer_memory="host" if on_host else "device",
+        parts={
+            "parameters": held["parameters"],
+            **({} if on_host else optimizer),
+            "gradients": held["gradients"],
+            "kept activations": activations,
+            "gathered parameters": gathered,
+            "workspace": workspace,
+        },
+        host=optimizer if on_host else {},
+        model_flops=microbatches * step.tokens * flops_per_token(model_config, config.window) / mesh_shape["tensor"],
+        recomputed_flops=microbatches * step.tokens * sum(step.recomputed_flops(policy) for policy in policies),
+    )
+
+
+_OPTIMIZER = ("master rest", "moments")
+
+
+def _held(parameters: float, dtype: str) -> dict[str, float]:
+    """Bytes of the state that belongs to some parameters; see `master.split`."""
+    narrow = jnp.dtype(dtype).itemsize
+    rest = {"bfloat16": 2, "float16": 4, "float32": 0}[dtype]
+    return {
+        "parameters": narrow * parameters,
+        "master rest": rest * parameters,
+        "moments": 8 * parameters,
+        "gradients": 4 * parameters,
+    }
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Sizes of one device's part of a microbatch, and what follows from them."""
+
+    rows: int
+    length: int  # tokens of a row on this device
+    window: int  # tokens of the whole row
+    bytes: int  # of a number in the compute dtype
+    hidden: int
+    wide: int
+    query: int
+    key_value: int
+    heads: int
+    vocabulary: int
+    chunk: int  # tokens of a row whose logits exist at a time
+    parameters: float  # numbers on this device
+    layer_parameters: float  # of them, of one layer
+    whole_layer: float  # numbers of one layer, of all devices that share it by its rows
+    shared: bool  # the parameters of a layer are on several devices, and come together to be used
+
+    @classmethod
+    def of(cls, config: TrainConfig, model_config: LlamaConfig, mesh: Mapping[str, int], rows: int) -> "_Step":
+        tensor, context = mesh["tensor"], mesh["context"]
+        if config.window % context:
+            raise InputError(f"window {config.window} is not divisible by mesh context={context}")
+        length = config.window // context
+        count, in_layers = _parameter_counts(model_config, tuple(mesh.items()))
+        layers = model_config.num_hidden_layers
+        return cls(
+            rows=rows,
+            length=length,
+            window=config.window,
+            bytes=jnp.dtype(config.compute.dtype).itemsize,
+            hidden=model_config.hidden_size,
+            wide=model_config.intermediate_size // tensor,
+            query=model_config.num_attention_heads * model_config.head_dim // tensor,
+            key_value=model_config.num_key_value_heads * model_config.head_dim // tensor,
+            heads=model_config.num_attention_heads // tensor,
+            vocabulary=model_config.vocab_size // tensor,
+            chunk=min(config.compute.loss_chunk, length),
+            parameters=count,
+            layer_parameters=in_layers / layers,
+            whole_layer=in_layers / layers * mesh["fsdp"] * context,
+            shared=mesh["fsdp"] * context > 1,
+        )
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    def _kept_numbers(self, policy: str) -> dict[str, float]:
+        """Bytes a token that a policy keeps of a layer, beside the layer's input; the order is that of `_KEEPING`."""
+        numbers = {
+            "attention": self.bytes * self.query + 4 * self.heads,  # the output, and float32 log-sum-exp
+            "qkv": self.bytes * (self.query + 2 * self.key_value),
+            "dots": self.bytes * (self.hidden + 2 * self.wide),  # the residual between, gate and up
+            "none": self.bytes * (2 * self.hidden + self.wide),  # both normed inputs, silu(gate) * up
+        }
+        names = (*_KEEPING, "none")
+        return {name: numbers[name] for name in names[1 : names.index(policy) + 1]}
+
+    def kept(self, policy: str) -> float:
+        """Bytes that one layer keeps from its forward to its backward pass."""
+        return self.tokens * (self.bytes * self.hidden + sum(self._kept_numbers(policy).values()))
+
+    def recomputed_flops(self, policy: str) -> float:
+        """FLOPs a token that the backward pass of one layer repeats."""
+        flops = {
+            "attention": 2.0 * self.window * self.query,
+            "qkv": 2.0 * self.hidden * (self.query + 2 * self.key_value),
+            "dots": 2.0 * self.hidden * (self.query + 2 * self.wide),
+        }
+        return sum(flops[name] for name in flops.keys() - self._kept_numbers(policy).keys())
+
+    def layer_workspace(self, policy: str) -> float:
+        """Bytes of a layer's backward pass beside what is kept.
+
+        At its peak, in the MLP, there are q, k, v, the attention's output and the residual between; the layer's normed
+        input; gate, up and the gradients of gate, up and their product; the gradients of the layer's output and of the
+        normed input. What the policy keeps of these has been counted already.
+        """
+        recomputed = sum(self._kept_numbers("dots").values()) - sum(
+            size for name, size in self._kept_numbers(policy).items() if name != "none"
+        )
+        gradients = self.bytes * (3 * self.hidden + 3 * self.wide)
+        # Keys and values of the whole row, and their gradients, where the row is cut.
+        row = 4 * self.bytes * self.key_value * (self.window - self.length)
+        return self.tokens * (recomputed + gradients) + self.rows * row + self._tables
+
+    @property
+    def _tables(self) -> float:
+        """Cosines and sines, and the gradient that goes from layer to layer."""
+        return self.tokens * (4 * self.query / self.heads + self.bytes * self.hidden)
+
+    @property
+    def gathered_layers(self) -> float:
+        """Bytes of the parameters that come together from several devices: of a layer, of the next one, and the layer's
+        gradients before they are shared out."""
+        return 3 * self.bytes * self.whole_layer if self.shared else 0.0
+
+    @property
+    def gathered_head(self) -> float:
+        """Bytes of the output's kernel, where several devices share it."""
+        return self.bytes * self.hidden * self.vocabulary if self.shared else 0.0
+
+    @property
+    def head_workspace(self) -> float:
+        """Bytes of the loss: a chunk's logits and their gradient, gradients of the kernel and of all hidden states."""
+        logits = self.rows * self.chunk * self.vocabulary * (4 + 4 + self.bytes)
+        return logits + 4 * self.hidden * self.vocabulary + 2 * self.bytes * self.tokens * self.hidden + self._tables
+
+
+@functools.lru_cache(maxsize=64)
+def _parameter_counts(model_config: LlamaConfig, mesh: tuple[tuple[str, int], ...]) -> tuple[float, float]:
+    """Numbers on one device: all parameters, and those of all layers."""
+    names, sizes = zip(*mesh, strict=True)
+    abstract = AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+    params = _shapes(model_config)
+    shardings = parameter_shardings(abstract, params)  # type: ignore[arg-type]  # shapes need no devices
+    shares = jax.tree.map(lambda leaf, at: float(math.prod(at.shard_shape(leaf.shape))), params, shardings)
+    return sum(jax.tree.leaves(shares)), sum(jax.tree.leaves(shares["layers"]))
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(model_config: LlamaConfig) -> dict[str, Any]:
+    return Llama.abstract(model_config).parameters()
+
+
+def choose(
+    config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str, int], device: Device
+) -> tuple[TrainConfig, Plan]:
+    """Settles what `compute` leaves to the planner: `microbatch_size`, `remat` and `optimizer_memory`, where `auto`.
+
+    The fastest by `Plan.seconds` of those that fit with some room; the smallest where none does, for `check` to refuse.
+
+    Args:
+      config: the run.
+      model_config: the model's shape.
+      mesh_shape: devices by mesh axis.
+      device: the kind of device.
+
+    Returns:
+      The configuration without `auto`, and its prediction.
+    Raises:
+      InputError: as `plan`.
+    """
+    candidates = list(_candidates(config, model_config, mesh_shape, device))
+    roomy = [found for found in candidates if found.fits and found.total <= (1 - _SPARE) * device.memory]
+    if roomy:
+        best = min(roomy, key=lambda found: (found.seconds, found.total))
+    else:
+        best = min(candidates, key=lambda found: found.total)
+    return _settled(config, best), best
+
+
+def _candidates(
+    config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str, int], device: Device
+) -> Iterator[Plan]:
+    compute: Any = config.compute
+    memories = [compute.optimizer_memory]
+    if compute.optimizer_memory == "auto":
+        # Only the GPU's executor streams the optimizer's state.
+        memories = ["device", "host"] if device.platform == "gpu" else ["device"]
+    remats = [compute.remat] if compute.remat != "auto" else list(_remats(model_config.num_hidden_layers))
+    sizes = [compute.microbatch_size]
+    if compute.microbatch_size == "auto":
+        sizes = _microbatch_sizes(config, mesh_shape)
+    for memory in memories:
+        for rows in sizes:
+            for remat in remats:
+                settled = dataclasses.replace(compute, optimizer_memory=memory, remat=remat, microbatch_size=rows)
+                yield plan(dataclasses.replace(config, compute=settled), model_config, mesh_shape, device)
+
+
+def _remats(layers: int) -> Iterator[str]:
+    """Every policy, and every mix of two of them in which the first layers keep more."""
+    yield from reversed(_KEEPING)
+    for less, more in itertools.combinations(_KEEPING, 2):
+        for count in range(1, layers):
+            yield f"{more}:{count},{less}"
+
+
+# Tokens of a microbatch from which on a device's matrix products are about as fast as they get.
+_ENOUGH_TOKENS = 8192
+
+
+def _microbatch_sizes(config: TrainConfig, mesh_shape: Mapping[str, int]) -> list[int]:
+    """Divisors of a device's rows, up to the first that keeps the device busy."""
+    rows = max(1, config.recipe.batch_size // (mesh_shape["data"] * mesh_shape["fsdp"]))
+    divisors = [size for size in range(1, rows + 1) if rows % size == 0]
+    tokens = config.window // mesh_shape["context"]
+    return [size for size in divisors if size == 1 or (size // 2) * tokens < _ENOUGH_TOKENS]
+
+
+def _settled(config: TrainConfig, found: Plan) -> TrainConfig:
+    compute: Any = config.compute
+    compute = dataclasses.replace(
+        compute,
+        microbatch_size=found.microbatch_size,
+        remat=found.remat,
+        optimizer_memory=found.optimizer_memory,
+    )
+    return dataclasses.replace(config, compute=compute)
+
+
+def check(found: Plan, config: TrainConfig, model_config: LlamaConfig) -> None:
+    """Refuses a step that cannot fit.
+
+    Args:
+      found: its prediction.
+      config: the run that it is of.
+      model_config: the model's shape.
+
+    Raises:
+      InputError: the numbers, and the nearest settings that do fit.
+    """
+    if found.fits:
+        return
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in found.parts.items() if size)
+    problem = (
+        f"the step needs {found.total / GIB:.1f} GiB on each {found.device.name} ({parts}); "
+        f"it has {found.device.memory / GIB:.1f}"
+    )
+    if found.total <= found.device.memory:
+        problem = f"the step needs {sum(found.host.values()) / GIB:.1f} GiB of host memory for each device"
+    remedies = list(itertools.islice(_remedies(found, config, model_config), 2))
+    advice = f"what fits: {'; or '.join(remedies)}" if remedies else "no setting of remat, mesh or window makes it fit"
+    raise InputError(f"{problem}; {advice}")
+
+
+def _remedies(found: Plan, config: TrainConfig, model_config: LlamaConfig) -> Iterator[str]:
+    """Settings that fit, the smallest change first."""
+
+    def fits(window: int, mesh: Mapping[str, int], **compute: Any) -> bool:
+        changed = dataclasses.replace(
+            config, window=window, compute=dataclasses.replace(_settled(config, found).compute, **compute)
+        )
+        try:
+            return plan(changed, model_config, mesh, found.device).fits
+        except InputError:
+            return False
+
+    least: dict[str, Any] = {"remat": "full", "microbatch_size": 1}
+    changes: list[dict[str, Any]] = [{"remat": "full"}, least]
+    if found.device.platform == "gpu":
+        changes += [{"optimizer_memory": "host"}, {"remat": "full", "optimizer_memory": "host"}]
+        least = least | {"optimizer_memory": "host"}
+        changes.append(least)
+    for change in changes:
+        if fits(config.window, found.mesh, **change):
+            yield _told(change)
+            break
+    for factor in (2, 4, 8, 16, 32, 64):
+        mesh = {**found.mesh, "fsdp": found.mesh["fsdp"] // factor, "context": found.mesh["context"] * factor}
+        if found.mesh["fsdp"] % factor == 0 and fits(config.window, mesh, **least):
+            yield f"mesh.fsdp {mesh['fsdp']}, mesh.context {mesh['context']}, " + _told(least)
+            break
+    for axis in ("fsdp", "context"):
+        for factor in (2, 4, 8, 16, 32, 64):
+            mesh = {**found.mesh, axis: found.mesh[axis] * factor}
+            if fits(config.window, mesh, **least):
+                yield f"{math.prod(mesh.values())} devices with mesh.{axis} {mesh[axis]}, " + _told(least)
+                break
+    for factor in (2, 4, 8, 16, 32):
+        if fits(config.window // factor, found.mesh, **least):
+            yield f"window {config.window // factor}, " + _told(least)
+            break
+
+
+def _told(compute: Mapping[str, Any]) -> str:
+    return ", ".join(f"compute.{name} {value}" for name, value in compute.items())
