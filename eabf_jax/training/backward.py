@@ -20,11 +20,13 @@ from eabf_jax.model.llama import Llama, Row, logits, rms_norm
 Tree = Any  # nested dict of arrays
 
 # What the backward pass keeps of a layer beside its input; the names are given in `model/`. None: all there is.
+# What `offload` keeps waits in host memory.
 REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
     "full": (),
     "attention": ("attention_output",),
     "qkv": ("attention_output", "qkv"),
     "dots": ("attention_output", "qkv", "middle", "mlp"),
+    "offload": ("attention_output", "qkv", "middle", "mlp"),
     "none": None,
 }
 

@@ -26,7 +26,7 @@ from eabf_jax.training.recipe import ComputeConfig
 from eabf_jax.training.step import Saved, StepMetrics, TrainState, clip_factor, update, with_shardings
 
 _HOST = "pinned_host"
-# Parts of the optimizer's state on their way between host and device at a time.
+# Layers whose part of what lies in host memory is on its way at a time.
 _IN_FLIGHT = 3
 
 
@@ -104,6 +104,8 @@ class Layerwise:
         for policy in dict.fromkeys(self._remat):
             forward = functools.partial(pieces.forward, policy)
             x, kept[policy] = self._compile(("forward", policy), forward, params["layers"], {}, number, x, row)
+        self._kept_at = [_shardings([x, kept.get("offload", [])])]
+        self._kept_at.append(jax.tree.map(lambda at: at.with_memory_kind(_HOST), self._kept_at[0]))
 
         def head(trained: Tree, x: Array, rows: Microbatch, gradients: Tree, total: Array) -> tuple[Any, ...]:
             loss, gradients, d_x = pieces.head(trained, {}, x, rows, gradients)
@@ -162,21 +164,28 @@ class Layerwise:
         total = jax.device_put(np.float32(0), self._replicated)
         for microbatch in range(batch.tokens.shape[0]):
             rows, row, x = run["start"](params["embed_tokens"], batch, numbers[microbatch])
-            kept = []
+            kept: list[Any] = []
             for number, policy in enumerate(self._remat):
                 y, saved = run["forward", policy](params["layers"][number], {}, numbers[number], x, row)
-                kept.append((x, row, saved))
+                kept.append([x, saved])
+                if policy == "offload":
+                    kept[number] = jax.device_put(kept[number], self._kept_at[1])
                 x = y
             sums = head_parameters(gradients, self._tied)
             total, sums, d_x = run["head"](head_parameters(params, self._tied), x, rows, sums, total)
             gradients.update(sums)
             del x, y, saved, sums
-            for number in reversed(range(self._layers)):
-                inputs = (params["layers"][number], {}, numbers[number], *kept.pop())
+            for number in reversed(range(self._layers + _IN_FLIGHT)):
+                ahead = number - _IN_FLIGHT
+                if ahead >= 0 and self._remat[ahead] == "offload":
+                    kept[ahead] = _moved(kept[ahead], self._kept_at[0])
+                if number >= self._layers:
+                    continue
+                x, saved = kept.pop()
                 gradients["layers"][number], d_x = run["backward", self._remat[number]](
-                    gradients["layers"][number], d_x, *inputs
+                    gradients["layers"][number], d_x, params["layers"][number], {}, numbers[number], x, row, saved
                 )
-                del inputs
+                del x, saved
             gradients["embed_tokens"] = run["embed_backward"](gradients["embed_tokens"], rows.tokens, d_x)
             del d_x
         squares = [run["squares", name](_part(gradients, place)) for name, place in self._places()]
@@ -205,7 +214,8 @@ class Layerwise:
                 name, place = places[turn]
                 coming[turn] = [_part(tree, place) for tree in trees[1:]]
                 if self._on_host:
-                    coming[turn] = jax.device_put(coming[turn], self._optimizer_shardings(name, host=False))
+                    at = self._optimizer_shardings(name, host=False)
+                    coming[turn] = _moved(coming[turn], at)
 
         for turn in range(_IN_FLIGHT):
             fetch(turn)
@@ -218,7 +228,7 @@ class Layerwise:
             del rest, mu, nu
             squares.append(square)
             if self._on_host:
-                new[1:] = jax.device_put(new[1:], self._optimizer_shardings(name, host=True))
+                new[1:] = _moved(new[1:], self._optimizer_shardings(name, host=True))
                 leaving.append(new[1:])
                 if len(leaving) > _IN_FLIGHT:
                     jax.block_until_ready(leaving.pop(0))  # or the device would fill up with parts that wait to leave
@@ -333,6 +343,13 @@ def _unstacked(leaf: Array, number: int, at: NamedSharding) -> Array:
 
 def _shardings(shapes: Tree) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, shapes)
+
+
+def _moved(tree: Tree, shardings: Tree) -> Tree:
+    """Copies arrays to another memory; where they were is free as soon as that is done."""
+    copies = jax.device_put(tree, shardings)
+    jax.tree.map(lambda leaf: leaf.delete(), tree)
+    return copies
 
 
 def _part(tree: Tree, place: tuple[Any, ...]) -> Tree:

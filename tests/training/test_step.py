@@ -174,12 +174,12 @@ def test_neither_recomputation_nor_the_executor_changes_the_curve(fine_tune, bat
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
-@pytest.mark.parametrize("memory", ["device", "host"])
-def test_layer_by_layer_on_eight_devices(fine_tune, batches, single_device, sizes, memory):
+@pytest.mark.parametrize(("memory", "remat"), [("device", "qkv"), ("host", "offload:2,dots")])
+def test_layer_by_layer_on_eight_devices(fine_tune, batches, single_device, sizes, memory, remat):
     mesh = make_mesh(MeshConfig(**sizes))
     ways = sizes.get("data", 1) * sizes["fsdp"]
     found = fine_tune(
-        batches, mesh=mesh, microbatches=BATCH // ways, executor="layerwise", optimizer_memory=memory, remat="qkv"
+        batches, mesh=mesh, microbatches=BATCH // ways, executor="layerwise", optimizer_memory=memory, remat=remat
     )
     agree(found, single_device)
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves((found[2].mu, found[2].nu))}
