@@ -159,15 +159,33 @@ def speed_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
                     f"{figures['tokens_per_second']:,.0f}",
                     number(figures["mfu"], ".1%"),
                     number(figures["peak_gib"], ".1f"),
+                    number(figures.get("planned_gib"), ".1f"),
                     str(figures["microbatches"]),
                     f"{first:.1f}",
                 ]
             else:
-                row += ["out of memory" if figures.get("out_of_memory") else "failed", *("–" for _ in range(4))]
+                row += ["out of memory" if figures.get("out_of_memory") else "failed", *["–"] * 5]
+            row += [settings_of(figures)]
             row += [number(entry[ratios[stack]], ".2f") + " ×" if entry.get(ratios.get(stack, "")) else "–"]
             rows.append([*row, f"[{entry['file']}](../benchmarks/results/{entry['file']})"])
-    header = ("length", "stack", "tokens/s", "MFU", "peak GiB", "microbatches", "compile or first step, s")
-    return table([*header, "ours is", "from"], rows)
+    header = (
+        "length",
+        "stack",
+        "tokens/s",
+        "MFU",
+        "peak GiB",
+        "planned GiB",
+        "microbatches",
+        "compile or first step, s",
+    )
+    return table([*header, "settings", "ours is", "from"], rows)
+
+
+def settings_of(figures: Mapping[str, Any]) -> str:
+    """What a stack was told: we, what to keep and where the optimizer's state lies; a peer, its precision."""
+    if "compute" in figures:
+        return f"keeps {figures['compute']['remat']}, state on {figures['compute']['optimizer_memory']}"
+    return str(figures.get("precision", "–"))
 
 
 def single_figures(

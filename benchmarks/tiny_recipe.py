@@ -75,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     documents = read_documents(options.data, "held_out", None, None)[32:64]
     made_on = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    rows = [{"rope": None, "learning_rate": None, "bands": bands(BASE_MODEL, documents)}]
+    rows: list[dict[str, Any]] = [{"rope": None, "learning_rate": None, "bands": bands(BASE_MODEL, documents)}]
     rows += [{"rope": rope, "learning_rate": None, "bands": bands(BASE_MODEL, documents, rope)} for rope in SCHEMES]
     with tempfile.TemporaryDirectory() as scratch:
         for number, (rope, rate) in enumerate((rope, rate) for rope in SCHEMES for rate in LEARNING_RATES):

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from eabf_jax.cli import run
+from eabf_jax.cli import ArgumentParser, run
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.interop.directory import write_json
 from eabf_jax.model.config import LlamaConfig
@@ -58,12 +58,14 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
       InputError: values that do not go together.
     """
     # No abbreviations: they would take keys of the configuration for options.
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config_path", required=True, help="the configuration, as for train.py")
     parser.add_argument("--sequences", type=int, help="rows of a step over all devices; default: recipe.batch_size")
-    parser.add_argument("--lengths", default="", help="measure at these windows, separated by commas")
+    parser.add_argument(
+        "--lengths", type=integers, default=[], help="measure at these windows, separated by commas", metavar="N,N"
+    )
     parser.add_argument("--warmup", type=int, default=1, help="steps before those that are timed")
     parser.add_argument("--steps", type=int, default=2, help="steps that are timed")
     parser.add_argument("--recipe", action="store_true", help="time the paper's whole run: every step, no warm-up")
@@ -80,7 +82,6 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     parser.add_argument("--own-process", action="store_true", help=argparse.SUPPRESS)  # set by this program itself
     options, rest = parser.parse_known_args(arguments)
-    options.lengths = [int(length) for length in options.lengths.split(",") if length]
     options.peers = [peer for peer in options.peers.split(",") if peer]
     for peer in options.peers:
         if peer not in PEERS:
@@ -90,6 +91,11 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if not options.json.absolute().parent.is_dir():
         raise InputError(f"--json {options.json}: there is no directory {options.json.parent}; make it")
     return options, ["--config_path", options.config_path, *rest]
+
+
+def integers(text: str) -> list[int]:
+    """Numbers separated by commas."""
+    return [int(number) for number in text.split(",")]
 
 
 def configure(arguments: Sequence[str], options: argparse.Namespace, length: int | None) -> TrainConfig:
@@ -196,11 +202,15 @@ def own_figures(config: TrainConfig, options: argparse.Namespace) -> dict[str, A
     import jax
 
     from eabf_jax.parallel.mesh import make_mesh
+    from eabf_jax.training.plan import choose, device_at_hand
 
     mesh = make_mesh(config.mesh)
     device = mesh.devices.flat[0]
     figures: dict[str, Any] = {"device": device.device_kind, "platform": device.platform, "devices": mesh.size}
     try:
+        # A step that the planner takes for too large is tried all the same: that measures the planner too.
+        config, predicted = choose(config, shape_of(config), mesh.shape, device_at_hand())
+        figures |= {"compute": dataclasses.asdict(config.compute), "planned_gib": predicted.total / GIB}
         return figures | _measure(config, options, mesh)
     except jax.errors.JaxRuntimeError as error:
         message = str(error)

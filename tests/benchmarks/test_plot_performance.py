@@ -11,6 +11,8 @@ RAN = {
     "tokens_per_second": 11_300.4,
     "mfu": 0.6004,
     "peak_gib": 131.25,
+    "planned_gib": 128.04,
+    "compute": {"remat": "dots:12,qkv", "optimizer_memory": "host"},
     "microbatches": 2,
     "compile_seconds": 31.5,
     "ratio_to_eager_peer": 1.638,
@@ -21,6 +23,7 @@ PEER = {
     "tokens_per_second": 8149.0,
     "mfu": 0.433,
     "peak_gib": 60.6,
+    "precision": "bfloat16",
     "microbatches": 2,
     "first_step_seconds": 13.3,
 }
@@ -63,9 +66,13 @@ def test_page_and_pictures_are_written_from_results(program, results, tmp_path, 
     assert text.startswith("# Speed\n\nBefore.\n") and text.endswith("\n\nAfter.\n")
     assert "old table" not in text
     link = "[one.json](../benchmarks/results/one.json)"
-    assert f"| 16,384 | eabf-jax | 11,300 | 60.0% | 131.2 | 2 | 31.5 | – | {link} |" in text
-    assert f"| 16,384 | transformers, compiled | 8,149 | 43.3% | 60.6 | 2 | 13.3 | 1.39 × | {link} |" in text
-    assert "| 65,536 | transformers, compiled | out of memory | – | – | – | – | – | [sweep.json]" in text
+    ours = "11,300 | 60.0% | 131.2 | 128.0 | 2 | 31.5 | keeps dots:12,qkv, state on host"
+    assert f"| 16,384 | eabf-jax | {ours} | – | {link} |" in text
+    assert (
+        f"| 16,384 | transformers, compiled | 8,149 | 43.3% | 60.6 | – | 2 | 13.3 | bfloat16 | 1.39 × | {link} |"
+        in text
+    )
+    assert "| 65,536 | transformers, compiled | out of memory | – | – | – | – | – | – | – | [sweep.json]" in text
     assert "| llama2_7b_eabf_16k | 2 × NVIDIA H100 | 16,384 | 6 | 300 | 268 | recipe.json |" in text
     assert "| llama2_7b_eabf_16k | 2 × NVIDIA H100 | 16,384 | 2 | +0.42% | recipe.json |" in text
     pictures = sorted(picture.name for picture in (tmp_path / "performance").iterdir())
