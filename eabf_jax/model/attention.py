@@ -4,6 +4,7 @@ Dimensions, here and in `llama.py`: B batch, T length, N query heads, K key-valu
 G = N / K, H head_dim. A new kernel is one more function with the signature of `reference` and one line in `BACKENDS`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -385,11 +386,12 @@ def splash(
     pads = ((0, 0), (0, pad_length), (0, 0), (0, pad_head))
     q, k, v = (jnp.pad(x, pads) for x in (q, k, v))
     ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, pad_length)))
-    out = run_splash(splash_kernel(np.arange(length + pad_length), heads), q, k, v, ids)
+    out = run_splash(splash_kernel(tuple(range(length + pad_length)), heads), q, k, v, ids)
     return out[:, :length, :, :head_dim]
 
 
-def splash_kernel(q_index: np.ndarray, heads: int, *, head_shards: int = 1, q_shards: int = 1) -> Any:
+@functools.cache
+def splash_kernel(q_index: tuple[int, ...], heads: int, *, head_shards: int = 1, q_shards: int = 1) -> Any:
     """The splash kernel for causal attention of queries in any order.
 
     Args:
@@ -404,8 +406,21 @@ def splash_kernel(q_index: np.ndarray, heads: int, *, head_shards: int = 1, q_sh
     # Imported here because importing the kernel takes longer than the whole model on machines that never use it.
     from jax.experimental.pallas.ops.tpu import splash_attention as kernel
 
-    mask = kernel.CausalMask((len(q_index),) * 2)
-    mask.q_sequence = q_index.astype(np.int32)
+    @functools.cache
+    def uniform(value: bool, rows: int, columns: int) -> np.ndarray:
+        return np.full((rows, columns), value)
+
+    class Causal(kernel.CausalMask):
+        """As its parent, but quick where a block is all of one value: nearly everywhere in a long row."""
+
+        def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+            rows, columns = self.q_sequence[index[0]], range(self.shape[1])[index[1]]
+            if rows.min() >= columns[-1] or rows.max() < columns[0]:
+                return uniform(bool(rows[0] >= columns[0]), rows.size, len(columns))
+            return rows[:, None] >= np.array(columns)
+
+    mask = Causal((len(q_index),) * 2)
+    mask.q_sequence = np.array(q_index, np.int32)
     # The largest blocks that divide a device's queries: the tables of blocks grow with (length / block)^2 and have to
     # fit the scalar memory, and the library's default of 128 leaves the matrix unit waiting.
     block = math.gcd(len(q_index) // q_shards, _SPLASH_BLOCK)
@@ -417,13 +432,16 @@ def splash_kernel(q_index: np.ndarray, heads: int, *, head_shards: int = 1, q_sh
         block_q_dq=block,
         block_kv_dq=block,
     )
-    return kernel.make_splash_mha(
-        kernel.MultiHeadMask([mask] * heads),
-        block_sizes=sizes,
-        head_shards=head_shards,
-        q_seq_shards=q_shards,
-        residual_checkpoint_name=_CHECKPOINT_NAME,
-    )
+    # Made once a process, whatever is being traced at the time.
+    with jax.ensure_compile_time_eval():
+        made = kernel.make_splash_mha(
+            kernel.MultiHeadMask([mask] * heads),
+            block_sizes=sizes,
+            head_shards=head_shards,
+            q_seq_shards=q_shards,
+            residual_checkpoint_name=_CHECKPOINT_NAME,
+        )
+    return jax.tree.map(np.asarray, made)
 
 
 def run_splash(kernel: Any, q: Array, k: Array, v: Array, segment_ids: Array | None = None) -> Array:

@@ -104,9 +104,8 @@ def context_attention(mesh: Mesh, attention: Attention, heads: PartitionSpec) ->
                 f"the window has to be a multiple of {multiple}"
             )
         if attention is splash:
-            kernel = splash_kernel(
-                zigzag_order(length, ways), q.shape[2], head_shards=mesh.shape["tensor"], q_shards=ways
-            )
+            order = tuple(zigzag_order(length, ways).tolist())
+            kernel = splash_kernel(order, q.shape[2], head_shards=mesh.shape["tensor"], q_shards=ways)
             layout = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(heads[2], _AXIS)))
             return shard_map(_splash, in_specs=(layout, *(heads,) * 3))(kernel, q, k, v)
         local = _reference(ways) if attention is reference else _joined(_kernel_of(attention), ways)
