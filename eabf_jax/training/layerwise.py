@@ -27,7 +27,7 @@ from eabf_jax.training.step import Saved, StepMetrics, TrainState, clip_factor, 
 
 _HOST = "pinned_host"
 # Layers whose part of what lies in host memory is on its way at a time.
-_IN_FLIGHT = 3
+IN_FLIGHT = 3
 
 
 class Layerwise:
@@ -175,8 +175,8 @@ class Layerwise:
             total, sums, d_x = run["head"](head_parameters(params, self._tied), x, rows, sums, total)
             gradients.update(sums)
             del x, y, saved, sums
-            for number in reversed(range(self._layers + _IN_FLIGHT)):
-                ahead = number - _IN_FLIGHT
+            for number in reversed(range(self._layers + IN_FLIGHT)):
+                ahead = number - IN_FLIGHT
                 if ahead >= 0 and self._remat[ahead] == "offload":
                     kept[ahead] = _moved(kept[ahead], self._kept_at[0])
                 if number >= self._layers:
@@ -217,7 +217,7 @@ class Layerwise:
                     at = self._optimizer_shardings(name, host=False)
                     coming[turn] = _moved(coming[turn], at)
 
-        for turn in range(_IN_FLIGHT):
+        for turn in range(IN_FLIGHT):
             fetch(turn)
         for turn, (name, place) in enumerate(places):
             rest, mu, nu = coming.pop(turn)
@@ -230,11 +230,11 @@ class Layerwise:
             if self._on_host:
                 new[1:] = _moved(new[1:], self._optimizer_shardings(name, host=True))
                 leaving.append(new[1:])
-                if len(leaving) > _IN_FLIGHT:
+                if len(leaving) > IN_FLIGHT:
                     jax.block_until_ready(leaving.pop(0))  # or the device would fill up with parts that wait to leave
             for tree, value in zip(trees, new, strict=True):
                 _set_part(tree, place, value)
-            fetch(turn + _IN_FLIGHT)
+            fetch(turn + IN_FLIGHT)
         norm = jnp.sqrt(jnp.stack(squares).sum())
         return TrainState(state.step + 1, *trees, {}), norm
 
