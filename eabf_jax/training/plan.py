@@ -21,6 +21,7 @@ from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 from eabf_jax.parallel.rules import parameter_shardings
 from eabf_jax.training.backward import remat_by_layer
+from eabf_jax.training.layerwise import IN_FLIGHT
 from eabf_jax.training.recipe import TrainConfig
 from eabf_jax.training.tracking import flops_per_token
 
@@ -41,15 +42,16 @@ class Device:
     host_memory: float | None = None  # bytes of host memory a device; None: not known
 
 
-# GPUs: what CUDA reports less 0.6 GiB for its context. TPUs: what the compiler leaves to a program (v4, by its own
-# message: 30.75 of 32 GiB; the others in proportion). Bandwidths of TPUs: "How to Scale Your Model" (Google DeepMind).
+# GPUs: 95 % of what CUDA reports, as with XLA_PYTHON_CLIENT_MEM_FRACTION=.95. TPUs: what the compiler leaves to a
+# program (v4, by its own message: 30.75 of 32 GiB; the others in proportion), bandwidths from "How to Scale Your Model"
+# (Google DeepMind).
 DEVICES = {
     device.name: device
     for device in (
-        Device("h100", "H100", "gpu", 78.5 * GIB, 989.4e12, 3.35e12),
-        Device("h200", "H200", "gpu", 139.0 * GIB, 989.4e12, 4.8e12),
-        Device("a100-80", "A100-SXM4-80GB", "gpu", 78.5 * GIB, 312e12, 2.0e12),
-        Device("a100-40", "A100-SXM4-40GB", "gpu", 38.8 * GIB, 312e12, 1.55e12),
+        Device("h100", "H100", "gpu", 75.2 * GIB, 989.4e12, 3.35e12),
+        Device("h200", "H200", "gpu", 132.8 * GIB, 989.4e12, 4.8e12),
+        Device("a100-80", "A100-SXM4-80GB", "gpu", 75.2 * GIB, 312e12, 2.0e12),
+        Device("a100-40", "A100-SXM4-40GB", "gpu", 37.4 * GIB, 312e12, 1.55e12),
         Device("v4", "TPU v4", "tpu", 30.75 * GIB, 275e12, 1.2e12, 45e9),
         Device("v5e", "TPU v5 lite", "tpu", 15.4 * GIB, 197e12, 0.81e12, 45e9),
         Device("v5p", "TPU v5", "tpu", 91.8 * GIB, 459e12, 2.8e12, 90e9),
@@ -57,12 +59,13 @@ DEVICES = {
     )
 }
 
-# What the backward pass keeps of a layer, least first; `none` is for tiny models and not chosen.
+# What the backward pass keeps of a layer, least first. `offload` is `dots` in host memory; `none` is for tiny models.
 _KEEPING = ("full", "attention", "qkv", "dots")
-# Of the peak, what large matrix products and attention reach; of the host's link, what streaming does.
-_EFFICIENCY, _HOST_LINK = 0.7, 50e9
+# Of the peak, what matrix products and attention of a layer reach (measured on one H100: 0.66); bytes/s between a GPU
+# and its host, one way and both ways together (likewise).
+_EFFICIENCY, _ONE_WAY, _BOTH_WAYS = 0.66, 53e9, 84e9
 # `auto` leaves this part of the memory free: the prediction is not exact, and allocators leave gaps.
-_SPARE = 0.05
+_SPARE = 0.03
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Plan:
     host: Mapping[str, float]  # bytes of host memory for one device
     model_flops: float  # of one device in an optimizer step; recomputation is not counted
     recomputed_flops: float  # likewise; what it computes a second time
+    waiting: float  # seconds of an optimizer step for which the device waits for its host's memory
 
     @property
     def total(self) -> float:
@@ -95,8 +99,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """A rough time of the optimizer step, to compare the plans of one run by."""
-        streaming = sum(self.host.values()) / _HOST_LINK
-        return (self.model_flops + self.recomputed_flops) / (_EFFICIENCY * self.device.flops) + streaming
+        return (self.model_flops + self.recomputed_flops) / (_EFFICIENCY * self.device.flops) + self.waiting
 
 
 def device_named(name: str) -> Device:
@@ -155,14 +158,34 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
     held, layer = _held(step.parameters, compute.dtype), _held(step.layer_parameters, compute.dtype)
     optimizer = {name: held[name] for name in _OPTIMIZER}
     on_host = compute.optimizer_memory == "host"
+    rate = _EFFICIENCY * device.flops
 
     # (kept activations, gathered parameters, workspace) of each phase. Behind a layer's backward pass nothing is kept.
-    kept = [step.kept(policy) for policy in policies]
-    phases = [(sum(kept), step.gathered_head, step.head_workspace)]
-    for index, policy in enumerate(policies):
-        phases.append((sum(kept[: index + 1]), step.gathered_layers, step.layer_workspace(policy)))
-    # While a layer is updated, the next one's state comes from the host and the last one's goes there.
-    phases.append((0.0, 0.0, 3 * sum(layer[name] for name in _OPTIMIZER) if on_host else 0.0))
+    phases = []
+    forward_seconds = step.tokens * step.forward_flops / rate
+    kept = leaving = parked = 0.0
+    for policy in policies:
+        size = step.kept(policy)
+        if policy == "offload":
+            parked, leaving = parked + size, leaving + size
+        else:
+            kept += size
+        phases.append((kept + leaving, step.gathered_layers, step.forward_workspace))
+        leaving = max(0.0, leaving - _ONE_WAY * forward_seconds)
+    phases.append((kept + leaving, step.gathered_head, step.head_workspace))
+    waiting = microbatches * leaving / _ONE_WAY
+    for index in reversed(range(len(policies))):
+        back = sum(
+            step.kept(policy) for policy in policies[max(0, index - IN_FLIGHT) : index + 1] if policy == "offload"
+        )
+        phases.append((kept + back, step.gathered_layers, step.layer_workspace(policies[index])))
+        kept -= step.kept(policies[index]) if policies[index] != "offload" else 0.0
+    # What is parked comes back during the backward pass, which takes about twice as long as the forward one.
+    waiting += microbatches * max(0.0, parked / _ONE_WAY - 2 * len(policies) * forward_seconds)
+    # While a layer is updated, the next ones' state comes from the host and the last ones' goes there.
+    passing = (2 * IN_FLIGHT + 1) * sum(layer[name] for name in _OPTIMIZER) if on_host else 0.0
+    phases.append((0.0, 0.0, passing))
+    waiting += 2 * sum(optimizer.values()) / _BOTH_WAYS if on_host else 0.0
     activations, gathered, workspace = max(phases, key=sum)
     return Plan(
         device=device,
@@ -180,9 +203,10 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
             "gathered parameters": gathered,
             "workspace": workspace,
         },
-        host=optimizer if on_host else {},
+        host={**(optimizer if on_host else {}), **({"kept activations": parked} if parked else {})},
         model_flops=microbatches * step.tokens * flops_per_token(model_config, config.window) / mesh_shape["tensor"],
         recomputed_flops=microbatches * step.tokens * sum(step.recomputed_flops(policy) for policy in policies),
+        waiting=waiting,
     )
 
 
@@ -251,29 +275,45 @@ class _Step:
     def tokens(self) -> int:
         return self.rows * self.length
 
-    def _kept_numbers(self, policy: str) -> dict[str, float]:
-        """Bytes a token that a policy keeps of a layer, beside the layer's input; the order is that of `_KEEPING`."""
-        numbers = {
+    def _kept(self, policy: str) -> dict[str, float]:
+        """Bytes a token that a policy keeps of a layer beside its input, by the policy that first keeps them."""
+        sizes = {
             "attention": self.bytes * self.query + 4 * self.heads,  # the output, and float32 log-sum-exp
             "qkv": self.bytes * (self.query + 2 * self.key_value),
             "dots": self.bytes * (self.hidden + 2 * self.wide),  # the residual between, gate and up
-            "none": self.bytes * (2 * self.hidden + self.wide),  # both normed inputs, silu(gate) * up
         }
-        names = (*_KEEPING, "none")
-        return {name: numbers[name] for name in names[1 : names.index(policy) + 1]}
+        if policy == "none":
+            # Both norms in float32, three times; their outputs, and what lies between gate and down.
+            return {**sizes, "none": 24 * self.hidden + self.bytes * (self.hidden + self.query + 4 * self.wide)}
+        policy = "dots" if policy == "offload" else policy
+        return {name: sizes[name] for name in _KEEPING[1 : _KEEPING.index(policy) + 1]}
 
     def kept(self, policy: str) -> float:
         """Bytes that one layer keeps from its forward to its backward pass."""
-        return self.tokens * (self.bytes * self.hidden + sum(self._kept_numbers(policy).values()))
+        return self.tokens * (self.bytes * self.hidden + sum(self._kept(policy).values()))
 
-    def recomputed_flops(self, policy: str) -> float:
-        """FLOPs a token that the backward pass of one layer repeats."""
-        flops = {
-            "attention": 2.0 * self.window * self.query,
+    @property
+    def _products(self) -> dict[str, float]:
+        """FLOPs a token of a layer's forward pass, by the policy that first keeps their result."""
+        return {
+            "attention": 2.0 * self.window * self.query,  # causal
             "qkv": 2.0 * self.hidden * (self.query + 2 * self.key_value),
             "dots": 2.0 * self.hidden * (self.query + 2 * self.wide),
         }
-        return sum(flops[name] for name in flops.keys() - self._kept_numbers(policy).keys())
+
+    @property
+    def forward_flops(self) -> float:
+        """FLOPs a token of a layer's forward pass."""
+        return sum(self._products.values()) + 2.0 * self.hidden * self.wide
+
+    def recomputed_flops(self, policy: str) -> float:
+        """FLOPs a token that the backward pass of one layer repeats."""
+        return sum(self._products[name] for name in self._products.keys() - self._kept(policy).keys())
+
+    @property
+    def forward_workspace(self) -> float:
+        """Bytes of a layer's forward pass beside what is kept: the normed input, gate, up and their product."""
+        return self.tokens * self.bytes * (self.hidden + 3 * self.wide) + self._tables
 
     def layer_workspace(self, policy: str) -> float:
         """Bytes of a layer's backward pass beside what is kept.
@@ -282,8 +322,8 @@ class _Step:
         input; gate, up and the gradients of gate, up and their product; the gradients of the layer's output and of the
         normed input. What the policy keeps of these has been counted already.
         """
-        recomputed = sum(self._kept_numbers("dots").values()) - sum(
-            size for name, size in self._kept_numbers(policy).items() if name != "none"
+        recomputed = sum(self._kept("dots").values()) - sum(
+            size for name, size in self._kept(policy).items() if name != "none"
         )
         gradients = self.bytes * (3 * self.hidden + 3 * self.wide)
         # Keys and values of the whole row, and their gradients, where the row is cut.
@@ -350,7 +390,7 @@ def choose(
     candidates = list(_candidates(config, model_config, mesh_shape, device))
     roomy = [found for found in candidates if found.fits and found.total <= (1 - _SPARE) * device.memory]
     if roomy:
-        best = min(roomy, key=lambda found: (found.seconds, found.total))
+        best = min(roomy, key=lambda found: (found.seconds, sum(found.host.values())))
     else:
         best = min(candidates, key=lambda found: found.total)
     return _settled(config, best), best
@@ -364,7 +404,9 @@ def _candidates(
     if compute.optimizer_memory == "auto":
         # Only the GPU's executor streams the optimizer's state.
         memories = ["device", "host"] if device.platform == "gpu" else ["device"]
-    remats = [compute.remat] if compute.remat != "auto" else list(_remats(model_config.num_hidden_layers))
+    remats = [compute.remat]
+    if compute.remat == "auto":
+        remats = list(_remats(model_config.num_hidden_layers, streaming=device.platform == "gpu"))
     sizes = [compute.microbatch_size]
     if compute.microbatch_size == "auto":
         sizes = _microbatch_sizes(config, mesh_shape)
@@ -375,10 +417,11 @@ def _candidates(
                 yield plan(dataclasses.replace(config, compute=settled), model_config, mesh_shape, device)
 
 
-def _remats(layers: int) -> Iterator[str]:
-    """Every policy, and every mix of two of them in which the first layers keep more."""
-    yield from reversed(_KEEPING)
-    for less, more in itertools.combinations(_KEEPING, 2):
+def _remats(layers: int, *, streaming: bool) -> Iterator[str]:
+    """Every policy, and every mix of two of them in which the first layers keep more, or in host memory."""
+    keeping = (*_KEEPING, "offload") if streaming else _KEEPING
+    yield from keeping
+    for less, more in itertools.combinations(keeping, 2):
         for count in range(1, layers):
             yield f"{more}:{count},{less}"
 

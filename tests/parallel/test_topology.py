@@ -41,7 +41,9 @@ def test_the_tpu_compiler_knows_every_slice():
 
 def test_a_missing_compiler_is_one_line_that_says_what_to_install(monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else found(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else found(name, *rest)
+    )
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     with pytest.raises(InputError, match="pip install libtpu"):
         compile_only_devices(tpu_slice("v4-8"))
