@@ -99,7 +99,10 @@ class Plan:
     @property
     def seconds(self) -> float:
         """A rough time of the optimizer step, to compare the plans of one run by."""
-        return (self.model_flops + self.recomputed_flops) / (_EFFICIENCY * self.device.flops) + self.waiting
+        compute = (self.model_flops + self.recomputed_flops) / (_EFFICIENCY * self.device.flops)
+        # In every microbatch the parameters are read three times and the sums of the gradients read and written.
+        traffic = self.microbatches * (3 * self.parts["parameters"] + 2 * self.parts["gradients"])
+        return compute + traffic / self.device.bandwidth + self.waiting
 
 
 def device_named(name: str) -> Device:
@@ -124,7 +127,7 @@ def device_at_hand() -> Device:
     known = [spec for spec in DEVICES.values() if spec.kind in device.device_kind]
     if not known and limit is None:
         raise InputError(
-            f"the memory of a {device.device_kind} is not known; name one with --device: {', '.join(DEVICES)}"
+            f"the memory of the device {device.device_kind!r} is not known; --device names one of {', '.join(DEVICES)}"
         )
     platform: Any = "tpu" if device.platform == "tpu" else "gpu"
     found = max(known, key=lambda spec: len(spec.kind), default=Device(device.device_kind, "", platform, 0, 1e14, 1e12))
@@ -182,9 +185,10 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
         kept -= step.kept(policies[index]) if policies[index] != "offload" else 0.0
     # What is parked comes back during the backward pass, which takes about twice as long as the forward one.
     waiting += microbatches * max(0.0, parked / _ONE_WAY - 2 * len(policies) * forward_seconds)
-    # While a layer is updated, the next ones' state comes from the host and the last ones' goes there.
-    passing = (2 * IN_FLIGHT + 1) * sum(layer[name] for name in _OPTIMIZER) if on_host else 0.0
-    phases.append((0.0, 0.0, passing))
+    # While a layer is updated, the next ones' state comes from the host and the last ones' goes there, whose gradients
+    # are gone.
+    passing = (2 * IN_FLIGHT + 1) * sum(layer[name] for name in _OPTIMIZER) - (IN_FLIGHT + 1) * layer["gradients"]
+    phases.append((0.0, 0.0, passing if on_host else 0.0))
     waiting += 2 * sum(optimizer.values()) / _BOTH_WAYS if on_host else 0.0
     activations, gathered, workspace = max(phases, key=sum)
     return Plan(
@@ -426,16 +430,15 @@ def _remats(layers: int, *, streaming: bool) -> Iterator[str]:
             yield f"{more}:{count},{less}"
 
 
-# Tokens of a microbatch from which on a device's matrix products are about as fast as they get.
-_ENOUGH_TOKENS = 8192
+# No more tokens at a time than are needed to keep a device busy: the rest of its memory is better spent otherwise.
+_MOST_TOKENS = 32768
 
 
 def _microbatch_sizes(config: TrainConfig, mesh_shape: Mapping[str, int]) -> list[int]:
-    """Divisors of a device's rows, up to the first that keeps the device busy."""
+    """Divisors of a device's rows."""
     rows = max(1, config.recipe.batch_size // (mesh_shape["data"] * mesh_shape["fsdp"]))
-    divisors = [size for size in range(1, rows + 1) if rows % size == 0]
-    tokens = config.window // mesh_shape["context"]
-    return [size for size in divisors if size == 1 or (size // 2) * tokens < _ENOUGH_TOKENS]
+    most = max(1, _MOST_TOKENS * mesh_shape["context"] // config.window)
+    return [size for size in range(1, min(rows, most) + 1) if rows % size == 0]
 
 
 def _settled(config: TrainConfig, found: Plan) -> TrainConfig:

@@ -1,0 +1,214 @@
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from eabf_jax.errors import InputError
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.training import plan as planner
+from eabf_jax.training.backward import REMAT_POLICIES, Pieces
+from eabf_jax.training.plan import DEVICES, GIB, check, choose, device_at_hand, device_named, plan
+from eabf_jax.training.recipe import load_config
+from eabf_jax.training.step import build_model
+
+ROOT = Path(__file__).parents[2]
+ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
+PARAMETERS_7B = 6_738_415_616  # as Hugging Face counts them
+
+
+def llama_7b(**compute):
+    """The paper's run, and the model that it trains."""
+    config = load_config(["--config_path", str(ROOT / "configs/llama2_7b_eabf_16k.yaml")])
+    settings = {"remat": "full", "optimizer_memory": "device", **compute}
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, **settings))
+    model = dataclasses.replace(LlamaConfig.from_fields(config.model.shape), rope=config.scheme)
+    return config, model
+
+
+def test_the_state_takes_sixteen_bytes_a_parameter_with_its_gradient():
+    found = plan(*llama_7b(), ONE, DEVICES["h200"])
+    expected = {"parameters": 2, "master rest": 2, "moments": 8, "gradients": 4}
+    assert {name: found.parts[name] / PARAMETERS_7B for name in expected} == expected
+    assert found.host == {}
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "context", "tensor"])
+def test_devices_share_the_state(axis):
+    found = plan(*llama_7b(), {**ONE, axis: 4}, DEVICES["v4"])
+    # All but the scales of the norms: 65 x 4,096 numbers, of which every device has its own.
+    share = (PARAMETERS_7B - 65 * 4096) / 4 + 65 * 4096
+    assert found.parts["parameters"] == 2 * share
+    assert found.parts["moments"] == 8 * share
+
+
+def test_replicas_do_not_share():
+    found = plan(*llama_7b(), {**ONE, "data": 4}, DEVICES["h200"])
+    assert found.parts["parameters"] == 2 * PARAMETERS_7B
+
+
+def test_state_in_host_memory_is_not_on_the_device():
+    found = plan(*llama_7b(optimizer_memory="host"), ONE, DEVICES["h100"])
+    assert found.host == {"master rest": 2 * PARAMETERS_7B, "moments": 8 * PARAMETERS_7B}
+    assert not {"master rest", "moments"} & found.parts.keys()
+    assert found.waiting > 0
+
+
+@pytest.mark.parametrize("policy", REMAT_POLICIES)
+def test_a_layer_keeps_what_the_step_keeps(policy):
+    """Against the shapes that the forward pass of a layer really returns."""
+    config, model_config = llama_7b(attention="chunked")
+    model_config = dataclasses.replace(model_config, num_key_value_heads=8)
+    model = build_model(model_config, config.compute, make_mesh(MeshConfig(), jax.devices()[:1]))
+    pieces, length = Pieces(model, 1024), config.window
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], jnp.bfloat16), model.parameters()["layers"])
+    x = jax.ShapeDtypeStruct((1, length, model_config.hidden_size), jnp.bfloat16)
+
+    def keep(layer, x, tokens, number):
+        return pieces.forward(policy, layer, {}, number, x, model.row(tokens, tokens, None))[1]
+
+    kept = jax.eval_shape(keep, layer, x, tokens, jax.ShapeDtypeStruct((), jnp.int32))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((x, kept)))
+    found = planner._Step.of(config, model_config, ONE, 1).kept(policy)
+    # `none` also keeps small things (a number a token); the others are exact.
+    assert found == pytest.approx(size, rel=0.02 if policy == "none" else 0)
+
+
+def test_the_peak_of_six_layers_on_an_h100_is_predicted_within_a_tenth():
+    """Measured: peak_bytes_in_use of the layerwise executor, JAX 0.11.2: 32.19 GiB."""
+    config, model = llama_7b(remat="dots")
+    found = plan(config, dataclasses.replace(model, num_hidden_layers=6), ONE, DEVICES["h100"])
+    assert found.total / GIB == pytest.approx(32.19, rel=0.1)
+
+
+def test_layers_behind_the_backward_pass_keep_nothing():
+    """Of a mix, the device never holds more than at the end of the forward pass; less is kept where less is asked."""
+    plans = [
+        plan(*llama_7b(remat=remat), ONE, DEVICES["h200"]) for remat in ("full", "dots:1,full", "dots:31,full", "dots")
+    ]
+    kept = [found.parts["kept activations"] for found in plans]
+    layer_input, layer_kept = 16384 * 4096 * 2, 16384 * (4096 * 2 * 6 + 2 * 2 * 11008 + 4 * 32)
+    assert kept[0] == 32 * layer_input
+    assert kept[1] == 31 * layer_input + layer_kept
+    assert kept[2] == layer_input + 31 * layer_kept
+    assert kept[3] == 32 * layer_kept
+
+
+def settled(mesh, device, window=16384, **compute):
+    config, model = llama_7b(**{"remat": "auto", "optimizer_memory": "auto", "microbatch_size": "auto", **compute})
+    return choose(dataclasses.replace(config, window=window), model, mesh, device)
+
+
+def test_auto_leaves_nothing_open_and_fits():
+    config, found = settled(ONE, DEVICES["h100"])
+    assert "auto" not in (config.compute.remat, config.compute.optimizer_memory, config.compute.microbatch_size)
+    assert found.fits and found.total <= DEVICES["h100"].memory
+    assert found == plan(config, llama_7b()[1], ONE, DEVICES["h100"])
+    # 16 bytes a parameter are 100 GiB: on this device the optimizer's state has to lie elsewhere.
+    assert config.compute.optimizer_memory == "host"
+
+
+def test_auto_recomputes_less_where_there_is_more_memory():
+    v4 = dataclasses.replace(DEVICES["v4"], memory=0.0)
+    recomputed = []
+    for gib in (16, 20, 24, 80):
+        _, found = settled({**ONE, "fsdp": 16}, dataclasses.replace(v4, memory=gib * GIB))
+        assert found.fits and "offload" not in found.remat and found.optimizer_memory == "device"
+        recomputed.append(found.recomputed_flops)
+    assert recomputed == sorted(recomputed, reverse=True) and len(set(recomputed)) == 4
+    assert recomputed[-1] == 0.0
+
+
+def test_auto_takes_more_rows_at_a_time_where_they_are_short():
+    mesh = {**ONE, "fsdp": 2}
+    _, long = settled(mesh, DEVICES["h200"], remat="full")
+    _, short = settled(mesh, DEVICES["h200"], remat="full", window=1024)
+    assert long.microbatch_size == 2 and short.microbatch_size == 16
+    assert long.microbatches == 8 and short.microbatches == 1
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_numbers_and_what_would_fit():
+    config, model = llama_7b()
+    found = plan(config, model, ONE, DEVICES["h100"])
+    with pytest.raises(InputError) as refused:
+        check(found, config, model)
+    text = str(refused.value)
+    assert "needs 107." in text and "moments 50.2" in text and "it has 75.2" in text
+    # The setting named first is tried, and does fit.
+    assert "what fits: compute.optimizer_memory host" in text
+    host, _ = llama_7b(optimizer_memory="host")
+    check(plan(host, model, ONE, DEVICES["h100"]), host, model)
+
+
+def test_a_refusal_names_more_devices_where_no_setting_helps():
+    config, model = llama_7b(optimizer_memory="host", remat="full")
+    with pytest.raises(InputError, match=r"2 devices with mesh.fsdp 2") as refused:
+        check(plan(config, model, ONE, DEVICES["a100-40"]), config, model)
+    assert "compute.optimizer_memory host" in str(refused.value)
+
+
+def test_a_refusal_names_a_shorter_window_where_devices_do_not_help():
+    config, model = llama_7b()
+    found = plan(dataclasses.replace(config, window=2**21), model, ONE, DEVICES["h100"])
+    with pytest.raises(InputError, match=r"window \d+"):
+        check(found, dataclasses.replace(config, window=2**21), model)
+
+
+def test_host_memory_that_is_known_is_a_limit():
+    device = dataclasses.replace(DEVICES["h100"], host_memory=32 * GIB)
+    config, model = llama_7b(optimizer_memory="host")
+    with pytest.raises(InputError, match=r"62\.8 GiB of host memory"):
+        check(plan(config, model, ONE, device), config, model)
+
+
+def test_rows_that_do_not_divide_are_refused():
+    config, model = llama_7b()
+    with pytest.raises(InputError, match=r"batch_size 32 is not divisible by compute.microbatch_size 1 x 64"):
+        plan(config, model, {**ONE, "fsdp": 64}, DEVICES["v4"])
+    with pytest.raises(InputError, match="window 16384 is not divisible by mesh context=3"):
+        plan(config, model, {**ONE, "context": 3}, DEVICES["v4"])
+
+
+def test_devices_are_known_by_name_and_the_one_at_hand_by_itself():
+    assert device_named("H100") is DEVICES["h100"]
+    with pytest.raises(InputError, match="unknown device 'h1000': did you mean 'h100'"):
+        device_named("h1000")
+    found = device_at_hand()
+    assert found.platform == "cpu" and found.memory > GIB
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "name", "memory"),
+    [
+        ("NVIDIA H100 80GB HBM3", 60 * GIB, "h100", 60 * GIB),
+        ("TPU v5 lite", None, "v5e", DEVICES["v5e"].memory),
+        ("TPU v5", None, "v5p", DEVICES["v5p"].memory),
+        ("NVIDIA L4", 20 * GIB, "NVIDIA L4", 20 * GIB),
+    ],
+)
+def test_the_memory_of_the_device_at_hand_is_what_its_allocator_says(monkeypatch, kind, limit, name, memory):
+    class Found:
+        platform = "tpu" if kind.startswith("TPU") else "gpu"
+        device_kind = kind
+
+        def memory_stats(self):
+            return {"bytes_limit": limit} if limit else None
+
+    monkeypatch.setattr(planner.jax, "devices", lambda: [Found()])
+    found = device_at_hand()
+    assert (found.name, found.memory) == (name, memory)
+
+
+def test_a_device_of_unknown_memory_is_asked_for(monkeypatch):
+    class Found:
+        platform, device_kind = "gpu", "Other"
+
+        def memory_stats(self):
+            return None
+
+    monkeypatch.setattr(planner.jax, "devices", lambda: [Found()])
+    with pytest.raises(InputError, match="memory of the device 'Other' is not known; --device names one of h100"):
+        device_at_hand()
