@@ -58,9 +58,9 @@ class Layerwise:
         def on_host(sharding: NamedSharding) -> NamedSharding:
             return sharding.with_memory_kind(_HOST)
 
-        # Stacked arrays pass through host memory: beside the layers, the device has no room for them.
-        self._stacked = with_shardings(masters, jax.tree.map(on_host, stacked))
-        self.abstract = Saved(self._stacked, {"mu": self._stacked, "nu": self._stacked})
+        # Stacked moments pass through host memory: beside those of the layers, the device has no room for them.
+        moments = with_shardings(masters, jax.tree.map(on_host, stacked))
+        self.abstract = Saved(with_shardings(masters, stacked), {"mu": moments, "nu": moments})
         self._masters = {
             **with_shardings(masters, stacked),
             "layers": jax.tree.map(
@@ -258,57 +258,65 @@ class Layerwise:
         return self._state(step, saved.params, saved.optimizer)
 
     def _state(self, step: int, masters: Tree, moments: Tree | None) -> TrainState:
+        halves = jax.jit(lambda tree: split_tree(tree, self._dtype))
         trees: list[dict[str, Any]] = [{name: [] for name in self._masters} for _ in range(4)]
-        for name, place in self._places():
-            at = _shardings(self._masters[name])
-            halves = jax.jit(lambda tree: split_tree(tree, self._dtype))
 
-            def unstacked(tree: Tree, name: str = name, place: tuple[Any, ...] = place, at: Any = at) -> Tree:
-                if name != "layers":
-                    return jax.device_put(tree[name], at)
-                return jax.tree.map(lambda leaf, to: _unstacked(leaf, place[1], to), tree[name], at)
-
-            params, rest = halves(unstacked(masters))
-            if moments is None:
-                mu, nu = zeros(self._masters[name]), zeros(self._masters[name])
+        def keep(tree: dict[str, Any], name: str, value: Tree, at: Tree) -> None:
+            value = jax.device_put(value, at)
+            if name == "layers":
+                tree[name].append(value)
             else:
-                mu, nu = (unstacked(moments[key]) for key in ("mu", "nu"))
-            others = jax.device_put([rest, mu, nu], self._optimizer_shardings(name, host=self._on_host))
-            for tree, value in zip(trees, (jax.device_put(params, at), *others), strict=True):
-                if name == "layers":
-                    tree[name].append(value)
-                else:
-                    tree[name] = value
+                tree[name] = value
+
+        for name, place in self._places():
+            rest_at, *_ = self._optimizer_shardings(name, host=self._on_host)
+            params, rest = halves(self._unstacked(masters, name, place))
+            keep(trees[0], name, params, _shardings(self._masters[name]))
+            keep(trees[1], name, rest, rest_at)
+        # The moments come when the stacked parameters are gone: the device may not have room for both.
+        jax.block_until_ready(trees)
+        jax.tree.map(lambda leaf: leaf.delete(), masters["layers"])
+        none = {
+            name: jax.jit(functools.partial(zeros, shapes), out_shardings=_shardings(shapes))
+            for name, shapes in self._masters.items()
+        }
+        for name, place in self._places():
+            _, *at = self._optimizer_shardings(name, host=self._on_host)
+            for tree, key, to in zip(trees[2:], ("mu", "nu"), at, strict=True):
+                value = self._unstacked(moments[key], name, place) if moments else none[name]()
+                keep(tree, name, value, to)
         jax.block_until_ready(trees)
         return TrainState(jax.device_put(np.int32(step), self._replicated), *trees, {})
+
+    def _unstacked(self, tree: Tree, name: str, place: tuple[Any, ...]) -> Tree:
+        """One part of a tree with stacked layers, on the device."""
+        at = _shardings(self._masters[name])
+        if name != "layers":
+            return jax.device_put(tree[name], at)
+        return jax.tree.map(lambda leaf, to: _layer_of(leaf, place[1], to), tree[name], at)
 
     def saved(self, state: TrainState) -> Saved:
         """See `Step`."""
         whole = jax.jit(lambda params, rest: jax.tree.map(join, params, rest))
-        device = self._optimizer_shardings
 
         def master(name: str, params: Tree, rest: Tree) -> Tree:
-            return whole(params, jax.device_put(rest, device(name, host=False)[0]))
+            return whole(params, jax.device_put(rest, self._optimizer_shardings(name, host=False)[0]))
 
-        def stacked(tree: dict[str, Any], convert: Callable[..., Tree], *others: dict[str, Any]) -> Tree:
+        def stacked(at: Tree, part: Callable[..., Tree], *trees: dict[str, Any]) -> Tree:
             out = {}
-            for name in tree:
-                at = _shardings(self._stacked[name])
-                if name != "layers":
-                    out[name] = jax.device_put(convert(name, tree[name], *(other[name] for other in others)), at)
-                    continue
-                layers = []
-                for number in range(self._layers):
-                    layer = convert(name, tree[name][number], *(other[name][number] for other in others))
-                    layers.append(jax.tree.map(_on_host_shards, layer))
-                out[name] = jax.tree.map(_stacked, at, *layers)
+            for name, to in _shardings(at).items():
+                if name == "layers":
+                    layers = zip(*(tree[name] for tree in trees), strict=True)
+                    out[name] = jax.tree.map(_stacked, to, *(jax.tree.map(_Shards, part(name, *x)) for x in layers))
+                else:
+                    out[name] = jax.device_put(part(name, *(tree[name] for tree in trees)), to)
             return out
 
-        def same(name: str, tree: Tree) -> Tree:
+        def moment(name: str, tree: Tree) -> Tree:
             return tree
 
-        moments = {"mu": stacked(state.mu, same), "nu": stacked(state.nu, same)}
-        return Saved(stacked(state.params, master, state.rest), moments)
+        moments = {key: stacked(at, moment, getattr(state, key)) for key, at in self.abstract.optimizer.items()}
+        return Saved(stacked(self.abstract.params, master, state.params, state.rest), moments)
 
 
 class _Shards:
@@ -319,24 +327,22 @@ class _Shards:
         self.by_device = {shard.device: np.asarray(shard.data) for shard in array.addressable_shards}
 
 
-def _on_host_shards(array: Array) -> _Shards:
-    return _Shards(array)
-
-
 def _stacked(at: NamedSharding, *layers: _Shards) -> Array:
-    """One array in host memory from those of all layers."""
+    """One array from those of all layers, stacked in host memory."""
     pieces = [
         jax.device_put(
             np.stack([layer.by_device[device] for layer in layers]),
-            jax.sharding.SingleDeviceSharding(device, memory_kind=_HOST),
+            jax.sharding.SingleDeviceSharding(device, memory_kind=at.memory_kind),
         )
         for device in layers[0].by_device
     ]
     return jax.make_array_from_single_device_arrays((len(layers), *layers[0].shape), at, pieces)
 
 
-def _unstacked(leaf: Array, number: int, at: NamedSharding) -> Array:
+def _layer_of(leaf: Array, number: int, at: NamedSharding) -> Array:
     """One layer of a stacked array, on the device."""
+    if leaf.sharding.memory_kind != _HOST:
+        return jax.device_put(leaf[number], at)
     pieces = [jax.device_put(np.asarray(shard.data)[number], shard.device) for shard in leaf.addressable_shards]
     return jax.make_array_from_single_device_arrays(leaf.shape[1:], at, pieces)
 
