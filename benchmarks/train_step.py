@@ -199,9 +199,11 @@ def own_figures(config: TrainConfig, options: argparse.Namespace) -> dict[str, A
       The figures that README.md describes, those of the peers and the ratios to them left out.
     """
     # Not before here: the process that starts the others must not touch the device.
+    from eabf_jax.parallel.mesh import gpu_defaults, make_mesh
+
+    gpu_defaults()
     import jax
 
-    from eabf_jax.parallel.mesh import make_mesh
     from eabf_jax.training.plan import choose, device_at_hand
 
     mesh = make_mesh(config.mesh)
@@ -225,11 +227,10 @@ def _measure(config: TrainConfig, options: argparse.Namespace, mesh: Any) -> dic
     import jax
 
     from eabf_jax.parallel.rules import batch_ways
-    from eabf_jax.training.step import microbatch_sharding
     from eabf_jax.training.trainer import microbatch_count, place_batch, prepare_step, random_params
 
     started = time.perf_counter()
-    model, microbatches, place = shape_of(config), microbatch_count(config, mesh), microbatch_sharding(mesh)
+    model, microbatches = shape_of(config), microbatch_count(config, mesh)
     generator = np.random.default_rng(config.recipe.seed)
     prepared = prepare_step(config, mesh, steps=config.recipe.steps or 1)
     compile_seconds = prepared.compile()
@@ -238,7 +239,7 @@ def _measure(config: TrainConfig, options: argparse.Namespace, mesh: Any) -> dic
     every_token = config.recipe.objective == "pretrain"
 
     def placed(rows: dict[str, np.ndarray]) -> Any:
-        return place_batch(rows, place, microbatches, every_token=every_token)
+        return place_batch(rows, mesh, microbatches, every_token=every_token)
 
     def step(prepared: Any, state: Any) -> tuple[Any, float, Any]:
         rows = random_batch(generator, config.recipe.batch_size, config.window, model.vocab_size)

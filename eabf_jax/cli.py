@@ -88,12 +88,14 @@ def _prepare(arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    from eabf_jax.parallel.mesh import use_every_core
+    from eabf_jax.parallel.mesh import gpu_defaults, use_every_core
     from eabf_jax.training.recipe import load_config
 
     config = load_config(arguments, prog="train.py")
     devices = math.prod(config.mesh.sizes)  # negative: an axis takes all that are left
-    use_every_core(devices if devices > 0 else config.recipe.batch_size // config.compute.microbatch_size)
+    rows = 1 if config.compute.microbatch_size == "auto" else config.compute.microbatch_size
+    use_every_core(devices if devices > 0 else config.recipe.batch_size // rows)
+    gpu_defaults()
     if config.distributed:
         import jax
 

@@ -21,6 +21,7 @@ from eabf_jax.rope import Scheme
 
 Constrain = Callable[..., Array]
 
+
 class Row(NamedTuple):
     """What every layer is told of the tokens, beside their hidden states."""
 

@@ -83,6 +83,17 @@ def axis_sizes(config: MeshConfig, count: int) -> dict[str, int]:
     return dict(zip(AXES, sizes, strict=True))
 
 
+def gpu_defaults() -> None:
+    """Lets JAX have nearly all of a GPU's memory, and of the host's for what waits there.
+
+    To be called before JAX is first used; what is set in the environment is left alone, and nothing but a GPU reads it.
+    """
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+    # The rest of the GPU's is for CUDA's own, and for kernels' workspaces outside the pool.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.97")
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(int(0.9 * host)))
+
+
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """Arranges devices as a mesh with the axes `AXES`.
 

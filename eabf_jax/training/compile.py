@@ -70,6 +70,8 @@ def predict(config: TrainConfig, device_name: str | None = None, count: int | No
     Raises:
       InputError: the step does not fit.
     """
+    if count is not None and count < 1:
+        raise InputError(f"--devices {count}: a positive number is needed")
     device = device_named(device_name) if device_name else device_at_hand()
     devices = count or (1 if device_name else jax.device_count())
     mesh = axis_sizes(config.mesh, devices)

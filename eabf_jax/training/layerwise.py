@@ -48,7 +48,7 @@ class Layerwise:
         self._dtype = jnp.dtype(compute.dtype)
         self._layers = model.config.num_hidden_layers
         self._remat = remat_by_layer(compute.remat, self._layers)
-        self._pieces = Pieces(model, compute.loss_chunk)
+        self._pieces = Pieces(model, compute.loss_chunk, mesh.shape["context"])
         self._tied = model.config.tie_word_embeddings
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._on_host = compute.optimizer_memory == "host"

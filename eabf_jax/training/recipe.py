@@ -95,11 +95,13 @@ class ComputeConfig:
     # program: the step is one program (TPU, CPU); layerwise: a program for each layer (GPU); auto: by platform
     executor: Literal["auto", "program", "layerwise"] = "auto"
     # what the backward pass keeps of a layer: full (nothing), attention, qkv, dots (no matrix product is computed
-    # twice) or none (all there is); a mix by layers is written dots:12,qkv (the first 12 layers dots, the others qkv)
-    remat: str = "full"
-    # where float32 master weights and AdamW moments lie; host needs the layerwise executor
-    optimizer_memory: Literal["device", "host"] = "device"
-    microbatch_size: int = 1  # sequences a device computes at a time; gradients are accumulated in float32
+    # twice), offload (the same, in host memory until then; layerwise only) or none (all there is); a mix by layers is
+    # written dots:12,qkv (the first 12 layers dots, the others qkv); auto: the fastest that fits (eabf compile tells)
+    remat: str = "auto"
+    # where float32 master weights and AdamW moments lie: device, host (layerwise only) or auto
+    optimizer_memory: Literal["auto", "device", "host"] = "auto"
+    # sequences a device computes at a time; gradients are accumulated in float32
+    microbatch_size: int | Literal["auto"] = 1
     loss_chunk: int = 1024  # tokens of a row whose logits exist at a time
 
 
@@ -294,11 +296,13 @@ def _value(key: str, value: Any, kind: Any) -> Any:
             value = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise InputError(f"configuration key '{key}' takes {_names(kind)}, not {str(value)!r}") from error
-    if Literal in kinds:
-        choices = [str(choice) for choice in typing.get_args(kind)]
-        if value not in choices:
-            raise unknown_name(f"value of '{key}'", str(value), choices)
+    choices = [
+        str(choice) for k in _alternatives(kind) if typing.get_origin(k) is Literal for choice in typing.get_args(k)
+    ]
+    if value in choices:
         return value
+    if kinds == (Literal,):
+        raise unknown_name(f"value of '{key}'", str(value), choices)
     if dict in kinds and isinstance(value, dict):
         return _plain(value)
     # YAML 1.1 reads 2e-5 as text; it is a number all the same.
@@ -318,7 +322,11 @@ def _plain(value: Any) -> Any:
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return (
+        typing.get_args(kind)
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+        else (kind,)
+    )
 
 
 def _names(kind: Any) -> str:
@@ -330,7 +338,11 @@ def _names(kind: Any) -> str:
         dict: "a mapping",
         types.NoneType: "null",
     }
-    return " or ".join(names.get(typing.get_origin(k) or k, "a mapping of keys") for k in _alternatives(kind))
+    told = [
+        " or ".join(typing.get_args(k)) if typing.get_origin(k) is Literal else names.get(typing.get_origin(k) or k)
+        for k in _alternatives(kind)
+    ]
+    return " or ".join(name or "a mapping of keys" for name in told)
 
 
 def _is_number(value: Any) -> bool:
@@ -348,7 +360,7 @@ def _check_values(config: TrainConfig) -> None:
         "recipe.batch_size": recipe.batch_size,
         "recipe.learning_rate": recipe.learning_rate,
         "recipe.clip_norm": recipe.clip_norm,
-        "compute.microbatch_size": compute.microbatch_size,
+        "compute.microbatch_size": None if compute.microbatch_size == "auto" else compute.microbatch_size,
         "compute.loss_chunk": compute.loss_chunk,
         "recipe.steps": recipe.steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,

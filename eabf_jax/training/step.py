@@ -129,7 +129,7 @@ class Program:
         self._optimizer, self._clip_norm, self._batch = optimizer, clip_norm, batch
         self._dtype = jnp.dtype(compute.dtype)
         self._remat = remat_by_layer(compute.remat, model.config.num_hidden_layers)
-        self._pieces = Pieces(model, compute.loss_chunk)
+        self._pieces = Pieces(model, compute.loss_chunk, mesh.shape["context"])
         masters = model.parameters()
         shardings = parameter_shardings(mesh, masters)
         replicated = NamedSharding(mesh, PartitionSpec())

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from eabf_jax.data.dataset import read_metadata, tokenizer_digest
@@ -27,6 +27,7 @@ from eabf_jax.interop.native import CHECKPOINTS, MODEL_FILE, check_vocabulary, w
 from eabf_jax.interop.tokenizer import TOKENIZER_FILES, Tokenizer, has_tokenizer, load_tokenizer
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
+from eabf_jax.parallel.context import zigzag_order
 from eabf_jax.parallel.mesh import make_mesh
 from eabf_jax.parallel.rules import batch_ways, process_batch_shard
 from eabf_jax.training.backward import Microbatch, Tree
@@ -34,6 +35,7 @@ from eabf_jax.training.checkpoint import Checkpoints, latest_step
 from eabf_jax.training.layerwise import Layerwise
 from eabf_jax.training.loss import next_tokens
 from eabf_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from eabf_jax.training.plan import check, choose, device_at_hand
 from eabf_jax.training.recipe import TrainConfig, check_window, config_differences, dump_config, total_steps
 from eabf_jax.training.step import Program, Saved, Step, build_model, microbatch_sharding
 from eabf_jax.training.tracking import METRICS_FILE, TENSORBOARD, Tracker, flops_per_token, peak_flops
@@ -60,7 +62,9 @@ def train(config: TrainConfig) -> Path:
     check_window(config, base)
     mesh = make_mesh(config.mesh)
     model_config = dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
-    microbatches = microbatch_count(config, mesh)
+    settled, planned = choose(config, model_config, mesh.shape, device_at_hand())
+    check(planned, settled, model_config)
+    microbatches = microbatch_count(settled, mesh)
     mode: Mode = "packed" if config.recipe.objective == "pretrain" else "conversations"
     per_epoch = steps_per_epoch(
         config.data.directory, config.data.split, batch_size=config.recipe.batch_size, length=config.window, mode=mode
@@ -73,7 +77,7 @@ def train(config: TrainConfig) -> Path:
         )
     tokenizer = _tokenizer(config)
     _check_vocabularies(config, base, tokenizer)
-    step_of = prepare_step(config, mesh, model_config, steps)
+    step_of = prepare_step(settled, mesh, model_config, steps)
     process_index, process_count = process_batch_shard(mesh)
     batches = make_loader(
         config.data.directory,
@@ -100,7 +104,6 @@ def train(config: TrainConfig) -> Path:
             state = step_of.restored(start, saved)
             batches.set_state(position)
         schedule = learning_rate_schedule(config.recipe, steps)
-        place = microbatch_sharding(mesh)
         row_tokens = config.recipe.batch_size * config.window
         peak = peak_flops(jax.devices()[0].device_kind)
         with Tracker(run, steps=steps, start=start, quiet=jax.process_index() != 0) as tracker:
@@ -108,7 +111,7 @@ def train(config: TrainConfig) -> Path:
             tracker.compiled()
             for step in range(start + 1, steps + 1):
                 began = time.perf_counter()
-                batch = place_batch(next(batches), place, microbatches, every_token=mode == "packed")
+                batch = place_batch(next(batches), mesh, microbatches, every_token=mode == "packed")
                 state, metrics = step_of(state, batch)
                 figures = {name: float(value) for name, value in metrics._asdict().items()}
                 if not all(map(math.isfinite, figures.values())):
@@ -198,7 +201,7 @@ def microbatch_count(config: TrainConfig, mesh: Mesh) -> int:
     Raises:
       InputError: that is not a whole number.
     """
-    ways, size, batch = batch_ways(mesh), config.compute.microbatch_size, config.recipe.batch_size
+    ways, size, batch = batch_ways(mesh), int(config.compute.microbatch_size), config.recipe.batch_size
     if batch % (ways * size):
         raise InputError(
             f"recipe.batch_size {batch} is not divisible by compute.microbatch_size {size} x {ways} devices of the "
@@ -207,30 +210,33 @@ def microbatch_count(config: TrainConfig, mesh: Mesh) -> int:
     return batch // (ways * size)
 
 
-def place_batch(
-    batch: Mapping[str, np.ndarray], sharding: NamedSharding, microbatches: int, *, every_token: bool
-) -> Microbatch:
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int, *, every_token: bool) -> Microbatch:
     """Puts this process's rows of a batch on its devices.
 
     Args:
       batch: arrays `tokens`, `loss_mask`, `positions`, `segment_ids`, each [rows of this process, length].
-      sharding: from `microbatch_sharding`.
+      mesh: the device mesh.
       microbatches: number of microbatches.
       every_token: the loss is over every token, and rows hold several documents; otherwise it is over the tokens in
         `loss_mask`, and each row holds one document (padding after it).
 
     Returns:
-      Global arrays [microbatches, rows of a microbatch, length].
+      Global arrays [microbatches, rows of a microbatch, length], the tokens of a row in the order in which the mesh's
+      context axis shares them.
     """
     segment_ids = batch["segment_ids"]
     learned = np.ones_like(batch["loss_mask"]) if every_token else batch["loss_mask"]
     targets, mask = next_tokens(batch["tokens"], learned, segment_ids)
     # Padding comes after every real token of a single document: causality alone keeps it out, and the kernels are
     # faster without a mask.
-    rows = Microbatch(batch["tokens"], targets, mask, batch["positions"], segment_ids if every_token else None)
+    rows: Any = Microbatch(batch["tokens"], targets, mask, batch["positions"], segment_ids if every_token else None)
+    local, length = batch["tokens"].shape
+    order = zigzag_order(length, mesh.shape["context"])
+    shape = (microbatches, local * process_batch_shard(mesh)[1] // microbatches, length)
 
     def place(array: np.ndarray) -> Array:
-        return jax.make_array_from_process_local_data(sharding, array.reshape(microbatches, -1, array.shape[-1]))
+        array = array[:, order].reshape(microbatches, -1, length)
+        return jax.make_array_from_process_local_data(microbatch_sharding(mesh), array, shape)
 
     return jax.tree.map(place, rows)
 
@@ -245,14 +251,15 @@ def prepare_step(config: TrainConfig, mesh: Mesh, model_config: LlamaConfig | No
       steps: optimizer steps of the run, for the schedule.
 
     Returns:
-      The step of the executor that `compute.executor` names.
+      The step of the executor that `compute.executor` names; what `compute` leaves open is chosen by the planner.
     Raises:
-      InputError: as `train` for the same configuration.
+      InputError: as `train` for the same configuration, but for one that does not fit into memory.
     """
     if model_config is None:
         base = shape_config(config) if config.model.shape else base_config(config)
         check_window(config, base)
         model_config = dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
+    config, _ = choose(config, model_config, mesh.shape, device_at_hand())
     executor = config.compute.executor
     if executor == "auto":
         executor = "layerwise" if mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm") else "program"
@@ -264,6 +271,8 @@ def prepare_step(config: TrainConfig, mesh: Mesh, model_config: LlamaConfig | No
         jax.ShapeDtypeStruct(shape, dtype, sharding=microbatch_sharding(mesh)) for dtype in (jnp.int32, jnp.bool_)
     )
     packed = config.recipe.objective == "pretrain"
+    if packed and mesh.shape["context"] > 1:
+        raise InputError("mesh.context above 1 takes one document a row: recipe.objective 'pretrain' packs several")
     kind: type[Program | Layerwise] = Layerwise if executor == "layerwise" else Program
     return kind(
         build_model(model_config, config.compute, mesh),

@@ -73,7 +73,7 @@ def fine_tune(yarn, params, quick):
     def run(batches, *, mesh=None, microbatches=4, every_token=False, **compute):
         mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
         at = microbatch_sharding(mesh)
-        placed = [place_batch(batch, at, microbatches, every_token=every_token) for batch in batches]
+        placed = [place_batch(batch, mesh, microbatches, every_token=every_token) for batch in batches]
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), placed[0])
         step = plan(Compute(**{**COMPUTE, **compute}), mesh, every_token, shapes)
         start = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, step.abstract.params)
