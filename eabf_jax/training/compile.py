@@ -127,8 +127,10 @@ def compile_for(config: TrainConfig, slice_: Slice) -> dict[str, Any]:
     parts = _state_bytes(compiled, lowered)
     # The compiler tells the temporaries as one sum; gradients and kept activations are known from their shapes.
     parts["gradients"] = predicted.parts["gradients"]
-    parts["kept activations"] = predicted.parts["kept activations"]
-    parts["workspace"] = total - sum(parts.values())
+    rest = total - sum(parts.values())
+    # Small ones may lie in faster memory than HBM.
+    parts["kept activations"] = min(predicted.parts["kept activations"], rest)
+    parts["workspace"] = rest - parts["kept activations"]
     traffic = collective_bytes(compiled.as_text() or "")
     estimate = roofline(predicted, slice_, sum(traffic.values()))
     tokens = config.recipe.batch_size * config.window

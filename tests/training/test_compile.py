@@ -1,0 +1,197 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+
+from eabf_jax import cli
+from eabf_jax.errors import InputError
+from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.parallel.topology import compile_only_devices, tpu_slice
+from eabf_jax.training import compile as command
+from eabf_jax.training.plan import DEVICES, GIB, plan
+from eabf_jax.training.recipe import load_config
+from eabf_jax.training.trainer import lower_train_step
+
+ROOT = Path(__file__).parents[2]
+PAPER = ("--config_path", str(ROOT / "configs/llama2_7b_eabf_16k.yaml"))
+# Small, but with heads as wide as the TPU's kernels want them, grouped, and a layer of each kind (exempt and scaled).
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 1024,
+}
+# By hand: q, k, v, o, gate, up, down and two norms a layer; embedding, output and the last norm.
+PARAMETERS = 3 * (512 * 512 + 2 * 512 * 256 + 512 * 512 + 3 * 512 * 1024 + 2 * 512) + 2 * 512 * 512 + 512
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory):
+    values = {
+        "output": "runs/small",
+        "window": 2048,
+        "rope": {"type": "eabf", "base": 500_000, "pretrained_window": 1024, "unscaled_layers": 2},
+        "model": {"shape": SHAPE},
+        "recipe": {"batch_size": 8},
+        "compute": {"remat": "full"},
+    }
+    path = tmp_path_factory.mktemp("compile") / "small.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compile", *arguments])
+    return stop.value.code
+
+
+def test_a_step_is_compiled_for_a_tpu_slice_that_is_not_there(config_path, tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    mesh = ("--mesh.fsdp", "2", "--mesh.context", "2")
+    assert run("--topology", "v4-8", "--config_path", config_path, *mesh, "--json", str(out)) == 0
+    assert "compiled, of 30.75 GiB" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert (found["topology"], found["chips"]) == ("v4-8", 4)
+    assert found["mesh"] == {"data": 1, "fsdp": 2, "context": 2, "tensor": 1}
+    parts = found["hbm_gib_by_part"]
+    # Norm scales (seven of 512 numbers) are on every chip; the figures are rounded to a thousandth.
+    share = ((PARAMETERS - 7 * 512) / 4 + 7 * 512) / GIB
+    for name, size in {"parameters": 2, "master rest": 2, "moments": 8, "gradients": 4}.items():
+        assert parts[name] == pytest.approx(size * share, abs=0.0006)
+    assert found["hbm_gib_per_chip"] == pytest.approx(sum(parts.values()), abs=0.004)
+    assert parts["workspace"] > 0
+    # Parameters come together for each layer and microbatch, forward and backward: 3 of 4 parts, 2 bytes a number.
+    layers = 2 * PARAMETERS * 3 / 4
+    assert found["collective_bytes_per_chip"]["all-gather"] > 2 * layers
+    assert found["versions"]["libtpu"] != "unknown"
+    estimate = found["estimate"]
+    assert estimate["step_seconds_at_least"] <= estimate["step_seconds_without_overlap"]
+
+
+def test_the_step_that_is_compiled_runs_the_splash_kernel(config_path):
+    config = load_config(["--config_path", config_path])
+    mesh = make_mesh(MeshConfig(fsdp=4), compile_only_devices(tpu_slice("v4-8")))
+    text = lower_train_step(config, mesh).as_text()
+    assert "tpu_custom_call" in text and "splash_mha_fwd" in text and "splash_mha_dkv" in text
+
+
+def test_processes_compile_at_the_same_time():
+    compile_only_devices(tpu_slice("v4-8"))  # this process holds the compiler
+    code = (
+        "import jax, jax.numpy as jnp\n"
+        "from eabf_jax.parallel.topology import compile_only_devices, tpu_slice\n"
+        "from jax.sharding import SingleDeviceSharding\n"
+        "at = SingleDeviceSharding(compile_only_devices(tpu_slice('v4-16'))[0])\n"
+        "jax.jit(jnp.sin).lower(jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=at)).compile()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (40.89G) exceeds available HBM (30.75G). HLO module: jit_train_step.",
+            "40.89 GiB of 30.75",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 36.10G "
+            "of 30.75G hbm. Exceeded hbm capacity by 5.35G.",
+            "36.10 GiB of 30.75",
+        ),
+    ],
+)
+def test_a_step_that_the_compiler_finds_too_large_is_one_line(config_path, monkeypatch, capsys, text, told):
+    """Texts as libtpu 0.0.52 and an older one gave them."""
+
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(text)
+
+    monkeypatch.setattr(command, "lower_train_step", lambda config, mesh: Lowered())
+    assert run("--topology", "v4-8", "--config_path", config_path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "needs more memory than a chip of v4-8 has" in line and told in line
+
+
+def test_other_errors_of_the_compiler_stay_what_they_are(config_path, monkeypatch):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(command, "lower_train_step", lambda config, mesh: Lowered())
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        cli.main(["compile", "--topology", "v4-8", "--config_path", config_path])
+
+
+def test_without_a_topology_the_memory_is_predicted(tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    settings = ("--device", "h200", "--devices", "2", "--compute.remat", "dots:8,full")
+    assert run(*PAPER, *settings, "--json", str(out)) == 0
+    found = json.loads(out.read_text())
+    config = load_config([*PAPER, "--compute.remat", "dots:8,full"])
+    mesh = {"data": 1, "fsdp": 2, "context": 1, "tensor": 1}
+    expected = plan(config, command._model_config(config), mesh, DEVICES["h200"])
+    assert found["gib_per_device"] == round(expected.total / GIB, 3)
+    assert (found["device"], found["mesh"], found["remat"]) == ("h200", mesh, "dots:8,full")
+    assert sum(found["gib_by_part"].values()) == pytest.approx(found["gib_per_device"], abs=0.005)
+    assert "predicted, of 132.80 GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*PAPER, "--device", "h100", "--compute.optimizer_memory", "device"), "the step needs 107."),
+        ((*PAPER, "--topology", "v4-9"), "unknown TPU slice 'v4-9'"),
+        ((*PAPER, "--topology", "v4-8", "--device", "h100"), "leave out --device"),
+        ((*PAPER, "--device", "h100", "--windw", "3"), "did you mean 'window'"),
+        ((*PAPER, "--device", "h100", "--devices", "0"), "--devices 0: a positive number is needed"),
+        (("--device", "h100"), "--config_path"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, capsys):
+    assert run(*arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_the_estimate_is_what_the_slowest_resource_takes():
+    config = load_config([*PAPER, "--compute.remat", "full"])
+    found = plan(
+        config, command._model_config(config), {"data": 1, "fsdp": 16, "context": 1, "tensor": 1}, DEVICES["v4"]
+    )
+    slice_ = tpu_slice("v4-32")
+    # 2 x 16,384 tokens a chip; 6 x 6.607e9 parameters in products + 6 x 32 x 4096 x 16384 of attention, a token
+    flops = 2 * 16384 * (6 * (6_738_415_616 - 32000 * 4096) + 6 * 32 * 4096 * 16384)
+    assert found.model_flops == pytest.approx(flops, rel=1e-12)
+    # Everything but the down projections is computed once more.
+    again = 2 * 16384 * 32 * (2 * 16384 * 4096 + 2 * 4096 * (4 * 4096 + 2 * 11008))
+    assert found.recomputed_flops == pytest.approx(again, rel=1e-12)
+    estimate = command.roofline(found, slice_, 3 * 45e9 * 100.0)
+    assert estimate["compute_seconds"] == pytest.approx((flops + again) / 275e12)
+    assert estimate["ici_seconds"] == pytest.approx(100.0)
+    assert estimate["step_seconds_at_least"] == pytest.approx(100.0)
+    assert estimate["mfu_at_most"] == pytest.approx(flops / 275e12 / 100.0)
+
+
+def test_a_missing_compiler_is_one_line(config_path, monkeypatch, capsys):
+    def missing(slice_):
+        raise InputError("the TPU compiler is not installed: pip install libtpu")
+
+    monkeypatch.setattr(command, "compile_only_devices", missing)
+    assert run("--topology", "v4-8", "--config_path", config_path) == 2
+    assert "pip install libtpu" in capsys.readouterr().err
