@@ -163,6 +163,8 @@ class Layerwise:
         }
         total = jax.device_put(np.float32(0), self._replicated)
         for microbatch in range(batch.tokens.shape[0]):
+            # Calls queued further ahead than the backward pass before would wait for memory, and not for long.
+            jax.block_until_ready(total)
             rows, row, x = run["start"](params["embed_tokens"], batch, numbers[microbatch])
             kept: list[Any] = []
             for number, policy in enumerate(self._remat):
@@ -219,6 +221,7 @@ class Layerwise:
 
         for turn in range(IN_FLIGHT):
             fetch(turn)
+        jax.block_until_ready(scale)  # what the backward pass kept is free from here on
         for turn, (name, place) in enumerate(places):
             rest, mu, nu = coming.pop(turn)
             *new, square = self._programs["update", name](
