@@ -139,6 +139,7 @@ def _evaluate(arguments: list[str]) -> None:
 def _compile(arguments: list[str]) -> None:
     from rich.console import Console
 
+    from eabf_jax.parallel.mesh import gpu_defaults
     from eabf_jax.training import compile as command
 
     parser = ArgumentParser(
@@ -152,6 +153,7 @@ def _compile(arguments: list[str]) -> None:
     command.add_arguments(parser)
     parsed, overrides = parser.parse_known_args(arguments)
     _check_file("--json", parsed.json)
+    gpu_defaults()
     figures = command.run(parsed, overrides)
     Console().print(command.table(figures))
     if parsed.json:
