@@ -167,12 +167,18 @@ class Layerwise:
             jax.block_until_ready(total)
             rows, row, x = run["start"](params["embed_tokens"], batch, numbers[microbatch])
             kept: list[Any] = []
+            leaving: list[Any] = []
+            room = self._layers - self._remat.count("offload")
             for number, policy in enumerate(self._remat):
+                if number >= room:
+                    jax.block_until_ready(leaving[number - room])  # its place on the device is this layer's
                 y, saved = run["forward", policy](params["layers"][number], {}, numbers[number], x, row)
                 kept.append([x, saved])
                 if policy == "offload":
                     kept[number] = jax.device_put(kept[number], self._kept_at[1])
+                    leaving.append(kept[number])
                 x = y
+            leaving.clear()
             sums = head_parameters(gradients, self._tied)
             total, sums, d_x = run["head"](head_parameters(params, self._tied), x, rows, sums, total)
             gradients.update(sums)
