@@ -405,12 +405,12 @@ def _candidates(
 ) -> Iterator[Plan]:
     compute: Any = config.compute
     memories = [compute.optimizer_memory]
+    streaming = _streaming(config, device)
     if compute.optimizer_memory == "auto":
-        # Only the GPU's executor streams the optimizer's state.
-        memories = ["device", "host"] if device.platform == "gpu" else ["device"]
+        memories = ["device", "host"] if streaming else ["device"]
     remats = [compute.remat]
     if compute.remat == "auto":
-        remats = list(_remats(model_config.num_hidden_layers, streaming=device.platform == "gpu"))
+        remats = list(_remats(model_config.num_hidden_layers, streaming=streaming))
     sizes = [compute.microbatch_size]
     if compute.microbatch_size == "auto":
         sizes = _microbatch_sizes(config, mesh_shape)
@@ -419,6 +419,12 @@ def _candidates(
             for remat in remats:
                 settled = dataclasses.replace(compute, optimizer_memory=memory, remat=remat, microbatch_size=rows)
                 yield plan(dataclasses.replace(config, compute=settled), model_config, mesh_shape, device)
+
+
+def _streaming(config: TrainConfig, device: Device) -> bool:
+    """Whether the step's executor can keep things in host memory."""
+    executor = config.compute.executor
+    return executor == "layerwise" or (executor == "auto" and device.platform == "gpu")
 
 
 def _remats(layers: int, *, streaming: bool) -> Iterator[str]:
@@ -491,7 +497,7 @@ def _remedies(found: Plan, config: TrainConfig, model_config: LlamaConfig) -> It
 
     least: dict[str, Any] = {"remat": "full", "microbatch_size": 1}
     changes: list[dict[str, Any]] = [{"remat": "full"}, least]
-    if found.device.platform == "gpu":
+    if _streaming(config, found.device):
         changes += [{"optimizer_memory": "host"}, {"remat": "full", "optimizer_memory": "host"}]
         least = least | {"optimizer_memory": "host"}
         changes.append(least)

@@ -122,6 +122,11 @@ def test_auto_recomputes_less_where_there_is_more_memory():
     assert recomputed[-1] == 0.0
 
 
+def test_auto_keeps_nothing_in_host_memory_where_the_step_is_one_program():
+    config, found = settled(ONE, DEVICES["h200"], executor="program")
+    assert config.compute.optimizer_memory == "device" and not found.host
+
+
 def test_auto_takes_more_rows_at_a_time_where_they_are_short():
     mesh = {**ONE, "fsdp": 2}
     _, long = settled(mesh, DEVICES["h200"], remat="full")
