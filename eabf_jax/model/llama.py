@@ -128,8 +128,28 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((*stack, out_features), param_dtype)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=precision_of(x.dtype))
+        y = _product(x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+@jax.custom_vjp
+def _product(x: Array, kernel: Array) -> Array:
+    """x @ kernel in the dtype of x; the gradient by the kernel is summed up and left in the kernel's own dtype."""
+    return jnp.matmul(x, kernel.astype(x.dtype), precision=precision_of(x.dtype))
+
+
+def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, kernel), (x, kernel)
+
+
+def _product_backward(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    precision = precision_of(x.dtype)
+    d_kernel = jnp.einsum("...i,...o->io", x, d_y, precision=precision, preferred_element_type=kernel.dtype)
+    return jnp.matmul(d_y, kernel.astype(x.dtype).T, precision=precision), d_kernel
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _linears(

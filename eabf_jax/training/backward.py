@@ -75,17 +75,20 @@ class Pieces:
     the model's. Gradient trees have the trained trees' structure.
     """
 
-    def __init__(self, model: Llama, loss_chunk: int, length_ways: int = 1):
+    def __init__(self, model: Llama, loss_chunk: int, length_ways: int = 1, *, wide: bool = False):
         """Holds what is static.
 
         Args:
           model: its parameters are not used.
           loss_chunk: positions of a row, or of a device's part of it, whose logits exist at a time.
           length_ways: parts into which the mesh cuts a row.
+          wide: gradients of layers leave their matrix products as float32, to be added to their sums by the product
+            itself; across devices they travel in the compute dtype, which is half as much.
         """
         self._model = model
         self._chunk = loss_chunk
         self._length_ways = length_ways
+        self._wide = wide
 
     def row(self, rows: Microbatch) -> Row:
         """What every layer is told of the tokens."""
@@ -102,6 +105,8 @@ class Pieces:
             frozen, row = jax.lax.stop_gradient((frozen, row))
             return self._model.layer(merge(trained, frozen), index, x, row)
 
+        if self._wide:
+            trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
         names = REMAT_POLICIES[policy]
         if names is not None:
             kept = jax.checkpoint_policies.save_only_these_names(*names)
