@@ -84,7 +84,7 @@ def axis_sizes(config: MeshConfig, count: int) -> dict[str, int]:
 
 
 def gpu_defaults() -> None:
-    """Lets JAX have nearly all of a GPU's memory, and of the host's for what waits there.
+    """Settings of JAX for GPUs that it reads as it starts: memory, and two of the compiler's choices.
 
     To be called before JAX is first used; what is set in the environment is left alone, and nothing but a GPU reads it.
     """
@@ -92,6 +92,16 @@ def gpu_defaults() -> None:
     # The rest of the GPU's is for CUDA's own, and for kernels' workspaces outside the pool.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.97")
     os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(int(0.9 * host)))
+    flags = os.environ.get("XLA_FLAGS", "")
+    for flag in (
+        # cuBLAS keeps its speed on a hot device; Triton's products win the compiler's trials on a cool one.
+        "--xla_gpu_enable_triton_gemm=false",
+        # A CUDA graph that is called again for the next layer is rewritten first, and Python waits for it.
+        "--xla_gpu_enable_command_buffer=",
+    ):
+        if flag.partition("=")[0] not in flags:
+            flags += f" {flag}"
+    os.environ["XLA_FLAGS"] = flags.strip()
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:

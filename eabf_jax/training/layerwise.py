@@ -72,9 +72,6 @@ class Layerwise:
             ),
         }
         self._programs: dict[Any, Any] = {}
-        # cuBLAS keeps its speed when the device is hot; Triton's products won the compiler's trials on a cool one.
-        on_gpu = mesh.devices.flat[0].platform == "gpu"
-        self._compiler = {"compiler_options": {"xla_gpu_enable_triton_gemm": False}} if on_gpu else {}
         self._numbers: list[Array] = []
 
     # Programs. Each is compiled for the shapes and shardings that the one before it returns.
@@ -150,7 +147,7 @@ class Layerwise:
     ) -> Any:
         """Compiles a program under a name; returns the shapes and shardings of what it returns."""
         options = {} if outputs is None else {"out_shardings": outputs}
-        compiled = jax.jit(function, donate_argnums=donate, **options).lower(*shapes).compile(**self._compiler)
+        compiled = jax.jit(function, donate_argnums=donate, **options).lower(*shapes).compile()
         self._programs[name] = compiled
         return with_shardings(jax.eval_shape(function, *shapes), compiled.output_shardings)
 
