@@ -157,7 +157,7 @@ class Pieces:
         _, pullback = self._pullback(policy, trained, frozen, index, x, row)
         pullback.opaque_residuals = kept
         d_trained, d_x, *_ = pullback(d_y)
-        return d_trained, d_x
+        return d_trained, self._laid_out(d_x)
 
     def head(
         self, trained: Tree, frozen: Tree, x: Float[Array, "B T D"], rows: Microbatch, gradients: Tree
@@ -184,6 +184,7 @@ class Pieces:
 
         def chunk(carry: tuple[Array, Tree], part: tuple[Array, Array, Array]) -> tuple[tuple[Array, Tree], Array]:
             (total, gradients), (x, targets, mask) = carry, part
+            x = self._model.constrain(x, "batch", "length", None, None)
             hidden, pullback = jax.vjp(norm, params["norm"]["scale"], x)
             scores = logits(hidden, kernel)
             log_sum = jax.nn.logsumexp(scores, axis=-1)
@@ -204,7 +205,11 @@ class Pieces:
         parts = tuple(map(self._chunks, (x, rows.targets, rows.mask)))
         (total, gradients), d_x = jax.lax.scan(chunk, (jnp.float32(0), gradients), parts)
         d_x = jnp.moveaxis(d_x, 0, 2).reshape(x.shape[0], self._length_ways, -1, x.shape[2])
-        return total, gradients, d_x[:, :, : x.shape[1] // self._length_ways].reshape(x.shape)
+        return total, gradients, self._laid_out(d_x[:, :, : x.shape[1] // self._length_ways].reshape(x.shape))
+
+    def _laid_out(self, x: Array) -> Array:
+        """Hidden states, or their gradients, as the mesh shares them."""
+        return self._model.constrain(x, "batch", "length", None)
 
     def _chunks(self, array: Array) -> Array:
         """[B, T, ...] -> [chunks, B, ways, size, ...]: each chunk has a share of every device's part of the row."""

@@ -72,6 +72,9 @@ class Layerwise:
             ),
         }
         self._programs: dict[Any, Any] = {}
+        # Collectives run beside the computation only if they are scheduled so; one device has none.
+        overlap = mesh.size > 1 and mesh.devices.flat[0].platform == "gpu"
+        self._options: Any = {"compiler_options": {"xla_gpu_enable_latency_hiding_scheduler": True}} if overlap else {}
         self._numbers: list[Array] = []
 
     # Programs. Each is compiled for the shapes and shardings that the one before it returns.
@@ -147,7 +150,7 @@ class Layerwise:
     ) -> Any:
         """Compiles a program under a name; returns the shapes and shardings of what it returns."""
         options = {} if outputs is None else {"out_shardings": outputs}
-        compiled = jax.jit(function, donate_argnums=donate, **options).lower(*shapes).compile()
+        compiled = jax.jit(function, donate_argnums=donate, **options).lower(*shapes).compile(**self._options)
         self._programs[name] = compiled
         return with_shardings(jax.eval_shape(function, *shapes), compiled.output_shardings)
 
