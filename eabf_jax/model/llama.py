@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from eabf_jax.errors import InputError
 from eabf_jax.model.attention import BACKENDS, Attention, precision_of, select
 from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.lora import Lora
 from eabf_jax.rope import Scheme
 
 Constrain = Callable[..., Array]
@@ -110,7 +111,7 @@ def rotate(x: Float[Array, "B T heads H"], cos: Array, sin: Array) -> Float[Arra
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel (+ bias), computed in `dtype`."""
+    """y = x @ kernel (+ the adapters' part) (+ bias), computed in the dtype of x."""
 
     def __init__(
         self,
@@ -122,13 +123,23 @@ class Linear(nnx.Module):
         stddev: float,
         rngs: nnx.Rngs,
         param_dtype: Any,
+        lora: Lora | None = None,
     ):
         init = jax.nn.initializers.normal(stddev)
         self.kernel = nnx.Param(init(rngs.params(), (*stack, in_features, out_features), param_dtype))
         self.bias = nnx.Param(jnp.zeros((*stack, out_features), param_dtype)) if bias else None
+        self.lora_scale = 0.0 if lora is None else lora.scale
+        self.lora_a = self.lora_b = None
+        if lora is not None:
+            init = jax.nn.initializers.normal(in_features**-0.5)
+            self.lora_a = nnx.Param(init(rngs.params(), (*stack, in_features, lora.rank), param_dtype))
+            # Zero: the model starts as the one that the adapters belong to.
+            self.lora_b = nnx.Param(jnp.zeros((*stack, lora.rank, out_features), param_dtype))
 
     def __call__(self, x: Array) -> Array:
         y = _product(x, self.kernel[...])
+        if self.lora_a is not None and self.lora_b is not None:
+            y += _product(_product(x, self.lora_a[...]) * self.lora_scale, self.lora_b[...])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -153,11 +164,11 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def _linears(
-    stack: tuple[int, ...], config: LlamaConfig, *, bias: bool, rngs: nnx.Rngs, param_dtype: Any
-) -> Callable[[int, int], Linear]:
-    """What the projections of one module have in common; their sizes are left to be given."""
+    stack: tuple[int, ...], config: LlamaConfig, lora: Lora | None, *, bias: bool, rngs: nnx.Rngs, param_dtype: Any
+) -> Callable[[str, int, int], Linear]:
+    """What the projections of one module have in common; their names and sizes are left to be given."""
 
-    def linear(in_features: int, out_features: int) -> Linear:
+    def linear(name: str, in_features: int, out_features: int) -> Linear:
         return Linear(
             stack,
             in_features,
@@ -166,6 +177,7 @@ def _linears(
             stddev=config.initializer_range,
             rngs=rngs,
             param_dtype=param_dtype,
+            lora=lora if lora is not None and name in lora.targets else None,
         )
 
     return linear
@@ -201,13 +213,15 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> 
 class SelfAttention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, stack: tuple[int, ...], config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: Any):
-        linear = _linears(stack, config, bias=config.attention_bias, rngs=rngs, param_dtype=param_dtype)
+    def __init__(
+        self, stack: tuple[int, ...], config: LlamaConfig, lora: Lora | None, *, rngs: nnx.Rngs, param_dtype: Any
+    ):
+        linear = _linears(stack, config, lora, bias=config.attention_bias, rngs=rngs, param_dtype=param_dtype)
         self.head_dim = config.head_dim
-        self.q_proj = linear(config.hidden_size, config.num_attention_heads * config.head_dim)
-        self.k_proj = linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
-        self.v_proj = linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
-        self.o_proj = linear(config.num_attention_heads * config.head_dim, config.hidden_size)
+        self.q_proj = linear("q_proj", config.hidden_size, config.num_attention_heads * config.head_dim)
+        self.k_proj = linear("k_proj", config.hidden_size, config.num_key_value_heads * config.head_dim)
+        self.v_proj = linear("v_proj", config.hidden_size, config.num_key_value_heads * config.head_dim)
+        self.o_proj = linear("o_proj", config.num_attention_heads * config.head_dim, config.hidden_size)
 
     def __call__(
         self,
@@ -232,11 +246,13 @@ class SelfAttention(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, stack: tuple[int, ...], config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: Any):
-        linear = _linears(stack, config, bias=config.mlp_bias, rngs=rngs, param_dtype=param_dtype)
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+    def __init__(
+        self, stack: tuple[int, ...], config: LlamaConfig, lora: Lora | None, *, rngs: nnx.Rngs, param_dtype: Any
+    ):
+        linear = _linears(stack, config, lora, bias=config.mlp_bias, rngs=rngs, param_dtype=param_dtype)
+        self.gate_proj = linear("gate_proj", config.hidden_size, config.intermediate_size)
+        self.up_proj = linear("up_proj", config.hidden_size, config.intermediate_size)
+        self.down_proj = linear("down_proj", config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: Array, constrain: Constrain) -> Array:
         gate, up = (checkpoint_name(proj(x), "mlp") for proj in (self.gate_proj, self.up_proj))
@@ -246,14 +262,16 @@ class SwiGLU(nnx.Module):
 class Block(nnx.Module):
     """One decoder layer, or, with a non-empty `stack`, the parameters of many."""
 
-    def __init__(self, stack: tuple[int, ...], config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: Any):
+    def __init__(
+        self, stack: tuple[int, ...], config: LlamaConfig, lora: Lora | None, *, rngs: nnx.Rngs, param_dtype: Any
+    ):
         def norm() -> RMSNorm:
             return RMSNorm(stack, config.hidden_size, eps=config.rms_norm_eps, param_dtype=param_dtype)
 
         self.input_layernorm = norm()
-        self.self_attn = SelfAttention(stack, config, rngs=rngs, param_dtype=param_dtype)
+        self.self_attn = SelfAttention(stack, config, lora, rngs=rngs, param_dtype=param_dtype)
         self.post_attention_layernorm = norm()
-        self.mlp = SwiGLU(stack, config, rngs=rngs, param_dtype=param_dtype)
+        self.mlp = SwiGLU(stack, config, lora, rngs=rngs, param_dtype=param_dtype)
 
     def __call__(
         self,
@@ -289,6 +307,7 @@ class Llama(nnx.Module):
         param_dtype: Any = jnp.float32,
         attention: str | Attention = "auto",
         constrain: Constrain = unconstrained,
+        lora: Lora | None = None,
     ):
         """Initialises the parameters at random.
 
@@ -299,6 +318,7 @@ class Llama(nnx.Module):
           param_dtype: dtype of the parameters.
           attention: a backend's name, "auto", or a function with the signature of `attention.reference`.
           constrain: called with each large activation and its logical axes, to lay it out on a mesh.
+          lora: adapters beside the projections that it names.
 
         Raises:
           InputError: unknown backend.
@@ -306,11 +326,12 @@ class Llama(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.constrain = constrain
+        self.lora = lora
         self.attention = (
             BACKENDS[select(attention, self.dtype, config.head_dim)] if isinstance(attention, str) else attention
         )
         self.embed_tokens = Embedding(config, rngs=rngs, param_dtype=param_dtype)
-        self.layers = Block((config.num_hidden_layers,), config, rngs=rngs, param_dtype=param_dtype)
+        self.layers = Block((config.num_hidden_layers,), config, lora, rngs=rngs, param_dtype=param_dtype)
         self.norm = RMSNorm((), config.hidden_size, eps=config.rms_norm_eps, param_dtype=param_dtype)
         self.lm_head = (
             None

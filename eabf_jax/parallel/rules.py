@@ -25,8 +25,18 @@ LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
 }
 
-_COLUMN: dict[str, tuple[str | None, ...]] = {"kernel": ("embed", "{}"), "bias": ("{}",)}
-_ROW: dict[str, tuple[str | None, ...]] = {"kernel": ("{}", "embed"), "bias": (None,)}
+_COLUMN: dict[str, tuple[str | None, ...]] = {
+    "kernel": ("embed", "{}"),
+    "bias": ("{}",),
+    "lora_a": ("embed", None),
+    "lora_b": (None, "{}"),
+}
+_ROW: dict[str, tuple[str | None, ...]] = {
+    "kernel": ("{}", "embed"),
+    "bias": (None,),
+    "lora_a": ("{}", None),
+    "lora_b": (None, "embed"),
+}
 _LAYERS: dict[str, tuple[dict[str, tuple[str | None, ...]], str]] = {
     "q_proj": (_COLUMN, "heads"),
     "k_proj": (_COLUMN, "heads"),

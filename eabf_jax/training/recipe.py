@@ -5,6 +5,7 @@ The defaults are the recipe of the paper (arXiv 2401.07004, section 4.1, the run
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ import yaml
 
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.lora import Lora
 from eabf_jax.parallel.mesh import MeshConfig
 from eabf_jax.rope import Scheme
 from eabf_jax.rope.schemes import SCHEMES, parameters_of
@@ -121,6 +123,7 @@ class TrainConfig:
     window: int  # tokens a row; the target window
     rope: RopeConfig
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    lora: Lora | None = None  # low-rank adapters, saved alone; null: every parameter is trained
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     recipe: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
@@ -204,7 +207,9 @@ def _print_help(prog: str | None) -> NoReturn:
     """Every key with the comment beside it; draccus's option to read one section from a file is not ours."""
     parser = draccus.argparsing.ArgumentParser(config_class=TrainConfig, prog=prog).parser
     parser.usage = "%(prog)s --config_path FILE [--dotted.key VALUE ...]"
-    print("\n".join(line for line in parser.format_help().splitlines() if "Config file for" not in line))
+    text = "\n".join(line for line in parser.format_help().splitlines() if "Config file for" not in line)
+    # A section that may be null is told twice, the first time without its keys.
+    print(re.sub(r"^Optional \[.*\n.*\n\n", "", text, flags=re.MULTILINE))
     raise SystemExit(0)
 
 
@@ -276,14 +281,16 @@ def _build(kind: Any, values: Any, path: str) -> Any:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise InputError(f"configuration key '{path}{name}' is missing; {_names(hints[name])} is needed")
-    return kind(
-        **{
-            name: _build(hints[name], value, f"{path}{name}.")
-            if dataclasses.is_dataclass(hints[name]) or hints[name] is RopeConfig
-            else _value(f"{path}{name}", value, hints[name])
-            for name, value in values.items()
-        }
-    )
+    return kind(**{name: _build_or_value(hints[name], value, f"{path}{name}") for name, value in values.items()})
+
+
+def _build_or_value(kind: Any, value: Any, key: str) -> Any:
+    """A section of the configuration, null where one may be left out, or a single value."""
+    section = next((k for k in _alternatives(kind) if dataclasses.is_dataclass(k) or k is RopeConfig), None)
+    absent = value is None or (isinstance(value, _Text) and value in ("null", "~"))
+    if section is None or (absent and types.NoneType in _alternatives(kind)):
+        return _value(key, value, kind)
+    return _build(section, value, f"{key}.")
 
 
 def _value(key: str, value: Any, kind: Any) -> Any:
@@ -305,6 +312,8 @@ def _value(key: str, value: Any, kind: Any) -> Any:
         raise unknown_name(f"value of '{key}'", str(value), choices)
     if dict in kinds and isinstance(value, dict):
         return _plain(value)
+    if tuple in kinds and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return tuple(value)
     # YAML 1.1 reads 2e-5 as text; it is a number all the same.
     if float in kinds and _is_number(value):
         return float(value)
@@ -336,6 +345,7 @@ def _names(kind: Any) -> str:
         bool: "true or false",
         str: "text",
         dict: "a mapping",
+        tuple: "a list of names",
         types.NoneType: "null",
     }
     told = [

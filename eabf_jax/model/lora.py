@@ -1,0 +1,101 @@
+"""Low-rank adapters: y = x W + (x A) B · alpha / rank, with the model's own W left as it is.
+
+A [in, rank] and B [rank, out] are the leaves `lora_a` and `lora_b` beside the `kernel` of each adapted projection.
+
+Source: Hu et al. 2021 (arXiv 2106.09685); embeddings and norms trained as well: LongLoRA (arXiv 2309.12307).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from eabf_jax.errors import InputError, unknown_name
+
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = (*ATTENTION_PROJECTIONS, "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters in place of a full fine-tune; null trains every parameter."""
+
+    rank: int = 8  # columns of A and rows of B; LongLoRA: 8
+    alpha: float = 16.0  # the adapters' product is multiplied by alpha / rank; LongLoRA: 16
+    # q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; LongLoRA: those of attention
+    targets: tuple[str, ...] = ATTENTION_PROJECTIONS
+    train_embeddings: bool = False  # token embeddings too (tied: the output with them); LongLoRA: for long windows, yes
+    train_norms: bool = False  # scales of all norms too; LongLoRA: likewise
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"lora.rank is {self.rank}; a positive number is needed")
+        if not self.alpha > 0:
+            raise InputError(f"lora.alpha is {self.alpha}; a positive number is needed")
+        if not self.targets:
+            raise InputError(f"lora.targets is empty; any of {', '.join(PROJECTIONS)} is needed")
+        for name in self.targets:
+            if name not in PROJECTIONS:
+                raise unknown_name("projection in lora.targets", str(name), PROJECTIONS)
+        if len(set(self.targets)) < len(self.targets):
+            raise InputError(f"lora.targets names a projection twice: {', '.join(self.targets)}")
+
+    @property
+    def scale(self) -> float:
+        """What the adapters' product is multiplied with."""
+        return self.alpha / self.rank
+
+    def trains(self, path: tuple[str, ...]) -> bool:
+        """Whether the parameter at this place of the tree is trained."""
+        return (
+            path[-1] in ("lora_a", "lora_b")
+            or (self.train_embeddings and path[-1] == "embedding")
+            or (self.train_norms and path[-1] == "scale")
+        )
+
+
+def split_trained(params: Mapping[str, Any], lora: Lora | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parts a model's parameters into those that are trained and the others.
+
+    Args:
+      params: nested mapping, as `Llama.parameters()` gives it.
+      lora: the adapters; None trains all.
+
+    Returns:
+      Two nested dicts; `training.backward.merge` undoes it.
+    """
+    if lora is None:
+        return dict(params), {}
+    return _where(params, lora, True), _where(params, lora, False)
+
+
+def _where(tree: Mapping[str, Any], lora: Lora, trained: bool, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = (*prefix, key)
+        if isinstance(value, Mapping):
+            if inner := _where(value, lora, trained, path):
+                found[key] = inner
+        elif lora.trains(path) == trained:
+            found[key] = value
+    return found
+
+
+def merged_kernel(
+    kernel: Float[Array, "... I O"], lora_a: Float[Array, "... I R"], lora_b: Float[Array, "... R O"], scale: float
+) -> Float[Array, "... I O"]:
+    """The one matrix that a projection and its adapters amount to.
+
+    Args:
+      kernel: [..., in, out], of any float dtype.
+      lora_a: [..., in, rank].
+      lora_b: [..., rank, out].
+      scale: alpha / rank.
+
+    Returns:
+      float32 kernel + lora_a @ lora_b * scale.
+    """
+    wide = [jnp.asarray(array, jnp.float32) for array in (kernel, lora_a, lora_b)]
+    return wide[0] + jnp.matmul(wide[1], wide[2], precision="highest") * scale
