@@ -3,6 +3,7 @@ import importlib.util
 import pytest
 
 from eabf_jax.errors import InputError
+from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.parallel.topology import SLICES, compile_only_devices, tpu_slice
 
 
@@ -37,6 +38,14 @@ def test_the_tpu_compiler_knows_every_slice():
         assert {device.device_kind for device in devices} == {kinds[slice_.generation]}
         corner = [max(device.coords[i] for device in devices) + 1 for i in range(len(slice_.shape))]
         assert tuple(corner) == slice_.shape
+
+
+@pytest.mark.parametrize(
+    "config", [MeshConfig(fsdp=2, context=32), MeshConfig(fsdp=16, context=4), MeshConfig(tensor=8)]
+)
+def test_a_mesh_need_not_follow_the_dimensions_of_the_torus(config):
+    mesh = make_mesh(config, compile_only_devices(tpu_slice("v4-128")))
+    assert mesh.size == 64 and len(set(mesh.devices.flat)) == 64
 
 
 def test_a_missing_compiler_is_one_line_that_says_what_to_install(monkeypatch):
