@@ -8,7 +8,7 @@ import torch
 
 from eabf_jax.model.llama import Llama
 from eabf_jax.rope import scheme
-from eabf_jax.training.loss import target_mask, token_losses
+from eabf_jax.training.loss import next_tokens, token_losses
 
 ROWS, LENGTH = 2, 9
 
@@ -82,11 +82,12 @@ def test_full_logits_exist_only_where_the_chunk_is_the_whole_row(yarn, params, c
     assert (max(sizes) >= ROWS * 63 * yarn.vocab_size) == exist
 
 
-def test_target_mask_by_hand():
-    segments = np.array([[1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
+def test_targets_by_hand():
+    tokens = np.array([[5, 6, 7, 8, 9, 0, 0], [1, 2, 3, 4, 5, 6, 7]], np.int32)
+    segments = np.array([[1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1]], np.int32)
     learned = np.array([[1, 1, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0, 1]], bool)
+    targets, mask = next_tokens(tokens, learned, segments)
+    assert targets[mask].tolist() == [6, 9, 3, 4, 7]
     # Row 0: the first token of document 2 is learned by nobody, and padding never counts.
-    expected = [[1, 0, 0, 1, 0, 0], [0, 1, 1, 0, 0, 1]]
-    found = target_mask(jnp.asarray(learned), jnp.asarray(segments))
-    assert found.dtype == bool
-    assert found.astype(int).tolist() == expected
+    assert mask.astype(int).tolist() == [[1, 0, 0, 1, 0, 0, 0], [0, 1, 1, 0, 0, 1, 0]]
+    assert (targets.dtype, mask.dtype) == (np.int32, bool)

@@ -6,8 +6,9 @@ import optax
 import pytest
 import torch
 
-from eabf_jax.training.optimizer import decayed, make_optimizer
+from eabf_jax.training.optimizer import decayed, make_optimizer, updated
 from eabf_jax.training.recipe import RecipeConfig
+from eabf_jax.training.step import clip_factor
 
 
 def test_weight_decay_spares_norms_and_biases(params):
@@ -39,8 +40,13 @@ def test_updates_are_torchs(warmup):
 
     recipe = RecipeConfig(learning_rate=peak, warmup_steps=warmup)
     optimizer = make_optimizer(recipe, steps)
-    params, state = dict(start), optimizer.init(start)
-    update = jax.jit(optimizer.update)
+    zeros = {name: np.zeros_like(leaf) for name, leaf in start.items()}
+    params, mu, nu = start, zeros, zeros
+
+    @jax.jit
+    def update(step, params, mu, nu, gradient):
+        scale = clip_factor(optax.tree.norm(gradient), recipe.clip_norm)
+        return updated(optimizer, step, params, mu, nu, jax.tree.map(lambda g: g * scale, gradient))
 
     tensors = {name: torch.nn.Parameter(torch.from_numpy(leaf.copy())) for name, leaf in start.items()}
     groups = [
@@ -57,8 +63,7 @@ def test_updates_are_torchs(warmup):
         ),
     )
     for step, gradient in enumerate(gradients):
-        updates, state = update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
+        params, mu, nu = update(np.int32(step), params, mu, nu, gradient)
         for name, tensor in tensors.items():
             tensor.grad = torch.from_numpy(gradient[name].copy())
         torch.nn.utils.clip_grad_norm_(list(tensors.values()), 1.0)

@@ -42,7 +42,7 @@ def test_defaults_are_the_papers(load):
     assert (recipe.objective, recipe.epochs, recipe.steps, recipe.batch_size) == ("extend", 2, None, 32)
     assert (recipe.learning_rate, recipe.warmup_steps, recipe.schedule) == (2e-5, 0, "cosine")
     assert (recipe.beta1, recipe.beta2, recipe.weight_decay, recipe.clip_norm) == (0.9, 0.95, 0.1, 1.0)
-    assert (compute.dtype, compute.remat) == ("bfloat16", "full")
+    assert (compute.dtype, compute.remat, compute.optimizer_memory) == ("bfloat16", "auto", "auto")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_differences_name_the_keys_that_change_the_result(load, tmp_path):
         ({"recipe": {"objective": "extnd"}}, "unknown value of 'recipe.objective' 'extnd': did you mean 'extend'"),
         ({"compute": {"dtype": "bf16"}}, "known: bfloat16, float16, float32"),
         ({"compute": {"microbatch_size": 0}}, "'compute.microbatch_size' is 0; a positive number"),
-        ({"mesh": {"fsdp": 0}}, "mesh data=1, fsdp=0, tensor=1"),
+        ({"mesh": {"fsdp": 0}}, "mesh data=1, fsdp=0, context=1, tensor=1"),
         ({"checkpoint": {"keep": 0}}, "'checkpoint.keep' is 0; a positive number"),
         ({"model": {"shape": [1]}}, "'model.shape' takes a mapping or null, not [1]"),
     ],
