@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from eabf_jax.errors import InputError
 from eabf_jax.model import Llama, LlamaConfig, attention
-from eabf_jax.model.llama import REMAT_POLICIES, positions_from_segments, rotary_tables
+from eabf_jax.model.llama import positions_from_segments, rotary_tables
 from eabf_jax.rope import Scheme, compose, from_hf, scheme
 from eabf_jax.training.tracking import parameter_count
 
@@ -400,47 +400,17 @@ def test_bfloat16_logits_are_near_the_float32_ones() -> None:
 # --- compilation and parameters ---------------------------------------------------------------------------------------
 
 
-def equation_count(config: LlamaConfig, remat: str) -> int:
-    graphdef, state = nnx.split(Llama.abstract(config, attention="chunked", remat=remat))
+def equation_count(config: LlamaConfig) -> int:
+    graphdef, state = nnx.split(Llama.abstract(config, attention="chunked"))
     tokens = jax.ShapeDtypeStruct((1, 40), jnp.int32)
     gradient = jax.grad(lambda state, tokens: nnx.merge(graphdef, state)(tokens).sum())
     return sum(len(jaxpr.eqns) for jaxpr in sub_jaxprs(jax.make_jaxpr(gradient)(state, tokens).jaxpr))
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_the_program_does_not_grow_with_depth(remat: str) -> None:
+def test_the_program_does_not_grow_with_depth() -> None:
     rope = CASES["eabf"][0]
-    shallow, deep = (equation_count(small(rope, num_hidden_layers=layers), remat) for layers in (2, 6))
+    shallow, deep = (equation_count(small(rope, num_hidden_layers=layers)) for layers in (2, 6))
     assert shallow == deep > 100
-
-
-def test_remat_policies_give_the_same_gradients() -> None:
-    config = small(CASES["eabf"][0])
-    params, tokens = random_params(config), tokens_for(config, 1, 24)
-    gradients = {}
-    for remat in REMAT_POLICIES:
-        template = Llama.abstract(config, attention="reference", remat=remat)
-        loss = jax.grad(lambda p, template=template: (template.with_parameters(p)(tokens) ** 2).mean())
-        gradients[remat] = jax.jit(loss, compiler_options=QUICK)(params)
-
-    def near(value: jax.Array, expected: jax.Array) -> None:
-        # Computing an intermediate again may round differently (fusion), nothing more.
-        largest = float(np.abs(expected).max())
-        assert largest > 0
-        np.testing.assert_allclose(value, expected, atol=2e-5 * largest, rtol=0)
-
-    for remat in REMAT_POLICIES:
-        jax.tree.map(near, gradients[remat], gradients["none"])
-
-
-@pytest.mark.parametrize(("remat", "forward_passes"), [("none", 1), ("attention", 1), ("qkv", 1), ("full", 2)])
-def test_attention_is_computed_again_only_where_the_policy_says_so(remat: str, forward_passes: int) -> None:
-    graphdef, state = nnx.split(Llama.abstract(small(), attention="chunked", remat=remat))
-    tokens = jax.ShapeDtypeStruct((1, 40), jnp.int32)
-    gradient = jax.grad(lambda state, tokens: nnx.merge(graphdef, state)(tokens).sum())
-    equations = [e for j in sub_jaxprs(jax.make_jaxpr(gradient)(state, tokens).jaxpr) for e in j.eqns]
-    # The largest logit is looked for once in each forward pass of the chunked backend, nowhere else.
-    assert sum(equation.primitive.name == "reduce_max" for equation in equations) == forward_passes
 
 
 def test_the_abstract_model_holds_shapes_only() -> None:
@@ -526,9 +496,7 @@ def test_a_wrong_parameter_tree_is_refused() -> None:
         Llama.from_params(small(num_hidden_layers=2), params)
 
 
-def test_unknown_options_are_refused() -> None:
-    with pytest.raises(InputError, match="unknown remat policy 'ful': did you mean 'full'"):
-        Llama.abstract(small(), remat="ful")
+def test_an_unknown_attention_backend_is_refused() -> None:
     with pytest.raises(InputError, match="unknown attention backend 'flash'"):
         Llama.abstract(small(), attention="flash")
 
