@@ -172,6 +172,23 @@ def activation_constraint(mesh: Mesh) -> Constrain:
     return constrain
 
 
+def check_tensor_axis(ways: int, kv_heads: int) -> None:
+    """Refuses a tensor axis that would cut heads in pieces.
+
+    Args:
+      ways: devices of the axis.
+      kv_heads: key-value heads of the model.
+
+    Raises:
+      InputError: the axis does not divide the key-value heads.
+    """
+    if kv_heads % ways:
+        raise InputError(
+            f"mesh tensor={ways} does not divide the model's {kv_heads} key-value heads: use a divisor of it and give "
+            "the rest of the devices to fsdp"
+        )
+
+
 def sharded_attention(mesh: Mesh, attention: Attention, kv_heads: int) -> Attention:
     """Runs an attention backend on each device's own rows, queries and heads: the kernels know nothing of a mesh.
 
@@ -186,11 +203,7 @@ def sharded_attention(mesh: Mesh, attention: Attention, kv_heads: int) -> Attent
     Raises:
       InputError: the tensor axis does not divide the key-value heads.
     """
-    if kv_heads % mesh.shape["tensor"]:
-        raise InputError(
-            f"mesh tensor={mesh.shape['tensor']} does not divide the model's {kv_heads} key-value heads: "
-            "use a divisor of it and give the rest of the devices to fsdp"
-        )
+    check_tensor_axis(mesh.shape["tensor"], kv_heads)
     if mesh.size == 1:
         return attention
     heads = spec("batch", "length", "heads", None)

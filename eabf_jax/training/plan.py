@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
-from eabf_jax.parallel.rules import parameter_shardings
+from eabf_jax.parallel.rules import check_tensor_axis, parameter_shardings
 from eabf_jax.training.backward import remat_by_layer
 from eabf_jax.training.layerwise import IN_FLIGHT
 from eabf_jax.training.recipe import TrainConfig
@@ -254,6 +254,7 @@ class _Step:
         tensor, context = mesh["tensor"], mesh["context"]
         if config.window % context:
             raise InputError(f"window {config.window} is not divisible by mesh context={context}")
+        check_tensor_axis(tensor, model_config.num_key_value_heads)
         length = config.window // context
         count, in_layers = _parameter_counts(model_config, tuple(mesh.items()))
         layers = model_config.num_hidden_layers
