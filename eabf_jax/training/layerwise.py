@@ -19,11 +19,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from eabf_jax.model.llama import Llama
+from eabf_jax.model.lora import split_trained
 from eabf_jax.parallel.rules import parameter_shardings
 from eabf_jax.training.backward import Microbatch, Pieces, Tree, add, head_parameters, remat_by_layer, zeros
 from eabf_jax.training.master import join, split_tree
 from eabf_jax.training.recipe import ComputeConfig
-from eabf_jax.training.step import Saved, StepMetrics, TrainState, clip_factor, update, with_shardings
+from eabf_jax.training.step import Saved, StepMetrics, TrainState, clip_factor, narrowed, update, with_shardings
 
 _HOST = "pinned_host"
 # Layers whose part of what lies in host memory is on its way at a time.
@@ -52,25 +53,26 @@ class Layerwise:
         self._tied = model.config.tie_word_embeddings
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._on_host = compute.optimizer_memory == "host"
-        masters = model.parameters()
-        stacked = parameter_shardings(mesh, masters)
+        params = model.parameters()
+        masters, frozen = split_trained(with_shardings(params, parameter_shardings(mesh, params)), model.lora)
+        frozen = narrowed(frozen, self._dtype)
 
-        def on_host(sharding: NamedSharding) -> NamedSharding:
-            return sharding.with_memory_kind(_HOST)
+        def on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(_HOST))
 
-        # Stacked moments pass through host memory: beside those of the layers, the device has no room for them.
-        moments = with_shardings(masters, jax.tree.map(on_host, stacked))
-        self.abstract = Saved(with_shardings(masters, stacked), {"mu": moments, "nu": moments})
-        self._masters = {
-            **with_shardings(masters, stacked),
-            "layers": jax.tree.map(
-                lambda leaf, at: jax.ShapeDtypeStruct(
-                    leaf.shape[1:], leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*at.spec[1:]))
-                ),
-                masters["layers"],
-                stacked["layers"],
-            ),
-        }
+        def layer_of(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            at = NamedSharding(mesh, PartitionSpec(*leaf.sharding.spec[1:]))
+            return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=at)
+
+        def by_layer(tree: Tree) -> Tree:
+            return {**tree, "layers": jax.tree.map(layer_of, tree["layers"])} if tree else {}
+
+        # Stacked moments and frozen layers pass through host memory: beside those of the layers, the device has no
+        # room for them.
+        moments = jax.tree.map(on_host, masters)
+        self.abstract = Saved(masters, {"mu": moments, "nu": moments})
+        self.frozen = {**frozen, "layers": jax.tree.map(on_host, frozen["layers"])} if frozen else {}
+        self._masters, self._frozen = by_layer(masters), by_layer(frozen)
         self._programs: dict[Any, Any] = {}
         # Collectives run beside the computation only if they are scheduled so; one device has none.
         overlap = mesh.size > 1 and mesh.devices.flat[0].platform == "gpu"
@@ -82,7 +84,8 @@ class Layerwise:
     def compile(self) -> float:
         """See `Step`."""
         began = time.perf_counter()
-        pieces, masters = self._pieces, self._masters
+        pieces, masters, frozen = self._pieces, self._masters, self._frozen
+        others = frozen.get("layers", {})
         halves = jax.eval_shape(lambda tree: split_tree(tree, self._dtype), masters)
         params = with_shardings(halves[0], _shardings(masters))
         rest = jax.tree.map(
@@ -102,30 +105,31 @@ class Layerwise:
             rows = jax.tree.map(lambda array: array[number], batch)
             return rows, pieces.row(rows), pieces.embed(embedding, rows.tokens)
 
-        rows, row, x = self._compile("start", start, params["embed_tokens"], self._batch, number)
+        rows, row, x = self._compile("start", start, {**params, **frozen}["embed_tokens"], self._batch, number)
         kept = {}
         for policy in dict.fromkeys(self._remat):
             forward = functools.partial(pieces.forward, policy)
-            x, kept[policy] = self._compile(("forward", policy), forward, params["layers"], {}, number, x, row)
+            x, kept[policy] = self._compile(("forward", policy), forward, params["layers"], others, number, x, row)
         self._kept_at = [_shardings([x, kept.get("offload", [])])]
         self._kept_at.append(jax.tree.map(lambda at: at.with_memory_kind(_HOST), self._kept_at[0]))
 
-        def head(trained: Tree, x: Array, rows: Microbatch, gradients: Tree, total: Array) -> tuple[Any, ...]:
-            loss, gradients, d_x = pieces.head(trained, {}, x, rows, gradients)
-            return total + loss, gradients, d_x
+        def head(*inputs: Any) -> tuple[Any, ...]:
+            loss, gradients, d_x = pieces.head(*inputs[:-1])
+            return inputs[-1] + loss, gradients, d_x
 
-        trained, sums = (head_parameters(tree, self._tied) for tree in (params, masters))
-        _, _, d_x = self._compile("head", head, trained, x, rows, sums, scalar, donate=(3, 4))
+        trained, fixed, sums = (head_parameters(tree, self._tied) for tree in (params, frozen, masters))
+        _, _, d_x = self._compile("head", head, trained, fixed, x, rows, sums, scalar, donate=(4, 5))
         for policy, saved in kept.items():
 
             def backward(gradients: Tree, d_y: Array, *inputs: Any, policy: str = policy) -> tuple[Tree, Array]:
                 d_layer, d_x = pieces.backward(policy, *inputs, d_y)
                 return add(gradients, d_layer), d_x
 
-            inputs = (masters["layers"], d_x, params["layers"], {}, number, x, row, saved)
+            inputs = (masters["layers"], d_x, params["layers"], others, number, x, row, saved)
             self._compile(("backward", policy), backward, *inputs, donate=(0, 1))
-        inputs = (masters["embed_tokens"], rows.tokens, d_x)
-        self._compile("embed_backward", pieces.embed_backward, *inputs, donate=0)
+        if "embed_tokens" in masters:
+            inputs = (masters["embed_tokens"], rows.tokens, d_x)
+            self._compile("embed_backward", pieces.embed_backward, *inputs, donate=0)
 
         def finish(squares: list[Array], total: Array, mask: Array) -> tuple[Array, ...]:
             count = mask.sum()
@@ -159,7 +163,8 @@ class Layerwise:
     def __call__(self, state: TrainState, batch: Microbatch) -> tuple[TrainState, StepMetrics]:
         """See `Step`."""
         run, numbers = self._programs, self._numbers
-        params = state.params
+        params, frozen = state.params, state.frozen
+        others = frozen.get("layers", [{}] * self._layers)
         gradients = {
             name: [run["zeros", name]() for _ in range(self._layers)] if name == "layers" else run["zeros", name]()
             for name in params
@@ -168,22 +173,22 @@ class Layerwise:
         for microbatch in range(batch.tokens.shape[0]):
             # Calls queued further ahead than the backward pass before would wait for memory, and not for long.
             jax.block_until_ready(total)
-            rows, row, x = run["start"](params["embed_tokens"], batch, numbers[microbatch])
+            rows, row, x = run["start"]({**params, **frozen}["embed_tokens"], batch, numbers[microbatch])
             kept: list[Any] = []
             leaving: list[Any] = []
             room = self._layers - self._remat.count("offload")
             for number, policy in enumerate(self._remat):
                 if number >= room:
                     jax.block_until_ready(leaving[number - room])  # its place on the device is this layer's
-                y, saved = run["forward", policy](params["layers"][number], {}, numbers[number], x, row)
+                y, saved = run["forward", policy](params["layers"][number], others[number], numbers[number], x, row)
                 kept.append([x, saved])
                 if policy == "offload":
                     kept[number] = jax.device_put(kept[number], self._kept_at[1])
                     leaving.append(kept[number])
                 x = y
             leaving.clear()
-            sums = head_parameters(gradients, self._tied)
-            total, sums, d_x = run["head"](head_parameters(params, self._tied), x, rows, sums, total)
+            trained, fixed, sums = (head_parameters(tree, self._tied) for tree in (params, frozen, gradients))
+            total, sums, d_x = run["head"](trained, fixed, x, rows, sums, total)
             gradients.update(sums)
             del x, y, saved, sums
             for number in reversed(range(self._layers + IN_FLIGHT)):
@@ -197,7 +202,8 @@ class Layerwise:
                     gradients["layers"][number], d_x, params["layers"][number], {}, numbers[number], x, row, saved
                 )
                 del x, saved
-            gradients["embed_tokens"] = run["embed_backward"](gradients["embed_tokens"], rows.tokens, d_x)
+            if "embed_tokens" in gradients:
+                gradients["embed_tokens"] = run["embed_backward"](gradients["embed_tokens"], rows.tokens, d_x)
             del d_x
         squares = [run["squares", name](_part(gradients, place)) for name, place in self._places()]
         loss, norm, scale, count = run["finish"](squares, total, batch.mask)
@@ -248,7 +254,7 @@ class Layerwise:
                 _set_part(tree, place, value)
             fetch(turn + IN_FLIGHT)
         norm = jnp.sqrt(jnp.stack(squares).sum())
-        return TrainState(state.step + 1, *trees, {}), norm
+        return TrainState(state.step + 1, *trees, state.frozen), norm
 
     @functools.cache  # noqa: B019 - lives as long as the run
     def _optimizer_shardings(self, name: str, *, host: bool) -> Any:
@@ -261,15 +267,15 @@ class Layerwise:
 
     # To and from checkpoints, in which the layers are stacked.
 
-    def begin(self, params: Tree) -> TrainState:
+    def begin(self, params: Tree, frozen: Tree | None = None) -> TrainState:
         """See `Step`."""
-        return self._state(0, params, None)
+        return self._state(0, params, None, frozen or {})
 
-    def restored(self, step: int, saved: Saved) -> TrainState:
+    def restored(self, step: int, saved: Saved, frozen: Tree | None = None) -> TrainState:
         """See `Step`."""
-        return self._state(step, saved.params, saved.optimizer)
+        return self._state(step, saved.params, saved.optimizer, frozen or {})
 
-    def _state(self, step: int, masters: Tree, moments: Tree | None) -> TrainState:
+    def _state(self, step: int, masters: Tree, moments: Tree | None, frozen: Tree) -> TrainState:
         halves = jax.jit(lambda tree: split_tree(tree, self._dtype))
         trees: list[dict[str, Any]] = [{name: [] for name in self._masters} for _ in range(4)]
 
@@ -282,7 +288,7 @@ class Layerwise:
 
         for name, place in self._places():
             rest_at, *_ = self._optimizer_shardings(name, host=self._on_host)
-            params, rest = halves(self._unstacked(masters, name, place))
+            params, rest = halves(_unstacked(masters, place, self._masters))
             keep(trees[0], name, params, _shardings(self._masters[name]))
             keep(trees[1], name, rest, rest_at)
         # The moments come when the stacked parameters are gone: the device may not have room for both.
@@ -295,17 +301,13 @@ class Layerwise:
         for name, place in self._places():
             _, *at = self._optimizer_shardings(name, host=self._on_host)
             for tree, key, to in zip(trees[2:], ("mu", "nu"), at, strict=True):
-                value = self._unstacked(moments[key], name, place) if moments else none[name]()
+                value = _unstacked(moments[key], place, self._masters) if moments else none[name]()
                 keep(tree, name, value, to)
         jax.block_until_ready(trees)
-        return TrainState(jax.device_put(np.int32(step), self._replicated), *trees, {})
-
-    def _unstacked(self, tree: Tree, name: str, place: tuple[Any, ...]) -> Tree:
-        """One part of a tree with stacked layers, on the device."""
-        at = _shardings(self._masters[name])
-        if name != "layers":
-            return jax.device_put(tree[name], at)
-        return jax.tree.map(lambda leaf, to: _layer_of(leaf, place[1], to), tree[name], at)
+        fixed = {name: _unstacked(frozen, (name,), self._frozen) for name in frozen if name != "layers"}
+        if frozen:
+            fixed["layers"] = [_unstacked(frozen, ("layers", i), self._frozen) for i in range(self._layers)]
+        return TrainState(jax.device_put(np.int32(step), self._replicated), *trees, fixed)
 
     def saved(self, state: TrainState) -> Saved:
         """See `Step`."""
@@ -357,6 +359,14 @@ def _layer_of(leaf: Array, number: int, at: NamedSharding) -> Array:
         return jax.device_put(leaf[number], at)
     pieces = [jax.device_put(np.asarray(shard.data)[number], shard.device) for shard in leaf.addressable_shards]
     return jax.make_array_from_single_device_arrays(leaf.shape[1:], at, pieces)
+
+
+def _unstacked(tree: Tree, place: tuple[Any, ...], parts: Tree) -> Tree:
+    """One part of a tree with stacked layers, on the device."""
+    at = _shardings(parts[place[0]])
+    if len(place) == 1:
+        return jax.device_put(tree[place[0]], at)
+    return jax.tree.map(lambda leaf, to: _layer_of(leaf, place[1], to), tree[place[0]], at)
 
 
 def _shardings(shapes: Tree) -> Any:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from eabf_jax.model.attention import BACKENDS, select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
+from eabf_jax.model.lora import Lora, split_trained
 from eabf_jax.parallel.rules import activation_constraint, parameter_shardings, sharded_attention, spec
 from eabf_jax.training.backward import Microbatch, Pieces, Tree, head_parameters, merge, remat_by_layer, zeros
 from eabf_jax.training.master import join, split_tree
@@ -51,7 +52,7 @@ class StepMetrics(NamedTuple):
 class Saved(NamedTuple):
     """The part of a state that a checkpoint holds, whoever ran the step: layers stacked, parameters float32."""
 
-    params: Tree
+    params: Tree  # those that are trained
     optimizer: Tree  # {"mu": ..., "nu": ...}
 
 
@@ -62,14 +63,18 @@ class Step(Protocol):
     def abstract(self) -> Saved:
         """Shapes and shardings of what a checkpoint holds."""
 
+    @property
+    def frozen(self) -> Tree:
+        """Shapes and shardings of the parameters that are not trained: layers stacked, in the compute dtype."""
+
     def compile(self) -> float:
         """Compiles; returns the seconds that it took."""
 
-    def begin(self, params: Tree) -> TrainState:
-        """A fresh state from float32 parameters with stacked layers, which it consumes."""
+    def begin(self, params: Tree, frozen: Tree | None = None) -> TrainState:
+        """A fresh state from float32 parameters with stacked layers, and those not trained, which it consumes."""
 
-    def restored(self, step: int, saved: Saved) -> TrainState:
-        """The state of a checkpoint, which it consumes."""
+    def restored(self, step: int, saved: Saved, frozen: Tree | None = None) -> TrainState:
+        """The state of a checkpoint, and the parameters not trained, which it consumes."""
 
     def saved(self, state: TrainState) -> Saved:
         """What a checkpoint is to hold of a state."""
@@ -78,13 +83,14 @@ class Step(Protocol):
         """One step over arrays [microbatches, rows, length]; consumes the state."""
 
 
-def build_model(config: LlamaConfig, compute: ComputeConfig, mesh: Mesh) -> Llama:
+def build_model(config: LlamaConfig, compute: ComputeConfig, mesh: Mesh, lora: Lora | None = None) -> Llama:
     """The model as the step runs it on the mesh, with shapes in place of parameters.
 
     Args:
       config: the model's shape.
       compute: dtype and attention backend.
       mesh: the device mesh.
+      lora: the adapters to train; None trains every parameter.
 
     Returns:
       A Llama whose parameters are float32 shapes.
@@ -97,6 +103,7 @@ def build_model(config: LlamaConfig, compute: ComputeConfig, mesh: Mesh) -> Llam
         param_dtype=jnp.float32,
         attention=sharded_attention(mesh, backend, config.num_key_value_heads),
         constrain=activation_constraint(mesh),
+        lora=lora,
     )
 
 
@@ -130,16 +137,21 @@ class Program:
         self._dtype = jnp.dtype(compute.dtype)
         self._remat = remat_by_layer(compute.remat, model.config.num_hidden_layers)
         self._pieces = Pieces(model, compute.loss_chunk, mesh.shape["context"])
-        masters = model.parameters()
-        shardings = parameter_shardings(mesh, masters)
+        params = model.parameters()
+        masters, frozen = split_trained(with_shardings(params, parameter_shardings(mesh, params)), model.lora)
+        self.frozen = narrowed(frozen, self._dtype)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, masters)
         replicated = NamedSharding(mesh, PartitionSpec())
         params, rest = jax.eval_shape(lambda tree: split_tree(tree, self._dtype), masters)
         rest_shardings = jax.tree.map(lambda leaf, at: at if leaf.size else replicated, rest, shardings)
-        self._state = with_shardings(
-            TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, rest, masters, masters, {}),
-            TrainState(replicated, shardings, rest_shardings, shardings, shardings, {}),
+        self._state = TrainState(
+            jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
+            with_shardings(params, shardings),
+            with_shardings(rest, rest_shardings),
+            masters,
+            masters,
+            self.frozen,
         )
-        masters = with_shardings(masters, shardings)
         self.abstract = Saved(masters, {"mu": masters, "nu": masters})
         outputs = jax.tree.map(lambda leaf: leaf.sharding, self._state)
         self._step = jax.jit(self._run, donate_argnums=0, out_shardings=(outputs, None))
@@ -155,20 +167,20 @@ class Program:
         self._compiled = self.lower().compile()
         return time.perf_counter() - began
 
-    def begin(self, params: Tree) -> TrainState:
+    def begin(self, params: Tree, frozen: Tree | None = None) -> TrainState:
         """See `Step`."""
         moments = jax.jit(
             lambda: (zeros(self._state.mu), zeros(self._state.nu)), out_shardings=self._placed("mu", "nu")
         )
-        return self.restored(0, Saved(params, dict(zip(("mu", "nu"), moments(), strict=True))))
+        return self.restored(0, Saved(params, dict(zip(("mu", "nu"), moments(), strict=True))), frozen)
 
-    def restored(self, step: int, saved: Saved) -> TrainState:
+    def restored(self, step: int, saved: Saved, frozen: Tree | None = None) -> TrainState:
         """See `Step`."""
         halves = jax.jit(
             lambda tree: split_tree(tree, self._dtype), out_shardings=self._placed("params", "rest"), donate_argnums=0
         )
         counter = jax.device_put(jnp.int32(step), self._state.step.sharding)
-        return TrainState(counter, *halves(saved.params), saved.optimizer["mu"], saved.optimizer["nu"], {})
+        return TrainState(counter, *halves(saved.params), saved.optimizer["mu"], saved.optimizer["nu"], frozen or {})
 
     def saved(self, state: TrainState) -> Saved:
         """See `Step`."""
@@ -289,6 +301,11 @@ def with_shardings(shapes: Tree, shardings: Tree) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
+
+
+def narrowed(shapes: Tree, dtype: Any) -> Any:
+    """Shapes and shardings of a tree that is kept in another dtype."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), shapes)
 
 
 def microbatch_sharding(mesh: Mesh) -> NamedSharding:
