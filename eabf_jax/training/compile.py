@@ -174,11 +174,13 @@ def roofline(predicted: Plan, slice_: Slice, collective: float) -> dict[str, flo
       Seconds by resource; their maximum (everything overlapped) and their sum (nothing overlapped); MFU at the maximum.
     """
     device, parts = predicted.device, predicted.parts
-    state = sum(parts[name] for name in ("parameters", "master rest", "moments", "gradients"))
-    streamed = predicted.microbatches * (2 * parts["kept activations"] + 3 * parts["gradients"] / 2)
+    updated = sum(parts[name] for name in ("parameters", "master rest", "moments", "gradients"))
+    # Parameters are read in the compute dtype forward, backward, and where a layer is recomputed.
+    read = 3 * (parts["gradients"] / 2 + parts.get("frozen parameters", 0.0))
+    streamed = predicted.microbatches * (2 * parts["kept activations"] + read)
     seconds = {
         "compute_seconds": (predicted.model_flops + predicted.recomputed_flops) / device.flops,
-        "hbm_seconds": (2 * state + streamed) / device.bandwidth,
+        "hbm_seconds": (2 * updated + streamed) / device.bandwidth,
         "ici_seconds": collective / (slice_.links * device.link),
     }
     longest = max(seconds.values())

@@ -14,6 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.lora import Lora
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -53,19 +54,42 @@ def parameter_count(config: LlamaConfig) -> int:
     return config.num_hidden_layers * layer + embeddings + hidden
 
 
-def flops_per_token(config: LlamaConfig, length: int) -> float:
+def flops_per_token(config: LlamaConfig, length: int, lora: Lora | None = None) -> float:
     """Model FLOPs of forward and backward for one trained token; recomputation is not counted.
 
     Args:
       config: the model's shape.
       length: tokens a row; causal attention.
+      lora: the adapters where they are trained in place of the model, which then has no gradients of its own.
 
     Returns:
-      6 x (parameters in matrix products) + 6 x layers x (query heads x head_dim) x length.
+      6 x (parameters in matrix products) + 6 x layers x (query heads x head_dim) x length; with adapters 4 x those
+      that are not trained, and 6 x the adapters' own.
     """
-    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    embedding = config.vocab_size * config.hidden_size
+    looked_up = 0 if config.tie_word_embeddings else embedding
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    return 6.0 * (parameter_count(config) - looked_up) + 6.0 * attention
+    whole = parameter_count(config) - looked_up
+    if lora is None:
+        return 6.0 * whole + 6.0 * attention
+    trained = embedding if lora.train_embeddings and config.tie_word_embeddings else 0
+    return 4.0 * (whole - trained) + 6.0 * (trained + _adapter_count(config, lora)) + 6.0 * attention
+
+
+def _adapter_count(config: LlamaConfig, lora: Lora) -> int:
+    """Numbers in the adapters of all layers."""
+    query, key_value = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    hidden, wide = config.hidden_size, config.intermediate_size
+    ends = {
+        "q_proj": hidden + query,
+        "k_proj": hidden + key_value,
+        "v_proj": hidden + key_value,
+        "o_proj": query + hidden,
+        "gate_proj": hidden + wide,
+        "up_proj": hidden + wide,
+        "down_proj": wide + hidden,
+    }
+    return config.num_hidden_layers * lora.rank * sum(ends[name] for name in lora.targets)
 
 
 class Tracker:
