@@ -97,13 +97,16 @@ def _train(arguments: list[str]) -> None:
     use_every_core(devices if devices > 0 else config.recipe.batch_size // rows)
     gpu_defaults()
     if config.distributed:
-        import jax
+        from eabf_jax.parallel.processes import connect
 
-        jax.distributed.initialize()
+        connect()
+    import jax
+
     from eabf_jax.training.trainer import train
 
     done = train(config)
-    print(f"{done}: finished; python convert/to_hf.py --src {done} --dst DIR exports it")
+    if jax.process_index() == 0:
+        print(f"{done}: finished; python convert/to_hf.py --src {done} --dst DIR exports it")
 
 
 def _evaluate(arguments: list[str]) -> None:

@@ -104,7 +104,10 @@ class ComputeConfig:
     optimizer_memory: Literal["auto", "device", "host"] = "auto"
     # sequences a device computes at a time; gradients are accumulated in float32
     microbatch_size: int | Literal["auto"] = 1
-    loss_chunk: int = 1024  # tokens of a row whose logits exist at a time
+    loss_chunk: int = 4096  # tokens of a row whose logits exist at a time
+    # devices that share parameters bring them together for each layer anew, or (layerwise only) once a step, where
+    # memory allows; auto: once where it fits
+    gather: Literal["auto", "layer", "step"] = "auto"
 
 
 @dataclasses.dataclass
@@ -130,7 +133,9 @@ class TrainConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     overwrite: bool = False  # start afresh: replace a run that is in the output directory, and leave other files there
-    distributed: bool = False  # true on every host of a pod: the processes find each other (jax.distributed)
+    # true in every process of a pod or cluster; where it is no TPU pod, SLURM, Open MPI or Kubernetes, each process is
+    # told by JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    distributed: bool = False
 
     @property
     def scheme(self) -> Scheme:
@@ -176,7 +181,8 @@ def config_differences(written: Path, config: TrainConfig) -> list[str]:
       config: the configuration now.
 
     Returns:
-      Top-level and second-level keys; those that change nothing of the result (`overwrite`, `checkpoint`) are left out.
+      Top-level and second-level keys; those that do not change what is computed, but how, where and when it is saved, are
+      left out.
     Raises:
       InputError: the file is not a configuration.
     """
@@ -187,12 +193,13 @@ def config_differences(written: Path, config: TrainConfig) -> list[str]:
             f"{written} is not a run's configuration; pass --overwrite true to start afresh, or name another directory"
         ) from error
     now = _flat(yaml.safe_load(dump_config(config)))
-    keys = sorted({*before, *now})
-    return [
-        key
-        for key in keys
-        if before.get(key) != now.get(key) and key != "overwrite" and not key.startswith("checkpoint.")
-    ]
+    return [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not _is_free(key)]
+
+
+def _is_free(key: str) -> bool:
+    """Whether a run may go on with another value."""
+    section = key.partition(".")[0]
+    return section in ("checkpoint", "compute", "distributed", "mesh", "overwrite") and key != "compute.dtype"
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -29,6 +28,7 @@ from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 from eabf_jax.parallel.context import zigzag_order
 from eabf_jax.parallel.mesh import make_mesh
+from eabf_jax.parallel.processes import all_or_none, gathered
 from eabf_jax.parallel.rules import batch_ways, process_batch_shard
 from eabf_jax.training.backward import Microbatch, Tree
 from eabf_jax.training.checkpoint import Checkpoints, latest_step
@@ -58,46 +58,53 @@ def train(config: TrainConfig) -> Path:
         `Preempted` where the machine was taken away (a checkpoint was written).
     """
     run = Path(config.output)
-    base = base_config(config)
-    check_window(config, base)
-    mesh = make_mesh(config.mesh)
-    model_config = dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
-    settled, planned = choose(config, model_config, mesh.shape, device_at_hand())
-    check(planned, settled, model_config)
-    microbatches = microbatch_count(settled, mesh)
-    mode: Mode = "packed" if config.recipe.objective == "pretrain" else "conversations"
-    per_epoch = steps_per_epoch(
-        config.data.directory, config.data.split, batch_size=config.recipe.batch_size, length=config.window, mode=mode
-    )
-    steps = total_steps(config.recipe, per_epoch)
-    if config.recipe.warmup_steps >= steps:
-        raise InputError(
-            f"recipe.warmup_steps {config.recipe.warmup_steps} is not less than the run's {steps} steps: the peak rate "
-            "would never be reached"
+    with all_or_none():
+        base = base_config(config)
+        check_window(config, base)
+        mesh = make_mesh(config.mesh)
+        model_config = dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
+        settled, planned = choose(config, model_config, mesh.shape, device_at_hand())
+        check(planned, settled, model_config)
+        microbatches = microbatch_count(settled, mesh)
+        mode: Mode = "packed" if config.recipe.objective == "pretrain" else "conversations"
+        per_epoch = steps_per_epoch(
+            config.data.directory,
+            config.data.split,
+            batch_size=config.recipe.batch_size,
+            length=config.window,
+            mode=mode,
         )
-    tokenizer = _tokenizer(config)
-    _check_vocabularies(config, base, tokenizer)
-    step_of = prepare_step(settled, mesh, model_config, steps)
-    process_index, process_count = process_batch_shard(mesh)
-    batches = make_loader(
-        config.data.directory,
-        config.data.split,
-        batch_size=config.recipe.batch_size,
-        length=config.window,
-        seed=config.recipe.seed,
-        mode=mode,
-        process_index=process_index,
-        process_count=process_count,
-    )
-    _check_output(run, config)
-    start = 0 if config.overwrite else latest_step(run)
+        steps = total_steps(config.recipe, per_epoch)
+        if config.recipe.warmup_steps >= steps:
+            raise InputError(
+                f"recipe.warmup_steps {config.recipe.warmup_steps} is not less than the run's {steps} steps: the peak "
+                "rate would never be reached"
+            )
+        tokenizer = _tokenizer(config)
+        _check_vocabularies(config, base, tokenizer)
+        step_of = prepare_step(settled, mesh, model_config, steps)
+        process_index, process_count = process_batch_shard(mesh)
+        batches = make_loader(
+            config.data.directory,
+            config.data.split,
+            batch_size=config.recipe.batch_size,
+            length=config.window,
+            seed=config.recipe.seed,
+            mode=mode,
+            process_index=process_index,
+            process_count=process_count,
+        )
+        _check_output(run, config)
+    # What the first process sees, should a shared directory lag behind on another host.
+    start = gathered(0 if config.overwrite else latest_step(run))[0]
     if start >= steps:
         return run
     state = None
     if not start:
         # The model first: nothing is written for one that cannot be read.
         state = step_of.begin(_initial_params(config, model_config, step_of.abstract))
-        _begin_run(run, config, model_config, tokenizer)
+        with all_or_none():
+            _begin_run(run, config, model_config, tokenizer)
     with Checkpoints(run, config.checkpoint.keep) as checkpoints, _preemption_flag() as preempted:
         if state is None:
             saved, position = checkpoints.restore(start, step_of.abstract)
@@ -140,7 +147,8 @@ def train(config: TrainConfig) -> Path:
                     },
                 )
                 once = {}
-                stopping = preempted.is_set() or checkpoints.reached_preemption(step)
+                # A signal to one process stops all of them, behind the same step.
+                stopping = any(gathered(preempted.is_set())) or checkpoints.reached_preemption(step)
                 due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
                 if due or step == steps or stopping:
                     checkpoints.save(step, step_of.saved(state), batches.get_state())
@@ -386,8 +394,6 @@ def _check_output(run: Path, config: TrainConfig) -> None:
 
 def _begin_run(run: Path, config: TrainConfig, model_config: LlamaConfig, tokenizer: Tokenizer | None) -> None:
     """Makes the run's directory; config.yaml comes first, so that a start cut off in here is known for this run."""
-    # Not before every host has seen the directory as it was.
-    multihost_utils.sync_global_devices("output directory checked")
     if jax.process_index() != 0:
         return
     if config.overwrite:

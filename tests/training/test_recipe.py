@@ -180,8 +180,14 @@ def test_compose_in_yaml_is_compose(load):
 def test_differences_name_the_keys_that_change_the_result(load, tmp_path):
     before = tmp_path / "before.yaml"
     before.write_text(dump_config(load()))
-    same = load(MINIMAL, "--overwrite", "true", "--checkpoint.keep", "3")
+    same = load(
+        MINIMAL,
+        *("--overwrite", "true", "--checkpoint.keep", "3", "--distributed", "true", "--mesh.tensor", "2"),
+        *("--compute.executor", "layerwise", "--compute.remat", "dots", "--compute.microbatch_size", "auto"),
+        *("--compute.attention", "chunked", "--compute.loss_chunk", "8", "--compute.optimizer_memory", "host"),
+    )
     assert config_differences(before, same) == []
+    assert config_differences(before, load(MINIMAL, "--compute.dtype", "float32")) == ["compute.dtype"]
     other = load(MINIMAL, "--rope.base", "7e4", "--window", "128", "--model.shape", "{a: 1}", "--recipe.seed", "5")
     assert config_differences(before, other) == ["model.shape", "recipe.seed", "rope.base", "window"]
     before.write_text("nothing of ours")

@@ -9,9 +9,9 @@ import torch
 
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.rope import scheme
+from eabf_jax.training.layerwise import Layerwise
 from eabf_jax.training.optimizer import make_optimizer
 from eabf_jax.training.recipe import ComputeConfig, RecipeConfig
-from eabf_jax.training.layerwise import Layerwise
 from eabf_jax.training.step import Program, build_model, microbatch_sharding
 from eabf_jax.training.trainer import place_batch
 

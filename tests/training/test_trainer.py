@@ -99,7 +99,7 @@ def test_a_finished_run_is_left_alone(finished, monkeypatch):
     [
         ({"recipe": {"learning_rate": 2e-2}}, "recipe.learning_rate"),
         ({"rope": {"type": "abf", "base": 5e4}}, "rope.pretrained_window, rope.type, rope.unscaled_layers"),
-        ({"mesh": {"data": 2}, "recipe": {"seed": 1}}, "mesh.data, recipe.seed"),
+        ({"mesh": {"data": 2}, "compute": {"dtype": "bfloat16"}, "recipe": {"seed": 1}}, "compute.dtype, recipe.seed"),
     ],
 )
 def test_another_configuration_in_the_same_directory_is_refused(finished, run_config, changes, keys):
