@@ -177,7 +177,9 @@ class Pieces:
         params = merge(trained, frozen)
         tied = "lm_head" not in params
         kernel = params["embed_tokens"]["embedding"].T if tied else params["lm_head"]["kernel"]
-        kernel, precision = kernel.astype(x.dtype), precision_of(x.dtype)
+        # Gathered before the chunks: across a sharded contraction every chunk's logits would be summed up instead.
+        kernel = self._model.constrain(kernel.astype(x.dtype), None, "vocab")
+        precision = precision_of(x.dtype)
 
         def norm(scale: Array, x: Array) -> Array:
             return rms_norm(x, scale, self._model.config.rms_norm_eps)

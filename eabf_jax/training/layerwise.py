@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from eabf_jax.model.llama import Llama
 from eabf_jax.model.lora import split_trained
-from eabf_jax.parallel.rules import parameter_shardings
+from eabf_jax.parallel.rules import parameter_shardings, spec
 from eabf_jax.training.backward import Microbatch, Pieces, Tree, add, head_parameters, remat_by_layer, zeros
 from eabf_jax.training.master import join, split_tree
 from eabf_jax.training.recipe import ComputeConfig
@@ -73,6 +73,7 @@ class Layerwise:
         self.abstract = Saved(masters, {"mu": moments, "nu": moments})
         self.frozen = {**frozen, "layers": jax.tree.map(on_host, frozen["layers"])} if frozen else {}
         self._masters, self._frozen = by_layer(masters), by_layer(frozen)
+        self._gathered = compute.gather == "step" and mesh.shape["fsdp"] * mesh.shape["context"] > 1
         self._programs: dict[Any, Any] = {}
         # Collectives run beside the computation only if they are scheduled so; one device has none.
         overlap = mesh.size > 1 and mesh.devices.flat[0].platform == "gpu"
@@ -95,6 +96,13 @@ class Layerwise:
             halves[1],
             masters,
         )
+        shares, frozen_shares = params, frozen
+        if self._gathered:
+            params, frozen = (jax.tree.map(_whole, tree) for tree in (params, frozen))
+            others = frozen.get("layers", {})
+            for kind, tree, whole in (("trained", shares, params), ("frozen", frozen_shares, frozen)):
+                for name in tree:
+                    self._compile(("gather", kind, name), _same, tree[name], outputs=_shardings(whole[name]))
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
         scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._replicated)
         self._numbers = [
@@ -141,7 +149,7 @@ class Layerwise:
         self._compile("finish", finish, [scalar] * (self._layers + len(masters) - 1), scalar, self._batch.mask)
         for name in masters:
             self._compile(("squares", name), lambda tree: optax.tree.norm(tree, squared=True), masters[name])
-            part = (params[name], rest[name], masters[name], masters[name])
+            part = (shares[name], rest[name], masters[name], masters[name])
             outputs = (*_shardings(part), self._replicated)
             change = functools.partial(update, self._optimizer)
             inputs = (number, *part, masters[name], scalar)
@@ -163,7 +171,7 @@ class Layerwise:
     def __call__(self, state: TrainState, batch: Microbatch) -> tuple[TrainState, StepMetrics]:
         """See `Step`."""
         run, numbers = self._programs, self._numbers
-        params, frozen = state.params, state.frozen
+        params, frozen = self._used("trained", state.params), self._used("frozen", state.frozen)
         others = frozen.get("layers", [{}] * self._layers)
         gradients = {
             name: [run["zeros", name]() for _ in range(self._layers)] if name == "layers" else run["zeros", name]()
@@ -199,16 +207,36 @@ class Layerwise:
                     continue
                 x, saved = kept.pop()
                 gradients["layers"][number], d_x = run["backward", self._remat[number]](
-                    gradients["layers"][number], d_x, params["layers"][number], {}, numbers[number], x, row, saved
+                    gradients["layers"][number],
+                    d_x,
+                    params["layers"][number],
+                    others[number],
+                    numbers[number],
+                    x,
+                    row,
+                    saved,
                 )
                 del x, saved
             if "embed_tokens" in gradients:
                 gradients["embed_tokens"] = run["embed_backward"](gradients["embed_tokens"], rows.tokens, d_x)
             del d_x
+        del params, frozen, others
         squares = [run["squares", name](_part(gradients, place)) for name, place in self._places()]
         loss, norm, scale, count = run["finish"](squares, total, batch.mask)
         state, parameter_norm = self._update(state, gradients, scale)
         return state, StepMetrics(loss, norm, parameter_norm, count)
+
+    def _used(self, kind: str, tree: Tree) -> Tree:
+        """Parameters as the layers take them: whole, where they are brought together once a step."""
+        if not self._gathered:
+            return tree
+        run = self._programs
+        return {
+            name: [run["gather", kind, name](layer) for layer in part]
+            if name == "layers"
+            else run["gather", kind, name](part)
+            for name, part in tree.items()
+        }
 
     def _places(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
         """The parts that are updated one after the other: name of the part's programs, place in the trees."""
@@ -367,6 +395,19 @@ def _unstacked(tree: Tree, place: tuple[Any, ...], parts: Tree) -> Tree:
     if len(place) == 1:
         return jax.device_put(tree[place[0]], at)
     return jax.tree.map(lambda leaf, to: _layer_of(leaf, place[1], to), tree[place[0]], at)
+
+
+def _whole(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """A parameter that the devices of the axes fsdp and context each have all of."""
+    shared = spec("embed")[0]
+    at = NamedSharding(
+        leaf.sharding.mesh, PartitionSpec(*(None if axes == shared else axes for axes in leaf.sharding.spec))
+    )
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
+
+
+def _same(tree: Tree) -> Tree:
+    return tree
 
 
 def _shardings(shapes: Tree) -> Any:
