@@ -129,12 +129,14 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (*stack, in_features, out_features), param_dtype))
         self.bias = nnx.Param(jnp.zeros((*stack, out_features), param_dtype)) if bias else None
         self.lora_scale = 0.0 if lora is None else lora.scale
-        self.lora_a = self.lora_b = None
+        lora_a = lora_b = None
         if lora is not None:
             init = jax.nn.initializers.normal(in_features**-0.5)
-            self.lora_a = nnx.Param(init(rngs.params(), (*stack, in_features, lora.rank), param_dtype))
+            lora_a = nnx.Param(init(rngs.params(), (*stack, in_features, lora.rank), param_dtype))
             # Zero: the model starts as the one that the adapters belong to.
-            self.lora_b = nnx.Param(jnp.zeros((*stack, lora.rank, out_features), param_dtype))
+            lora_b = nnx.Param(jnp.zeros((*stack, lora.rank, out_features), param_dtype))
+        # Once each: NNX takes an attribute that has been None for one that holds no parameter.
+        self.lora_a, self.lora_b = lora_a, lora_b
 
     def __call__(self, x: Array) -> Array:
         y = _product(x, self.kernel[...])
