@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, AxisType
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
+from eabf_jax.model.lora import Lora, split_trained
 from eabf_jax.parallel.rules import check_tensor_axis, parameter_shardings
 from eabf_jax.training.backward import remat_by_layer
 from eabf_jax.training.layerwise import IN_FLIGHT
@@ -158,7 +159,8 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
             f"{ways} devices of the mesh axes data and fsdp"
         )
     microbatches = config.recipe.batch_size // (ways * step.rows)
-    held, layer = _held(step.parameters, compute.dtype), _held(step.layer_parameters, compute.dtype)
+    counts, layers = step.counts, model_config.num_hidden_layers
+    held, layer = _held(counts.trained, compute.dtype), _held(counts.trained_in_layers / layers, compute.dtype)
     optimizer = {name: held[name] for name in _OPTIMIZER}
     on_host = compute.optimizer_memory == "host"
     rate = _EFFICIENCY * device.flops
@@ -201,6 +203,7 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
         optimizer_memory="host" if on_host else "device",
         parts={
             "parameters": held["parameters"],
+            **({"frozen parameters": step.bytes * counts.frozen} if counts.frozen else {}),
             **({} if on_host else optimizer),
             "gradients": held["gradients"],
             "kept activations": activations,
@@ -244,10 +247,10 @@ class _Step:
     heads: int
     vocabulary: int
     chunk: int  # tokens of a row whose logits exist at a time
-    parameters: float  # numbers on this device
-    layer_parameters: float  # of them, of one layer
-    whole_layer: float  # numbers of one layer, of all devices that share it by its rows
-    shared: bool  # the parameters of a layer are on several devices, and come together to be used
+    counts: "_Counts"
+    layers: int
+    shared: int  # devices that the parameters of a layer are on, and come together from to be used
+    head_is_trained: bool
 
     @classmethod
     def of(cls, config: TrainConfig, model_config: LlamaConfig, mesh: Mapping[str, int], rows: int) -> "_Step":
@@ -256,8 +259,7 @@ class _Step:
             raise InputError(f"window {config.window} is not divisible by mesh context={context}")
         check_tensor_axis(tensor, model_config.num_key_value_heads)
         length = config.window // context
-        count, in_layers = _parameter_counts(model_config, tuple(mesh.items()))
-        layers = model_config.num_hidden_layers
+        tied = model_config.tie_word_embeddings
         return cls(
             rows=rows,
             length=length,
@@ -270,10 +272,10 @@ class _Step:
             heads=model_config.num_attention_heads // tensor,
             vocabulary=model_config.vocab_size // tensor,
             chunk=min(config.compute.loss_chunk, length),
-            parameters=count,
-            layer_parameters=in_layers / layers,
-            whole_layer=in_layers / layers * mesh["fsdp"] * context,
-            shared=mesh["fsdp"] * context > 1,
+            counts=_count(model_config, config.lora, tuple(mesh.items())),
+            layers=model_config.num_hidden_layers,
+            shared=mesh["fsdp"] * context,
+            head_is_trained=config.lora is None or (tied and config.lora.train_embeddings),
         )
 
     @property
@@ -344,34 +346,46 @@ class _Step:
     def gathered_layers(self) -> float:
         """Bytes of the parameters that come together from several devices: of a layer, of the next one, and the layer's
         gradients before they are shared out."""
-        return 3 * self.bytes * self.whole_layer if self.shared else 0.0
+        counts = self.counts
+        one = (3 * counts.trained_in_layers + 2 * counts.frozen_in_layers) / self.layers
+        return self.bytes * self.shared * one if self.shared > 1 else 0.0
 
     @property
     def gathered_head(self) -> float:
         """Bytes of the output's kernel, where several devices share it."""
-        return self.bytes * self.hidden * self.vocabulary if self.shared else 0.0
+        return self.bytes * self.hidden * self.vocabulary if self.shared > 1 else 0.0
 
     @property
     def head_workspace(self) -> float:
         """Bytes of the loss: a chunk's logits and their gradient, gradients of the kernel and of all hidden states."""
         logits = self.rows * self.chunk * self.vocabulary * (4 + 4 + self.bytes)
-        return logits + 4 * self.hidden * self.vocabulary + 2 * self.bytes * self.tokens * self.hidden + self._tables
+        kernel = 4 * self.hidden * self.vocabulary if self.head_is_trained else 0
+        return logits + kernel + 2 * self.bytes * self.tokens * self.hidden + self._tables
+
+
+class _Counts(NamedTuple):
+    """Numbers on one device: parameters that are trained and those that are not, and how many of them are in layers."""
+
+    trained: float
+    trained_in_layers: float
+    frozen: float
+    frozen_in_layers: float
 
 
 @functools.lru_cache(maxsize=64)
-def _parameter_counts(model_config: LlamaConfig, mesh: tuple[tuple[str, int], ...]) -> tuple[float, float]:
-    """Numbers on one device: all parameters, and those of all layers."""
+def _count(model_config: LlamaConfig, lora: Lora | None, mesh: tuple[tuple[str, int], ...]) -> _Counts:
     names, sizes = zip(*mesh, strict=True)
     abstract = AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
-    params = _shapes(model_config)
+    params = _shapes(model_config, lora)
     shardings = parameter_shardings(abstract, params)  # type: ignore[arg-type]  # shapes need no devices
     shares = jax.tree.map(lambda leaf, at: float(math.prod(at.shard_shape(leaf.shape))), params, shardings)
-    return sum(jax.tree.leaves(shares)), sum(jax.tree.leaves(shares["layers"]))
+    parts = split_trained(shares, lora)
+    return _Counts(*(sum(jax.tree.leaves(tree)) for part in parts for tree in (part, part.get("layers", {}))))
 
 
 @functools.lru_cache(maxsize=8)
-def _shapes(model_config: LlamaConfig) -> dict[str, Any]:
-    return Llama.abstract(model_config).parameters()
+def _shapes(model_config: LlamaConfig, lora: Lora | None) -> dict[str, Any]:
+    return Llama.abstract(model_config, lora=lora).parameters()
 
 
 def choose(
@@ -479,7 +493,7 @@ def check(found: Plan, config: TrainConfig, model_config: LlamaConfig) -> None:
     )
     if found.total <= found.device.memory:
         problem = f"the step needs {sum(found.host.values()) / GIB:.1f} GiB of host memory for each device"
-    remedies = list(itertools.islice(_remedies(found, config, model_config), 2))
+    remedies = list(itertools.islice(_remedies(found, config, model_config), 3))
     advice = f"what fits: {'; or '.join(remedies)}" if remedies else "no setting of remat, mesh or window makes it fit"
     raise InputError(f"{problem}; {advice}")
 
@@ -487,21 +501,20 @@ def check(found: Plan, config: TrainConfig, model_config: LlamaConfig) -> None:
 def _remedies(found: Plan, config: TrainConfig, model_config: LlamaConfig) -> Iterator[str]:
     """Settings that fit, the smallest change first."""
 
-    def fits(window: int, mesh: Mapping[str, int], **compute: Any) -> bool:
-        changed = dataclasses.replace(
-            config, window=window, compute=dataclasses.replace(_settled(config, found).compute, **compute)
-        )
+    def fits(window: int, mesh: Mapping[str, int], lora: Lora | None = config.lora, **compute: Any) -> bool:
+        changed = dataclasses.replace(_settled(config, found).compute, **compute)
         try:
-            return plan(changed, model_config, mesh, found.device).fits
+            return plan(
+                dataclasses.replace(config, window=window, lora=lora, compute=changed), model_config, mesh, found.device
+            ).fits
         except InputError:
             return False
 
     least: dict[str, Any] = {"remat": "full", "microbatch_size": 1}
     changes: list[dict[str, Any]] = [{"remat": "full"}, least]
     if _streaming(config, found.device):
-        changes += [{"optimizer_memory": "host"}, {"remat": "full", "optimizer_memory": "host"}]
-        least = least | {"optimizer_memory": "host"}
-        changes.append(least)
+        least = {**least, "optimizer_memory": "host"}
+        changes += [{"optimizer_memory": "host"}, {"remat": "full", "optimizer_memory": "host"}, least]
     for change in changes:
         if fits(config.window, found.mesh, **change):
             yield _told(change)
@@ -511,12 +524,14 @@ def _remedies(found: Plan, config: TrainConfig, model_config: LlamaConfig) -> It
         if found.mesh["fsdp"] % factor == 0 and fits(config.window, mesh, **least):
             yield f"mesh.fsdp {mesh['fsdp']}, mesh.context {mesh['context']}, " + _told(least)
             break
-    for axis in ("fsdp", "context"):
-        for factor in (2, 4, 8, 16, 32, 64):
-            mesh = {**found.mesh, axis: found.mesh[axis] * factor}
-            if fits(config.window, mesh, **least):
-                yield f"{math.prod(mesh.values())} devices with mesh.{axis} {mesh[axis]}, " + _told(least)
-                break
+    for factor, axis in itertools.product((2, 4, 8, 16, 32, 64), ("fsdp", "context")):
+        mesh = {**found.mesh, axis: found.mesh[axis] * factor}
+        if fits(config.window, mesh, **least):
+            yield f"{math.prod(mesh.values())} devices with mesh.{axis} {mesh[axis]}, " + _told(least)
+            break
+    adapters = {"remat": "full", "microbatch_size": 1, "optimizer_memory": "device"}
+    if config.lora is None and fits(config.window, found.mesh, Lora(), **adapters):
+        yield f"adapters (lora.rank {Lora().rank}), compute.remat full, compute.microbatch_size 1"
     for factor in (2, 4, 8, 16, 32):
         if fits(config.window // factor, found.mesh, **least):
             yield f"window {config.window // factor}, " + _told(least)

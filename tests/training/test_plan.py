@@ -7,6 +7,7 @@ import pytest
 
 from eabf_jax.errors import InputError
 from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.lora import Lora
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.training import plan as planner
 from eabf_jax.training.backward import REMAT_POLICIES, Pieces
@@ -153,6 +154,21 @@ def test_a_refusal_names_more_devices_where_no_setting_helps():
     with pytest.raises(InputError, match=r"2 devices with mesh.fsdp 2") as refused:
         check(plan(config, model, ONE, DEVICES["a100-40"]), config, model)
     assert "compute.optimizer_memory host" in str(refused.value)
+    assert "adapters (lora.rank 8)" in str(refused.value)
+
+
+def test_adapters_leave_the_model_without_gradients_and_moments():
+    config, model = llama_7b()
+    config = dataclasses.replace(config, lora=Lora(rank=8, targets=("q_proj", "v_proj"), train_norms=True))
+    found = plan(config, model, {**ONE, "fsdp": 4}, DEVICES["v4"])
+    # A and B of two 4,096 x 4,096 projections in 32 layers, shared by four chips as the projections are: A by its rows,
+    # B by its columns; the norms' scales are on every chip.
+    norms = 65 * 4096
+    trained = 32 * 2 * (4096 * 8 + 8 * 4096) / 4 + norms
+    assert found.parts["moments"] == 8 * trained
+    assert found.parts["gradients"] == 4 * trained
+    assert found.parts["frozen parameters"] == 2 * (PARAMETERS_7B - norms) / 4
+    assert found.total < 14 * GIB
 
 
 def test_a_refusal_names_a_shorter_window_where_devices_do_not_help():
