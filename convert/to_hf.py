@@ -13,8 +13,9 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace --dst if it is not empty")
     parser.add_argument("--step", type=int, help="which checkpoint; the latest if not given")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="as stored if not given")
+    parser.add_argument("--base", help="of adapters: the model they belong to, if it is not where it was")
     o, start = parser.parse_args(), time.perf_counter()
-    done = to_hf(o.src, o.dst, overwrite=o.overwrite, step=o.step, dtype=o.dtype)
+    done = to_hf(o.src, o.dst, overwrite=o.overwrite, step=o.step, dtype=o.dtype, base=o.base)
     print(f"{done.tensors} tensors, {done.nbytes:,} bytes, {time.perf_counter() - start:.1f} s -> {o.dst}")
 
 

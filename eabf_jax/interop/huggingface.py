@@ -12,8 +12,9 @@ import numpy as np
 
 from eabf_jax.errors import InputError
 from eabf_jax.interop import native
+from eabf_jax.interop.adapter import Leaves, merged, read_adapter
 from eabf_jax.interop.directory import new_directory, read_json_object, write_json
-from eabf_jax.interop.layout import Parameter, nest, parameters
+from eabf_jax.interop.layout import Parameter, nest, parameters, shapes
 from eabf_jax.interop.safetensors_stream import (
     NAMES,
     PlannedTensor,
@@ -198,8 +199,8 @@ def load_hf(directory: Path | str, dtype: Any = None, shardings: Any = None) -> 
     Args:
       directory: folder with config.json and safetensors files.
       dtype: what to cast the parameters to, None to keep what is stored.
-      shardings: nested dict of shardings in the parameters' structure, or one sharding for all; None for the default
-        device.
+      shardings: nested dict of shardings in the parameters' structure, or of some of them, which alone are loaded then;
+        or one sharding for all; None for the default device.
 
     Returns:
       The config, and the parameters as a nested dict of JAX arrays.
@@ -215,8 +216,46 @@ def load_hf(directory: Path | str, dtype: Any = None, shardings: Any = None) -> 
             _stack(entry, found, None if dtype is None else jnp.dtype(dtype)), places[entry.path]
         )
         for entry in parameters(config)
+        if entry.path in places
     }
     return config, nest(leaves)
+
+
+def open_leaves(directory: Path | str, step: int | None = None, base: Path | str | None = None) -> Leaves:
+    """Opens a model of any kind, to read its parameters one at a time.
+
+    Args:
+      directory: a Hugging Face directory, a native one, or a run that holds adapters alone.
+      step: which checkpoint of a native directory or a run, None for the latest.
+      base: where the model that adapters belong to is now; None where it was when they were trained.
+
+    Returns:
+      The model; adapters are merged into their base.
+
+    Raises:
+      InputError: anything missing, damaged, or not of the config's shape; a base for a model without adapters.
+    """
+    adapter = read_adapter(directory) if native.is_native(directory) else None
+    if adapter is not None:
+        at = Path(adapter.base if base is None else base)
+        if not at.is_dir():
+            raise InputError(
+                f"{directory} holds adapters alone, and the model that they belong to is not in {at}: name its "
+                "directory, with convert/to_hf.py --base DIR or load(…, base=DIR)"
+            )
+        return merged(directory, adapter, open_leaves(at), step)
+    if base is not None:
+        raise InputError(f"{directory} is a whole model and takes no base; leave {base} out")
+    if native.is_native(directory):
+        config, path = native.read_model_json(directory), native.checkpoint_path(directory, step)
+        stored = native.stored_arrays(path, shapes(config))
+        dtypes = {name: np.dtype(leaf.dtype) for name, leaf in stored.items()}
+        return Leaves(config, dtypes, lambda name: native.read_leaf(path, name))
+    config = read_config(directory)
+    found = find_tensors(Path(directory), config)
+    entries = {entry.path: entry for entry in parameters(config)}
+    dtypes = {name: _common([found[key] for key in entry.hf_names()]) for name, entry in entries.items()}
+    return Leaves(config, dtypes, lambda name: _stack(entries[name], found, None))
 
 
 def from_hf(src: Path | str, dst: Path | str, overwrite: bool = False) -> Summary:
@@ -255,8 +294,11 @@ def to_hf(
     step: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: str | None = None,
+    base: Path | str | None = None,
 ) -> Summary:
     """Exports a native model or run directory to a Hugging Face one; holds one parameter in memory at a time.
+
+    Adapters are merged into the model that they belong to.
 
     Args:
       src: the native model directory.
@@ -264,7 +306,8 @@ def to_hf(
       overwrite: whether dst may be replaced.
       step: which checkpoint, None for the latest.
       max_shard_bytes: the size beyond which the weights go into several files.
-      dtype: what to cast the parameters to, None to keep what is stored.
+      dtype: what to cast the parameters to, None to keep what is stored (of adapters: what their base is stored in).
+      base: where the model that adapters belong to is now; None where it was when they were trained.
 
     Returns:
       What was written.
@@ -276,11 +319,9 @@ def to_hf(
     _different(source, dst)
     if not native.is_native(source):
         raise InputError(f"{source}: no {native.MODEL_FILE} there; expected a native model directory or a run's")
-    config = native.read_model_json(source)
-    path = native.checkpoint_path(source, step)
-    stored = native.stored_arrays(path, config)
+    config, stored, read = open_leaves(source, step, base)
     entries = parameters(config)
-    dtypes = {name: np.dtype(dtype or leaf.dtype) for name, leaf in stored.items()}
+    dtypes = {name: np.dtype(dtype or own) for name, own in stored.items()}
     if has_tokenizer(source):
         native.check_vocabulary(load_tokenizer(source), config, source)
     planned = [
@@ -289,7 +330,7 @@ def to_hf(
 
     def tensors() -> Iterator[np.ndarray]:
         for entry in entries:
-            leaf = native.read_leaf(path, entry.path)
+            leaf = read(entry.path)
             for own in leaf[None] if entry.layers is None else leaf:
                 yield (own.T if entry.transposed else own).astype(dtypes[entry.path], copy=False)
 

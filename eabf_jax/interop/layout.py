@@ -118,18 +118,24 @@ def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[t
             yield (*prefix, key), value
 
 
-def check_shapes(found: Mapping[tuple[str, ...], tuple[int, ...]], config: LlamaConfig, where: str) -> None:
-    """Compares the leaves of a stored tree with those that the config asks for.
+def shapes(config: LlamaConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Shape of every parameter of a model, by path."""
+    return {entry.path: entry.shape for entry in parameters(config)}
+
+
+def check_shapes(
+    found: Mapping[tuple[str, ...], tuple[int, ...]], expected: Mapping[tuple[str, ...], tuple[int, ...]], where: str
+) -> None:
+    """Compares the leaves of a stored tree with those that are needed.
 
     Args:
       found: shape by path.
-      config: the model's shape.
+      expected: likewise.
       where: named in the message.
 
     Raises:
       InputError: a parameter missing, too many, or of another shape.
     """
-    expected = {entry.path: entry.shape for entry in parameters(config)}
     for path, shape in expected.items():
         name = ".".join(path)
         if path not in found:

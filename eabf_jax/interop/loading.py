@@ -5,10 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from eabf_jax.errors import InputError
 from eabf_jax.interop import huggingface, native
+from eabf_jax.interop.adapter import read_adapter
+from eabf_jax.interop.layout import nest, parameters
 from eabf_jax.interop.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
@@ -18,14 +21,19 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def load(
-    directory: Path | str, rope: Scheme | Mapping[str, Any] | None = None, dtype: str = "bfloat16"
+    directory: Path | str,
+    rope: Scheme | Mapping[str, Any] | None = None,
+    dtype: str = "bfloat16",
+    base: Path | str | None = None,
 ) -> tuple[Llama, Tokenizer | None]:
     """Loads a model and its tokenizer.
 
     Args:
-      directory: a Hugging Face directory or a native one (model.json), told apart by content.
+      directory: a Hugging Face directory or a native one (model.json), told apart by content; adapters are merged into
+        the model that they belong to.
       rope: rotary scheme to use instead of the stored one, or its mapping such as `{"type": "eabf", …}`.
       dtype: of the parameters and of the computation: bfloat16, float16 or float32.
+      base: where the model that adapters belong to is now; None where it was when they were trained.
 
     Returns:
       The model, and the tokenizer or None where the directory has none.
@@ -37,7 +45,7 @@ def load(
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     element = jnp.dtype(dtype)
-    config, params = load_parameters(directory, dtype=element)
+    config, params = load_parameters(directory, dtype=element, base=base)
     tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
     if tokenizer is not None:
         native.check_vocabulary(tokenizer, config, directory)
@@ -63,15 +71,16 @@ def read_config(directory: Path | str) -> LlamaConfig:
 
 
 def load_parameters(
-    directory: Path | str, dtype: Any = None, shardings: Any = None
+    directory: Path | str, dtype: Any = None, shardings: Any = None, base: Path | str | None = None
 ) -> tuple[LlamaConfig, dict[str, Any]]:
     """Loads a model's config and parameters from either kind of directory, straight to their devices.
 
     Args:
-      directory: a Hugging Face directory or a native one.
+      directory: a Hugging Face directory or a native one; adapters are merged into the model that they belong to.
       dtype: what to cast the parameters to, None to keep what is stored.
-      shardings: nested dict of shardings in the parameters' structure, or one sharding for all; None for the default
-        device.
+      shardings: nested dict of shardings in the parameters' structure, or of some of them, which alone are loaded then;
+        or one sharding for all; None for the default device.
+      base: as for `load`.
 
     Returns:
       The config, and the nested dict of JAX arrays.
@@ -80,8 +89,26 @@ def load_parameters(
       InputError: as `load`.
     """
     _check_exists(directory)
+    if base is not None or (native.is_native(directory) and read_adapter(directory)):
+        return _load_merged(directory, dtype, shardings, base)
     read = native.load_native if native.is_native(directory) else huggingface.load_hf
     return read(directory, dtype=dtype, shardings=shardings)
+
+
+def _load_merged(
+    directory: Path | str, dtype: Any, shardings: Any, base: Path | str | None
+) -> tuple[LlamaConfig, dict[str, Any]]:
+    """The same for a run that holds adapters alone: merged in host memory, one parameter at a time."""
+    config, stored, read = huggingface.open_leaves(directory, base=base)
+    places = native.sharding_by_path(shardings, config)
+    leaves = {
+        entry.path: jax.device_put(
+            read(entry.path).astype(jnp.dtype(dtype or stored[entry.path]), copy=False), places[entry.path]
+        )
+        for entry in parameters(config)
+        if entry.path in places
+    }
+    return config, nest(leaves)
 
 
 def _check_exists(directory: Path | str) -> None:

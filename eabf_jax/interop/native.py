@@ -1,6 +1,6 @@
 """The native model directory: model.json, the tokenizer's files, and Orbax checkpoints of the parameters.
 
-model.json                  the config, the rotary scheme included
+model.json                  the config, the rotary scheme included; `adapter` where there are adapters alone
 tokenizer.json, …           as in a Hugging Face directory
 checkpoints/<step>/params   what the trainer writes; a converted model is a run at step 0 with parameters only
 """
@@ -20,12 +20,13 @@ import orbax.checkpoint as ocp
 
 from eabf_jax.errors import InputError
 from eabf_jax.interop.directory import read_json_object, write_json
-from eabf_jax.interop.layout import check_shapes, flatten, nest, parameters
+from eabf_jax.interop.layout import check_shapes, flatten, nest, parameters, shapes
 from eabf_jax.interop.tokenizer import Tokenizer
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.rope import Scheme
 
 MODEL_FILE = "model.json"
+ADAPTER = "adapter"  # the object in it that adapters are told by; see `adapter`
 CHECKPOINTS = "checkpoints"
 
 # Small chunks keep Orbax's compression buffers small, and let each process read only the parts it holds.
@@ -37,19 +38,22 @@ def is_native(directory: Path | str) -> bool:
     return (Path(directory) / MODEL_FILE).is_file()
 
 
-def write_model_json(directory: Path | str, config: LlamaConfig, dtype: str = "float32") -> None:
+def write_model_json(
+    directory: Path | str, config: LlamaConfig, dtype: str = "float32", adapter: Mapping[str, Any] | None = None
+) -> None:
     """Writes model.json.
 
     Args:
       directory: an existing folder.
       config: the model's shape and rotary scheme.
       dtype: what the parameters are stored in, for readers; loading asks the checkpoint itself.
+      adapter: of a directory that holds adapters alone, `Adapter.to_json()`.
     """
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     fields["rope"] = config.rope.to_dict()
     if isinstance(config.eos_token_id, tuple):
         fields["eos_token_id"] = list(config.eos_token_id)
-    write_json(Path(directory) / MODEL_FILE, {**fields, "dtype": dtype})
+    write_json(Path(directory) / MODEL_FILE, {**fields, "dtype": dtype, **({ADAPTER: adapter} if adapter else {})})
 
 
 def read_model_json(directory: Path | str) -> LlamaConfig:
@@ -67,6 +71,7 @@ def read_model_json(directory: Path | str) -> LlamaConfig:
     path = Path(directory) / MODEL_FILE
     found = read_json_object(path)
     found.pop("dtype", None)
+    found.pop(ADAPTER, None)
     known = {field.name: field for field in dataclasses.fields(LlamaConfig)}
     for name in found:
         if name not in known:
@@ -150,12 +155,14 @@ def checkpoint_path(directory: Path | str, step: int | None = None) -> Path:
     return root / str(steps[-1] if step is None else step) / "params"
 
 
-def stored_arrays(path: Path, config: LlamaConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+def stored_arrays(
+    path: Path, expected: Mapping[tuple[str, ...], tuple[int, ...]]
+) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """Reads shapes and dtypes of a checkpoint's parameters, and checks them.
 
     Args:
       path: folder of the `params` item.
-      config: the model's shape.
+      expected: shape by path of keys.
 
     Returns:
       Shape and dtype by path of keys.
@@ -169,7 +176,7 @@ def stored_arrays(path: Path, config: LlamaConfig) -> dict[tuple[str, ...], jax.
             raise ValueError("its metadata cannot be read")
         tree = metadata.tree
     found = {name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for name, leaf in flatten(tree)}
-    check_shapes({name: leaf.shape for name, leaf in found.items()}, config, str(path))
+    check_shapes({name: leaf.shape for name, leaf in found.items()}, expected, str(path))
     return found
 
 
@@ -187,8 +194,8 @@ def load_params(
       config: the model's shape.
       step: the step's number, None for the latest.
       dtype: what to cast them to, None to keep what is stored.
-      shardings: nested dict of shardings in the parameters' structure, or one sharding for all; None for the default
-        device.
+      shardings: nested dict of shardings in the parameters' structure, or of some of them, which alone are loaded then;
+        or one sharding for all; None for the default device.
 
     Returns:
       Nested dict of JAX arrays.
@@ -197,7 +204,7 @@ def load_params(
       InputError: no such checkpoint, damaged, or parameters that are not this model's.
     """
     path = checkpoint_path(directory, step)
-    found = stored_arrays(path, config)
+    found = stored_arrays(path, shapes(config))
     places = sharding_by_path(shardings, config)
     arguments = {
         name: ocp.ArrayRestoreArgs(
@@ -207,8 +214,9 @@ def load_params(
             global_shape=leaf.shape,
         )
         for name, leaf in found.items()
+        if name in places
     }
-    return _restore(path, arguments)
+    return _restore(path, arguments) if arguments else {}
 
 
 def read_leaf(path: Path, name: tuple[str, ...]) -> np.ndarray:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Float
 
 from eabf_jax.errors import InputError, unknown_name
 
@@ -84,9 +84,12 @@ def _where(tree: Mapping[str, Any], lora: Lora, trained: bool, prefix: tuple[str
 
 
 def merged_kernel(
-    kernel: Float[Array, "... I O"], lora_a: Float[Array, "... I R"], lora_b: Float[Array, "... R O"], scale: float
-) -> Float[Array, "... I O"]:
-    """The one matrix that a projection and its adapters amount to.
+    kernel: Float[np.ndarray, "... I O"],
+    lora_a: Float[np.ndarray, "... I R"],
+    lora_b: Float[np.ndarray, "... R O"],
+    scale: float,
+) -> Float[np.ndarray, "... I O"]:
+    """The one matrix that a projection and its adapters amount to, in host memory.
 
     Args:
       kernel: [..., in, out], of any float dtype.
@@ -97,5 +100,5 @@ def merged_kernel(
     Returns:
       float32 kernel + lora_a @ lora_b * scale.
     """
-    wide = [jnp.asarray(array, jnp.float32) for array in (kernel, lora_a, lora_b)]
-    return wide[0] + jnp.matmul(wide[1], wide[2], precision="highest") * scale
+    kernel, lora_a, lora_b = (np.asarray(array, np.float32) for array in (kernel, lora_a, lora_b))
+    return kernel + np.matmul(lora_a * np.float32(scale), lora_b)

@@ -1,0 +1,125 @@
+"""Runs that hold adapters alone: the model that they belong to, and the two as one.
+
+model.json of such a run has an object `adapter`: the keys of the configuration's `lora`, the directory of the base
+model, and a digest of it.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eabf_jax.errors import InputError
+from eabf_jax.interop import native
+from eabf_jax.interop.directory import read_json_object
+from eabf_jax.interop.layout import flatten, parameters
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.llama import Llama
+from eabf_jax.model.lora import Lora, merged_kernel, split_trained
+
+
+class Leaves(NamedTuple):
+    """A stored model whose parameters are read one at a time."""
+
+    config: LlamaConfig
+    dtypes: Mapping[tuple[str, ...], np.dtype[Any]]  # as stored, by path of keys
+    read: Callable[[tuple[str, ...]], np.ndarray]  # one parameter by its path
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What model.json tells of adapters."""
+
+    lora: Lora
+    base: str  # directory of the model that they belong to
+    base_digest: str  # from `digest`
+
+    def to_json(self) -> dict[str, Any]:
+        """The object in model.json."""
+        return {**dataclasses.asdict(self.lora), "base": self.base, "base_digest": self.base_digest}
+
+
+def read_adapter(directory: Path | str) -> Adapter | None:
+    """Reads what model.json tells of adapters.
+
+    Args:
+      directory: a native model directory.
+
+    Returns:
+      The adapters' description, None for a directory that holds a whole model.
+
+    Raises:
+      InputError: no such file, or a description that is not one.
+    """
+    path = Path(directory) / native.MODEL_FILE
+    found = read_json_object(path).get(native.ADAPTER)
+    if found is None:
+        return None
+    names = [*(field.name for field in dataclasses.fields(Lora)), "base", "base_digest"]
+    if not isinstance(found, dict) or sorted(found) != sorted(names):
+        raise InputError(f"{path}: {native.ADAPTER} is {found!r:.100}; an object with {', '.join(names)} is needed")
+    base, base_digest = found.pop("base"), found.pop("base_digest")
+    try:
+        lora = Lora(**{**found, "targets": tuple(found["targets"])})
+    except TypeError as error:
+        raise InputError(f"{path}: {native.ADAPTER} has a value of a wrong type: {error}") from error
+    return Adapter(lora, str(base), str(base_digest))
+
+
+def digest(model: Leaves) -> str:
+    """Tells one model from another by the shapes of its parameters and the scales of its norms.
+
+    Args:
+      model: its parameters.
+
+    Returns:
+      16 hexadecimal digits; the same whether the model is stored as native or Hugging Face directory.
+    """
+    entries = parameters(model.config)
+    found = hashlib.sha256(json.dumps([[entry.path, entry.shape] for entry in entries]).encode())
+    for entry in entries:
+        if entry.path[-1] == "scale":
+            found.update(np.ascontiguousarray(model.read(entry.path), np.float32).tobytes())
+    return found.hexdigest()[:16]
+
+
+def merged(directory: Path | str, adapter: Adapter, base: Leaves, step: int | None = None) -> Leaves:
+    """A base model and the adapters of a run as one model.
+
+    Args:
+      directory: the run's directory.
+      adapter: from `read_adapter`.
+      base: the base model.
+      step: which checkpoint of the run, None for the latest.
+
+    Returns:
+      The model with the run's window and scheme. A parameter that the run changed is read as float32; its dtype is
+      told as the base's.
+
+    Raises:
+      InputError: the base is another model; no such checkpoint, damaged, or not of these adapters.
+    """
+    config = native.read_model_json(directory)
+    found = digest(base)
+    if found != adapter.base_digest:
+        raise InputError(
+            f"the base model is not the one that the adapters in {directory} were trained on: its digest is {found}, "
+            f"expected {adapter.base_digest}"
+        )
+    path = native.checkpoint_path(directory, step)
+    trained, _ = split_trained(Llama.abstract(config, lora=adapter.lora).parameters(), adapter.lora)
+    own = native.stored_arrays(path, {name: leaf.shape for name, leaf in flatten(trained)})
+
+    def read(name: tuple[str, ...]) -> np.ndarray:
+        if name in own:
+            return native.read_leaf(path, name)
+        kernel, adapters = base.read(name), [(*name[:-1], leaf) for leaf in ("lora_a", "lora_b")]
+        if name[-1] != "kernel" or adapters[0] not in own:
+            return kernel
+        return merged_kernel(kernel, *(native.read_leaf(path, leaf) for leaf in adapters), adapter.lora.scale)
+
+    return Leaves(config, base.dtypes, read)
