@@ -80,6 +80,7 @@ class Plan:
     microbatches: int
     remat: str
     optimizer_memory: str
+    gather: str  # when parameters come together: for each `layer`, or once a `step`
     parts: Mapping[str, float]  # bytes of one device at the step's peak
     host: Mapping[str, float]  # bytes of host memory for one device
     model_flops: float  # of one device in an optimizer step; recomputation is not counted
@@ -165,6 +166,9 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
     on_host = compute.optimizer_memory == "host"
     rate = _EFFICIENCY * device.flops
 
+    gathered_layers, gathered_head = step.gathered_layers, step.gathered_head
+    if compute.gather == "step":
+        gathered_layers = gathered_head = step.gathered_step
     # (kept activations, gathered parameters, workspace) of each phase. Behind a layer's backward pass nothing is kept.
     phases = []
     forward_seconds = step.tokens * step.forward_flops / rate
@@ -175,15 +179,15 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
             parked, leaving = parked + size, leaving + size
         else:
             kept += size
-        phases.append((kept + leaving, step.gathered_layers, step.forward_workspace))
+        phases.append((kept + leaving, gathered_layers, step.forward_workspace))
         leaving = max(0.0, leaving - _ONE_WAY * forward_seconds)
-    phases.append((kept + leaving, step.gathered_head, step.head_workspace))
+    phases.append((kept + leaving, gathered_head, step.head_workspace))
     waiting = microbatches * leaving / _ONE_WAY
     for index in reversed(range(len(policies))):
         back = sum(
             step.kept(policy) for policy in policies[max(0, index - IN_FLIGHT) : index + 1] if policy == "offload"
         )
-        phases.append((kept + back, step.gathered_layers, step.layer_workspace(policies[index])))
+        phases.append((kept + back, gathered_layers, step.layer_workspace(policies[index])))
         kept -= step.kept(policies[index]) if policies[index] != "offload" else 0.0
     # What is parked comes back during the backward pass, which takes about twice as long as the forward one.
     waiting += microbatches * max(0.0, parked / _ONE_WAY - 2 * len(policies) * forward_seconds)
@@ -201,6 +205,7 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
         microbatches=microbatches,
         remat=compute.remat,
         optimizer_memory="host" if on_host else "device",
+        gather="step" if compute.gather == "step" else "layer",
         parts={
             "parameters": held["parameters"],
             **({"frozen parameters": step.bytes * counts.frozen} if counts.frozen else {}),
@@ -344,11 +349,18 @@ class _Step:
 
     @property
     def gathered_layers(self) -> float:
-        """Bytes of the parameters that come together from several devices: of a layer, of the next one, and the layer's
-        gradients before they are shared out."""
+        """Bytes of a layer's parameters that come together from several devices, and of its gradients before they are
+        shared out."""
         counts = self.counts
-        one = (3 * counts.trained_in_layers + 2 * counts.frozen_in_layers) / self.layers
+        one = (2 * counts.trained_in_layers + counts.frozen_in_layers) / self.layers
         return self.bytes * self.shared * one if self.shared > 1 else 0.0
+
+    @property
+    def gathered_step(self) -> float:
+        """Bytes of all parameters that come together once a step, and of a layer's gradients."""
+        counts = self.counts
+        number = counts.trained + counts.frozen + counts.trained_in_layers / self.layers
+        return self.bytes * self.shared * number if self.shared > 1 else 0.0
 
     @property
     def gathered_head(self) -> float:
@@ -410,6 +422,10 @@ def choose(
     roomy = [found for found in candidates if found.fits and found.total <= (1 - _SPARE) * device.memory]
     if roomy:
         best = min(roomy, key=lambda found: (found.seconds, sum(found.host.values())))
+        if config.compute.gather == "auto" and device.platform == "gpu":
+            compute = dataclasses.replace(_settled(config, best).compute, gather="step")
+            once = plan(dataclasses.replace(config, compute=compute), model_config, mesh_shape, device)
+            best = once if once.fits and once.total <= (1 - _SPARE) * device.memory else best
     else:
         best = min(candidates, key=lambda found: found.total)
     return _settled(config, best), best
@@ -469,6 +485,7 @@ def _settled(config: TrainConfig, found: Plan) -> TrainConfig:
         microbatch_size=found.microbatch_size,
         remat=found.remat,
         optimizer_memory=found.optimizer_memory,
+        gather=found.gather,
     )
     return dataclasses.replace(config, compute=compute)
 

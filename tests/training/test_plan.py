@@ -161,10 +161,10 @@ def test_adapters_leave_the_model_without_gradients_and_moments():
     config, model = llama_7b()
     config = dataclasses.replace(config, lora=Lora(rank=8, targets=("q_proj", "v_proj"), train_norms=True))
     found = plan(config, model, {**ONE, "fsdp": 4}, DEVICES["v4"])
-    # A and B of two 4,096 x 4,096 projections in 32 layers, shared by four chips as the projections are: A by its rows,
-    # B by its columns; the norms' scales are on every chip.
+    # A and B of two 4,096 x 4,096 projections in 32 layers. Four chips share the rows of A; B and the scales of the norms
+    # are on each.
     norms = 65 * 4096
-    trained = 32 * 2 * (4096 * 8 + 8 * 4096) / 4 + norms
+    trained = 32 * 2 * (4096 * 8 / 4 + 8 * 4096) + norms
     assert found.parts["moments"] == 8 * trained
     assert found.parts["gradients"] == 4 * trained
     assert found.parts["frozen parameters"] == 2 * (PARAMETERS_7B - norms) / 4
