@@ -103,7 +103,8 @@ class Plan:
         """A rough time of the optimizer step, to compare the plans of one run by."""
         compute = (self.model_flops + self.recomputed_flops) / (_EFFICIENCY * self.device.flops)
         # In every microbatch the parameters are read three times and the sums of the gradients read and written.
-        traffic = self.microbatches * (3 * self.parts["parameters"] + 2 * self.parts["gradients"])
+        parameters = self.parts["parameters"] + self.parts.get("frozen parameters", 0.0)
+        traffic = self.microbatches * (3 * parameters + 2 * self.parts["gradients"])
         return compute + traffic / self.device.bandwidth + self.waiting
 
 
@@ -216,7 +217,10 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
             "workspace": workspace,
         },
         host={**(optimizer if on_host else {}), **({"kept activations": parked} if parked else {})},
-        model_flops=microbatches * step.tokens * flops_per_token(model_config, config.window) / mesh_shape["tensor"],
+        model_flops=microbatches
+        * step.tokens
+        * flops_per_token(model_config, config.window, config.lora)
+        / mesh_shape["tensor"],
         recomputed_flops=microbatches * step.tokens * sum(step.recomputed_flops(policy) for policy in policies),
         waiting=waiting,
     )
