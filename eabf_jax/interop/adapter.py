@@ -117,9 +117,10 @@ def merged(directory: Path | str, adapter: Adapter, base: Leaves, step: int | No
     def read(name: tuple[str, ...]) -> np.ndarray:
         if name in own:
             return native.read_leaf(path, name)
-        kernel, adapters = base.read(name), [(*name[:-1], leaf) for leaf in ("lora_a", "lora_b")]
-        if name[-1] != "kernel" or adapters[0] not in own:
-            return kernel
-        return merged_kernel(kernel, *(native.read_leaf(path, leaf) for leaf in adapters), adapter.lora.scale)
+        first, second = ((*name[:-1], leaf) for leaf in ("lora_a", "lora_b"))
+        if name[-1] != "kernel" or first not in own:
+            return base.read(name)
+        adapters = native.read_leaf(path, first), native.read_leaf(path, second)
+        return merged_kernel(base.read(name), *adapters, scale=adapter.lora.scale)
 
     return Leaves(config, base.dtypes, read)

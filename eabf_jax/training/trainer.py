@@ -21,16 +21,19 @@ from jaxtyping import Array
 from eabf_jax.data.dataset import read_metadata, tokenizer_digest
 from eabf_jax.data.loader import Mode, make_loader, steps_per_epoch
 from eabf_jax.errors import InputError
+from eabf_jax.interop.adapter import Adapter, digest, read_adapter
+from eabf_jax.interop.huggingface import open_leaves
 from eabf_jax.interop.loading import load_parameters, read_config
 from eabf_jax.interop.native import CHECKPOINTS, MODEL_FILE, check_vocabulary, write_model_json
 from eabf_jax.interop.tokenizer import TOKENIZER_FILES, Tokenizer, has_tokenizer, load_tokenizer
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
+from eabf_jax.model.lora import split_trained
 from eabf_jax.parallel.context import zigzag_order
 from eabf_jax.parallel.mesh import make_mesh
 from eabf_jax.parallel.processes import all_or_none, gathered
 from eabf_jax.parallel.rules import batch_ways, process_batch_shard
-from eabf_jax.training.backward import Microbatch, Tree
+from eabf_jax.training.backward import Microbatch, Tree, merge
 from eabf_jax.training.checkpoint import Checkpoints, latest_step
 from eabf_jax.training.layerwise import Layerwise
 from eabf_jax.training.loss import next_tokens
@@ -95,20 +98,22 @@ def train(config: TrainConfig) -> Path:
             process_count=process_count,
         )
         _check_output(run, config)
+        adapter = _adapter(run, config)
     # What the first process sees, should a shared directory lag behind on another host.
     start = gathered(0 if config.overwrite else latest_step(run))[0]
     if start >= steps:
         return run
     state = None
+    frozen = _frozen_params(config, step_of.frozen)
     if not start:
         # The model first: nothing is written for one that cannot be read.
-        state = step_of.begin(_initial_params(config, model_config, step_of.abstract))
+        state = step_of.begin(_initial_params(config, model_config, step_of.abstract), frozen)
         with all_or_none():
-            _begin_run(run, config, model_config, tokenizer)
+            _begin_run(run, config, model_config, tokenizer, adapter)
     with Checkpoints(run, config.checkpoint.keep) as checkpoints, _preemption_flag() as preempted:
         if state is None:
             saved, position = checkpoints.restore(start, step_of.abstract)
-            state = step_of.restored(start, saved)
+            state = step_of.restored(start, saved, frozen)
             batches.set_state(position)
         schedule = learning_rate_schedule(config.recipe, steps)
         row_tokens = config.recipe.batch_size * config.window
@@ -131,7 +136,7 @@ def train(config: TrainConfig) -> Path:
                     )
                 seconds = time.perf_counter() - began
                 rate = row_tokens / seconds
-                per_device = rate * flops_per_token(model_config, config.window) / jax.device_count()
+                per_device = rate * flops_per_token(model_config, config.window, config.lora) / jax.device_count()
                 tracker.record(
                     step,
                     {
@@ -283,7 +288,7 @@ def prepare_step(config: TrainConfig, mesh: Mesh, model_config: LlamaConfig | No
         raise InputError("mesh.context above 1 takes one document a row: recipe.objective 'pretrain' packs several")
     kind: type[Program | Layerwise] = Layerwise if executor == "layerwise" else Program
     return kind(
-        build_model(model_config, config.compute, mesh),
+        build_model(model_config, config.compute, mesh, config.lora),
         make_optimizer(config.recipe, steps),
         config.compute,
         mesh,
@@ -311,11 +316,46 @@ def lower_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def _initial_params(config: TrainConfig, model_config: LlamaConfig, abstract: Saved) -> Tree:
-    """Float32 parameters from `model.path`, or drawn at random by the recipe's seed."""
+    """Float32 parameters to be trained, from `model.path`; what is not there is drawn by the recipe's seed."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
-    if config.model.path is not None:
+    if config.model.path is None:
+        return random_params(model_config, config.recipe.seed, shardings)
+    if config.lora is None:
         return load_parameters(config.model.path, dtype="float32", shardings=shardings)[1]
-    return random_params(model_config, config.recipe.seed, shardings)
+    lora, alone = config.lora, dataclasses.replace(config.lora, train_embeddings=False, train_norms=False)
+    adapters, others = split_trained(shardings, alone)
+
+    def draw() -> Tree:
+        drawn = Llama(model_config, rngs=nnx.Rngs(config.recipe.seed), lora=lora).parameters()
+        return split_trained(drawn, alone)[0]
+
+    found = load_parameters(config.model.path, dtype="float32", shardings=others)[1]
+    return merge(jax.jit(draw, out_shardings=adapters)(), found)
+
+
+def _frozen_params(config: TrainConfig, shapes: Tree) -> Tree:
+    """The parameters that are not trained, in the compute dtype."""
+    if not shapes or config.model.path is None:
+        return {}
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    return load_parameters(config.model.path, dtype=config.compute.dtype, shardings=shardings)[1]
+
+
+def _adapter(run: Path, config: TrainConfig) -> Adapter | None:
+    """What the run's model.json is to tell of adapters; refuses to go on over another base than the run began with."""
+    if config.lora is None:
+        return None
+    if config.model.path is None:
+        raise InputError("lora trains adapters of a model: set model.path (a directory), or lora null to start anew")
+    base = Path(config.model.path).resolve()
+    found = Adapter(config.lora, str(base), digest(open_leaves(base)))
+    before = read_adapter(run) if (run / MODEL_FILE).is_file() and not config.overwrite else None
+    if before is not None and before.base_digest != found.base_digest:
+        raise InputError(
+            f"the model in {base} is not the one that the run in {run} began with (digest {found.base_digest}, "
+            f"expected {before.base_digest}); pass --overwrite true to start afresh"
+        )
+    return found
 
 
 def random_params(model_config: LlamaConfig, seed: int, shardings: Tree) -> Tree:
@@ -392,7 +432,9 @@ def _check_output(run: Path, config: TrainConfig) -> None:
         )
 
 
-def _begin_run(run: Path, config: TrainConfig, model_config: LlamaConfig, tokenizer: Tokenizer | None) -> None:
+def _begin_run(
+    run: Path, config: TrainConfig, model_config: LlamaConfig, tokenizer: Tokenizer | None, adapter: Adapter | None
+) -> None:
     """Makes the run's directory; config.yaml comes first, so that a start cut off in here is known for this run."""
     if jax.process_index() != 0:
         return
@@ -407,7 +449,7 @@ def _begin_run(run: Path, config: TrainConfig, model_config: LlamaConfig, tokeni
     partial = written.with_suffix(".partial")
     partial.write_text(dump_config(config))
     partial.replace(written)
-    write_model_json(run, model_config)
+    write_model_json(run, model_config, adapter=adapter.to_json() if adapter else None)
     if tokenizer:
         tokenizer.save(run)
 
