@@ -1,6 +1,7 @@
 """The `eabf` command; `train.py` and the scripts of `convert/` go through it as well."""
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -96,17 +97,16 @@ def _train(arguments: list[str]) -> None:
     rows = 1 if config.compute.microbatch_size == "auto" else config.compute.microbatch_size
     use_every_core(devices if devices > 0 else config.recipe.batch_size // rows)
     gpu_defaults()
-    if config.distributed:
-        from eabf_jax.parallel.processes import connect
-
-        connect()
     import jax
 
-    from eabf_jax.training.trainer import train
+    from eabf_jax.parallel.processes import connected
 
-    done = train(config)
-    if jax.process_index() == 0:
-        print(f"{done}: finished; python convert/to_hf.py --src {done} --dst DIR exports it")
+    with connected() if config.distributed else contextlib.nullcontext():
+        from eabf_jax.training.trainer import train
+
+        done = train(config)
+        if jax.process_index() == 0:
+            print(f"{done}: finished; python convert/to_hf.py --src {done} --dst DIR exports it")
 
 
 def _evaluate(arguments: list[str]) -> None:

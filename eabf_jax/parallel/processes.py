@@ -1,6 +1,7 @@
 """Many processes as one run: how they find each other, and how they agree."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,10 +13,13 @@ from eabf_jax.errors import InputError
 
 # JAX reads the first of these itself; with the others, a machine needs no scheduler that JAX knows.
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+# Seconds for which a process that failed waits for the others to end as well.
+_GRACE = 20.0
 
 
-def connect() -> None:
-    """Makes this process one of a run's many; to be called before JAX is first used.
+@contextmanager
+def connected() -> Iterator[None]:
+    """Makes this process one of a run's many; to be entered before JAX is first used.
 
     TPU pods, SLURM, Open MPI and Kubernetes tell JAX who the others are. Elsewhere three environment variables do:
     `JAX_COORDINATOR_ADDRESS` (HOST:PORT of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
@@ -23,6 +27,18 @@ def connect() -> None:
     Raises:
       InputError: the variables are incomplete or no numbers; nothing tells who the others are; not all came.
     """
+    _connect()
+    try:
+        yield
+    except BaseException:
+        # JAX would keep this process for five minutes, for others that themselves wait for it.
+        end = threading.Timer(_GRACE, os._exit, (2,))
+        end.daemon = True
+        end.start()
+        raise
+
+
+def _connect() -> None:
     given = {name: os.environ[name] for name in (_ADDRESS, _COUNT, _INDEX) if os.environ.get(name)}
     missing = [name for name in (_ADDRESS, _COUNT, _INDEX) if name not in given]
     if given and missing:
