@@ -18,17 +18,23 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from eabf_jax.model.llama import Llama
+from eabf_jax.model.llama import Llama, Row
 from eabf_jax.model.lora import split_trained
 from eabf_jax.parallel.rules import parameter_shardings, spec
 from eabf_jax.training.backward import Microbatch, Pieces, Tree, add, head_parameters, remat_by_layer, zeros
+from eabf_jax.training.host_memory import (
+    IN_FLIGHT,
+    Shards,
+    Streamed,
+    device_bytes,
+    layer_of,
+    moved,
+    on_host,
+    stacked,
+)
 from eabf_jax.training.master import join, split_tree
 from eabf_jax.training.recipe import ComputeConfig
 from eabf_jax.training.step import Saved, StepMetrics, TrainState, clip_factor, narrowed, update, with_shardings
-
-_HOST = "pinned_host"
-# Layers whose part of what lies in host memory is on its way at a time.
-IN_FLIGHT = 3
 
 
 class Layerwise:
@@ -57,8 +63,8 @@ class Layerwise:
         masters, frozen = split_trained(with_shardings(params, parameter_shardings(mesh, params)), model.lora)
         frozen = narrowed(frozen, self._dtype)
 
-        def on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(_HOST))
+        def parked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_host(leaf.sharding))
 
         def layer_of(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             at = NamedSharding(mesh, PartitionSpec(*leaf.sharding.spec[1:]))
@@ -69,9 +75,9 @@ class Layerwise:
 
         # Stacked moments and frozen layers pass through host memory: beside those of the layers, the device has no
         # room for them.
-        moments = jax.tree.map(on_host, masters)
+        moments = jax.tree.map(parked, masters)
         self.abstract = Saved(masters, {"mu": moments, "nu": moments})
-        self.frozen = {**frozen, "layers": jax.tree.map(on_host, frozen["layers"])} if frozen else {}
+        self.frozen = {**frozen, "layers": jax.tree.map(parked, frozen["layers"])} if frozen else {}
         self._masters, self._frozen = by_layer(masters), by_layer(frozen)
         self._gathered = compute.gather == "step" and mesh.shape["fsdp"] * mesh.shape["context"] > 1
         self._programs: dict[Any, Any] = {}
@@ -79,6 +85,7 @@ class Layerwise:
         overlap = mesh.size > 1 and mesh.devices.flat[0].platform == "gpu"
         self._options: Any = {"compiler_options": {"xla_gpu_enable_latency_hiding_scheduler": True}} if overlap else {}
         self._numbers: list[Array] = []
+        self._stream: Streamed | None = None  # parts of the optimizer's state that are still on their way home
 
     # Programs. Each is compiled for the shapes and shardings that the one before it returns.
 
@@ -119,7 +126,7 @@ class Layerwise:
             forward = functools.partial(pieces.forward, policy)
             x, kept[policy] = self._compile(("forward", policy), forward, params["layers"], others, number, x, row)
         self._kept_at = [_shardings([x, kept.get("offload", [])])]
-        self._kept_at.append(jax.tree.map(lambda at: at.with_memory_kind(_HOST), self._kept_at[0]))
+        self._kept_at.append(jax.tree.map(on_host, self._kept_at[0]))
 
         def head(*inputs: Any) -> tuple[Any, ...]:
             loss, gradients, d_x = pieces.head(*inputs[:-1])
@@ -172,59 +179,91 @@ class Layerwise:
         """See `Step`."""
         run, numbers = self._programs, self._numbers
         params, frozen = self._used("trained", state.params), self._used("frozen", state.frozen)
-        others = frozen.get("layers", [{}] * self._layers)
         gradients = {
             name: [run["zeros", name]() for _ in range(self._layers)] if name == "layers" else run["zeros", name]()
             for name in params
         }
         total = jax.device_put(np.float32(0), self._replicated)
-        for microbatch in range(batch.tokens.shape[0]):
+        before, coming = self._stream, self._streamed(state) if self._on_host else None
+        for number in numbers[: batch.tokens.shape[0]]:
             # Calls queued further ahead than the backward pass before would wait for memory, and not for long.
             jax.block_until_ready(total)
-            rows, row, x = run["start"]({**params, **frozen}["embed_tokens"], batch, numbers[microbatch])
-            kept: list[Any] = []
-            leaving: list[Any] = []
-            room = self._layers - self._remat.count("offload")
-            for number, policy in enumerate(self._remat):
-                if number >= room:
-                    jax.block_until_ready(leaving[number - room])  # its place on the device is this layer's
-                y, saved = run["forward", policy](params["layers"][number], others[number], numbers[number], x, row)
-                kept.append([x, saved])
-                if policy == "offload":
-                    kept[number] = jax.device_put(kept[number], self._kept_at[1])
-                    leaving.append(kept[number])
-                x = y
-            leaving.clear()
+            rows, row, x = run["start"]({**params, **frozen}["embed_tokens"], batch, number)
+            x, kept = self._forward(params, frozen, x, row, before)
+            before = None
             trained, fixed, sums = (head_parameters(tree, self._tied) for tree in (params, frozen, gradients))
             total, sums, d_x = run["head"](trained, fixed, x, rows, sums, total)
             gradients.update(sums)
-            del x, y, saved, sums
-            for number in reversed(range(self._layers + IN_FLIGHT)):
-                ahead = number - IN_FLIGHT
-                if ahead >= 0 and self._remat[ahead] == "offload":
-                    kept[ahead] = _moved(kept[ahead], self._kept_at[0])
-                if number >= self._layers:
-                    continue
-                x, saved = kept.pop()
-                gradients["layers"][number], d_x = run["backward", self._remat[number]](
-                    gradients["layers"][number],
-                    d_x,
-                    params["layers"][number],
-                    others[number],
-                    numbers[number],
-                    x,
-                    row,
-                    saved,
-                )
-                del x, saved
+            del x, sums
+            last = number is numbers[batch.tokens.shape[0] - 1]
+            d_x = self._backward(params, frozen, gradients, row, kept, d_x, coming if last else None)
             if "embed_tokens" in gradients:
                 gradients["embed_tokens"] = run["embed_backward"](gradients["embed_tokens"], rows.tokens, d_x)
             del d_x
-        del params, frozen, others
+        del params, frozen
         squares = [run["squares", name](_part(gradients, place)) for name, place in self._places()]
         loss, norm, scale, count = run["finish"](squares, total, batch.mask)
-        state, parameter_norm = self._update(state, gradients, scale)
+        state, parameter_norm = self._update(state, gradients, scale, coming)
+        self._stream = coming
         return state, StepMetrics(loss, norm, parameter_norm, count)
+
+    def _forward(
+        self, params: Tree, frozen: Tree, x: Array, row: Row, leaving: Streamed | None
+    ) -> tuple[Array, list[Any]]:
+        """All layers; returns what each keeps, its input first."""
+        others = frozen.get("layers", [{}] * self._layers)
+        kept: list[Any] = []
+        offloaded: list[Any] = []
+        room = self._layers - self._remat.count("offload")
+        for number, policy in enumerate(self._remat):
+            if number >= room:
+                jax.block_until_ready(offloaded[number - room])  # its place on the device is this layer's
+            if leaving:  # what the step before has sent home makes room as this one needs it
+                leaving.settle(leaving.granted * (self._layers - 1 - number) / self._layers)
+            y, saved = self._programs["forward", policy](
+                params["layers"][number], others[number], self._numbers[number], x, row
+            )
+            kept.append([x, saved])
+            if policy == "offload":
+                kept[number] = jax.device_put(kept[number], self._kept_at[1])
+                offloaded.append(kept[number])
+            x = y
+        return x, kept
+
+    def _backward(
+        self,
+        params: Tree,
+        frozen: Tree,
+        gradients: Tree,
+        row: Row,
+        kept: list[Any],
+        d_x: Array,
+        coming: Streamed | None,
+    ) -> Array:
+        """All layers, the last one first; adds to `gradients`, and empties `kept` for what is `coming`."""
+        others = frozen.get("layers", [{}] * self._layers)
+        for number in reversed(range(self._layers + IN_FLIGHT)):
+            ahead = number - IN_FLIGHT
+            if ahead >= 0 and self._remat[ahead] == "offload":
+                kept[ahead] = moved(kept[ahead], self._kept_at[0])
+            if number >= self._layers:
+                continue
+            x, saved = kept.pop()
+            freed = 0 if self._remat[number] == "offload" else device_bytes((x, saved))
+            gradients["layers"][number], d_x = self._programs["backward", self._remat[number]](
+                gradients["layers"][number],
+                d_x,
+                params["layers"][number],
+                others[number],
+                self._numbers[number],
+                x,
+                row,
+                saved,
+            )
+            del x, saved
+            if coming:
+                coming.grant(freed)
+        return d_x
 
     def _used(self, kind: str, tree: Tree) -> Tree:
         """Parameters as the layers take them: whole, where they are brought together once a step."""
@@ -246,41 +285,36 @@ class Layerwise:
             else:
                 yield name, (name,)
 
-    def _update(self, state: TrainState, gradients: Tree, scale: Array) -> tuple[TrainState, Array]:
-        """Updates part by part. What lies in host memory comes in ahead of its turn and goes out behind it."""
-        trees = [{**tree, "layers": list(tree["layers"])} for tree in state[1:5]]
+    def _streamed(self, state: TrainState) -> Streamed:
+        """The optimizer's state, about to come from host memory."""
         places = list(self._places())
-        coming: dict[int, Any] = {}
-        leaving: list[Any] = []
+        parts = [[_part(tree, place) for tree in (state.rest, state.mu, state.nu)] for _, place in places]
+        device, host = ([self._optimizer_shardings(name, host=host) for name, _ in places] for host in (False, True))
+        return Streamed(parts, device, host)
+
+    def _update(
+        self, state: TrainState, gradients: Tree, scale: Array, coming: Streamed | None
+    ) -> tuple[TrainState, Array]:
+        """Updates part by part."""
+        trees = [{**tree, "layers": list(tree["layers"])} for tree in state[1:5]]
         squares = []
-
-        def fetch(turn: int) -> None:
-            if turn < len(places):
-                name, place = places[turn]
-                coming[turn] = [_part(tree, place) for tree in trees[1:]]
-                if self._on_host:
-                    at = self._optimizer_shardings(name, host=False)
-                    coming[turn] = _moved(coming[turn], at)
-
-        for turn in range(IN_FLIGHT):
-            fetch(turn)
-        jax.block_until_ready(scale)  # what the backward pass kept is free from here on
-        for turn, (name, place) in enumerate(places):
-            rest, mu, nu = coming.pop(turn)
+        if coming:
+            jax.block_until_ready(scale)  # what the backward pass kept is free from here on
+            coming.grant_least()
+        for name, place in self._places():
+            params, *optimizer = (_part(tree, place) for tree in trees)
+            if coming:
+                optimizer = coming.take()
             *new, square = self._programs["update", name](
-                state.step, _part(trees[0], place), rest, mu, nu, _part(gradients, place), scale
+                state.step, params, *optimizer, _part(gradients, place), scale
             )
             _set_part(gradients, place, None)
-            del rest, mu, nu
+            del params, optimizer
             squares.append(square)
-            if self._on_host:
-                new[1:] = _moved(new[1:], self._optimizer_shardings(name, host=True))
-                leaving.append(new[1:])
-                if len(leaving) > IN_FLIGHT:
-                    jax.block_until_ready(leaving.pop(0))  # or the device would fill up with parts that wait to leave
+            if coming:
+                new[1:] = coming.give(new[1:])
             for tree, value in zip(trees, new, strict=True):
                 _set_part(tree, place, value)
-            fetch(turn + IN_FLIGHT)
         norm = jnp.sqrt(jnp.stack(squares).sum())
         return TrainState(state.step + 1, *trees, state.frozen), norm
 
@@ -290,8 +324,7 @@ class Layerwise:
         at = _shardings(self._masters[name])
         halves = jax.eval_shape(lambda tree: split_tree(tree, self._dtype)[1], self._masters[name])
         rest = jax.tree.map(lambda leaf, sharding: sharding if leaf.size else self._replicated, halves, at)
-        kind = _HOST if host else "device"
-        return jax.tree.map(lambda sharding: sharding.with_memory_kind(kind), [rest, at, at])
+        return jax.tree.map(on_host, [rest, at, at]) if host else [rest, at, at]
 
     # To and from checkpoints, in which the layers are stacked.
 
@@ -344,12 +377,12 @@ class Layerwise:
         def master(name: str, params: Tree, rest: Tree) -> Tree:
             return whole(params, jax.device_put(rest, self._optimizer_shardings(name, host=False)[0]))
 
-        def stacked(at: Tree, part: Callable[..., Tree], *trees: dict[str, Any]) -> Tree:
+        def whole_tree(at: Tree, part: Callable[..., Tree], *trees: dict[str, Any]) -> Tree:
             out = {}
             for name, to in _shardings(at).items():
                 if name == "layers":
                     layers = zip(*(tree[name] for tree in trees), strict=True)
-                    out[name] = jax.tree.map(_stacked, to, *(jax.tree.map(_Shards, part(name, *x)) for x in layers))
+                    out[name] = jax.tree.map(stacked, to, *(jax.tree.map(Shards, part(name, *x)) for x in layers))
                 else:
                     out[name] = jax.device_put(part(name, *(tree[name] for tree in trees)), to)
             return out
@@ -357,36 +390,8 @@ class Layerwise:
         def moment(name: str, tree: Tree) -> Tree:
             return tree
 
-        moments = {key: stacked(at, moment, getattr(state, key)) for key, at in self.abstract.optimizer.items()}
-        return Saved(stacked(self.abstract.params, master, state.params, state.rest), moments)
-
-
-class _Shards:
-    """The parts of an array that this process holds, in NumPy: a leaf to JAX, by device."""
-
-    def __init__(self, array: Array):
-        self.shape = array.shape
-        self.by_device = {shard.device: np.asarray(shard.data) for shard in array.addressable_shards}
-
-
-def _stacked(at: NamedSharding, *layers: _Shards) -> Array:
-    """One array from those of all layers, stacked in host memory."""
-    pieces = [
-        jax.device_put(
-            np.stack([layer.by_device[device] for layer in layers]),
-            jax.sharding.SingleDeviceSharding(device, memory_kind=at.memory_kind),
-        )
-        for device in layers[0].by_device
-    ]
-    return jax.make_array_from_single_device_arrays((len(layers), *layers[0].shape), at, pieces)
-
-
-def _layer_of(leaf: Array, number: int, at: NamedSharding) -> Array:
-    """One layer of a stacked array, on the device."""
-    if leaf.sharding.memory_kind != _HOST:
-        return jax.device_put(leaf[number], at)
-    pieces = [jax.device_put(np.asarray(shard.data)[number], shard.device) for shard in leaf.addressable_shards]
-    return jax.make_array_from_single_device_arrays(leaf.shape[1:], at, pieces)
+        moments = {key: whole_tree(at, moment, getattr(state, key)) for key, at in self.abstract.optimizer.items()}
+        return Saved(whole_tree(self.abstract.params, master, state.params, state.rest), moments)
 
 
 def _unstacked(tree: Tree, place: tuple[Any, ...], parts: Tree) -> Tree:
@@ -394,7 +399,7 @@ def _unstacked(tree: Tree, place: tuple[Any, ...], parts: Tree) -> Tree:
     at = _shardings(parts[place[0]])
     if len(place) == 1:
         return jax.device_put(tree[place[0]], at)
-    return jax.tree.map(lambda leaf, to: _layer_of(leaf, place[1], to), tree[place[0]], at)
+    return jax.tree.map(lambda leaf, to: layer_of(leaf, place[1], to), tree[place[0]], at)
 
 
 def _whole(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -412,13 +417,6 @@ def _same(tree: Tree) -> Tree:
 
 def _shardings(shapes: Tree) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, shapes)
-
-
-def _moved(tree: Tree, shardings: Tree) -> Tree:
-    """Copies arrays to another memory; where they were is free as soon as that is done."""
-    copies = jax.device_put(tree, shardings)
-    jax.tree.map(lambda leaf: leaf.delete(), tree)
-    return copies
 
 
 def _part(tree: Tree, place: tuple[Any, ...]) -> Tree:

@@ -22,7 +22,7 @@ from eabf_jax.model.llama import Llama
 from eabf_jax.model.lora import Lora, split_trained
 from eabf_jax.parallel.rules import check_tensor_axis, parameter_shardings
 from eabf_jax.training.backward import remat_by_layer
-from eabf_jax.training.layerwise import IN_FLIGHT
+from eabf_jax.training.host_memory import IN_FLIGHT
 from eabf_jax.training.recipe import TrainConfig
 from eabf_jax.training.tracking import flops_per_token
 
