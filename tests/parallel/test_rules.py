@@ -16,6 +16,7 @@ from eabf_jax.errors import InputError
 from eabf_jax.model import Llama, LlamaConfig
 from eabf_jax.model.attention import chunked
 from eabf_jax.model.llama import unconstrained
+from eabf_jax.model.lora import Lora
 from eabf_jax.parallel.context import undo_zigzag_order, zigzag_order
 from eabf_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from eabf_jax.parallel.rules import (
@@ -63,6 +64,19 @@ def test_parameters_are_split_as_documented() -> None:
     shardings = named(parameter_shardings(mesh, Llama.abstract(CONFIG).parameters()))
     assert {name: sharding.spec for name, sharding in shardings.items()} == expected
     assert all(sharding.mesh == mesh for sharding in shardings.values())
+
+
+def test_adapters_are_split_like_the_kernels_they_stand_beside() -> None:
+    """Their rank is too small to be split."""
+    mesh, embed = make_mesh(MeshConfig(2, 2, 2)), ("fsdp", "context")
+    lora = Lora(targets=("q_proj", "down_proj"))
+    shardings = named(parameter_shardings(mesh, Llama.abstract(CONFIG, lora=lora).parameters()))
+    assert {name: sharding.spec for name, sharding in shardings.items() if "lora" in name} == {
+        "layers.self_attn.q_proj.lora_a": P(None, embed, None),
+        "layers.self_attn.q_proj.lora_b": P(None, None, "tensor"),
+        "layers.mlp.down_proj.lora_a": P(None, "tensor", None),
+        "layers.mlp.down_proj.lora_b": P(None, None, embed),
+    }
 
 
 def test_axes_of_a_parameter_outside_the_layers_have_no_layer_axis() -> None:

@@ -8,6 +8,7 @@ import yaml
 
 from eabf_jax.errors import InputError
 from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.lora import Lora
 from eabf_jax.parallel.mesh import MeshConfig
 from eabf_jax.rope import compose, scheme
 from eabf_jax.rope.schemes import scheme_names
@@ -82,9 +83,10 @@ def test_constant_schedule_stays_at_the_peak():
 def test_every_shipped_config_loads_and_fits_its_model(path, monkeypatch):
     monkeypatch.chdir(path.parents[1])
     config = load_config(["--config_path", str(path)])
-    # The name is model_scheme_window.
+    # The name is model_scheme_window, and _lora where adapters are trained.
     assert config.output == f"runs/{path.stem}"
-    assert path.stem.endswith(f"_{config.window // 1024}k" if config.window >= 1024 else f"_{config.window}")
+    window = f"_{config.window // 1024}k" if config.window >= 1024 else f"_{config.window}"
+    assert path.stem.endswith(window if config.lora is None else f"{window}_lora")
     (model,) = (shape for shape in (path.parent / "shapes").glob("*.yaml") if path.stem.startswith(f"{shape.stem}_"))
     shape = yaml.safe_load(model.read_text())
     base = LlamaConfig.from_fields(shape)
@@ -132,6 +134,12 @@ def test_llama2_7b_has_a_config_for_every_scheme_with_the_papers_values():
         (["--overwrite", "true"], lambda c: c.overwrite, True),
         (["--checkpoint.every_steps", "null"], lambda c: c.checkpoint.every_steps, None),
         (["--window", "128"], lambda c: c.window, 128),
+        (["--lora", "null"], lambda c: c.lora, None),
+        (
+            ["--lora.targets", "[q_proj, up_proj]", "--lora.alpha", "4"],
+            lambda c: c.lora,
+            Lora(alpha=4.0, targets=("q_proj", "up_proj")),
+        ),
     ],
 )
 def test_command_line_overrides(load, arguments, read, expected):
@@ -167,6 +175,8 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(load):
 )
 def test_what_is_dumped_loads_the_same(load, rope):
     config = load({**MINIMAL, "rope": rope, "model": {"shape": {"rms_norm_eps": 1e-5}}, "recipe": {"steps": 3}})
+    assert load(dump_config(config)) == config
+    config = dataclasses.replace(config, lora=Lora(rank=2, targets=("v_proj",), train_norms=True))
     assert load(dump_config(config)) == config
 
 
@@ -236,6 +246,11 @@ def test_differences_name_the_keys_that_change_the_result(load, tmp_path):
         ({"mesh": {"fsdp": 0}}, "mesh data=1, fsdp=0, context=1, tensor=1"),
         ({"checkpoint": {"keep": 0}}, "'checkpoint.keep' is 0; a positive number"),
         ({"model": {"shape": [1]}}, "'model.shape' takes a mapping or null, not [1]"),
+        ({"lora": 8}, "'lora' takes a mapping of keys, not '8'"),
+        ({"lora": {"rnk": 8}}, "unknown configuration key 'lora.rnk': did you mean 'lora.rank'"),
+        ({"lora": {"rank": 0}}, "lora.rank is 0; a positive number is needed"),
+        ({"lora": {"targets": "q_proj"}}, "'lora.targets' takes a list of names, not 'q_proj'"),
+        ({"lora": {"targets": ["q_porj"]}}, "'q_porj': did you mean 'q_proj'"),
     ],
     ids=str,
 )
@@ -324,6 +339,8 @@ def test_help_names_every_key_and_nothing_else(capsys):
     text = capsys.readouterr().out
     for key in ("--config_path", "--output", "--rope.type", "--recipe.learning_rate", "--model.shape", "--mesh.fsdp"):
         assert key in text
+    assert "--lora.targets" in text
+    assert "Optional" not in text
     assert "peak; paper" in text
     # draccus would also take a file for each section; we do not.
     assert "Config file for" not in text and "--recipe str" not in text

@@ -42,6 +42,16 @@ def test_flops_of_llama2_7b_by_hand():
     assert flops_per_token(model, 16_384) == products + attention
 
 
+def test_a_frozen_model_has_no_gradients_of_its_own():
+    """Two of the six operations a parameter less, for all but the adapters."""
+    config = load_config(["--config_path", "configs/llama2_7b_eabf_16k_lora.yaml"])
+    model = LlamaConfig.from_fields(config.model.shape)
+    # A and B of q, k, v and o in 32 layers, each 4,096 wide; the embedding is looked up.
+    adapters = 32 * 4 * 8 * (4_096 + 4_096)
+    expected = flops_per_token(model, 64) - 2 * (6_738_415_616 - 32_000 * 4_096) + 6 * adapters
+    assert flops_per_token(model, 64, config.lora) == expected
+
+
 def test_tied_embeddings_are_a_matrix_product_too(shape):
     tied, untied = (LlamaConfig.from_fields({**shape, "tie_word_embeddings": tied}) for tied in (True, False))
     assert flops_per_token(tied, 64) == flops_per_token(untied, 64)
