@@ -86,6 +86,7 @@ def predict(config: TrainConfig, device_name: str | None = None, count: int | No
         "microbatch_size": found.microbatch_size,
         "remat": found.remat,
         "optimizer_memory": found.optimizer_memory,
+        "gather": found.gather,
         "gib_per_device": _gib(found.total),
         "gib_by_part": {name: _gib(size) for name, size in found.parts.items()},
         "host_gib_by_part": {name: _gib(size) for name, size in found.host.items()},
@@ -206,7 +207,7 @@ def table(figures: Mapping[str, Any]) -> Table:
     shown.add_column("", justify="right")
     by_part, total = ("hbm_gib_by_part", "hbm_gib_per_chip") if compiled else ("gib_by_part", "gib_per_device")
     limit = figures["hbm_gib_available" if compiled else "device_gib"]
-    for key in ("microbatch_size", "remat", *(() if compiled else ("optimizer_memory",))):
+    for key in ("microbatch_size", "remat", *(() if compiled else ("optimizer_memory", "gather"))):
         shown.add_row(f"compute.{key}", str(figures[key]))
     for name, size in figures[by_part].items():
         shown.add_row(name, f"{size:.2f} GiB")

@@ -40,12 +40,12 @@ class Device:
     flops: float  # dense bfloat16 FLOP/s
     bandwidth: float  # bytes/s of its memory
     link: float = 0.0  # bytes/s of one link to a neighbour, one way (TPU)
-    host_memory: float | None = None  # bytes of host memory a device; None: not known
+    host_memory: float = 96 * GIB  # bytes of host memory that a device's share of a step may take
 
 
 # GPUs: 97 % of what CUDA reports, as `mesh.gpu_defaults` lets JAX have. TPUs: what the compiler leaves to a
 # program (v4, by its own message: 30.75 of 32 GiB; the others in proportion), bandwidths from "How to Scale Your Model"
-# (Google DeepMind).
+# (Google DeepMind). A machine that is not at hand is taken to have host memory for what one with 128 GiB a GPU has.
 DEVICES = {
     device.name: device
     for device in (
@@ -94,9 +94,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the device and, where its size is known, the host have as much."""
-        limit = self.device.host_memory
-        return self.total <= self.device.memory and (limit is None or sum(self.host.values()) <= limit)
+        """Whether the device and its host have as much."""
+        return self.total <= self.device.memory and sum(self.host.values()) <= self.device.host_memory
 
     @property
     def seconds(self) -> float:
@@ -134,7 +133,8 @@ def device_at_hand() -> Device:
         )
     platform: Any = "tpu" if device.platform == "tpu" else "gpu"
     found = max(known, key=lambda spec: len(spec.kind), default=Device(device.device_kind, "", platform, 0, 1e14, 1e12))
-    return dataclasses.replace(found, memory=limit or found.memory, host_memory=host)
+    # A quarter is left to the data, to checkpoints on their way to the disk, and to the system.
+    return dataclasses.replace(found, memory=limit or found.memory, host_memory=0.75 * host)
 
 
 def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str, int], device: Device) -> Plan:

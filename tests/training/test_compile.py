@@ -140,7 +140,7 @@ def test_other_errors_of_the_compiler_stay_what_they_are(config_path, monkeypatc
 
 def test_without_a_topology_the_memory_is_predicted(tmp_path, capsys):
     out = tmp_path / "figures.json"
-    settings = ("--device", "h200", "--devices", "2", "--compute.remat", "dots:8,full")
+    settings = ("--device", "h200", "--devices", "2", "--compute.remat", "dots:8,full", "--compute.gather", "layer")
     assert run(*PAPER, *settings, "--json", str(out)) == 0
     found = json.loads(out.read_text())
     config = load_config([*PAPER, "--compute.remat", "dots:8,full"])
