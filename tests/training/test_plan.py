@@ -78,11 +78,24 @@ def test_a_layer_keeps_what_the_step_keeps(policy):
     assert found == pytest.approx(size, rel=0.02 if policy == "none" else 0)
 
 
-def test_the_peak_of_six_layers_on_an_h100_is_predicted_within_a_tenth():
-    """Measured: peak_bytes_in_use of the layerwise executor, JAX 0.11.2: 32.19 GiB."""
-    config, model = llama_7b(remat="dots")
-    found = plan(config, dataclasses.replace(model, num_hidden_layers=6), ONE, DEVICES["h100"])
-    assert found.total / GIB == pytest.approx(32.19, rel=0.1)
+@pytest.mark.parametrize(
+    ("measured", "device", "mesh", "settings"),
+    [
+        (129.78, "h200", {}, {"remat": "offload:14,dots"}),
+        (135.48, "h200", {}, {"remat": "offload:10,dots"}),
+        (111.32, "h200", {"fsdp": 2}, {"remat": "dots", "gather": "step"}),
+        (81.17, "h200", {"context": 2}, {"window": 131_072, "gather": "layer"}),
+        (64.34, "h100", {}, {"window": 65_536, "optimizer_memory": "host"}),
+        (32.19, "h100", {}, {"layers": 6, "remat": "dots", "loss_chunk": 1024}),
+    ],
+)
+def test_peaks_that_were_measured_on_gpus_are_predicted_within_a_tenth(measured, device, mesh, settings):
+    """`peak_bytes_in_use` in GiB of the step of 7B, JAX 0.11.2; the prediction is within 2 % of each."""
+    settings = {"loss_chunk": 4096, **settings}
+    window, layers = settings.pop("window", 16_384), settings.pop("layers", 32)
+    config, model = llama_7b(**settings)
+    config, model = dataclasses.replace(config, window=window), dataclasses.replace(model, num_hidden_layers=layers)
+    assert plan(config, model, {**ONE, **mesh}, DEVICES[device]).total / GIB == pytest.approx(measured, rel=0.1)
 
 
 def test_layers_behind_the_backward_pass_keep_nothing():
@@ -161,8 +174,8 @@ def test_adapters_leave_the_model_without_gradients_and_moments():
     config, model = llama_7b()
     config = dataclasses.replace(config, lora=Lora(rank=8, targets=("q_proj", "v_proj"), train_norms=True))
     found = plan(config, model, {**ONE, "fsdp": 4}, DEVICES["v4"])
-    # A and B of two 4,096 x 4,096 projections in 32 layers. Four chips share the rows of A; B and the scales of the norms
-    # are on each.
+    # A and B of two 4,096 x 4,096 projections in 32 layers. Four chips share the rows of A; B and the scales of the
+    # norms are on each.
     norms = 65 * 4096
     trained = 32 * 2 * (4096 * 8 / 4 + 8 * 4096) + norms
     assert found.parts["moments"] == 8 * trained
