@@ -87,5 +87,5 @@ def all_or_none() -> Iterator[None]:
         if others and not failed:
             raise InputError(
                 f"process {jax.process_index()} stops because {', '.join(map(str, others))} of "
-                f"{jax.process_count()} cannot start, and says why"
+                f"{jax.process_count()} cannot start, and say{'s' if len(others) == 1 else ''} why"
             )
