@@ -97,8 +97,8 @@ def merged(directory: Path | str, adapter: Adapter, base: Leaves, step: int | No
       step: which checkpoint of the run, None for the latest.
 
     Returns:
-      The model with the run's window and scheme. A parameter that the run changed is read as float32; its dtype is
-      told as the base's.
+      The model with the run's window and scheme. A parameter that the run changed is float32: what six steps change
+      is less than the last bit of a bfloat16 kernel.
 
     Raises:
       InputError: the base is another model; no such checkpoint, damaged, or not of these adapters.
@@ -114,13 +114,15 @@ def merged(directory: Path | str, adapter: Adapter, base: Leaves, step: int | No
     trained, _ = split_trained(Llama.abstract(config, lora=adapter.lora).parameters(), adapter.lora)
     own = native.stored_arrays(path, {name: leaf.shape for name, leaf in flatten(trained)})
 
+    adapted = {(*name[:-1], "kernel") for name in own if name[-1] == "lora_a"}
+
     def read(name: tuple[str, ...]) -> np.ndarray:
         if name in own:
             return native.read_leaf(path, name)
-        first, second = ((*name[:-1], leaf) for leaf in ("lora_a", "lora_b"))
-        if name[-1] != "kernel" or first not in own:
+        if name not in adapted:
             return base.read(name)
-        adapters = native.read_leaf(path, first), native.read_leaf(path, second)
-        return merged_kernel(base.read(name), *adapters, scale=adapter.lora.scale)
+        first, second = (native.read_leaf(path, (*name[:-1], leaf)) for leaf in ("lora_a", "lora_b"))
+        return merged_kernel(base.read(name), first, second, adapter.lora.scale)
 
-    return Leaves(config, base.dtypes, read)
+    changed = dict.fromkeys(adapted | (own.keys() & base.dtypes.keys()), np.dtype(np.float32))
+    return Leaves(config, {**base.dtypes, **changed}, read)

@@ -306,7 +306,7 @@ def to_hf(
       overwrite: whether dst may be replaced.
       step: which checkpoint, None for the latest.
       max_shard_bytes: the size beyond which the weights go into several files.
-      dtype: what to cast the parameters to, None to keep what is stored (of adapters: what their base is stored in).
+      dtype: what to cast the parameters to, None to keep what is stored (what adapters change: float32).
       base: where the model that adapters belong to is now; None where it was when they were trained.
 
     Returns:
