@@ -1,0 +1,479 @@
+"""Generation: prompts are read in chunks, layer by layer; then tokens are made in a loop that stays on the device.
+
+Prompts of different lengths share a batch: each row starts in slot 0 of its cache and keeps its own position. Reading
+runs one compiled layer after another, so that a new shape costs the compilation of one layer; the decode loop is one
+program of all layers, which knows how to choose tokens and when to stop, and hands tokens out by the chunk.
+
+A scheme that follows the current length changes every key and, above the first layer, every hidden state with each
+token past the pretrained window: nothing in a cache stays true. There the whole row is read again for each token, which
+is what the scheme means, unless `rope_length` fixes the length that it follows.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from eabf_jax.errors import InputError
+from eabf_jax.inference import placement
+from eabf_jax.inference.sampling import Numbers, Sampling, Steps, choose, split
+from eabf_jax.inference.text import running_text
+from eabf_jax.interop.tokenizer import Tokenizer
+from eabf_jax.model import decoder
+from eabf_jax.model.attention import select
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.decoder import LayerWeights, Weights
+from eabf_jax.model.kv_cache import LayerCache, empty_cache
+from eabf_jax.model.llama import Llama, Row
+from eabf_jax.parallel.rules import batch_ways
+
+# Tokens that the decode loop makes before the host looks at them.
+TOKENS_AT_ONCE = 16
+# Shapes are multiples of this at least: of lengths that differ by less, one program serves all.
+_SMALLEST = 16
+# A row that has ended says this where others say a token.
+_NOTHING = -1
+
+
+class Completion(NamedTuple):
+    """What was generated for one prompt, so far or in all.
+
+    Attributes:
+      tokens: the new tokens, without the one that ended them.
+      text: them as text, without a stop string; "" without a tokenizer.
+      finish: why it ended: a stop token, a stop string or the number of tokens asked for; None while it goes on.
+    """
+
+    tokens: list[int]
+    text: str
+    finish: Literal["stop_token", "stop_string", "length"] | None
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What programs are compiled for, beside the shapes of their arrays."""
+
+    config: LlamaConfig
+    dtype: Any
+    backend: str
+    block: int
+    mesh: Mesh | None
+    rope_length: int | None
+
+
+class _State(NamedTuple):
+    """What the decode loop carries on."""
+
+    caches: tuple[LayerCache, ...]
+    token: Int[Array, "B"]  # the newest token, which no cache holds yet
+    position: Int[Array, "B"]  # its place in the row
+    ended: Bool[Array, "B"]
+    seen: Bool[Array, "B V"] | None  # tokens of the row, where a penalty asks for them
+    count: Int[Array, ""]  # tokens chosen
+
+
+class _Choice(NamedTuple):
+    """How tokens are chosen and what ends a row."""
+
+    numbers: Numbers
+    keys: Array
+    stop_tokens: Int[Array, "stops"]
+
+
+class Generator:
+    """A model made ready to generate."""
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer | None = None,
+        *,
+        mesh: Mesh | None = None,
+        cache: str = "model",
+        prefill_chunk: int = 4096,
+        attention: str = "auto",
+        rope_length: int | None = None,
+    ):
+        """Takes the model's weights, in its compute dtype; the model itself is not kept.
+
+        Args:
+          model: any Llama without adapters.
+          tokenizer: for text, stop strings and the default stop tokens.
+          mesh: devices to share the work: heads over `tensor`, rows over `data` and `fsdp`. None: the default device.
+          cache: keys and values in the "model" dtype or as "int8" with a scale a token and head.
+          prefill_chunk: tokens of each prompt that are read at a time.
+          attention: the backend that reads prompts, a name in `model.attention.BACKENDS` or "auto".
+          rope_length: the length in tokens that a dynamic scheme is to follow, whatever the row's own; None for the
+            row's own. Other schemes do not look at it.
+
+        Raises:
+          InputError: an unknown name, a number that is not positive, a mesh that does not fit, or a model with
+            adapters.
+        """
+        for name, number in (("prefill_chunk", prefill_chunk), ("rope_length", rope_length)):
+            if number is not None and number < 1:
+                raise InputError(f"{name} is {number}; a positive number of tokens is needed")
+        empty_cache(1, 1, 1, 1, model.dtype, cache)  # tells of an unknown kind
+        backend = select(attention, model.dtype, model.config.head_dim)
+        if mesh is not None:
+            placement.check(mesh, model.config)
+        self._setup = _Setup(model.config, model.dtype, backend, prefill_chunk, mesh, rope_length)
+        weights = decoder.weights_of(model)
+        self._weights = weights if mesh is None else placement.place_weights(mesh, weights)
+        self._cache_kind = cache
+        self.config = model.config
+        self.tokenizer = tokenizer
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[Completion]:
+        """Continues prompts.
+
+        Args:
+          prompts: token ids, of any lengths.
+          max_new_tokens: most tokens to add to each.
+          **options: as for `stream`.
+
+        Returns:
+          One completion a prompt, in their order.
+        Raises:
+          InputError: as `stream`.
+        """
+        *_, last = self.stream(prompts, max_new_tokens, **options)
+        return last
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        sampling: Sampling | None = None,
+        seeds: int | Sequence[int] = 0,
+        stop_tokens: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+    ) -> Iterator[list[Completion]]:
+        """Continues prompts, a few tokens at a time.
+
+        A row's tokens depend on its prompt, its seed and the settings, not on the rows beside it (but for the rounding
+        of products whose shapes differ).
+
+        Args:
+          prompts: token ids, of any lengths.
+          max_new_tokens: most tokens to add to each.
+          sampling: how tokens are chosen; None takes the likeliest.
+          seeds: of the draws, one for all rows or one a row.
+          stop_tokens: ids that end a row; None for those of the tokenizer, or else of the model's configuration.
+          stop_strings: what ends a row where it appears in the new text.
+
+        Yields:
+          The completions so far, one a prompt in their order; in the last ones, none has `finish` None.
+        Raises:
+          InputError: no prompts, an empty one, ids that the model does not have, stop strings without a tokenizer, or
+            numbers that make no sense.
+        """
+        sampling = sampling or Sampling()
+        seeds = [seeds] * len(prompts) if isinstance(seeds, int) else list(seeds)
+        self._check(prompts, max_new_tokens, seeds, stop_strings)
+        stops = self._stop_tokens() if stop_tokens is None else tuple(stop_tokens)
+        made: list[list[int]] = [[] for _ in prompts]
+        current = [Completion([], "", None) for _ in prompts]
+        for tokens in self._tokens(prompts, max_new_tokens, sampling, seeds, stops):
+            for row, new in enumerate(tokens[: len(prompts)].tolist()):
+                if current[row].finish is None:
+                    made[row] += [token for token in new if token != _NOTHING]
+                    current[row] = self._completion(prompts[row], made[row], max_new_tokens, stops, stop_strings)
+            yield list(current)
+            if all(completion.finish for completion in current):
+                return
+
+    def _check(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int], stop_strings: Sequence[str]
+    ) -> None:
+        if not prompts:
+            raise InputError("no prompts; at least one is needed")
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}; a positive number is needed")
+        if len(seeds) != len(prompts):
+            raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts; one for each, or one for all, is needed")
+        if stop_strings and self.tokenizer is None:
+            raise InputError("stop strings need a tokenizer, and this model came without one")
+        if "" in stop_strings:
+            raise InputError("a stop string is empty; it would end every text at once")
+        for number, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise InputError(f"prompt {number} is empty; at least one token is needed")
+            if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
+                raise InputError(
+                    f"prompt {number} holds ids from {min(prompt)} to {max(prompt)}; the model's are from 0 to "
+                    f"{self.config.vocab_size - 1}"
+                )
+
+    def _stop_tokens(self) -> tuple[int, ...]:
+        if self.tokenizer is not None:
+            return self.tokenizer.eos_ids
+        ids = self.config.eos_token_id
+        return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
+
+    def _completion(
+        self,
+        prompt: Sequence[int],
+        made: Sequence[int],
+        max_new_tokens: int,
+        stops: Sequence[int],
+        stop_strings: Sequence[str],
+    ) -> Completion:
+        """What a row amounts to, of all tokens made for it."""
+        ended = bool(made) and made[-1] in stops
+        tokens = list(made[:-1] if ended else made)
+        finish: Any = "stop_token" if ended else "length" if len(made) >= max_new_tokens else None
+        if self.tokenizer is None:
+            return Completion(tokens, "", finish)
+        text, kept = running_text(self.tokenizer, prompt, tokens, stop_strings, is_whole=finish is not None)
+        if kept is not None:
+            return Completion(tokens[:kept], text, "stop_string")
+        return Completion(tokens, text, finish)
+
+    def _tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        stops: Sequence[int],
+    ) -> Iterator[np.ndarray]:
+        """New tokens by the chunk: int32 [rows, few], `_NOTHING` where a row has ended."""
+        mesh, rope = self._setup.mesh, self.config.rope
+        rows = -(-len(prompts) // (1 if mesh is None else batch_ways(mesh))) * (1 if mesh is None else batch_ways(mesh))
+        # Rows beyond the prompts only fill the mesh.
+        padded = [*prompts, *[[0]] * (rows - len(prompts))]
+        ended = self._row_array(np.arange(rows) >= len(prompts))
+        steps, numbers = split(sampling)
+        choice = _Choice(
+            numbers,
+            self._row_array(jax.vmap(jax.random.key)(np.array([*seeds, *[0] * (rows - len(prompts))], np.uint32))),
+            jnp.array(stops, jnp.int32),
+        )
+        last = max(map(len, prompts)) + max_new_tokens - 1  # the longest row's, whose last token is not read
+        # None of the keys cached stays true past the pretrained window of a scheme that follows the length.
+        follows = rope.depends_on_length and self._setup.rope_length is None
+        if follows and last > dict(rope.frequencies.parameters)["pretrained_window"]:
+            yield from self._reread(padded, max_new_tokens, steps, choice, ended)
+            return
+        state = self._read(padded, last, steps, choice, ended)
+        yield np.asarray(state.token)[:, None]
+        left, length = max_new_tokens - 1, max(map(len, prompts))
+        slots_held = state.caches[0].k.shape[2]
+        ahead: list[Array] = []
+        while left > 0:
+            size = min(TOKENS_AT_ONCE, left)
+            slots = min(_power_of_two(length + size), slots_held)
+            tokens, state = _decode(self._setup, steps, slots, self._weights, state, choice, size)
+            left, length = left - size, length + size
+            ahead.append(tokens)
+            # The device has the next chunk to do while the host looks at this one.
+            if len(ahead) > 1:
+                yield np.asarray(ahead.pop(0))
+        for tokens in ahead:
+            yield np.asarray(tokens)
+
+    def _row_array(self, values: Any) -> Array:
+        mesh = self._setup.mesh
+        return jnp.asarray(values) if mesh is None else jax.device_put(values, placement.row_sharding(mesh))
+
+    def _reread(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, steps: Steps, choice: _Choice, ended: Array
+    ) -> Iterator[np.ndarray]:
+        """Generates with every row read anew for each token."""
+        texts = [list(prompt) for prompt in prompts]
+        for count in range(max_new_tokens):
+            state = self._read(texts, max(map(len, texts)), steps, choice, ended, count)
+            tokens, ended = np.asarray(state.token), state.ended
+            for text, token in zip(texts, tokens.tolist(), strict=True):
+                if token != _NOTHING:
+                    text.append(token)
+            yield tokens[:, None]
+
+    def _read(
+        self,
+        prompts: Sequence[Sequence[int]],
+        slots: int,
+        steps: Steps,
+        choice: _Choice,
+        ended: Array,
+        count: int = 0,
+    ) -> _State:
+        """Reads the prompts into caches that hold at least so many tokens, and chooses the first new token."""
+        chunks = _chunks(max(map(len, prompts)), self._setup.block)
+        width = chunks[-1].stop
+        tokens = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+        lengths = self._row_array(np.array([len(prompt) for prompt in prompts], np.int32))
+        caches = self._empty_caches(len(prompts), max(_rounded(slots), width))
+        hidden = self._row_array(jnp.zeros((len(prompts), self.config.hidden_size), self._setup.dtype))
+        for chunk in chunks:
+            start = jnp.int32(chunk.start)
+            x, row = _begin(self._setup, self._weights.embedding, self._row_array(tokens[:, chunk]), start, lengths)
+            for index, weights in enumerate(self._weights.layers):
+                x, caches[index] = _read_layer(
+                    self._setup, chunk.start == 0, weights, jnp.int32(index), x, row, caches[index], start
+                )
+            hidden = _collect(x, hidden, lengths, start)
+        seen = None
+        if steps.penalize:
+            present = np.zeros((len(prompts), self.config.vocab_size), np.bool_)
+            for row_number, prompt in enumerate(prompts):
+                present[row_number, list(prompt)] = True
+            seen = self._row_array(present)
+        ends = self._weights._replace(layers=())
+        return _first(self._setup, steps, ends, hidden, tuple(caches), lengths, ended, seen, jnp.int32(count), choice)
+
+    def _empty_caches(self, batch: int, slots: int) -> list[LayerCache]:
+        config, mesh = self.config, self._setup.mesh
+
+        def make() -> LayerCache:
+            return empty_cache(
+                batch, config.num_key_value_heads, slots, config.head_dim, self._setup.dtype, self._cache_kind
+            )
+
+        # Made where it lies: a device need not hold what others will.
+        shardings = None if mesh is None else placement.cache_sharding(mesh, jax.eval_shape(make))
+        made = jax.jit(make, out_shardings=shardings)
+        return [made() for _ in range(config.num_hidden_layers)]
+
+
+def _chunks(length: int, size: int) -> list[slice]:
+    """Cuts a prompt into chunks of one size; the last one, if shorter, is rounded up."""
+    whole, rest = divmod(length, size)
+    chunks = [slice(number * size, (number + 1) * size) for number in range(whole)]
+    if rest:
+        chunks.append(slice(whole * size, whole * size + min(_rounded(rest), size)))
+    return chunks
+
+
+def _rounded(length: int) -> int:
+    """The length, or up to an eighth more: few different shapes, little waste."""
+    step = max(_SMALLEST, _power_of_two(length) // 16)
+    return -(-length // step) * step
+
+
+def _power_of_two(length: int) -> int:
+    """The next power of two."""
+    return 1 << (length - 1).bit_length()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _begin(
+    setup: _Setup, embedding: Array, tokens: Int[Array, "B T"], start: Array, lengths: Int[Array, "B"]
+) -> tuple[Float[Array, "B T D"], Row]:
+    """Hidden states before the first layer, and what every layer is told of the tokens."""
+    positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    length = lengths if setup.rope_length is None else setup.rope_length
+    row = decoder.rows(setup.config.rope, setup.config.head_dim, positions, length)
+    return jnp.take(embedding, tokens, axis=0), row
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 6))
+def _read_layer(
+    setup: _Setup,
+    is_first: bool,
+    weights: LayerWeights,
+    index: Array,
+    x: Array,
+    row: Row,
+    cache: LayerCache,
+    start: Array,
+) -> tuple[Array, LayerCache]:
+    def attend(q: Array, k: Array, v: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
+        options = {"is_first": is_first, "block": setup.block, "backend": setup.backend}
+        return placement.chunk_attention(setup.mesh, q, k, v, cache, start, **options)
+
+    return decoder.layer(setup.config, weights, index, x, row, cache, attend)
+
+
+@jax.jit
+def _collect(x: Float[Array, "B T D"], found: Float[Array, "B D"], lengths: Array, start: Array) -> Array:
+    """Each row's hidden state at its last token, where this chunk has it."""
+    index = lengths - 1 - start
+    inside = (index >= 0) & (index < x.shape[1])
+    here = jnp.take_along_axis(x, jnp.clip(index, 0, x.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+    return jnp.where(inside[:, None], here, found)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="caches")
+def _first(
+    setup: _Setup,
+    steps: Steps,
+    ends: Weights,
+    hidden: Float[Array, "B D"],
+    caches: tuple[LayerCache, ...],
+    lengths: Array,
+    ended: Array,
+    seen: Array | None,
+    count: Array,
+    choice: _Choice,
+) -> _State:
+    """The state with which the decode loop begins; `token` is `_NOTHING` in rows that had ended before."""
+    logits = decoder.next_token_logits(setup.config, ends, hidden)
+    token = choose(logits, seen, choice.keys, count, steps, choice.numbers)
+    token = jnp.where(ended, _NOTHING, token)
+    return _State(caches, token, lengths, ended | jnp.isin(token, choice.stop_tokens), _marked(seen, token), count + 1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
+def _decode(
+    setup: _Setup,
+    steps: Steps,
+    slots: int,
+    weights: Weights,
+    state: _State,
+    choice: _Choice,
+    size: int,
+) -> tuple[Int[Array, "B chunk"], _State]:
+    """Makes up to `size` tokens, or until every row has ended."""
+
+    def attend(q: Array, k: Array, v: Array, cache: LayerCache, positions: Array) -> tuple[Array, LayerCache]:
+        out, cache = placement.token_attention(setup.mesh, q[:, 0], k[:, 0], v[:, 0], cache, positions, slots)
+        return out[:, None], cache
+
+    def step(carry: tuple[Array, Array, _State]) -> tuple[Array, Array, _State]:
+        index, made, state = carry
+        row = decoder.rows(setup.config.rope, setup.config.head_dim, state.position[:, None], setup.rope_length)
+        # A row that has ended goes on in its last slot, and nobody looks.
+        x = jnp.take(weights.embedding, jnp.maximum(state.token, 0), axis=0)[:, None]
+        caches = list(state.caches)
+        for number, layer in enumerate(weights.layers):
+            attention = functools.partial(attend, positions=state.position)
+            x, caches[number] = decoder.layer(setup.config, layer, number, x, row, caches[number], attention)
+        logits = decoder.next_token_logits(setup.config, weights, x[:, 0])
+        token = choose(logits, state.seen, choice.keys, state.count, steps, choice.numbers)
+        token = jnp.where(state.ended, _NOTHING, token)
+        made = jax.lax.dynamic_update_slice_in_dim(made, token[:, None], index, 1)
+        state = _State(
+            tuple(caches),
+            token,
+            jnp.where(state.ended, state.position, state.position + 1),
+            state.ended | jnp.isin(token, choice.stop_tokens),
+            _marked(state.seen, token),
+            state.count + 1,
+        )
+        return index + 1, made, state
+
+    def goes_on(carry: tuple[Array, Array, _State]) -> Array:
+        index, _, state = carry
+        return (index < size) & ~state.ended.all()
+
+    made = jnp.full((state.token.shape[0], TOKENS_AT_ONCE), _NOTHING, jnp.int32)
+    _, made, state = jax.lax.while_loop(goes_on, step, (jnp.int32(0), made, state))
+    return made, state
+
+
+def _marked(seen: Array | None, token: Array) -> Array | None:
+    """Tokens of the rows, the newest among them."""
+    if seen is None:
+        return None
+    return seen | (jnp.arange(seen.shape[1]) == token[:, None])

@@ -1,0 +1,106 @@
+"""Where generation's arrays lie on a mesh: heads and hidden units over `tensor`, rows over `data` and `fsdp`.
+
+Unlike in training, nothing of a weight is left to be gathered: a decode step would wait for it.
+"""
+
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from eabf_jax.errors import InputError
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.decoder import LayerWeights, Weights
+from eabf_jax.model.kv_cache import LayerCache, attend_chunk, attend_token
+from eabf_jax.parallel.rules import check_tensor_axis, spec
+
+_LAYER = LayerWeights(
+    input_norm=P(),
+    qkv=spec(None, "heads", None, None),
+    qkv_bias=spec("heads", None, None),
+    output=spec("heads", None),
+    output_bias=P(),
+    mlp_norm=P(),
+    gate_up=spec(None, None, "mlp"),
+    gate_up_bias=spec(None, "mlp"),
+    down=spec("mlp", None),
+    down_bias=P(),
+)
+_WEIGHTS = {"embedding": spec("vocab", None), "norm": P(), "head": spec(None, "vocab")}
+_CACHE = spec("batch", "heads", None, None)
+_SCALES = spec("batch", "heads", None)
+
+
+def check(mesh: Mesh, config: LlamaConfig) -> None:
+    """Refuses a mesh that cannot hold a model for generation.
+
+    Args:
+      mesh: the devices.
+      config: the model's shape.
+
+    Raises:
+      InputError: a context axis, or a tensor axis that divides something unevenly.
+    """
+    if mesh.shape["context"] > 1:
+        raise InputError(f"mesh context={mesh.shape['context']}: generation takes data, fsdp and tensor axes only")
+    ways = mesh.shape["tensor"]
+    check_tensor_axis(ways, config.num_key_value_heads)
+    for name in ("intermediate_size", "vocab_size"):
+        if getattr(config, name) % ways:
+            raise InputError(f"mesh tensor={ways} does not divide the model's {name} {getattr(config, name)}")
+
+
+def place_weights(mesh: Mesh, weights: Weights) -> Weights:
+    """Lays a model's weights out."""
+
+    def put(x: Array | None, partition: P) -> Array | None:
+        return None if x is None else jax.device_put(x, NamedSharding(mesh, partition))
+
+    layers = tuple(LayerWeights(*map(put, layer, _LAYER)) for layer in weights.layers)
+    others = {name: put(getattr(weights, name), partition) for name, partition in _WEIGHTS.items()}
+    return Weights(layers=layers, **others)
+
+
+def cache_sharding(mesh: Mesh, cache: Any) -> LayerCache:
+    """Shardings of a layer's cache, None where it has no such array."""
+    partitions = LayerCache(_CACHE, _CACHE, _SCALES, _SCALES)
+    return LayerCache(*(None if x is None else NamedSharding(mesh, p) for x, p in zip(cache, partitions, strict=True)))
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of arrays with the batch as their first dimension."""
+    return NamedSharding(mesh, spec("batch"))
+
+
+def chunk_attention(
+    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, start: Array, **options: Any
+) -> tuple[Array, LayerCache]:
+    """`attend_chunk`, on each device's own rows and heads."""
+    attend = functools.partial(attend_chunk, **options)
+    if mesh is None or mesh.size == 1:
+        return attend(q, k, v, cache, start)
+    return _mapped(mesh, attend, cache, spec("batch", None, "heads", None), P())(q, k, v, cache, start)
+
+
+def token_attention(
+    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, positions: Array, slots: int
+) -> tuple[Array, LayerCache]:
+    """`attend_token`, on each device's own rows and heads."""
+    attend = functools.partial(attend_token, slots=slots)
+    if mesh is None or mesh.size == 1:
+        return attend(q, k, v, cache, positions)
+    return _mapped(mesh, attend, cache, spec("batch", "heads", None), spec("batch"))(q, k, v, cache, positions)
+
+
+def _mapped(mesh: Mesh, attend: Any, cache: LayerCache, heads: P, place: P) -> Any:
+    caches = jax.tree.map(lambda sharding: sharding.spec, cache_sharding(mesh, cache))
+    return jax.shard_map(
+        attend,
+        mesh=mesh,
+        in_specs=(heads, heads, heads, caches, place),
+        out_specs=(heads, caches),
+        check_vma=False,
+    )
