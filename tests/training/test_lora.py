@@ -289,7 +289,7 @@ def compile_quickly(monkeypatch, quick):
 
 def adapter_config(run_config, output, **changes):
     lora = changes.pop("lora", Lora(rank=2, targets=("q_proj", "o_proj", "up_proj"), train_norms=True))
-    return dataclasses.replace(run_config(output, **{"recipe": {"steps": 4}, **changes}), lora=lora)
+    return dataclasses.replace(run_config(output, **{"recipe": {"steps": 4, "epsilon": 1e-3}, **changes}), lora=lora)
 
 
 @pytest.fixture(scope="module")
@@ -411,8 +411,10 @@ def test_adapters_of_an_adapted_model(finished, run_config, tmp_path):
     assert 0 < np.abs(moved).max() < 0.1
 
 
-def test_a_run_that_was_cut_off_ends_with_the_same_adapters(finished, run_config, tmp_path, monkeypatch):
-    config = adapter_config(run_config, tmp_path / "run")
+@pytest.mark.parametrize("executor", ["program", "layerwise"])
+def test_a_run_that_was_cut_off_ends_with_the_same_adapters(finished, run_config, tmp_path, monkeypatch, executor):
+    """Under the executor of the run that was not, to the bit; under the other one, but for the order of sums."""
+    config = adapter_config(run_config, tmp_path / "run", compute={"executor": executor})
     save = Checkpoints.save
 
     class Killed(Exception):
@@ -432,7 +434,8 @@ def test_a_run_that_was_cut_off_ends_with_the_same_adapters(finished, run_config
     expected, found = named(stored(finished[0])), named(stored(train(config)))
     assert found.keys() == expected.keys()
     for name in expected:
-        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+        atol = 0 if executor == "program" else 3e-5  # as in `agree`
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=atol, err_msg=name)
 
 
 def test_adapters_start_at_the_base_and_by_the_seed(run_config, base_model, tmp_path):
