@@ -12,12 +12,29 @@ from pathlib import Path
 import sentencepiece
 
 from eabf_jax.cli import run
+from eabf_jax.data.chat import VICUNA_SYSTEM
 from eabf_jax.data.cleaning import clean_conversation, language
 from eabf_jax.data.sharegpt import Index, fraction, order_key
 from eabf_jax.interop.directory import new_directory
 
 CONVERSATIONS = 3_000
 VOCAB_SIZE = 4_096
+# Vicuna's, which the demo prepares its data with (`eabf prepare --template vicuna`). The spaces after special tokens
+# are those that SentencePiece puts before a text.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set system = messages[0]['content'] %}{% set spoken = messages[1:] %}"
+    "{% else %}"
+    f"{{% set system = {VICUNA_SYSTEM!r} %}}{{% set spoken = messages %}}"
+    "{% endif %}"
+    "{{ ' ' + system }}"
+    "{% for message in spoken %}"
+    "{% if message['role'] == 'user' %}{{ ' USER: ' + message['content'] + ' ASSISTANT:' }}"
+    "{% else %}{{ ' ' + message['content'] + eos_token }}"
+    "{% endif %}"
+    "{% endfor %}"
+)
 
 
 def texts(source: Path) -> Iterator[str]:
@@ -65,6 +82,7 @@ def train(source: Path, destination: Path) -> None:
             "add_eos_token": False,
             "legacy": False,
             "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
         }
         (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 

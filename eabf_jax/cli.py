@@ -139,6 +139,18 @@ def _evaluate(arguments: list[str]) -> None:
         print(f"picture: {parsed.figure}")
 
 
+def _generate(arguments: list[str]) -> None:
+    from eabf_jax.inference import command
+
+    parser = ArgumentParser("eabf generate", description=COMMANDS["generate"].summary)
+    command.add_arguments(parser)
+    parsed = parser.parse_args(arguments)
+    _check_file("--json", parsed.json)
+    figures = command.run(parsed)
+    if parsed.json:
+        write_json(Path(parsed.json), figures)
+
+
 def _compile(arguments: list[str]) -> None:
     from rich.console import Console
 
@@ -168,6 +180,7 @@ COMMANDS = {
     "prepare": Command("turn ShareGPT files into a dataset of tokens and loss masks", _prepare),
     "train": Command("run a training configuration (the same as train.py)", _train),
     "compile": Command("predict a train step's memory, or compile it for a TPU slice without a TPU", _compile),
+    "generate": Command("continue texts, or keep a conversation", _generate),
     "evaluate": Command("measure models on a prepared dataset", _evaluate),
 }
 

@@ -1,7 +1,7 @@
 """Chat templates: conversations to tokens, with a mask on the tokens that the assistant is to learn."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -158,18 +158,52 @@ def encode_exchange(exchange: Exchange, template: str, tokenizer: Tokenizer) -> 
     """
     if template not in TEMPLATES:
         raise unknown_name("chat template", template, TEMPLATES)
-    tokens: list[int] = []
-    mask: list[bool] = []
-    for is_special, run in groupby(TEMPLATES[template](exchange), key=lambda segment: segment.is_special):
-        if is_special:
-            for segment in run:
-                tokens.append(_special_id(segment.text, template, tokenizer))
-                mask.append(segment.is_response)
-        else:
-            ids, learned = _encode_text(list(run), tokenizer)
-            tokens += ids
-            mask += learned
-    return Encoded(np.asarray(tokens, np.int32), np.asarray(mask, np.bool_))
+    return _encode_segments(TEMPLATES[template](exchange), template, tokenizer)
+
+
+def encode_prompt(turns: Sequence[Turn], template: str, tokenizer: Tokenizer) -> list[int]:
+    """Renders and tokenizes a conversation up to where the assistant is to answer.
+
+    Args:
+      turns: at most one system turn, then user and assistant in alternation, the user last.
+      template: a name in `TEMPLATES`.
+      tokenizer: the model's tokenizer.
+
+    Returns:
+      The token ids: with an answer's behind them, those of `encode_conversation`.
+
+    Raises:
+      InputError: as `encode_conversation`.
+    """
+    *before, last = exchanges([*turns, Turn("assistant", "")])
+    encoded = [encode_exchange(exchange, template, tokenizer) for exchange in before]
+    if template not in TEMPLATES:
+        raise unknown_name("chat template", template, TEMPLATES)
+    opening = takewhile(lambda segment: not segment.is_response, TEMPLATES[template](last))
+    return concatenate([*encoded, _encode_segments(opening, template, tokenizer)]).tokens.tolist()
+
+
+def answer_ends(template: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end an answer.
+
+    Args:
+      template: a name in `TEMPLATES`.
+      tokenizer: the model's tokenizer.
+
+    Returns:
+      Their ids.
+
+    Raises:
+      InputError: as `encode_conversation`.
+    """
+    if template not in TEMPLATES:
+        raise unknown_name("chat template", template, TEMPLATES)
+    segments = TEMPLATES[template](Exchange("", "", None, True))
+    return [
+        _special_id(segment.text, template, tokenizer)
+        for segment in segments
+        if segment.is_special and segment.is_response
+    ]
 
 
 def encode_conversation(turns: Sequence[Turn], template: str, tokenizer: Tokenizer) -> Encoded:
@@ -239,6 +273,21 @@ def concatenate(encoded: Sequence[Encoded]) -> Encoded:
 def truncate(encoded: Encoded, max_tokens: int) -> Encoded:
     """Keeps the first `max_tokens` tokens."""
     return Encoded(encoded.tokens[:max_tokens], encoded.loss_mask[:max_tokens])
+
+
+def _encode_segments(segments: Iterable[Segment], template: str, tokenizer: Tokenizer) -> Encoded:
+    tokens: list[int] = []
+    mask: list[bool] = []
+    for is_special, run in groupby(segments, key=lambda segment: segment.is_special):
+        if is_special:
+            for segment in run:
+                tokens.append(_special_id(segment.text, template, tokenizer))
+                mask.append(segment.is_response)
+        else:
+            ids, learned = _encode_text(list(run), tokenizer)
+            tokens += ids
+            mask += learned
+    return Encoded(np.asarray(tokens, np.int32), np.asarray(mask, np.bool_))
 
 
 def _special_id(name: str, template: str, tokenizer: Tokenizer) -> int:

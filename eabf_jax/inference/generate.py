@@ -75,7 +75,7 @@ class _State(NamedTuple):
     position: Int[Array, "B"]  # its place in the row
     ended: Bool[Array, "B"]
     seen: Bool[Array, "B V"] | None  # tokens of the row, where a penalty asks for them
-    count: Int[Array, ""]  # tokens chosen
+    chosen: Int[Array, ""]  # number of tokens chosen
 
 
 class _Choice(NamedTuple):
@@ -199,6 +199,8 @@ class Generator:
             raise InputError(f"max_new_tokens is {max_new_tokens}; a positive number is needed")
         if len(seeds) != len(prompts):
             raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts; one for each, or one for all, is needed")
+        if not 0 <= min(seeds) <= max(seeds) < 2**32:
+            raise InputError(f"seeds are {min(seeds)} to {max(seeds)}; numbers from 0 to {2**32 - 1} are needed")
         if stop_strings and self.tokenizer is None:
             raise InputError("stop strings need a tokenizer, and this model came without one")
         if "" in stop_strings:
@@ -450,7 +452,7 @@ def _decode(
             attention = functools.partial(attend, positions=state.position)
             x, caches[number] = decoder.layer(setup.config, layer, number, x, row, caches[number], attention)
         logits = decoder.next_token_logits(setup.config, weights, x[:, 0])
-        token = choose(logits, state.seen, choice.keys, state.count, steps, choice.numbers)
+        token = choose(logits, state.seen, choice.keys, state.chosen, steps, choice.numbers)
         token = jnp.where(state.ended, _NOTHING, token)
         made = jax.lax.dynamic_update_slice_in_dim(made, token[:, None], index, 1)
         state = _State(
@@ -459,7 +461,7 @@ def _decode(
             jnp.where(state.ended, state.position, state.position + 1),
             state.ended | jnp.isin(token, choice.stop_tokens),
             _marked(state.seen, token),
-            state.count + 1,
+            state.chosen + 1,
         )
         return index + 1, made, state
 

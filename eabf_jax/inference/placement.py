@@ -17,21 +17,25 @@ from eabf_jax.model.decoder import LayerWeights, Weights
 from eabf_jax.model.kv_cache import LayerCache, attend_chunk, attend_token
 from eabf_jax.parallel.rules import check_tensor_axis, spec
 
-_LAYER = LayerWeights(
-    input_norm=P(),
-    qkv=spec(None, "heads", None, None),
-    qkv_bias=spec("heads", None, None),
-    output=spec("heads", None),
-    output_bias=P(),
-    mlp_norm=P(),
-    gate_up=spec(None, None, "mlp"),
-    gate_up_bias=spec(None, "mlp"),
-    down=spec("mlp", None),
-    down_bias=P(),
-)
+_LAYER = {
+    "input_norm": P(),
+    "qkv": spec(None, "heads", None, None),
+    "qkv_bias": spec("heads", None, None),
+    "output": spec("heads", None),
+    "output_bias": P(),
+    "mlp_norm": P(),
+    "gate_up": spec(None, None, "mlp"),
+    "gate_up_bias": spec(None, "mlp"),
+    "down": spec("mlp", None),
+    "down_bias": P(),
+}
 _WEIGHTS = {"embedding": spec("vocab", None), "norm": P(), "head": spec(None, "vocab")}
-_CACHE = spec("batch", "heads", None, None)
-_SCALES = spec("batch", "heads", None)
+_CACHE = {
+    "k": spec("batch", "heads", None, None),
+    "v": spec("batch", "heads", None, None),
+    "k_scale": spec("batch", "heads", None),
+    "v_scale": spec("batch", "heads", None),
+}
 
 
 def check(mesh: Mesh, config: LlamaConfig) -> None:
@@ -56,18 +60,23 @@ def check(mesh: Mesh, config: LlamaConfig) -> None:
 def place_weights(mesh: Mesh, weights: Weights) -> Weights:
     """Lays a model's weights out."""
 
-    def put(x: Array | None, partition: P) -> Array | None:
-        return None if x is None else jax.device_put(x, NamedSharding(mesh, partition))
+    def put(arrays: Any, partitions: dict[str, P]) -> dict[str, Any]:
+        places = {name: NamedSharding(mesh, partition) for name, partition in partitions.items()}
+        named = {name: getattr(arrays, name) for name in places}
+        return {name: None if x is None else jax.device_put(x, places[name]) for name, x in named.items()}
 
-    layers = tuple(LayerWeights(*map(put, layer, _LAYER)) for layer in weights.layers)
-    others = {name: put(getattr(weights, name), partition) for name, partition in _WEIGHTS.items()}
-    return Weights(layers=layers, **others)
+    layers = tuple(LayerWeights(**put(layer, _LAYER)) for layer in weights.layers)
+    return Weights(layers=layers, **put(weights, _WEIGHTS))
 
 
-def cache_sharding(mesh: Mesh, cache: Any) -> LayerCache:
+def cache_sharding(mesh: Mesh, cache: Any) -> Any:
     """Shardings of a layer's cache, None where it has no such array."""
-    partitions = LayerCache(_CACHE, _CACHE, _SCALES, _SCALES)
-    return LayerCache(*(None if x is None else NamedSharding(mesh, p) for x, p in zip(cache, partitions, strict=True)))
+    return LayerCache(
+        **{
+            name: None if getattr(cache, name) is None else NamedSharding(mesh, partition)  # type: ignore[arg-type]
+            for name, partition in _CACHE.items()
+        }
+    )
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
@@ -79,7 +88,7 @@ def chunk_attention(
     mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, start: Array, **options: Any
 ) -> tuple[Array, LayerCache]:
     """`attend_chunk`, on each device's own rows and heads."""
-    attend = functools.partial(attend_chunk, **options)
+    attend: Any = functools.partial(attend_chunk, **options)
     if mesh is None or mesh.size == 1:
         return attend(q, k, v, cache, start)
     return _mapped(mesh, attend, cache, spec("batch", None, "heads", None), P())(q, k, v, cache, start)
@@ -89,7 +98,7 @@ def token_attention(
     mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, positions: Array, slots: int
 ) -> tuple[Array, LayerCache]:
     """`attend_token`, on each device's own rows and heads."""
-    attend = functools.partial(attend_token, slots=slots)
+    attend: Any = functools.partial(attend_token, slots=slots)
     if mesh is None or mesh.size == 1:
         return attend(q, k, v, cache, positions)
     return _mapped(mesh, attend, cache, spec("batch", "heads", None), spec("batch"))(q, k, v, cache, positions)

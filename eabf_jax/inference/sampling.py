@@ -77,7 +77,7 @@ def processed(
 
     Args:
       logits: float32 [batch, vocab_size].
-      seen: tokens that a row has already, its prompt's among them; None without a penalty.
+      seen: tokens that a row has already, its prompt's among them; None for no penalty.
       steps: the steps to take.
       numbers: their settings.
 
@@ -86,7 +86,7 @@ def processed(
     Source: transformers, `RepetitionPenaltyLogitsProcessor`, `TemperatureLogitsWarper`, `TopKLogitsWarper` and
       `TopPLogitsWarper`, in the order in which `generate` calls them.
     """
-    if steps.penalize:
+    if seen is not None:
         penalty = jnp.where(logits < 0, numbers.repetition_penalty, 1 / numbers.repetition_penalty)
         logits = jnp.where(seen, logits * penalty, logits)
     if not steps.draw:

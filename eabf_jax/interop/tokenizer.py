@@ -42,6 +42,7 @@ class Tokenizer:
       vocab_size: one more than the largest token id.
       bos_id, eos_id, unk_id, pad_id: ids of the special tokens, None where the tokenizer has none.
       eos_ids: every id that ends a generation, from generation_config.json where it says so.
+      adds_bos: whether a text given to the model is to begin with the token `bos_id`.
       chat_template: the Jinja source of the chat template, or None.
     """
 
@@ -76,6 +77,9 @@ class Tokenizer:
         self.unk_id = self._special_id("unk", names, {})
         ends = _as_ids(generation.get("eos_token_id"))
         self.eos_ids: tuple[int, ...] = ends or (() if self.eos_id is None else (self.eos_id,))
+        self.adds_bos: bool = self.bos_id is not None and bool(
+            settings.get("add_bos_token", self._backend.opening() == [self.bos_id])
+        )
         self.chat_template = _chat_template(self._directory, settings)
 
     def _special_id(self, role: str, names: dict[str, Any], generation: dict[str, Any]) -> int | None:
@@ -185,6 +189,10 @@ class _JsonBackend:
         side = self._parsing if special else self._literal
         return side.encode(text, add_special_tokens=False).ids
 
+    def opening(self) -> list[int]:
+        """The special tokens that the file sets before a text."""
+        return self._parsing.encode("", add_special_tokens=True).ids[:1]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._parsing.decode(ids, skip_special_tokens=False)
 
@@ -243,6 +251,10 @@ class _SentencePieceBackend:
                 first = index == 0 or self._prefix_everywhere
                 ids.extend((self._leading if first else self._following).encode(part))
         return ids
+
+    def opening(self) -> list[int]:
+        """The special token that LLaMA's tokenizer sets before a text."""
+        return [self.special_ids[role] for role in ("bos",) if role in self.special_ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         parts: list[str] = []

@@ -82,23 +82,21 @@ def _layer_weights(stacked: dict, index: int, config: LlamaConfig, dtype: jnp.dt
         x = attention[name][part]
         return x.reshape(*x.shape[:-1], config.num_key_value_heads, -1, config.head_dim)
 
-    def qkv(part: str) -> Array | None:
-        if part not in attention["q_proj"]:
-            return None
+    def qkv(part: str) -> Array:
         return jnp.concatenate([by_head(name, part) for name in ("q_proj", "k_proj", "v_proj")], axis=-2)
 
-    def gate_up(part: str) -> Array | None:
-        return jnp.stack([mlp[name][part] for name in ("gate_proj", "up_proj")], -2) if part in mlp["up_proj"] else None
+    def gate_up(part: str) -> Array:
+        return jnp.stack([mlp[name][part] for name in ("gate_proj", "up_proj")], axis=-2)
 
     return LayerWeights(
         input_norm=layer["input_layernorm"]["scale"],
         qkv=qkv("kernel"),
-        qkv_bias=qkv("bias"),
+        qkv_bias=qkv("bias") if config.attention_bias else None,
         output=attention["o_proj"]["kernel"],
         output_bias=attention["o_proj"].get("bias"),
         mlp_norm=layer["post_attention_layernorm"]["scale"],
         gate_up=gate_up("kernel"),
-        gate_up_bias=gate_up("bias"),
+        gate_up_bias=gate_up("bias") if config.mlp_bias else None,
         down=mlp["down_proj"]["kernel"],
         down_bias=mlp["down_proj"].get("bias"),
     )

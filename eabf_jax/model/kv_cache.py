@@ -80,8 +80,8 @@ def attend_chunk(
 ) -> tuple[Float[Array, "B T N H"], LayerCache]:
     """Attends causally within a chunk of new tokens and to all before it, and stores the chunk.
 
-    The chunk sees itself through a causal kernel, and what is cached through an unmasked one for each whole block before
-    it, joined by their log-sum-exps: no kernel computes a block that is masked out.
+    The chunk sees itself through a causal kernel, and what is cached through an unmasked one for each whole block
+    before it, joined by their log-sum-exps: no kernel computes a block that is masked out.
 
     Args:
       q: queries, rotated and scaled.

@@ -1,0 +1,393 @@
+"""`eabf generate`: continues prompts, or keeps a conversation, on the terminal."""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import yaml
+
+from eabf_jax.data.chat import Turn
+from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.inference.chat import Format, chat_format
+from eabf_jax.inference.generate import Completion, Generator
+from eabf_jax.inference.sampling import Sampling
+from eabf_jax.interop.loading import DTYPES, load
+from eabf_jax.interop.tokenizer import Tokenizer
+from eabf_jax.model.kv_cache import CACHE_DTYPES
+from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.rope import Scheme
+
+TRUNCATIONS = ("middle", "left")
+
+
+class Answer(NamedTuple):
+    """What came of one prompt."""
+
+    prompt_tokens: int  # as the model read them
+    cut_tokens: int  # of the prompt, because it was longer than the window
+    completion: Completion
+    first_token_seconds: float
+    tokens_per_second: float | None  # after the first; None where there are too few to tell
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command line."""
+    parser.add_argument(
+        "prompt", nargs="*", metavar="PROMPT", help="texts to continue, as one batch; - or none reads standard input"
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR[@SCHEME]",
+        help="a Hugging Face or native directory; after @ a rotary scheme to use instead of its own, as YAML: "
+        "'models/tiny@{type: yarn, factor: 4, pretrained_window: 512}'",
+    )
+    parser.add_argument("--file", action="append", default=[], help="a text to continue; repeat for more")
+    parser.add_argument("--chat", action="store_true", help="keep a conversation; PROMPT is the first thing said")
+    parser.add_argument("--template", help="chat template: llama-2, vicuna or chatml (default: the tokenizer's own)")
+    parser.add_argument("--system", help="system prompt of the conversation")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="most tokens to add (default: 256)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token, more draws"
+    )
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens (default: all)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens that sum up to p (default: 1)"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="for tokens that the text has already (default: 1, none)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the draws; each further prompt of a batch, or answer of a conversation, takes the next number",
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end where this appears; repeatable"
+    )
+    parser.add_argument("--window", type=int, help="tokens that a prompt and its continuation may have (default: the "
+                        "model's)")  # fmt: skip
+    parser.add_argument(
+        "--truncate", choices=TRUNCATIONS, help="cut a prompt that is too long: out of its middle, or from its left end"
+    )
+    parser.add_argument(
+        "--cache", default="model", help="keys and values in the model's dtype (model, default) or int8"
+    )
+    parser.add_argument(
+        "--prefill-chunk", type=int, default=4096, help="tokens of a prompt read at a time (default: 4096)"
+    )
+    parser.add_argument(
+        "--rope-length",
+        type=int,
+        help="the length that dynamic_ntk and dynamic_yarn follow, for speed (default: the text's own; past the "
+        "pretrained window every token then takes a whole reading)",
+    )
+    parser.add_argument("--tensor", type=int, default=1, help="devices that share the model's heads (default: 1)")
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
+    parser.add_argument("--json", help="write prompts, texts, tokens and speeds here")
+
+
+class Session:
+    """A loaded model and what was asked of it."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        """Checks the command line, then loads the model.
+
+        Args:
+          arguments: as declared by `add_arguments`.
+
+        Raises:
+          InputError: an unknown name, a number that makes no sense, no tokenizer, or as the loading functions.
+        """
+        self.sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.repetition_penalty)
+        _check(arguments)
+        directory, _, scheme_text = arguments.model.partition("@")
+        rope = _scheme(scheme_text) if scheme_text else None
+        model, tokenizer = load(directory, rope=rope, dtype=arguments.dtype)
+        if tokenizer is None:
+            raise InputError(f"{directory} has no tokenizer: copy tokenizer.json or tokenizer.model into it")
+        self.tokenizer: Tokenizer = tokenizer
+        self.window: int = arguments.window or model.config.max_position_embeddings
+        self.format: Format | None = chat_format(tokenizer, arguments.template) if arguments.chat else None
+        self.seed: int = arguments.seed
+        self._arguments = arguments
+        mesh = None
+        if arguments.tensor > 1:
+            mesh = make_mesh(MeshConfig(1, 1, arguments.tensor), jax.devices()[: arguments.tensor])
+        self._generator = Generator(
+            model,
+            tokenizer,
+            mesh=mesh,
+            cache=arguments.cache,
+            prefill_chunk=arguments.prefill_chunk,
+            rope_length=arguments.rope_length,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """A text as the model is to read it.
+
+        Args:
+          text: what is to be continued.
+
+        Returns:
+          Its token ids, after the token that begins every text where the tokenizer asks for it.
+        Raises:
+          InputError: an empty text.
+        """
+        if not text:
+            raise InputError("the prompt is empty; some text to continue is needed")
+        opening = [self.tokenizer.bos_id] if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else []
+        return [*opening, *self.tokenizer.encode(text)]
+
+    def fit(self, tokens: Sequence[int], name: str) -> tuple[list[int], int]:
+        """Makes room for the new tokens within the window.
+
+        Args:
+          tokens: the prompt.
+          name: what to call it.
+
+        Returns:
+          The prompt, cut where that was asked for, and the number of tokens cut out.
+        Raises:
+          InputError: it is too long, and nothing was said about cutting.
+        """
+        new, how = self._arguments.max_new_tokens, self._arguments.truncate
+        room = self.window - new
+        excess = len(tokens) - room
+        if excess <= 0:
+            return list(tokens), 0
+        if room < 2:
+            raise InputError(
+                f"--max-new-tokens {new} leaves no room for a prompt in the window of {self.window} tokens"
+            )
+        if how is None:
+            raise InputError(
+                f"{name} has {len(tokens)} tokens: with {new} new ones it exceeds the window of {self.window} by "
+                f"{excess}; --truncate middle or left cuts it, --max-new-tokens asks for less"
+            )
+        return truncated(tokens, room, how, self.tokenizer.bos_id), excess
+
+    def stream(self, prompts: Sequence[Sequence[int]], cut: Sequence[int], seed: int) -> Iterator[list[Answer]]:
+        """Continues prompts, a few tokens at a time.
+
+        Args:
+          prompts: from `fit`.
+          cut: how many tokens each has lost there.
+          seed: of the first one's draws; the others have the numbers after it.
+
+        Yields:
+          The answers so far.
+        """
+        begun, first = time.perf_counter(), 0.0
+        stream = self._generator.stream(
+            prompts,
+            self._arguments.max_new_tokens,
+            sampling=self.sampling,
+            seeds=range(seed, seed + len(prompts)),
+            stop_tokens=None if self.format is None else self.format.stop_tokens,
+            stop_strings=self._arguments.stop,
+        )
+        for completions in stream:
+            elapsed = time.perf_counter() - begun
+            first = first or elapsed
+            yield [
+                Answer(len(prompt), lost, completion, first, _rate(len(completion.tokens), elapsed - first))
+                for prompt, lost, completion in zip(prompts, cut, completions, strict=True)
+            ]
+
+
+def _rate(tokens: int, seconds: float) -> float | None:
+    return (tokens - 1) / seconds if tokens > 1 and seconds > 0 else None
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """What is wrong is told before the model is loaded."""
+    for option in ("max_new_tokens", "window", "prefill_chunk", "rope_length", "tensor"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise InputError(f"--{option.replace('_', '-')} {value}: a positive number is needed")
+    if arguments.dtype not in DTYPES:
+        raise unknown_name("--dtype", arguments.dtype, DTYPES)
+    if arguments.cache not in CACHE_DTYPES:
+        raise unknown_name("--cache", arguments.cache, CACHE_DTYPES)
+    if "" in arguments.stop:
+        raise InputError("--stop is empty; some text is needed")
+    if arguments.tensor > jax.device_count():
+        raise InputError(f"--tensor {arguments.tensor}: {jax.device_count()} devices are at hand")
+    for option in ("template", "system"):
+        if getattr(arguments, option) is not None and not arguments.chat:
+            raise InputError(f"--{option} is for conversations: add --chat, or leave it out")
+    if arguments.chat and (arguments.file or len(arguments.prompt) > 1):
+        raise InputError("--chat keeps one conversation: give one PROMPT or none, and no --file")
+
+
+def _scheme(text: str) -> Scheme:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, dict) or "type" not in values:
+        raise InputError(f"--model: after @ a scheme such as {{type: yarn, factor: 4}} is needed, not {text!r}")
+    return Scheme.from_dict(values)
+
+
+def truncated(tokens: Sequence[int], room: int, how: str, bos_id: int | None) -> list[int]:
+    """Cuts a prompt to a number of tokens.
+
+    Args:
+      tokens: more than `room`.
+      room: tokens to keep, at least 2.
+      how: "middle" keeps the first and the last half, as LongBench does; "left" keeps the end.
+      bos_id: the token that begins a text; "left" keeps it where the prompt has it.
+
+    Returns:
+      The tokens left.
+    """
+    if how == "middle":
+        return [*tokens[: room // 2], *tokens[len(tokens) - (room - room // 2) :]]
+    opening = list(tokens[:1]) if tokens[0] == bos_id else []
+    return [*opening, *tokens[len(tokens) - (room - len(opening)) :]]
+
+
+def read_prompts(arguments: argparse.Namespace) -> list[str]:
+    """The texts to continue; of a file and of standard input without the line end at their end.
+
+    Args:
+      arguments: as declared by `add_arguments`.
+
+    Returns:
+      At least one.
+    Raises:
+      InputError: none given, or a file that is no text.
+    """
+    texts = [_standard_input() if prompt == "-" else prompt for prompt in arguments.prompt]
+    for path in arguments.file:
+        try:
+            texts.append(Path(path).read_text(encoding="utf-8").removesuffix("\n"))
+        except UnicodeDecodeError as error:
+            raise InputError(f"--file {path} is no UTF-8 text: {error.reason} at byte {error.start}") from error
+    if not texts:
+        if sys.stdin.isatty():
+            raise InputError("no prompt: give it as PROMPT, with --file, or on standard input")
+        texts.append(_standard_input())
+    return texts
+
+
+def _standard_input() -> str:
+    return sys.stdin.read().removesuffix("\n")
+
+
+def continue_prompts(session: Session, texts: Sequence[str]) -> list[Answer]:
+    """Continues texts: one as it comes, several when they are whole.
+
+    Args:
+      session: the model.
+      texts: the prompts.
+
+    Returns:
+      An answer a text.
+    Raises:
+      InputError: an empty text, or one that is too long.
+    """
+    names = ["the prompt"] if len(texts) == 1 else [f"prompt {number}" for number in range(1, len(texts) + 1)]
+    fitted = [session.fit(session.encode(text), name) for text, name in zip(texts, names, strict=True)]
+    prompts, cut = zip(*fitted, strict=True)
+    stream = session.stream(prompts, cut, session.seed)
+    if len(texts) == 1:
+        return [_print_as_it_comes(stream)]
+    *_, answers = stream
+    for name, answer in zip(names, answers, strict=True):
+        print(f"--- {name} ---\n{answer.completion.text}")
+    return answers
+
+
+def _print_as_it_comes(stream: Iterator[list[Answer]], *, strip: bool = False) -> Answer:
+    """Prints the one text of a stream; of an answer in a conversation, without the space that begins it."""
+    printed = 0
+    for (answer,) in stream:
+        text = answer.completion.text.lstrip() if strip else answer.completion.text
+        print(text[printed:], end="", flush=True)
+        printed = len(text)
+    print(flush=True)
+    return answer
+
+
+def converse(session: Session, arguments: argparse.Namespace) -> list[Answer]:
+    """Keeps a conversation until standard input ends.
+
+    Args:
+      session: the model, with a format.
+      arguments: the system prompt and what is said first.
+
+    Returns:
+      The answers.
+    Raises:
+      InputError: an empty first question, or a conversation that has become too long.
+    """
+    assert session.format is not None
+    turns = [] if arguments.system is None else [Turn("system", arguments.system)]
+    answers: list[Answer] = []
+    for question in _questions(arguments.prompt):
+        turns.append(Turn("user", question))
+        prompt, cut = session.fit(session.format.encode(turns), "the conversation")
+        answer = _print_as_it_comes(session.stream([prompt], [cut], session.seed + len(answers)), strip=True)
+        answers.append(answer)
+        turns.append(Turn("assistant", answer.completion.text.strip()))
+    if not answers:
+        raise InputError("nothing was said: give a PROMPT, or lines on standard input")
+    return answers
+
+
+def _questions(first: Sequence[str]) -> Iterator[str]:
+    """What the user says, a line at a time."""
+    yield from first
+    shown = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(shown)
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Does what the command line asks for.
+
+    Args:
+      arguments: as declared by `add_arguments`.
+
+    Returns:
+      Prompts, texts and speeds, for programs.
+    Raises:
+      InputError: as `Session`, `continue_prompts` and `converse`.
+    """
+    texts = None if arguments.chat else read_prompts(arguments)
+    session = Session(arguments)
+    answers = converse(session, arguments) if texts is None else continue_prompts(session, texts)
+    return {
+        "model": arguments.model,
+        "window": session.window,
+        "dtype": arguments.dtype,
+        "cache": arguments.cache,
+        "sampling": vars(session.sampling) | {"seed": arguments.seed},
+        "device": jax.devices()[0].device_kind,
+        "answers": [_as_json(answer) for answer in answers],
+    }
+
+
+def _as_json(answer: Answer) -> dict[str, Any]:
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "cut_tokens": answer.cut_tokens,
+        "text": answer.completion.text,
+        "tokens": answer.completion.tokens,
+        "finish": answer.completion.finish,
+        "first_token_seconds": answer.first_token_seconds,  # compilation included
+        "tokens_per_second": answer.tokens_per_second,
+    }
