@@ -405,9 +405,16 @@ def test_the_7b_step_lowers_from_shapes_alone(path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 400 * 2**10
 
     (state, batch), _ = lowered.in_avals
+    trained, frozen = 6_738_415_616, 0
+    if config.lora is not None:
+        changed = 32_000 * 4_096 + 65 * 4_096  # embedding and norms
+        # A and B of four projections in 32 layers.
+        trained, frozen = changed + 32 * 4 * 8 * (4_096 + 4_096), trained - changed
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.frozen)) == frozen
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.frozen)} <= {jnp.dtype("bfloat16")}
     for tree, dtype in zip(state[1:5], ("bfloat16", "int16", "float32", "float32"), strict=True):
         leaves = jax.tree.leaves(tree)
-        assert sum(leaf.size for leaf in leaves) == 6_738_415_616
+        assert sum(leaf.size for leaf in leaves) == trained
         assert {leaf.dtype for leaf in leaves} == {jnp.dtype(dtype)}
     assert batch.tokens.shape == (4, 8, 16_384)
 
