@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.model.attention import precision_of
@@ -59,13 +59,13 @@ def remat_by_layer(remat: str, layers: int) -> tuple[str, ...]:
 
 
 class Microbatch(NamedTuple):
-    """The rows of one microbatch, or their shapes."""
+    """The rows of one microbatch [batch, length], or of all of a step: arrays, or their shapes."""
 
-    tokens: Int[Array, "B T"]
-    targets: Int[Array, "B T"]  # the token after each
-    mask: Bool[Array, "B T"]  # targets that count
-    positions: Int[Array, "B T"]
-    segment_ids: Int[Array, "B T"] | None
+    tokens: Any  # int32
+    targets: Any  # int32, the token after each
+    mask: Any  # bool, targets that count
+    positions: Any  # int32
+    segment_ids: Any  # int32, or None for one document a row
 
 
 class Pieces:
@@ -184,7 +184,7 @@ class Pieces:
         def norm(scale: Array, x: Array) -> Array:
             return rms_norm(x, scale, self._model.config.rms_norm_eps)
 
-        def chunk(carry: tuple[Array, Tree], part: tuple[Array, Array, Array]) -> tuple[tuple[Array, Tree], Array]:
+        def chunk(carry: tuple[Array, Tree], part: tuple[Array, ...]) -> tuple[tuple[Array, Tree], Array]:
             (total, gradients), (x, targets, mask) = carry, part
             x = self._model.constrain(x, "batch", "length", None, None)
             hidden, pullback = jax.vjp(norm, params["norm"]["scale"], x)

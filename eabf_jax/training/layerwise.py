@@ -136,15 +136,16 @@ class Layerwise:
         _, _, d_x = self._compile("head", head, trained, fixed, x, rows, sums, scalar, donate=(4, 5))
         for policy, saved in kept.items():
 
-            def backward(gradients: Tree, d_y: Array, *inputs: Any, policy: str = policy) -> tuple[Tree, Array]:
-                d_layer, d_x = pieces.backward(policy, *inputs, d_y)
+            def backward(gradients: Tree, d_y: Array, *layer: Any, policy: str = policy) -> tuple[Tree, Array]:
+                trained, others, number, x, row, saved = layer
+                d_layer, d_x = pieces.backward(policy, trained, others, number, x, row, saved, d_y)
                 return add(gradients, d_layer), d_x
 
-            inputs = (masters["layers"], d_x, params["layers"], others, number, x, row, saved)
-            self._compile(("backward", policy), backward, *inputs, donate=(0, 1))
+            layer = (params["layers"], others, number, x, row, saved)
+            self._compile(("backward", policy), backward, masters["layers"], d_x, *layer, donate=(0, 1))
         if "embed_tokens" in masters:
-            inputs = (masters["embed_tokens"], rows.tokens, d_x)
-            self._compile("embed_backward", pieces.embed_backward, *inputs, donate=0)
+            embedding = (masters["embed_tokens"], rows.tokens, d_x)
+            self._compile("embed_backward", pieces.embed_backward, *embedding, donate=0)
 
         def finish(squares: list[Array], total: Array, mask: Array) -> tuple[Array, ...]:
             count = mask.sum()
@@ -159,8 +160,8 @@ class Layerwise:
             part = (shares[name], rest[name], masters[name], masters[name])
             outputs = (*_shardings(part), self._replicated)
             change = functools.partial(update, self._optimizer)
-            inputs = (number, *part, masters[name], scalar)
-            self._compile(("update", name), change, *inputs, donate=(1, 2, 3, 4), outputs=outputs)
+            whole = (number, *part, masters[name], scalar)
+            self._compile(("update", name), change, *whole, donate=(1, 2, 3, 4), outputs=outputs)
             self._compile(("zeros", name), functools.partial(zeros, masters[name]), outputs=_shardings(masters[name]))
         return time.perf_counter() - began
 
@@ -316,7 +317,8 @@ class Layerwise:
             for tree, value in zip(trees, new, strict=True):
                 _set_part(tree, place, value)
         norm = jnp.sqrt(jnp.stack(squares).sum())
-        return TrainState(state.step + 1, *trees, state.frozen), norm
+        params, rest, mu, nu = trees
+        return TrainState(state.step + 1, params, rest, mu, nu, state.frozen), norm
 
     @functools.cache  # noqa: B019 - lives as long as the run
     def _optimizer_shardings(self, name: str, *, host: bool) -> Any:
@@ -368,7 +370,8 @@ class Layerwise:
         fixed = {name: _unstacked(frozen, (name,), self._frozen) for name in frozen if name != "layers"}
         if frozen:
             fixed["layers"] = [_unstacked(frozen, ("layers", i), self._frozen) for i in range(self._layers)]
-        return TrainState(jax.device_put(np.int32(step), self._replicated), *trees, fixed)
+        params, rest, mu, nu = trees
+        return TrainState(jax.device_put(np.int32(step), self._replicated), params, rest, mu, nu, fixed)
 
     def saved(self, state: TrainState) -> Saved:
         """See `Step`."""

@@ -181,8 +181,8 @@ def config_differences(written: Path, config: TrainConfig) -> list[str]:
       config: the configuration now.
 
     Returns:
-      Top-level and second-level keys; those that do not change what is computed, but how, where and when it is saved, are
-      left out.
+      Top-level and second-level keys, without those that change how, where or when something is computed or saved, but
+      not what.
     Raises:
       InputError: the file is not a configuration.
     """

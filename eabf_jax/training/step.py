@@ -180,7 +180,8 @@ class Program:
             lambda tree: split_tree(tree, self._dtype), out_shardings=self._placed("params", "rest"), donate_argnums=0
         )
         counter = jax.device_put(jnp.int32(step), self._state.step.sharding)
-        return TrainState(counter, *halves(saved.params), saved.optimizer["mu"], saved.optimizer["nu"], frozen or {})
+        params, rest = halves(saved.params)
+        return TrainState(counter, params, rest, saved.optimizer["mu"], saved.optimizer["nu"], frozen or {})
 
     def saved(self, state: TrainState) -> Saved:
         """See `Step`."""
@@ -207,9 +208,9 @@ class Program:
         scale = 1.0 / jnp.maximum(count, 1).astype(jnp.float32)
         norm = optax.tree.norm(gradients) * scale
         scale *= clip_factor(norm, self._clip_norm)
-        *trees, squares = update(self._optimizer, *state[:5], gradients, scale)
+        params, rest, mu, nu, squares = update(self._optimizer, *state[:5], gradients, scale)
         metrics = StepMetrics(total / jnp.maximum(count, 1), norm, jnp.sqrt(squares), count)
-        return TrainState(state.step + 1, *trees, state.frozen), metrics
+        return TrainState(state.step + 1, params, rest, mu, nu, state.frozen), metrics
 
     def _microbatch(self, state: TrainState, rows: Microbatch, gradients: Tree) -> tuple[Array, Tree]:
         """The summed loss of one microbatch; its gradients are added to those given."""

@@ -127,8 +127,8 @@ def train(config: TrainConfig) -> Path:
                 state, metrics = step_of(state, batch)
                 figures = {name: float(value) for name, value in metrics._asdict().items()}
                 if not all(map(math.isfinite, figures.values())):
-                    saved = checkpoints.latest_step()
-                    kept = f"checkpoint {saved} in {run} is the last good one" if saved else "no checkpoint was written"
+                    good = checkpoints.latest_step()
+                    kept = f"checkpoint {good} in {run} is the last good one" if good else "no checkpoint was written"
                     found = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
                     raise InputError(
                         f"not finite at step {step}: {found}; stopped, {kept} "
@@ -242,7 +242,7 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int, 
     targets, mask = next_tokens(batch["tokens"], learned, segment_ids)
     # Padding comes after every real token of a single document: causality alone keeps it out, and the kernels are
     # faster without a mask.
-    rows: Any = Microbatch(batch["tokens"], targets, mask, batch["positions"], segment_ids if every_token else None)
+    rows = Microbatch(batch["tokens"], targets, mask, batch["positions"], segment_ids if every_token else None)
     local, length = batch["tokens"].shape
     order = zigzag_order(length, mesh.shape["context"])
     shape = (microbatches, local * process_batch_shard(mesh)[1] // microbatches, length)
