@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ import torch
 
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.rope import scheme
+from eabf_jax.training.backward import Microbatch
 from eabf_jax.training.layerwise import Layerwise
 from eabf_jax.training.optimizer import make_optimizer
 from eabf_jax.training.recipe import ComputeConfig, RecipeConfig
 from eabf_jax.training.step import Program, build_model, microbatch_sharding
+from eabf_jax.training.tracking import parameter_count
 from eabf_jax.training.trainer import place_batch
 
 STEPS, BATCH, LENGTH = 4, 8, 24
@@ -60,9 +63,10 @@ def fine_tune(yarn, params, quick):
     """Runs the step over batches; returns its metrics and what a checkpoint would hold at the end."""
 
     @functools.cache
-    def plan(compute, mesh, every_token, batch):
+    def plan(compute, mesh, every_token, batch, rate):
+        optimizer = make_optimizer(dataclasses.replace(RECIPE, learning_rate=rate), STEPS)
         step = {"program": Program, "layerwise": Layerwise}[compute.executor](
-            build_model(yarn, compute, mesh), make_optimizer(RECIPE, STEPS), compute, mesh, clip_norm=1.0, batch=batch
+            build_model(yarn, compute, mesh), optimizer, compute, mesh, clip_norm=1.0, batch=batch
         )
         with pytest.MonkeyPatch.context() as patch:
             quickly = functools.partialmethod(jax.stages.Lowered.compile, compiler_options=quick)
@@ -70,12 +74,12 @@ def fine_tune(yarn, params, quick):
             step.compile()
         return step
 
-    def run(batches, *, mesh=None, microbatches=4, every_token=False, **compute):
+    def run(batches, *, mesh=None, microbatches=4, every_token=False, rate=1e-2, **compute):
         mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
         at = microbatch_sharding(mesh)
         placed = [place_batch(batch, mesh, microbatches, every_token=every_token) for batch in batches]
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), placed[0])
-        step = plan(Compute(**{**COMPUTE, **compute}), mesh, every_token, shapes)
+        step = plan(Compute(**{**COMPUTE, **compute}), mesh, every_token, shapes, rate)
         start = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, step.abstract.params)
         state, metrics = step.begin(start), []
         for batch in placed:
@@ -200,6 +204,24 @@ def test_gradients_are_accumulated_in_float32_under_bfloat16(fine_tune, batches)
         np.testing.assert_allclose(often[name], once[name], rtol=5e-5)
 
 
+@pytest.mark.parametrize("executor", ["program", "layerwise"])
+def test_updates_too_small_for_bfloat16_are_not_lost(fine_tune, batches, params, executor):
+    """Updates of 1e-4 of a parameter, a fortieth of what bfloat16 can tell apart, make the way that float32 makes."""
+
+    def way(**compute):
+        metrics, saved, _ = fine_tune(batches, rate=2e-5, executor=executor, **compute)
+        return metrics, jax.tree.map(lambda after, before: after - before, saved.params, params)
+
+    (metrics, found), (wanted, expected) = way(dtype="bfloat16"), way()
+    for name in ("loss", "gradient_norm"):
+        # Roundings of 2^-9, some thirty deep and averaged over tokens.
+        np.testing.assert_allclose([m[name] for m in metrics], [m[name] for m in wanted], rtol=30**0.5 * 2**-9)
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert 0 < np.abs(theirs).max() <= STEPS * 2.1e-5
+        # The gradients' own error; were the rest of a master dropped, nothing or a whole rounding step would be left.
+        assert np.linalg.norm(mine - theirs) < 0.25 * np.linalg.norm(theirs)
+
+
 def test_packed_documents_do_not_see_each_other(fine_tune, yarn, params, in_transformers):
     """The pretraining loss of packed rows is that of each document by itself, over all its tokens but the first."""
     rng = np.random.default_rng(8)
@@ -228,3 +250,31 @@ def test_a_batch_without_a_token_to_learn_is_no_nan(fine_tune, batches):
     nothing = {**batches[0], "loss_mask": np.zeros((BATCH, LENGTH), bool)}
     (metrics,), *_ = fine_tune([nothing])
     assert (metrics["loss"], metrics["gradient_norm"], metrics["tokens"]) == (0, 0, 0)
+
+
+def test_a_step_by_layers_leaves_nothing_behind(fine_tune, batches):
+    fine_tune(batches[:2], executor="layerwise", remat="attention")  # what is cached is there from here on
+    before = {id(array) for array in jax.live_arrays()}
+    *_, state = fine_tune(batches[:2], executor="layerwise", remat="attention")
+    jax.block_until_ready(state)
+    gc.collect()
+    held = {id(leaf) for leaf in jax.tree.leaves(state)}
+    left = [array.shape for array in jax.live_arrays() if id(array) not in before | held]
+    assert [shape for shape in left if shape] == []
+
+
+def test_gradients_lie_in_memory_once(model_config):
+    """As one program, with microbatches: beside the state and one sum of the gradients there is little."""
+    config = dataclasses.replace(model_config, num_hidden_layers=48, max_position_embeddings=64)
+    compute = ComputeConfig(**{**COMPUTE, "remat": "full", "attention": "chunked"})
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    at = microbatch_sharding(mesh)
+    ids = jax.ShapeDtypeStruct((2, 1, 8), jnp.int32, sharding=at)
+    flags = jax.ShapeDtypeStruct((2, 1, 8), jnp.bool_, sharding=at)
+    batch = Microbatch(ids, ids, flags, ids, None)
+    optimizer = make_optimizer(RECIPE, STEPS)
+    step = Program(build_model(config, compute, mesh), optimizer, compute, mesh, clip_norm=1.0, batch=batch)
+    memory = step.lower().compile().memory_analysis()
+    gradients = 4 * parameter_count(config)
+    assert memory.alias_size_in_bytes >= 3 * gradients  # parameters and moments are updated in place
+    assert gradients <= memory.temp_size_in_bytes < 1.25 * gradients

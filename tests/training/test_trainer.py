@@ -172,6 +172,15 @@ def test_a_pretraining_run_from_nothing_packs_and_keeps_the_tokenizer(run_config
         ({"model": {"tokenizer": TOKENIZER}}, "the tokenizer has 4096 tokens, the embedding 96 rows"),
         ({"compute": {"attention": "flash"}}, "unknown attention backend 'flash'"),
         ({"compute": {"remat": "ful"}}, "unknown remat policy 'ful': did you mean 'full'"),
+        ({"compute": {"remat": "none:1,full:1"}}, "remat 'none:1,full:1' is for 2 layers; the model has 3"),
+        (
+            {"compute": {"optimizer_memory": "host", "executor": "program"}},
+            "optimizer_memory 'host' needs compute.executor 'layerwise', not 'program'",
+        ),
+        (
+            {"mesh": {"context": 2}, "recipe": {"objective": "pretrain"}},
+            "mesh.context above 1 takes one document a row",
+        ),
         ({"recipe": {"warmup_steps": 10}}, r"recipe.warmup_steps 10 is not less than the run's 10 steps"),
     ],
     ids=str,
