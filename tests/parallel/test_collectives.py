@@ -27,7 +27,8 @@ HloModule step, is_scheduled=true
 
 %body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
   %arg = (s32[], f32[8]) parameter(0)
-  %w = bf16[4096,32]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=1, replica_groups=mesh['a'=4,'b'=4] {'b'}, dimensions={0}
+  %w = bf16[4096,32]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=1, replica_groups=mesh['a'=4,'b'=4] {'b'}, \
+dimensions={0}
   %r = (bf16[16,8]{1,0}, bf16[16,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=2, \
 source_target_pairs={{0,1},{1,0}}
   %d = bf16[16,8]{1,0} collective-permute-done(%r)
