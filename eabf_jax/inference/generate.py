@@ -190,6 +190,22 @@ class Generator:
             if all(completion.finish for completion in current):
                 return
 
+    def next_token_logits(self, prompts: Sequence[Sequence[int]]) -> Float[np.ndarray, "prompts V"]:
+        """Logits of the token after each prompt.
+
+        Args:
+          prompts: token ids, of any lengths.
+
+        Returns:
+          float32 [prompts, vocab_size].
+        Raises:
+          InputError: no prompts, an empty one, or ids that the model does not have.
+        """
+        self._check(prompts, 1, [0] * len(prompts), ())
+        padded = self._padded(prompts)
+        hidden, *_ = self._hidden(padded, max(map(len, prompts)))
+        return np.asarray(_logits(self._setup, self._ends(), hidden))[: len(prompts)]
+
     def _check(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int], stop_strings: Sequence[str]
     ) -> None:
@@ -248,15 +264,14 @@ class Generator:
         stops: Sequence[int],
     ) -> Iterator[np.ndarray]:
         """New tokens by the chunk: int32 [rows, few], `_NOTHING` where a row has ended."""
-        mesh, rope = self._setup.mesh, self.config.rope
-        rows = -(-len(prompts) // (1 if mesh is None else batch_ways(mesh))) * (1 if mesh is None else batch_ways(mesh))
-        # Rows beyond the prompts only fill the mesh.
-        padded = [*prompts, *[[0]] * (rows - len(prompts))]
-        ended = self._row_array(np.arange(rows) >= len(prompts))
+        rope = self.config.rope
+        padded = self._padded(prompts)
+        fillers = len(padded) - len(prompts)
+        ended = self._row_array(np.arange(len(padded)) >= len(prompts))
         steps, numbers = split(sampling)
         choice = _Choice(
             numbers,
-            self._row_array(jax.vmap(jax.random.key)(np.array([*seeds, *[0] * (rows - len(prompts))], np.uint32))),
+            self._row_array(jax.vmap(jax.random.key)(np.array([*seeds, *[0] * fillers], np.uint32))),
             jnp.array(stops, jnp.int32),
         )
         last = max(map(len, prompts)) + max_new_tokens - 1  # the longest row's, whose last token is not read
@@ -282,6 +297,11 @@ class Generator:
         for tokens in ahead:
             yield np.asarray(tokens)
 
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """The prompts, and others that only fill the mesh."""
+        ways = 1 if self._setup.mesh is None else batch_ways(self._setup.mesh)
+        return [*prompts, *[[0]] * (-len(prompts) % ways)]
+
     def _row_array(self, values: Any) -> Array:
         mesh = self._setup.mesh
         return jnp.asarray(values) if mesh is None else jax.device_put(values, placement.row_sharding(mesh))
@@ -306,14 +326,28 @@ class Generator:
         steps: Steps,
         choice: _Choice,
         ended: Array,
-        count: int = 0,
+        chosen: int = 0,
     ) -> _State:
         """Reads the prompts into caches that hold at least so many tokens, and chooses the first new token."""
+        hidden, caches, lengths = self._hidden(prompts, slots)
+        seen = None
+        if steps.penalize:
+            present = np.zeros((len(prompts), self.config.vocab_size), np.bool_)
+            for row, prompt in enumerate(prompts):
+                present[row, list(prompt)] = True
+            seen = self._row_array(present)
+        logits = _logits(self._setup, self._ends(), hidden)
+        return _first(steps, logits, caches, lengths, ended, seen, jnp.int32(chosen), choice)
+
+    def _hidden(
+        self, prompts: Sequence[Sequence[int]], slots: int
+    ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...], Int[Array, "B"]]:
+        """Hidden states after the last layer at each prompt's end, the caches, and the prompts' lengths."""
         chunks = _chunks(max(map(len, prompts)), self._setup.block)
         width = chunks[-1].stop
         tokens = np.zeros((len(prompts), width), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
+        for number, prompt in enumerate(prompts):
+            tokens[number, : len(prompt)] = prompt
         lengths = self._row_array(np.array([len(prompt) for prompt in prompts], np.int32))
         caches = self._empty_caches(len(prompts), max(_rounded(slots), width))
         hidden = self._row_array(jnp.zeros((len(prompts), self.config.hidden_size), self._setup.dtype))
@@ -325,14 +359,10 @@ class Generator:
                     self._setup, chunk.start == 0, weights, jnp.int32(index), x, row, caches[index], start
                 )
             hidden = _collect(x, hidden, lengths, start)
-        seen = None
-        if steps.penalize:
-            present = np.zeros((len(prompts), self.config.vocab_size), np.bool_)
-            for row_number, prompt in enumerate(prompts):
-                present[row_number, list(prompt)] = True
-            seen = self._row_array(present)
-        ends = self._weights._replace(layers=())
-        return _first(self._setup, steps, ends, hidden, tuple(caches), lengths, ended, seen, jnp.int32(count), choice)
+        return hidden, tuple(caches), lengths
+
+    def _ends(self) -> Weights:
+        return self._weights._replace(layers=())
 
     def _empty_caches(self, batch: int, slots: int) -> list[LayerCache]:
         config, mesh = self.config, self._setup.mesh
@@ -406,24 +436,27 @@ def _collect(x: Float[Array, "B T D"], found: Float[Array, "B D"], lengths: Arra
     return jnp.where(inside[:, None], here, found)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="caches")
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(setup: _Setup, ends: Weights, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    return decoder.next_token_logits(setup.config, ends, hidden)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="caches")
 def _first(
-    setup: _Setup,
     steps: Steps,
-    ends: Weights,
-    hidden: Float[Array, "B D"],
+    logits: Float[Array, "B V"],
     caches: tuple[LayerCache, ...],
     lengths: Array,
     ended: Array,
     seen: Array | None,
-    count: Array,
+    chosen: Array,
     choice: _Choice,
 ) -> _State:
     """The state with which the decode loop begins; `token` is `_NOTHING` in rows that had ended before."""
-    logits = decoder.next_token_logits(setup.config, ends, hidden)
-    token = choose(logits, seen, choice.keys, count, steps, choice.numbers)
+    token = choose(logits, seen, choice.keys, chosen, steps, choice.numbers)
     token = jnp.where(ended, _NOTHING, token)
-    return _State(caches, token, lengths, ended | jnp.isin(token, choice.stop_tokens), _marked(seen, token), count + 1)
+    ended |= jnp.isin(token, choice.stop_tokens)
+    return _State(caches, token, lengths, ended, _marked(seen, token), chosen + 1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
