@@ -1,0 +1,231 @@
+"""Which is the smallest TPU v4 slice for each model and window? Compiles 7B, 13B and 70B train steps to find out.
+
+    python benchmarks/tpu_table.py            # compiles what results/tpu_table.json lacks and writes docs/tpu.md
+    python benchmarks/tpu_table.py --afresh   # compiles everything again: about an hour on two cores
+
+No TPU is needed, only its compiler (pip install libtpu). The planner names the smallest slice and the mesh on it; the
+compiler then has to accept that one and refuse the next smaller. Every compilation is an `eabf compile` command, which
+is kept with its figures.
+"""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from eabf_jax.cli import ArgumentParser, run
+from eabf_jax.errors import InputError
+from eabf_jax.interop.directory import write_json
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.parallel.topology import SLICES
+from eabf_jax.training.plan import DEVICES, GIB, Plan, plan
+from eabf_jax.training.recipe import load_config
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "benchmarks/results/tpu_table.json", ROOT / "docs/tpu.md"
+BEGIN, END = "<!-- begin: written by benchmarks/tpu_table.py -->", "<!-- end -->"
+MODELS = {
+    "7B": "configs/llama2_7b_eabf_16k.yaml",
+    "13B": "configs/llama2_13b_eabf_16k.yaml",
+    "70B": "configs/llama2_70b_eabf_16k.yaml",
+    "7B, LoRA": "configs/llama2_7b_eabf_16k_lora.yaml",
+}
+WINDOWS = (16_384, 65_536, 131_072)
+V4 = [slice_ for name, slice_ in SLICES.items() if name.startswith("v4-")]
+# What fits in the least memory: nothing of a layer is kept but its input.
+SETTINGS = {"compute.remat": "full", "compute.optimizer_memory": "device", "compute.microbatch_size": "1"}
+# The prediction is good to a few per cent; a mesh is preferred where it leaves as much.
+MARGIN = 0.04
+# Larger slices than the smallest that are compiled as well.
+ALSO = [("7B", 16_384, "v4-16"), ("7B", 16_384, "v4-32"), ("7B", 131_072, "v4-32")]
+
+Mesh = tuple[tuple[str, int], ...]
+
+
+def meshes(chips: int) -> Iterator[Mesh]:
+    """Every way to arrange the chips of a slice, without replicas."""
+    for tensor in (1, 2, 4, 8):
+        for context in (2**power for power in range(9)):
+            if chips % (tensor * context) == 0:
+                yield tuple(
+                    {"data": 1, "fsdp": chips // (tensor * context), "context": context, "tensor": tensor}.items()
+                )
+
+
+@cache
+def plans(model: str, window: int, chips: int) -> list[Plan]:
+    """Predictions for every mesh that divides the model and the batch; the simplest first."""
+    overrides = [text for name, value in SETTINGS.items() for text in (f"--{name}", value)]
+    config = load_config(["--config_path", str(ROOT / MODELS[model]), "--window", str(window), *overrides])
+    shape = LlamaConfig.from_fields(config.model.shape or {})
+    shape = dataclasses.replace(shape, max_position_embeddings=window, rope=config.scheme)
+    found = []
+    for mesh in meshes(chips):
+        sizes = dict(mesh)
+        # Splash takes two chunks of whole half lanes on each device of a row.
+        if shape.num_key_value_heads % sizes["tensor"] or window % (128 * sizes["context"]):
+            continue
+        try:
+            found.append(plan(config, shape, sizes, DEVICES["v4"]))
+        except InputError:  # a dimension, or the batch, does not divide
+            continue
+    return sorted(found, key=lambda entry: (entry.mesh["tensor"], entry.mesh["context"]))
+
+
+def preferred(model: str, window: int, chips: int) -> list[Plan]:
+    """Meshes to try, in order: the simplest that fits with a margin, then the one that needs least."""
+    found = plans(model, window, chips)
+    roomy = [entry for entry in found if entry.total <= (1 - MARGIN) * entry.device.memory]
+    least = min(found, key=lambda entry: entry.total)
+    return [*roomy[:1], *([least] if least not in roomy[:1] else [])]
+
+
+def command(model: str, window: int, slice_name: str, mesh: Mapping[str, int]) -> list[str]:
+    """The command line of one compilation."""
+    axes = {f"mesh.{axis}": str(size) for axis, size in mesh.items() if axis != "data"}
+    options = {"topology": slice_name, "config_path": MODELS[model], "window": str(window), **axes, **SETTINGS}
+    return ["eabf", "compile", *(text for name, value in options.items() for text in (f"--{name}", value))]
+
+
+class Cells:
+    """What has been compiled, by command; every new cell is written at once."""
+
+    def __init__(self, path: Path, afresh: bool):
+        self.path = path
+        known = json.loads(path.read_text()) if path.exists() and not afresh else {}
+        self.cells: dict[str, dict[str, Any]] = known.get("cells", {})
+
+    def compile(self, arguments: list[str]) -> dict[str, Any]:
+        """Figures of the command, or its `error`, from the file where it has them."""
+        line = shlex.join(arguments)
+        if line not in self.cells:
+            print(line, flush=True)
+            with tempfile.TemporaryDirectory() as directory:
+                out = Path(directory) / "figures.json"
+                done = subprocess.run(
+                    [sys.executable, "-m", "eabf_jax", *arguments[1:], "--json", str(out)],
+                    cwd=ROOT,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                if done.returncode == 0:
+                    cell = json.loads(out.read_text())
+                elif done.returncode == 2:
+                    cell = {"error": done.stderr.strip().splitlines()[-1].removeprefix("error: ")}
+                else:
+                    raise RuntimeError(f"{line}: {done.stderr[-2000:]}")
+            self.cells[line] = cell
+            print(f"  {cell.get('error') or cell['hbm_gib_per_chip']}", flush=True)
+        return self.cells[line]
+
+
+def fill(cells: Cells) -> dict[str, Any]:
+    """Compiles what is missing.
+
+    Args:
+      cells: what is there.
+
+    Returns:
+      The table: a row for each model and window.
+    """
+    rows = []
+    for model in MODELS:
+        for window in WINDOWS:
+            row: dict[str, Any] = {"model": model, "window": window, "planned_gib": {}, "compiled_gib": {}}
+            for slice_ in V4:
+                found = preferred(model, window, slice_.chips)
+                row["planned_gib"][slice_.name] = round(found[0].total / GIB, 2)
+            fitting = [slice_ for slice_ in V4 if row["planned_gib"][slice_.name] <= DEVICES["v4"].memory / GIB]
+            number = V4.index(fitting[0])
+            while number < len(V4) and not _try(cells, row, V4[number].name, V4[number].chips):
+                number += 1
+            while number and _try(cells, row, V4[number - 1].name, V4[number - 1].chips):
+                number -= 1
+            row["smallest"] = V4[number].name
+            for name in (name for also in ALSO if also[:2] == (model, window) for name in also[2:]):
+                _try(cells, row, name, SLICES[name].chips)
+            rows.append(row)
+            write_json(cells.path, {"benchmark": "tpu_table", "rows": rows, "cells": cells.cells})
+    return {"benchmark": "tpu_table", "rows": rows, "cells": cells.cells}
+
+
+def _try(cells: Cells, row: dict[str, Any], name: str, chips: int) -> bool:
+    """Compiles a row's step for a slice, with the meshes that are preferred; True where one fits."""
+    for entry in preferred(row["model"], row["window"], chips):
+        arguments = command(row["model"], row["window"], name, entry.mesh)
+        figures = cells.compile(arguments)
+        row["compiled_gib"][name] = {"command": shlex.join(arguments), "gib": figures.get("hbm_gib_per_chip")}
+        write_json(cells.path, {"benchmark": "tpu_table", "rows": [], "cells": cells.cells})
+        if "error" not in figures:
+            return True
+        row["compiled_gib"][name]["error"] = figures["error"]
+    return False
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """The page's tables, in Markdown."""
+    cells, names = results["cells"], [slice_.name for slice_ in V4]
+    columns = (
+        *("model", "window", "smallest slice", "mesh", "GiB a chip", "compute", "links", "a step, at least"),
+        *("tokens/s, at most", "command"),
+    )
+    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    for row in results["rows"]:
+        told = row["compiled_gib"][row["smallest"]]
+        found = cells[told["command"]]
+        estimate = found["estimate"]
+        shown = (
+            row["model"],
+            f"{row['window']:,}",
+            f"{row['smallest']} ({found['chips']} chips)",
+            " × ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1),
+            f"{found['hbm_gib_per_chip']:.1f}",
+            f"{estimate['compute_seconds']:.0f} s",
+            f"{estimate['ici_seconds']:.0f} s",
+            f"{estimate['step_seconds_at_least']:.0f} s",
+            f"{estimate['tokens_per_second_at_most']:,.0f}",
+            f"`{told['command']}`",
+        )
+        lines.append(f"| {' | '.join(shown)} |")
+    lines += ["", f"| model | window | {' | '.join(names)} |", "| --- | --- |" + " --- |" * len(names)]
+    for row in results["rows"]:
+        lines.append(f"| {row['model']} | {row['window']:,} | {' | '.join(_cell(row, name) for name in names)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    """Compiled GiB in bold, predicted ones in italics."""
+    compiled, planned = row["compiled_gib"].get(name), row["planned_gib"][name]
+    if compiled is not None:
+        return "refused" if compiled["gib"] is None else f"**{compiled['gib']:.1f}**"
+    return f"_{planned:.1f}_" if planned <= DEVICES["v4"].memory / GIB else "—"
+
+
+def write_page(results: Mapping[str, Any], page: Path) -> None:
+    """Replaces what lies between the page's markers."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise InputError(f"{page} has no lines {BEGIN} and {END} to write between")
+    page.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n\n{END}{after}")
+
+
+def main() -> None:
+    """Fills the table and writes the page."""
+    parser = ArgumentParser("tpu_table.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--afresh", action="store_true", help="compile what is known already, too")
+    parsed = parser.parse_args()
+    write_page(fill(Cells(RESULTS, parsed.afresh)), PAGE)
+    print(f"{RESULTS.relative_to(ROOT)}, {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    run(main)
