@@ -33,6 +33,8 @@ def latest_step(run: Path) -> int:
 class Checkpoints:
     """The `checkpoints/` folder of a run: each step a folder with `params`, `optimizer` and `data`.
 
+    A finished run's last one has `params` alone.
+
     A step's folder appears under its name only once it is whole, so a killed run never leaves a half-written one to
     be resumed from. Saving copies to host memory and writes in the background.
     """
@@ -78,22 +80,17 @@ class Checkpoints:
 
         Args:
           step: optimizer steps taken.
-          saved: what is to be kept of the state after that step.
+          saved: what is to be kept of the state after that step; with an empty `optimizer` it cannot be resumed from.
           data: the loader's position, JSON.
 
         Raises:
           InputError: no space left.
         """
+        items: dict[str, Any] = {"params": ocp.args.StandardSave(saved.params)}
+        if saved.optimizer:
+            items |= {"optimizer": ocp.args.StandardSave(saved.optimizer), "data": ocp.args.JsonSave(data)}
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(saved.params),
-                    optimizer=ocp.args.StandardSave(saved.optimizer),
-                    data=ocp.args.JsonSave(data),
-                ),
-                force=True,
-            )
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as failure:
             self._failed = True
             raise _explained(failure) from failure

@@ -373,7 +373,7 @@ class Layerwise:
         params, rest, mu, nu = trees
         return TrainState(jax.device_put(np.int32(step), self._replicated), params, rest, mu, nu, fixed)
 
-    def saved(self, state: TrainState) -> Saved:
+    def saved(self, state: TrainState, *, moments: bool = True) -> Saved:
         """See `Step`."""
         whole = jax.jit(lambda params, rest: jax.tree.map(join, params, rest))
 
@@ -393,8 +393,9 @@ class Layerwise:
         def moment(name: str, tree: Tree) -> Tree:
             return tree
 
-        moments = {key: whole_tree(at, moment, getattr(state, key)) for key, at in self.abstract.optimizer.items()}
-        return Saved(whole_tree(self.abstract.params, master, state.params, state.rest), moments)
+        kept = self.abstract.optimizer if moments else {}
+        optimizer = {key: whole_tree(at, moment, getattr(state, key)) for key, at in kept.items()}
+        return Saved(whole_tree(self.abstract.params, master, state.params, state.rest), optimizer)
 
 
 def _unstacked(tree: Tree, place: tuple[Any, ...], parts: Tree) -> Tree:

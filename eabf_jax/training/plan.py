@@ -40,12 +40,12 @@ class Device:
     flops: float  # dense bfloat16 FLOP/s
     bandwidth: float  # bytes/s of its memory
     link: float = 0.0  # bytes/s of one link to a neighbour, one way (TPU)
-    host_memory: float = 96 * GIB  # bytes of host memory that a device's share of a step may take
+    host_memory: float = 128 * GIB  # bytes of its share of the host's memory
 
 
 # GPUs: 97 % of what CUDA reports, as `mesh.gpu_defaults` lets JAX have. TPUs: what the compiler leaves to a
 # program (v4, by its own message: 30.75 of 32 GiB; the others in proportion), bandwidths from "How to Scale Your Model"
-# (Google DeepMind). A machine that is not at hand is taken to have host memory for what one with 128 GiB a GPU has.
+# (Google DeepMind). A machine that is not at hand is taken to have 128 GiB of host memory a device.
 DEVICES = {
     device.name: device
     for device in (
@@ -94,8 +94,14 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the device and its host have as much."""
-        return self.total <= self.device.memory and sum(self.host.values()) <= self.device.host_memory
+        """Whether the device and its host have as much; a quarter of the host's is left to data and system."""
+        return self.total <= self.device.memory and sum(self.host.values()) <= 0.75 * self.device.host_memory
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether the host has room for float32 parameters and moments on their way to the disk, beside what waits."""
+        on_the_way = 3 * self.parts["gradients"]  # as many float32 numbers
+        return sum(self.host.values()) + on_the_way <= 0.95 * self.device.host_memory
 
     @property
     def seconds(self) -> float:
@@ -133,8 +139,7 @@ def device_at_hand() -> Device:
         )
     platform: Any = "tpu" if device.platform == "tpu" else "gpu"
     found = max(known, key=lambda spec: len(spec.kind), default=Device(device.device_kind, "", platform, 0, 1e14, 1e12))
-    # A quarter is left to the data, to checkpoints on their way to the disk, and to the system.
-    return dataclasses.replace(found, memory=limit or found.memory, host_memory=0.75 * host)
+    return dataclasses.replace(found, memory=limit or found.memory, host_memory=host)
 
 
 def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str, int], device: Device) -> Plan:

@@ -76,8 +76,8 @@ class Step(Protocol):
     def restored(self, step: int, saved: Saved, frozen: Tree | None = None) -> TrainState:
         """The state of a checkpoint, and the parameters not trained, which it consumes."""
 
-    def saved(self, state: TrainState) -> Saved:
-        """What a checkpoint is to hold of a state."""
+    def saved(self, state: TrainState, *, moments: bool = True) -> Saved:
+        """What a checkpoint is to hold of a state; without the moments, `optimizer` is empty."""
 
     def __call__(self, state: TrainState, batch: Microbatch) -> tuple[TrainState, StepMetrics]:
         """One step over arrays [microbatches, rows, length]; consumes the state."""
@@ -183,10 +183,10 @@ class Program:
         params, rest = halves(saved.params)
         return TrainState(counter, params, rest, saved.optimizer["mu"], saved.optimizer["nu"], frozen or {})
 
-    def saved(self, state: TrainState) -> Saved:
+    def saved(self, state: TrainState, *, moments: bool = True) -> Saved:
         """See `Step`."""
         whole = jax.jit(lambda *halves: jax.tree.map(join, *halves), out_shardings=self._placed("mu")[0])
-        return Saved(whole(state.params, state.rest), {"mu": state.mu, "nu": state.nu})
+        return Saved(whole(state.params, state.rest), {"mu": state.mu, "nu": state.nu} if moments else {})
 
     def _placed(self, *names: str) -> tuple[Any, ...]:
         return tuple(jax.tree.map(lambda leaf: leaf.sharding, getattr(self._state, name)) for name in names)

@@ -68,6 +68,11 @@ def train(config: TrainConfig) -> Path:
         model_config = dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
         settled, planned = choose(config, model_config, mesh.shape, device_at_hand())
         check(planned, settled, model_config)
+        if config.checkpoint.every_steps and not planned.can_checkpoint:
+            raise InputError(
+                "host memory has no room for a checkpoint beside what the step keeps there: set checkpoint.every_steps "
+                "null (parameters alone are saved, at the end), or use more devices"
+            )
         microbatches = microbatch_count(settled, mesh)
         mode: Mode = "packed" if config.recipe.objective == "pretrain" else "conversations"
         per_epoch = steps_per_epoch(
@@ -155,12 +160,13 @@ def train(config: TrainConfig) -> Path:
                 # A signal to one process stops all of them, behind the same step.
                 stopping = any(gathered(preempted.is_set())) or checkpoints.reached_preemption(step)
                 due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
-                if due or step == steps or stopping:
+                if step == steps:  # nobody goes on from here: a third of the size
+                    checkpoints.save(step, step_of.saved(state, moments=False), {})
+                elif due or (stopping and planned.can_checkpoint):
                     checkpoints.save(step, step_of.saved(state), batches.get_state())
                 if stopping and step < steps:
-                    raise Preempted(
-                        f"stopped by a signal after step {step} of {steps}; start again to go on from there"
-                    )
+                    where = "from there" if planned.can_checkpoint else "anew: host memory has no room for a checkpoint"
+                    raise Preempted(f"stopped by a signal after step {step} of {steps}; start again to go on {where}")
     return run
 
 

@@ -191,6 +191,14 @@ def test_a_refusal_names_a_shorter_window_where_devices_do_not_help():
         check(found, dataclasses.replace(config, window=2**21), model)
 
 
+@pytest.mark.parametrize(("memory", "fits", "lacks"), [("device", 80, 79), ("host", 146, 145)])
+def test_a_checkpoint_passes_through_host_memory(memory, fits, lacks):
+    """12 bytes a parameter of 7B are 75.3 GiB, beside the 62.8 GiB of 10 bytes that wait; 5 % are left to the rest."""
+    for host, expected in ((fits, True), (lacks, False)):
+        device = dataclasses.replace(DEVICES["h200"], host_memory=host * GIB)
+        assert plan(*llama_7b(optimizer_memory=memory), ONE, device).can_checkpoint is expected
+
+
 def test_host_memory_that_is_known_is_a_limit():
     device = dataclasses.replace(DEVICES["h100"], host_memory=32 * GIB)
     config, model = llama_7b(optimizer_memory="host")

@@ -22,6 +22,7 @@ from eabf_jax.errors import InputError
 from eabf_jax.interop.native import load_native, save_params, write_model_json
 from eabf_jax.interop.tokenizer import load_tokenizer
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.training.plan import Plan
 from eabf_jax.training.recipe import load_config
 from eabf_jax.training.tracking import parameter_count
 from eabf_jax.training.trainer import _preemption_flag, base_config, lower_train_step, train
@@ -68,6 +69,8 @@ def test_a_run_leaves_a_model_directory_with_its_record(finished, extended, read
         "checkpoints",
     }
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"10"}
+    # The moments are of no use to a finished run.
+    assert {path.name for path in (run / "checkpoints" / "10").iterdir() if path.is_dir()} == {"params"}
     assert load_config(["--config_path", str(run / "config.yaml")]) == config
     found, params = load_native(run)
     assert found == extended
@@ -241,6 +244,16 @@ def test_a_weight_that_is_not_a_number_stops_the_run(run_config, model_config, p
     refuse(config, "not finite at step 1: loss nan, .* stopped, no checkpoint was written")
 
 
+def test_a_checkpoint_that_host_memory_has_no_room_for(run_config, tmp_path, monkeypatch):
+    """Refused before anything runs; without checkpoints on the way the run goes to its end."""
+    monkeypatch.setattr(Plan, "can_checkpoint", False)
+    config = run_config(tmp_path / "run", recipe={"steps": 1})
+    refuse(config, "host memory has no room for a checkpoint .* set checkpoint.every_steps null")
+    assert not (tmp_path / "run").exists()
+    run = train(run_config(tmp_path / "run", recipe={"steps": 1}, checkpoint={"every_steps": None}))
+    assert load_native(run)
+
+
 def test_no_space_for_a_checkpoint_is_one_line(run_config, tmp_path, monkeypatch):
     handler = ocp.StandardCheckpointHandler
     original = handler.async_save
@@ -271,7 +284,7 @@ def test_a_damaged_checkpoint_is_named(finished, run_config, tmp_path):
     run, config = finished
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "10").rename(tmp_path / "run" / "checkpoints" / "4")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4" / "optimizer" / "d")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4" / "params" / "d")
     copied = dataclasses.replace(config, output=str(tmp_path / "run"))
     (tmp_path / "run" / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(run), copied.output))
     refuse(copied, "checkpoint 4 in .* cannot be read .*: remove it to go on from the one before")
