@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache", default="model", help="keys and values in the model's dtype (model, default) or int8"
     )
     parser.add_argument(
-        "--prefill-chunk", type=int, default=4096, help="tokens of a prompt read at a time (default: 4096)"
+        "--prefill-chunk", type=int, default=8192, help="tokens of a prompt read at a time (default: 8192)"
     )
     parser.add_argument(
         "--rope-length",
@@ -168,7 +168,7 @@ class Session:
         if how is None:
             raise InputError(
                 f"{name} has {len(tokens)} tokens: with {new} new ones it exceeds the window of {self.window} by "
-                f"{excess}; --truncate middle or left cuts it, --max-new-tokens asks for less"
+                f"{excess}; --truncate middle or left cuts it, --window takes more"
             )
         return truncated(tokens, room, how, self.tokenizer.bos_id), excess
 

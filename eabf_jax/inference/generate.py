@@ -62,7 +62,7 @@ class _Setup:
     config: LlamaConfig
     dtype: Any
     backend: str
-    block: int
+    chunk: int
     mesh: Mesh | None
     rope_length: int | None
 
@@ -96,7 +96,7 @@ class Generator:
         *,
         mesh: Mesh | None = None,
         cache: str = "model",
-        prefill_chunk: int = 4096,
+        prefill_chunk: int = 8192,
         attention: str = "auto",
         rope_length: int | None = None,
     ):
@@ -343,7 +343,7 @@ class Generator:
         self, prompts: Sequence[Sequence[int]], slots: int
     ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...], Int[Array, "B"]]:
         """Hidden states after the last layer at each prompt's end, the caches, and the prompts' lengths."""
-        chunks = _chunks(max(map(len, prompts)), self._setup.block)
+        chunks = _chunks(max(map(len, prompts)), self._setup.chunk)
         width = chunks[-1].stop
         tokens = np.zeros((len(prompts), width), np.int32)
         for number, prompt in enumerate(prompts):
@@ -356,7 +356,7 @@ class Generator:
             x, row = _begin(self._setup, self._weights.embedding, self._row_array(tokens[:, chunk]), start, lengths)
             for index, weights in enumerate(self._weights.layers):
                 x, caches[index] = _read_layer(
-                    self._setup, chunk.start == 0, weights, jnp.int32(index), x, row, caches[index], start
+                    self._setup, chunk.start, weights, jnp.int32(index), x, row, caches[index]
                 )
             hidden = _collect(x, hidden, lengths, start)
         return hidden, tuple(caches), lengths
@@ -411,20 +411,10 @@ def _begin(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 6))
 def _read_layer(
-    setup: _Setup,
-    is_first: bool,
-    weights: LayerWeights,
-    index: Array,
-    x: Array,
-    row: Row,
-    cache: LayerCache,
-    start: Array,
+    setup: _Setup, start: int, weights: LayerWeights, index: Array, x: Array, row: Row, cache: LayerCache
 ) -> tuple[Array, LayerCache]:
-    def attend(q: Array, k: Array, v: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
-        options = {"is_first": is_first, "block": setup.block, "backend": setup.backend}
-        return placement.chunk_attention(setup.mesh, q, k, v, cache, start, **options)
-
-    return decoder.layer(setup.config, weights, index, x, row, cache, attend)
+    attention = functools.partial(placement.chunk_attention, setup.mesh, start=start, backend=setup.backend)
+    return decoder.layer(setup.config, weights, index, x, row, cache, attention)
 
 
 @jax.jit
@@ -472,7 +462,8 @@ def _decode(
     """Makes up to `size` tokens, or until every row has ended."""
 
     def attend(q: Array, k: Array, v: Array, cache: LayerCache, positions: Array) -> tuple[Array, LayerCache]:
-        out, cache = placement.token_attention(setup.mesh, q[:, 0], k[:, 0], v[:, 0], cache, positions, slots)
+        q, k, v = (y[:, 0] for y in (q, k, v))
+        out, cache = placement.token_attention(setup.mesh, q, k, v, cache, positions, slots=slots)
         return out[:, None], cache
 
     def step(carry: tuple[Array, Array, _State]) -> tuple[Array, Array, _State]:

@@ -85,17 +85,17 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def chunk_attention(
-    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, start: Array, **options: Any
+    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, *, start: int, backend: str
 ) -> tuple[Array, LayerCache]:
     """`attend_chunk`, on each device's own rows and heads."""
-    attend: Any = functools.partial(attend_chunk, **options)
+    attend: Any = functools.partial(attend_chunk, start=start, backend=backend)
     if mesh is None or mesh.size == 1:
-        return attend(q, k, v, cache, start)
-    return _mapped(mesh, attend, cache, spec("batch", None, "heads", None), P())(q, k, v, cache, start)
+        return attend(q, k, v, cache)
+    return _mapped(mesh, attend, cache, spec("batch", None, "heads", None))(q, k, v, cache)
 
 
 def token_attention(
-    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, positions: Array, slots: int
+    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, positions: Array, *, slots: int
 ) -> tuple[Array, LayerCache]:
     """`attend_token`, on each device's own rows and heads."""
     attend: Any = functools.partial(attend_token, slots=slots)
@@ -104,12 +104,12 @@ def token_attention(
     return _mapped(mesh, attend, cache, spec("batch", "heads", None), spec("batch"))(q, k, v, cache, positions)
 
 
-def _mapped(mesh: Mesh, attend: Any, cache: LayerCache, heads: P, place: P) -> Any:
+def _mapped(mesh: Mesh, attend: Any, cache: LayerCache, heads: P, *others: P) -> Any:
     caches = jax.tree.map(lambda sharding: sharding.spec, cache_sharding(mesh, cache))
     return jax.shard_map(
         attend,
         mesh=mesh,
-        in_specs=(heads, heads, heads, caches, place),
+        in_specs=(heads, heads, heads, caches, *others),
         out_specs=(heads, caches),
         check_vma=False,
     )

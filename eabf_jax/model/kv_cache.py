@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from eabf_jax.errors import unknown_name
-from eabf_jax.model.attention import BACKENDS, KERNELS, Kernel, precision_of
+from eabf_jax.model.attention import BACKENDS, KERNELS, precision_of
 
 # Dtypes by name; None is the model's compute dtype. Another dtype of 8 bits needs scales as int8 does.
 CACHE_DTYPES = {"model": None, "int8": jnp.int8}
@@ -72,34 +72,35 @@ def attend_chunk(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     cache: LayerCache,
-    start: Int[Array, ""],
     *,
-    is_first: bool,
-    block: int,
+    start: int,
     backend: str,
 ) -> tuple[Float[Array, "B T N H"], LayerCache]:
     """Attends causally within a chunk of new tokens and to all before it, and stores the chunk.
 
-    The chunk sees itself through a causal kernel, and what is cached through an unmasked one for each whole block
-    before it, joined by their log-sum-exps: no kernel computes a block that is masked out.
+    The chunk sees itself through a causal kernel and what is cached through an unmasked one, joined by their
+    log-sum-exps: no kernel computes a block that is masked out.
 
     Args:
       q: queries, rotated and scaled.
       k: the chunk's keys, rotated.
       v: its values.
       cache: holds the tokens before.
-      start: position of the chunk's first token in every row, a multiple of `block`.
-      is_first: whether `start` is 0, known before tracing: then nothing is asked of the cache.
-      block: cached tokens that one kernel call sees.
+      start: position of the chunk's first token in every row, known before tracing.
       backend: a name in `attention.BACKENDS`.
 
     Returns:
       The attended values, in the dtype of v, and the cache with the chunk in it.
     """
-    if is_first:
+    if start == 0:
         out = BACKENDS[backend](q, k, v, None)
     else:
-        out = _joined(q, k, v, cache, start // block, block, KERNELS.get(backend, KERNELS["chunked"]))
+        kernel = KERNELS.get(backend, KERNELS["chunked"])
+        own, own_lse = kernel.forward(q, k, v, None, True)
+        keys, values = (_cached(cache, name, start, v.dtype) for name in ("k", "v"))
+        earlier, earlier_lse = kernel.forward(q, keys, values, None, False)
+        lse = jnp.logaddexp(own_lse, earlier_lse)
+        out = (own * _weight(own_lse - lse) + earlier * _weight(earlier_lse - lse)).astype(v.dtype)
     places = (0, 0, start, 0)
     (new_k, k_scale), (new_v, v_scale) = (_quantized(x.swapaxes(1, 2), cache.k.dtype) for x in (k, v))
     stored = LayerCache(
@@ -154,20 +155,6 @@ def attend_token(
     return out.reshape(q.shape), cache
 
 
-def _joined(q: Array, k: Array, v: Array, cache: LayerCache, blocks: Array, size: int, kernel: Kernel) -> Array:
-    """Attention to the queries' own chunk and to the blocks before it."""
-    own, own_lse = kernel.forward(q, k, v, None, True)
-
-    def earlier(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        out, lse = carry
-        keys, values = (_block(cache, name, index * size, size, v.dtype) for name in ("k", "v"))
-        part, part_lse = kernel.forward(q, keys, values, None, False)
-        total = jnp.logaddexp(lse, part_lse)
-        return out * _weight(lse - total) + part * _weight(part_lse - total), total
-
-    return jax.lax.fori_loop(0, blocks, earlier, (own.astype(jnp.float32), own_lse))[0].astype(v.dtype)
-
-
 def _quantized(x: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
     """x as the cache stores it, and what it is then to be multiplied with: float32, without the last axis."""
     wide = x.astype(jnp.float32)
@@ -181,16 +168,16 @@ def _put(stored: Array, new: Array, positions: Array) -> Array:
     """Writes [B, K, ...] into the slots of [B, K, S, ...] at each row's position."""
     if stored.shape[0] == 1:  # a slice rather than a scatter
         return jax.lax.dynamic_update_slice_in_dim(stored, new[:, :, None], positions[0], 2)
-    rows = jnp.arange(stored.shape[0])
-    return stored.at[rows, :, positions].set(new, unique_indices=True)
+    # Heads are indexed too: a scatter along axes that are not the first ones would transpose the whole cache.
+    rows, heads = jnp.arange(stored.shape[0])[:, None], jnp.arange(stored.shape[1])
+    return stored.at[rows, heads, positions[:, None]].set(new, unique_indices=True)
 
 
-def _block(cache: LayerCache, name: str, start: Array, size: int, dtype: jnp.dtype) -> Array:
-    """Keys or values of some slots as kernels take them: [B, size, K, H]."""
-    taken = jax.lax.dynamic_slice_in_dim(getattr(cache, name), start, size, 2)
-    scale = getattr(cache, f"{name}_scale")
+def _cached(cache: LayerCache, name: str, slots: int, dtype: jnp.dtype) -> Array:
+    """Keys or values of the first slots as kernels take them: [B, slots, K, H]."""
+    taken, scale = getattr(cache, name)[:, :, :slots], getattr(cache, f"{name}_scale")
     if scale is not None:
-        taken = taken.astype(jnp.float32) * jax.lax.dynamic_slice_in_dim(scale, start, size, 2)[..., None]
+        taken = taken.astype(jnp.float32) * scale[:, :, :slots, None]
     return taken.astype(dtype).swapaxes(1, 2)
 
 

@@ -98,7 +98,7 @@ def test_greedy_text_is_the_full_forwards(name: str) -> None:
     """Prompts within the pretrained window, across it while they are continued, and beyond it, in one batch."""
     model = model_of(SCHEMES[name])
     prompts = prompts_of(3, 13, 29)
-    full, generator = FullForward(model), Generator(model, prefill_chunk=7)
+    full, generator = FullForward(model), Generator(model, prefill_chunk=12)
     np.testing.assert_allclose(generator.next_token_logits(prompts), full(prompts), atol=PROMISED, rtol=0)
     completions = generator.generate(prompts, NEW)
     assert [completion.tokens for completion in completions] == full.greedy(prompts, NEW)
@@ -133,7 +133,7 @@ def test_a_fixed_length_is_that_of_the_whole_text() -> None:
 
 
 def test_a_row_does_not_depend_on_its_neighbours(eabf: Llama) -> None:
-    generator = Generator(eabf, prefill_chunk=8)
+    generator = Generator(eabf, prefill_chunk=16)
     prompts = prompts_of(5, 30, 11)
     sampling = Sampling(temperature=1.5, top_k=40, top_p=0.95, repetition_penalty=1.1)
     together = tokens_of(generator.generate(prompts, NEW, sampling=sampling, seeds=[7, 8, 9]))
@@ -181,7 +181,7 @@ def test_int8_cache_is_near(eabf: Llama) -> None:
     """A prompt read in chunks of which all but the last are seen through the cache."""
     prompts = prompts_of(40, 33)
     exact, rounded = (
-        Generator(eabf, cache=kind, prefill_chunk=8).next_token_logits(prompts) for kind in ("model", "int8")
+        Generator(eabf, cache=kind, prefill_chunk=16).next_token_logits(prompts) for kind in ("model", "int8")
     )
     # Keys and values are off by up to 1/254 of their largest number; sharp random weights make that 5 % of a logit.
     assert 1e-4 < np.abs(rounded - exact).max() < 0.05 * np.abs(exact).max()
@@ -195,7 +195,7 @@ def test_eight_devices_are_one(eabf: Llama, cache: str) -> None:
     prompts = prompts_of(3, 30, 12)
     sampling = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.2)
     meshes = (None, make_mesh(MeshConfig(2, 2, 2)))
-    one, eight = (Generator(eabf, mesh=mesh, cache=cache, prefill_chunk=8) for mesh in meshes)
+    one, eight = (Generator(eabf, mesh=mesh, cache=cache, prefill_chunk=16) for mesh in meshes)
     np.testing.assert_allclose(one.next_token_logits(prompts), eight.next_token_logits(prompts), atol=PROMISED)
     assert one.generate(prompts, NEW, sampling=sampling) == eight.generate(prompts, NEW, sampling=sampling)
 

@@ -110,7 +110,7 @@ def _cached(
 
 
 def _chunk(q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, start: int) -> Any:
-    return attend_chunk(q, k, v, cache, jnp.int32(start), is_first=start == 0, block=CHUNK, backend="chunked")
+    return attend_chunk(q, k, v, cache, start=start, backend="chunked")
 
 
 def _token(q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, positions: jax.Array) -> Any:

@@ -17,7 +17,7 @@ ROUNDING = 2e-5
 
 # Compiling is nearly all the time these tests take; the compiler need not try hard.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-attend_chunk = compiled(kv_cache.attend_chunk, static_argnames=("is_first", "block", "backend"))
+attend_chunk = compiled(kv_cache.attend_chunk, static_argnames=("start", "backend"))
 attend_token = compiled(kv_cache.attend_token, static_argnames="slots")
 
 
@@ -45,8 +45,7 @@ def read(
     for start in range(0, q.shape[1], chunk):
         part = slice(start, start + chunk)
         out, cache = attend_chunk(
-            *(jnp.asarray(x[:, part]) for x in (q, k, v)), cache, jnp.int32(start),
-            is_first=start == 0, block=chunk, backend=backend,
+            *(jnp.asarray(x[:, part]) for x in (q, k, v)), cache, start=start, backend=backend
         )  # fmt: skip
         outs.append(np.asarray(out))
     return np.concatenate(outs, axis=1), cache
@@ -131,9 +130,7 @@ def test_int8_attends_to_what_it_stores() -> None:
     assert 1e-5 < np.abs(found - exact).max() < 0.1
     # A later chunk reads the cache back in the same way.
     chunk_q, chunk_k, chunk_v = draw(8, 8)
-    out, _ = attend_chunk(
-        *map(jnp.asarray, (chunk_q, chunk_k, chunk_v)), cache, jnp.int32(24), is_first=False, block=8, backend="chunked"
-    )
+    out, _ = attend_chunk(*map(jnp.asarray, (chunk_q, chunk_k, chunk_v)), cache, start=24, backend="chunked")
     whole = [np.concatenate((held[:, :24], new), 1) for held, new in ((held_k, chunk_k), (held_v, chunk_v))]
     padded = np.concatenate((np.zeros_like(q), chunk_q), 1)
     np.testing.assert_allclose(out[:, -1], expected_at(padded, *whole, 31), atol=ROUNDING)
