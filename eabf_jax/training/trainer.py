@@ -38,7 +38,7 @@ from eabf_jax.training.checkpoint import Checkpoints, latest_step
 from eabf_jax.training.layerwise import Layerwise
 from eabf_jax.training.loss import next_tokens
 from eabf_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from eabf_jax.training.plan import check, choose, device_at_hand
+from eabf_jax.training.plan import Device, check, choose, device_at_hand
 from eabf_jax.training.recipe import TrainConfig, check_window, config_differences, dump_config, total_steps
 from eabf_jax.training.step import Program, Saved, Step, build_model, microbatch_sharding
 from eabf_jax.training.tracking import METRICS_FILE, TENSORBOARD, Tracker, flops_per_token, peak_flops
@@ -66,7 +66,7 @@ def train(config: TrainConfig) -> Path:
         check_window(config, base)
         mesh = make_mesh(config.mesh)
         model_config = dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
-        settled, planned = choose(config, model_config, mesh.shape, device_at_hand())
+        settled, planned = choose(config, model_config, mesh.shape, _least_device())
         check(planned, settled, model_config)
         if config.checkpoint.every_steps and not planned.can_checkpoint:
             raise InputError(
@@ -168,6 +168,13 @@ def train(config: TrainConfig) -> Path:
                     where = "from there" if planned.can_checkpoint else "anew: host memory has no room for a checkpoint"
                     raise Preempted(f"stopped by a signal after step {step} of {steps}; start again to go on {where}")
     return run
+
+
+def _least_device() -> Device:
+    """The devices at hand, with the least memory that any process sees: all have to choose the same settings."""
+    device = device_at_hand()
+    memory, host = (min(gathered(int(size) >> 20)) << 20 for size in (device.memory, device.host_memory))
+    return dataclasses.replace(device, memory=memory, host_memory=host)
 
 
 class Preempted(InputError):
