@@ -274,28 +274,40 @@ class Generator:
             self._row_array(jax.vmap(jax.random.key)(np.array([*seeds, *[0] * fillers], np.uint32))),
             jnp.array(stops, jnp.int32),
         )
-        last = max(map(len, prompts)) + max_new_tokens - 1  # the longest row's, whose last token is not read
-        # None of the keys cached stays true past the pretrained window of a scheme that follows the length.
-        follows = rope.depends_on_length and self._setup.rope_length is None
-        if follows and last > dict(rope.frequencies.parameters)["pretrained_window"]:
-            yield from self._reread(padded, max_new_tokens, steps, choice, ended)
-            return
-        state = self._read(padded, last, steps, choice, ended)
-        yield np.asarray(state.token)[:, None]
-        left, length = max_new_tokens - 1, max(map(len, prompts))
+        longest = max(map(len, prompts))
+        # Past its pretrained window, nothing in a cache stays true for a scheme that follows the length.
+        cached = max_new_tokens
+        if rope.depends_on_length and self._setup.rope_length is None:
+            cached = min(cached, dict(rope.frequencies.parameters)["pretrained_window"] - longest + 1)
+        texts = [list(prompt) for prompt in padded]
+        if cached > 0:
+            read = self._read(padded, longest + cached - 1, steps, choice, ended)
+            for tokens, newest in self._loop(read, longest, cached, steps, choice):
+                _extend(texts, tokens)
+                yield tokens
+                ended = newest
+        for chosen in range(max(cached, 0), max_new_tokens):
+            state = self._read(texts, max(map(len, texts)), steps, choice, ended, chosen)
+            tokens, ended = np.asarray(state.token)[:, None], state.ended
+            _extend(texts, tokens)
+            yield tokens
+
+    def _loop(
+        self, state: _State, length: int, count: int, steps: Steps, choice: _Choice
+    ) -> Iterator[tuple[np.ndarray, Array]]:
+        """The first token of `state` and those that the loop makes, `count` in all, and which rows have ended."""
         slots_held = state.caches[0].k.shape[2]
-        ahead: list[Array] = []
+        ahead = [state.token[:, None]]
+        left = count - 1
         while left > 0:
             size = min(TOKENS_AT_ONCE, left)
             slots = min(_power_of_two(length + size), slots_held)
-            tokens, state = _decode(self._setup, steps, slots, self._weights, state, choice, size)
-            left, length = left - size, length + size
-            ahead.append(tokens)
+            made, state = _decode(self._setup, steps, slots, self._weights, state, choice, size)
+            ahead.append(made)
             # The device has the next chunk to do while the host looks at this one.
-            if len(ahead) > 1:
-                yield np.asarray(ahead.pop(0))
-        for tokens in ahead:
-            yield np.asarray(tokens)
+            yield np.asarray(ahead.pop(0)), state.ended
+            left, length = left - size, length + size
+        yield np.asarray(ahead.pop()), state.ended
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
         """The prompts, and others that only fill the mesh."""
@@ -305,19 +317,6 @@ class Generator:
     def _row_array(self, values: Any) -> Array:
         mesh = self._setup.mesh
         return jnp.asarray(values) if mesh is None else jax.device_put(values, placement.row_sharding(mesh))
-
-    def _reread(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, steps: Steps, choice: _Choice, ended: Array
-    ) -> Iterator[np.ndarray]:
-        """Generates with every row read anew for each token."""
-        texts = [list(prompt) for prompt in prompts]
-        for count in range(max_new_tokens):
-            state = self._read(texts, max(map(len, texts)), steps, choice, ended, count)
-            tokens, ended = np.asarray(state.token), state.ended
-            for text, token in zip(texts, tokens.tolist(), strict=True):
-                if token != _NOTHING:
-                    text.append(token)
-            yield tokens[:, None]
 
     def _read(
         self,
@@ -376,6 +375,12 @@ class Generator:
         shardings = None if mesh is None else placement.cache_sharding(mesh, jax.eval_shape(make))
         made = jax.jit(make, out_shardings=shardings)
         return [made() for _ in range(config.num_hidden_layers)]
+
+
+def _extend(texts: list[list[int]], tokens: np.ndarray) -> None:
+    """Appends new tokens to the rows that they belong to."""
+    for text, new in zip(texts, tokens.tolist(), strict=True):
+        text += [token for token in new if token != _NOTHING]
 
 
 def _chunks(length: int, size: int) -> list[slice]:

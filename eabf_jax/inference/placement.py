@@ -19,8 +19,8 @@ from eabf_jax.parallel.rules import check_tensor_axis, spec
 
 _LAYER = {
     "input_norm": P(),
-    "qkv": spec(None, "heads", None, None),
-    "qkv_bias": spec("heads", None, None),
+    "qkv": spec(None, "heads"),
+    "qkv_bias": spec("heads"),
     "output": spec("heads", None),
     "output_bias": P(),
     "mlp_norm": P(),

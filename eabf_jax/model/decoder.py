@@ -29,8 +29,10 @@ class LayerWeights(NamedTuple):
     """One layer. Biases are None where the model has none."""
 
     input_norm: Array  # [D]
-    qkv: Array  # [D, K, G + 2, H]: the queries of a key-value head, its key, its value; so heads can be split as one
-    qkv_bias: Array | None  # [K, G + 2, H]
+    # [D, K * (G + 2) * H]: a key-value head's queries, its key and its value, then the next head's; so a mesh can split
+    # them as one.
+    qkv: Array
+    qkv_bias: Array | None  # [K * (G + 2) * H]
     output: Array  # [N * H, D]
     output_bias: Array | None  # [D]
     mlp_norm: Array  # [D]
@@ -83,7 +85,8 @@ def _layer_weights(stacked: dict, index: int, config: LlamaConfig, dtype: jnp.dt
         return x.reshape(*x.shape[:-1], config.num_key_value_heads, -1, config.head_dim)
 
     def qkv(part: str) -> Array:
-        return jnp.concatenate([by_head(name, part) for name in ("q_proj", "k_proj", "v_proj")], axis=-2)
+        joined = jnp.concatenate([by_head(name, part) for name in ("q_proj", "k_proj", "v_proj")], axis=-2)
+        return joined.reshape(*joined.shape[:-3], -1)
 
     def gate_up(part: str) -> Array:
         return jnp.stack([mlp[name][part] for name in ("gate_proj", "up_proj")], axis=-2)
@@ -154,6 +157,7 @@ def layer(
     """
     eps, groups = config.rms_norm_eps, config.num_attention_heads // config.num_key_value_heads
     qkv = _project(rms_norm(x, weights.input_norm, eps), weights.qkv, weights.qkv_bias)
+    qkv = qkv.reshape(*x.shape[:2], config.num_key_value_heads, groups + 2, config.head_dim)
     q = qkv[..., :groups, :].reshape(*x.shape[:2], config.num_attention_heads, config.head_dim)
     k, v = qkv[..., groups, :], qkv[..., groups + 1, :]
     q_scale = config.rope.logit_scale(row.positions, index) * config.head_dim**-0.5

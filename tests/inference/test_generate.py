@@ -117,9 +117,10 @@ def tokens_of(completions: Sequence[Completion]) -> list[list[int]]:
 def test_a_dynamic_scheme_keeps_its_cache_within_the_pretrained_window() -> None:
     model = model_of(DYNAMIC)
     prompts = prompts_of(3, 6)
-    found = list(Generator(model).stream(prompts, WINDOW - 5))
-    assert tokens_of(found[-1]) == FullForward(model).greedy(prompts, WINDOW - 5)
-    assert len(found) == 2  # the first token, and the others from one call of the loop
+    found = list(Generator(model).stream(prompts, 14))
+    assert tokens_of(found[-1]) == FullForward(model).greedy(prompts, 14)
+    # The first token, ten from one call of the loop up to the window, and one from each reading.
+    assert [len(completions[1].tokens) for completions in found] == [1, 11, 12, 13, 14]
 
 
 def test_a_fixed_length_is_that_of_the_whole_text() -> None:
