@@ -104,6 +104,23 @@ def test_tokenizer_json_agrees_with_transformers(json_directory: Path, texts: li
     assert 0 not in ours.encode("<|end|>") and ours.decode(ours.encode("<|end|>")) == "<|end|>"
 
 
+@pytest.mark.parametrize("setting", [True, False])
+def test_a_text_begins_as_in_transformers(sentencepiece_directory: Path, tmp_path: Path, setting: bool) -> None:
+    shutil.copy(sentencepiece_directory / "tokenizer.model", tmp_path)
+    # Meta's code, which knows no such file, begins every text; transformers 4 did and 5 does not.
+    assert load_tokenizer(tmp_path).adds_bos
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": setting}))
+    theirs = LlamaTokenizer.from_pretrained(tmp_path, legacy=False)
+    ids = theirs.encode("hello")
+    ours = load_tokenizer(tmp_path)
+    assert [1] * ours.adds_bos + ours.encode("hello") == ids
+    # The same as tokenizer.json, whose post-processor says it too.
+    (tmp_path / "fast").mkdir()
+    theirs.backend_tokenizer.save(str(tmp_path / "fast/tokenizer.json"))
+    (tmp_path / "fast/tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    assert load_tokenizer(tmp_path / "fast").adds_bos == ours.adds_bos == (ids[0] == 1)
+
+
 def test_a_template_file_goes_before_the_config(json_directory: Path) -> None:
     (json_directory / "chat_template.jinja").write_text("in file")
     assert load_tokenizer(json_directory).chat_template == "in file"
