@@ -217,7 +217,7 @@ class Layerwise:
         offloaded: list[Any] = []
         room = self._layers - self._remat.count("offload")
         for number, policy in enumerate(self._remat):
-            if number >= room:
+            if 0 <= number - room < len(offloaded):
                 jax.block_until_ready(offloaded[number - room])  # its place on the device is this layer's
             if leaving:  # what the step before has sent home makes room as this one needs it
                 leaving.settle(leaving.granted * (self._layers - 1 - number) / self._layers)

@@ -180,6 +180,7 @@ def test_microbatches_do_not_change_the_curve(fine_tune, batches, single_device,
         ("layerwise", "attention"),
         ("layerwise", "none"),
         ("layerwise", "dots:1,full:1,qkv"),
+        ("layerwise", "full:1,offload"),
     ],
 )
 def test_neither_recomputation_nor_the_executor_changes_the_curve(fine_tune, batches, single_device, remat, executor):
