@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from eabf_jax.analysis.figures import save
 from eabf_jax.cli import run
 from eabf_jax.errors import InputError
 
@@ -121,12 +122,7 @@ def draw(group: Group, reports: Sequence[Mapping[str, Any]], path: Path) -> None
     name, device, devices = group
     figure.suptitle(f"{name}, full fine-tuning step, {devices} × {device}", fontsize=11)
     figure.legend(loc="outside right upper", fontsize=8)
-    partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    try:
-        figure.savefig(partial, dpi=150)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save(figure, path)
 
 
 def picture_name(group: Group) -> str:

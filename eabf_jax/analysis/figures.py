@@ -44,6 +44,16 @@ def loss_by_position(
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a picture beside its place, then under its name: a failed write leaves nothing that looks whole.
+
+    Args:
+      figure: the picture.
+      path: its file; the ending names the format.
+    """
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
     try:
         figure.savefig(partial, dpi=150)

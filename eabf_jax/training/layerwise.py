@@ -66,12 +66,12 @@ class Layerwise:
         def parked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_host(leaf.sharding))
 
-        def layer_of(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        def one_layer(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             at = NamedSharding(mesh, PartitionSpec(*leaf.sharding.spec[1:]))
             return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=at)
 
         def by_layer(tree: Tree) -> Tree:
-            return {**tree, "layers": jax.tree.map(layer_of, tree["layers"])} if tree else {}
+            return {**tree, "layers": jax.tree.map(one_layer, tree["layers"])} if tree else {}
 
         # Stacked moments and frozen layers pass through host memory: beside those of the layers, the device has no
         # room for them.
@@ -96,13 +96,8 @@ class Layerwise:
         others = frozen.get("layers", {})
         halves = jax.eval_shape(lambda tree: split_tree(tree, self._dtype), masters)
         params = with_shardings(halves[0], _shardings(masters))
-        rest = jax.tree.map(
-            lambda leaf, master: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=master.sharding if leaf.size else self._replicated
-            ),
-            halves[1],
-            masters,
-        )
+        rest_at = {name: self._optimizer_shardings(name, host=False)[0] for name in masters}
+        rest = with_shardings(halves[1], rest_at)
         shares, frozen_shares = params, frozen
         if self._gathered:
             params, frozen = (jax.tree.map(_whole, tree) for tree in (params, frozen))
