@@ -289,8 +289,14 @@ def prepare_step(config: TrainConfig, mesh: Mesh, model_config: LlamaConfig | No
     executor = config.compute.executor
     if executor == "auto":
         executor = "layerwise" if mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm") else "program"
-    if config.compute.optimizer_memory == "host" and executor != "layerwise":
-        raise InputError("compute.optimizer_memory 'host' needs compute.executor 'layerwise', not 'program'")
+    of_layerwise = {
+        "compute.optimizer_memory 'host'": config.compute.optimizer_memory == "host",
+        "compute.remat 'offload'": "offload" in config.compute.remat,
+        "compute.gather 'step'": config.compute.gather == "step",
+    }
+    for setting, wanted in of_layerwise.items():
+        if wanted and executor != "layerwise":
+            raise InputError(f"{setting} needs compute.executor 'layerwise', not 'program'")
     microbatches = microbatch_count(config, mesh)
     shape = (microbatches, config.recipe.batch_size // microbatches, config.window)
     ids, flags = (

@@ -181,6 +181,14 @@ def test_a_pretraining_run_from_nothing_packs_and_keeps_the_tokenizer(run_config
             "optimizer_memory 'host' needs compute.executor 'layerwise', not 'program'",
         ),
         (
+            {"compute": {"remat": "offload:1,full", "executor": "program"}},
+            "compute.remat 'offload' needs compute.executor 'layerwise', not 'program'",
+        ),
+        (
+            {"compute": {"gather": "step", "executor": "program"}},
+            "compute.gather 'step' needs compute.executor 'layerwise', not 'program'",
+        ),
+        (
             {"mesh": {"context": 2}, "recipe": {"objective": "pretrain"}},
             "mesh.context above 1 takes one document a row",
         ),
