@@ -8,6 +8,7 @@ plan for the whole program. The device does not wait for Python: calls are queue
 
 import functools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -86,6 +87,9 @@ class Layerwise:
         self._options: Any = {"compiler_options": {"xla_gpu_enable_latency_hiding_scheduler": True}} if overlap else {}
         self._numbers: list[Array] = []
         self._stream: Streamed | None = None  # parts of the optimizer's state that are still on their way home
+        self._sizes: dict[str, int] = {}  # bytes that a layer keeps, by policy
+        self._room = 0  # bytes of what one backward pass frees for them
+        self._back: deque[Array] = deque()  # of each offloaded layer, what tells that it is back from host memory
 
     # Programs. Each is compiled for the shapes and shardings that the one before it returns.
 
@@ -120,6 +124,10 @@ class Layerwise:
         for policy in dict.fromkeys(self._remat):
             forward = functools.partial(pieces.forward, policy)
             x, kept[policy] = self._compile(("forward", policy), forward, params["layers"], others, number, x, row)
+            self._sizes[policy] = device_bytes((x, kept[policy]))
+        staying = sum(self._sizes[policy] for policy in self._remat if policy != "offload")
+        back = min(self._remat.count("offload"), IN_FLIGHT + 1) * self._sizes.get("offload", 0)
+        self._room = max(0, staying - back)
         self._kept_at = [_shardings([x, kept.get("offload", [])])]
         self._kept_at.append(jax.tree.map(on_host, self._kept_at[0]))
 
@@ -210,17 +218,21 @@ class Layerwise:
         others = frozen.get("layers", [{}] * self._layers)
         kept: list[Any] = []
         offloaded: list[Any] = []
+        used = 0
         room = self._layers - self._remat.count("offload")
         for number, policy in enumerate(self._remat):
             if 0 <= number - room < len(offloaded):
                 jax.block_until_ready(offloaded[number - room])  # its place on the device is this layer's
+            used += self._sizes[policy]
             if leaving:  # what the step before has sent home makes room as this one needs it
-                leaving.settle(leaving.granted * (self._layers - 1 - number) / self._layers)
+                leaving.settle(max(0, self._room - used))
             y, saved = self._programs["forward", policy](
                 params["layers"][number], others[number], self._numbers[number], x, row
             )
             kept.append([x, saved])
             if policy == "offload":
+                if self._back:  # the microbatch before has left this much host memory
+                    jax.block_until_ready(self._back.popleft())
                 kept[number] = jax.device_put(kept[number], self._kept_at[1])
                 offloaded.append(kept[number])
             x = y
@@ -238,14 +250,17 @@ class Layerwise:
     ) -> Array:
         """All layers, the last one first; adds to `gradients`, and empties `kept` for what is `coming`."""
         others = frozen.get("layers", [{}] * self._layers)
+        freed = 0
         for number in reversed(range(self._layers + IN_FLIGHT)):
             ahead = number - IN_FLIGHT
             if ahead >= 0 and self._remat[ahead] == "offload":
                 kept[ahead] = moved(kept[ahead], self._kept_at[0])
+                # The smallest: it stays on the device until somebody has waited for it.
+                self._back.append(min(jax.tree.leaves(kept[ahead]), key=device_bytes))
             if number >= self._layers:
                 continue
             x, saved = kept.pop()
-            freed = 0 if self._remat[number] == "offload" else device_bytes((x, saved))
+            freed += 0 if self._remat[number] == "offload" else self._sizes[self._remat[number]]
             gradients["layers"][number], d_x = self._programs["backward", self._remat[number]](
                 gradients["layers"][number],
                 d_x,
@@ -257,8 +272,8 @@ class Layerwise:
                 saved,
             )
             del x, saved
-            if coming:
-                coming.grant(freed)
+            if coming:  # a quarter stays free: what comes lies in pieces of other sizes
+                coming.grant(min(freed, 3 * self._room // 4) - coming.granted)
         return d_x
 
     def _used(self, kind: str, tree: Tree) -> Tree:
