@@ -143,10 +143,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def speed_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every measurement of a group: each stack at each length."""
+    """Every measurement of a group: each stack at each length, the shortest first."""
     ratios = {"eager": "ratio_to_eager_peer", "compiled": "ratio_to_compiled_peer"}
     rows = []
-    for entry in (entry for report in reports for entry in entries_of(report)):
+    entries = [entry for report in reports for entry in entries_of(report)]
+    for entry in sorted(entries, key=lambda entry: entry["length"]):
         for stack, figures in stacks_of(entry).items():
             row = [f"{entry['length']:,}", STACKS[stack]]
             if "tokens_per_second" in figures:
@@ -211,6 +212,28 @@ def single_figures(
     return table(["configuration", "device", "length", *header, "from"], rows) if rows else []
 
 
+def scaling_table(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """What several devices reach, of as many times the most that one of their kind does at the same length."""
+    rows = []
+    for (name, device, devices), reports in groups.items():
+        alone, together = fastest(groups.get((name, device, 1), [])), fastest(reports)
+        for length in sorted(alone.keys() & together.keys()) if devices > 1 else ():
+            share = together[length] / (devices * alone[length])
+            cells = (f"{length:,}", f"{together[length]:,.0f}", f"{alone[length]:,.0f}", f"{share:.1%}")
+            rows.append([name, f"{devices} × {device}", *cells])
+    header = ("configuration", "devices", "length", "tokens/s", "one device's", "of as many times one")
+    return ["### Several devices", "", *table(header, rows)] if rows else []
+
+
+def fastest(reports: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """By length, our most tokens per second."""
+    found: dict[int, float] = {}
+    for entry in (entry for report in reports for entry in entries_of(report)):
+        if "tokens_per_second" in entry:
+            found[entry["length"]] = max(entry["tokens_per_second"], found.get(entry["length"], 0.0))
+    return found
+
+
 def page(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> str:
     """The part of docs/performance.md that is written from results.
 
@@ -225,6 +248,7 @@ def page(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> str:
         name, device, devices = group
         lines += [f"### {name}, {devices} × {device}", "", *speed_table(reports)]
         lines += [f"![{name} on {devices} × {device}](performance/{picture_name(group)})", ""]
+    lines += scaling_table(groups)
     runs = single_figures(
         groups,
         "recipe",

@@ -75,6 +75,7 @@ def test_page_and_pictures_are_written_from_results(program, results, tmp_path, 
     assert "| 65,536 | transformers, compiled | out of memory | – | – | – | – | – | – | – | [sweep.json]" in text
     assert "| llama2_7b_eabf_16k | 2 × NVIDIA H100 | 16,384 | 6 | 300 | 268 | recipe.json |" in text
     assert "| llama2_7b_eabf_16k | 2 × NVIDIA H100 | 16,384 | 2 | +0.42% | recipe.json |" in text
+    assert text.index("| 16,384 | eabf-jax | 9,000 |") < text.index("| 65,536 | eabf-jax | 5,000 |")
     pictures = sorted(picture.name for picture in (tmp_path / "performance").iterdir())
     assert pictures == ["llama2_7b_eabf_16k_1x_nvidia_h200.png", "llama2_7b_eabf_16k_2x_nvidia_h100.png"]
     assert all(f"](performance/{name})" in text for name in pictures)
@@ -88,6 +89,15 @@ def test_the_newest_run_of_a_length_is_drawn(program, results):
     rates = {length: figures["tokens_per_second"] for length, figures in curves["ours"].items()}
     assert rates == {16_384: 11_300.4, 65_536: 5000.0}  # not the 9,000 of the day before
     assert curves["compiled"][65_536]["out_of_memory"]
+
+
+def test_several_devices_are_held_against_one_of_their_kind(program, results):
+    assert program.scaling_table(program.grouped(program.read_results(results))) == []  # the two are of another kind
+    two = {**RUN, **RAN, "devices": 2, "tokens_per_second": 21_470.76, "date": "2024-01-04", "peers": {}}
+    (results / "two.json").write_text(json.dumps(two))
+    text = "\n".join(program.scaling_table(program.grouped(program.read_results(results))))
+    # Of the faster of the runs alone: 21,470.76 / (2 x 11,300.4)
+    assert "| llama2_7b_eabf_16k | 2 × NVIDIA H200 | 16,384 | 21,471 | 11,300 | 95.0% |" in text
 
 
 @pytest.mark.filterwarnings("error")  # matplotlib warns of a layout that it gave up
