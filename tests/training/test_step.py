@@ -273,6 +273,43 @@ def test_a_step_by_layers_leaves_nothing_behind(fine_tune, batches):
     assert [shape for shape in left if shape] == []
 
 
+def test_the_optimizers_state_passes_in_the_room_that_layers_leave(model_config, quick, monkeypatch):
+    """Device memory is nowhere fuller during the backward pass, which fetches state, than when all layers are kept."""
+    config = dataclasses.replace(model_config, num_hidden_layers=12)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    compute = Compute(**COMPUTE | {"executor": "layerwise", "optimizer_memory": "host", "remat": "offload:5,dots"})
+    rng = np.random.default_rng(1)
+    row = {"tokens": rng.integers(0, config.vocab_size, (2, LENGTH)).astype(np.int32)}
+    row |= {"loss_mask": np.ones((2, LENGTH), bool), "segment_ids": np.ones((2, LENGTH), np.int32)}
+    row["positions"] = np.tile(np.arange(LENGTH, dtype=np.int32), (2, 1))
+    batch = place_batch(row, mesh, 1, every_token=False)
+    model = build_model(config, compute, mesh)
+    step = Layerwise(model, make_optimizer(RECIPE, STEPS), compute, mesh, clip_norm=1.0, batch=batch)
+    quickly = functools.partialmethod(jax.stages.Lowered.compile, compiler_options=quick)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", quickly)
+    step.compile()
+    params = jax.tree.map(lambda like: jnp.full(like.shape, 0.01, like.dtype), step.abstract.params)
+    state = step.begin(params)
+    del params
+    used = {}
+
+    def watched(name, program):
+        def call(*arguments):
+            live = (leaf for leaf in jax.live_arrays() if leaf.sharding.memory_kind == "device")
+            kind = name[0] if isinstance(name, tuple) else name
+            used.setdefault(kind, []).append(sum(leaf.nbytes for leaf in live))
+            return program(*arguments)
+
+        return call
+
+    step._programs = {name: watched(name, program) for name, program in step._programs.items()}
+    for _ in range(2):
+        state, _ = step(state, batch)
+        assert len(used["head"]) == 1
+        assert max(used["backward"] + used["forward"]) <= used["head"][0]
+        used.clear()
+
+
 def test_gradients_lie_in_memory_once(model_config):
     """As one program, with microbatches: beside the state and one sum of the gradients there is little."""
     config = dataclasses.replace(model_config, num_hidden_layers=48, max_position_embeddings=64)
