@@ -15,6 +15,7 @@ from eabf_jax.interop import native
 from eabf_jax.interop.adapter import Leaves, merged, read_adapter
 from eabf_jax.interop.directory import new_directory, read_json_object, write_json
 from eabf_jax.interop.layout import Parameter, nest, parameters, shapes
+from eabf_jax.interop.model_card import model_card
 from eabf_jax.interop.safetensors_stream import (
     NAMES,
     PlannedTensor,
@@ -298,7 +299,8 @@ def to_hf(
 ) -> Summary:
     """Exports a native model or run directory to a Hugging Face one; holds one parameter in memory at a time.
 
-    Adapters are merged into the model that they belong to.
+    A model card tells of the scheme, the training and the evaluation, as far as the source's files do. Adapters are
+    merged into the model that they belong to.
 
     Args:
       src: the native model directory.
@@ -334,12 +336,14 @@ def to_hf(
             for own in leaf[None] if entry.layers is None else leaf:
                 yield (own.T if entry.transposed else own).astype(dtypes[entry.path], copy=False)
 
+    card = model_card(source, config, int(native.checkpoint_path(source, step).parent.name))
     with new_directory(dst, overwrite) as partial:
         write_sharded(partial, planned, tensors(), max_shard_bytes)
         widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
         write_config(partial, config, widest.name)
         copy_tokenizer_files(source, partial)
         _widen_tokenizer(partial / "tokenizer_config.json", config.max_position_embeddings)
+        (partial / "README.md").write_text(card, encoding="utf-8")
     return Summary(len(planned), sum(tensor.nbytes for tensor in planned))
 
 

@@ -3,6 +3,9 @@
 model.json                  the config, the rotary scheme included; `adapter` where there are adapters alone
 tokenizer.json, …           as in a Hugging Face directory
 checkpoints/<step>/params   what the trainer writes; a converted model is a run at step 0 with parameters only
+config.yaml, dataset.json   of a run: its configuration, and what the dataset tells of itself
+metrics.jsonl               of a run: one object a step
+evaluation/*.json           reports of `eabf evaluate --json`, where somebody puts them there: for the model card
 """
 
 import dataclasses
@@ -28,6 +31,7 @@ from eabf_jax.rope import Scheme
 MODEL_FILE = "model.json"
 ADAPTER = "adapter"  # the object in it that adapters are told by; see `adapter`
 CHECKPOINTS = "checkpoints"
+CONFIG_FILE, DATASET_FILE, METRICS_FILE, EVALUATION = "config.yaml", "dataset.json", "metrics.jsonl", "evaluation"
 
 # Small chunks keep Orbax's compression buffers small, and let each process read only the parts it holds.
 CHUNK_BYTES = 64 * 2**20

@@ -13,10 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
+from eabf_jax.interop.native import METRICS_FILE
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora
 
-METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
 # Dense bfloat16 peak of one device in FLOP/s, by a part of `jax.Device.device_kind`; from the vendors' data sheets.

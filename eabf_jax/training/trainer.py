@@ -22,9 +22,18 @@ from eabf_jax.data.dataset import read_metadata, tokenizer_digest
 from eabf_jax.data.loader import Mode, make_loader, steps_per_epoch
 from eabf_jax.errors import InputError
 from eabf_jax.interop.adapter import Adapter, digest, read_adapter
+from eabf_jax.interop.directory import write_json
 from eabf_jax.interop.huggingface import open_leaves
 from eabf_jax.interop.loading import load_parameters, read_config
-from eabf_jax.interop.native import CHECKPOINTS, MODEL_FILE, check_vocabulary, write_model_json
+from eabf_jax.interop.native import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    DATASET_FILE,
+    METRICS_FILE,
+    MODEL_FILE,
+    check_vocabulary,
+    write_model_json,
+)
 from eabf_jax.interop.tokenizer import TOKENIZER_FILES, Tokenizer, has_tokenizer, load_tokenizer
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
@@ -41,11 +50,10 @@ from eabf_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from eabf_jax.training.plan import Device, check, choose, device_at_hand
 from eabf_jax.training.recipe import TrainConfig, check_window, config_differences, dump_config, total_steps
 from eabf_jax.training.step import Program, Saved, Step, build_model, microbatch_sharding
-from eabf_jax.training.tracking import METRICS_FILE, TENSORBOARD, Tracker, flops_per_token, peak_flops
+from eabf_jax.training.tracking import TENSORBOARD, Tracker, flops_per_token, peak_flops
 
-CONFIG_FILE = "config.yaml"
 # All that a run writes: what overwriting removes, and nothing else of what may lie beside.
-_RUN_ENTRIES = (CONFIG_FILE, MODEL_FILE, METRICS_FILE, TENSORBOARD, CHECKPOINTS, *TOKENIZER_FILES)
+_RUN_ENTRIES = (CONFIG_FILE, DATASET_FILE, MODEL_FILE, METRICS_FILE, TENSORBOARD, CHECKPOINTS, *TOKENIZER_FILES)
 
 
 def train(config: TrainConfig) -> Path:
@@ -468,6 +476,7 @@ def _begin_run(
     partial = written.with_suffix(".partial")
     partial.write_text(dump_config(config))
     partial.replace(written)
+    write_json(run / DATASET_FILE, read_metadata(config.data.directory))
     write_model_json(run, model_config, adapter=adapter.to_json() if adapter else None)
     if tokenizer:
         tokenizer.save(run)

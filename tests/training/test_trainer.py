@@ -63,11 +63,13 @@ def test_a_run_leaves_a_model_directory_with_its_record(finished, extended, read
     run, config = finished
     assert {path.name for path in run.iterdir()} == {
         "config.yaml",
+        "dataset.json",
         "model.json",
         "metrics.jsonl",
         "tensorboard",
         "checkpoints",
     }
+    assert json.loads((run / "dataset.json").read_text())["splits"]["train"]["records"] == 40
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"10"}
     # The moments are of no use to a finished run.
     assert {path.name for path in (run / "checkpoints" / "10").iterdir() if path.is_dir()} == {"params"}
