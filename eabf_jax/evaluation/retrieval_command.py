@@ -216,7 +216,7 @@ def table(retrieval: Retrieval) -> Table:
     cells = next(iter(retrieval.cells.values()))
     bounds = {"short": f"≤ {retrieval.pretrained_window:,}", "long": f"> {retrieval.pretrained_window:,}"}
     groups = [bounds[name] for name in short_and_long(cells, retrieval.pretrained_window)]
-    title = f"{retrieval.task}: prompts answered, percent (95 % interval), by tokens of the prompt"
+    title = f"{retrieval.task}: percent answered by length (95 % interval)"
     grid = Table("model", *(f"{length:,}" for length in _lengths(cells)), *groups, title=title)
     best = [max(share.hits for share in column) for column in zip(*shares.values(), strict=True)]
     for label, row in shares.items():
