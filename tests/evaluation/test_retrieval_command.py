@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 from eabf_jax import load
@@ -15,6 +17,14 @@ from eabf_jax.evaluation.retrieval_command import by_length, short_and_long
 
 TINY = Path(__file__).parents[2] / "assets/tiny"
 SCHEME = {"type": "eabf", "base": 100000, "pretrained_window": 512}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """Compiling is nearly all the time these tests take; the compiler need not try hard."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def run(*arguments: str) -> int:
@@ -30,18 +40,18 @@ def test_two_schemes_answer_the_same_prompts(task: str, tmp_path: Path, capsys: 
     depths = ("--depths", "0,100") if task == "passkey" else ()
     code = run(
         *(task, "--model", f"own={TINY}", "--model", f"extended={TINY}@{json.dumps(SCHEME)}", "--dtype", "float32"),
-        *("--lengths", "160,200", *depths, "--samples", "2", "--seed", "3", "--pretrained-window", "160"),
+        *("--lengths", "240,280", *depths, "--samples", "2", "--seed", "3", "--pretrained-window", "240"),
         *("--json", str(figures), "--figure", str(picture)),
     )
     assert code == 0
     out = capsys.readouterr().out
-    assert "≤ 160" in out and "> 160" in out and "note:" not in out
+    assert "≤ 240" in out and "> 240" in out and "note:" not in out
     written = json.loads(figures.read_text())
     assert (written["seed"], written["samples"], written["note"]) == (3, 2, "")
     assert {"command", "device", "versions"} < set(written)
     model, tokenizer = load(TINY, rope=SCHEME, dtype="float32")
     assert tokenizer is not None
-    lengths = [160, 200]
+    lengths = [240, 280]
     prompts = (
         passkey.prompts(tokenizer, lengths, [0, 100], 2, 3)
         if task == "passkey"
@@ -77,7 +87,7 @@ def test_what_keeps_prompts_apart_is_told(tmp_path: Path, capsys: pytest.Capture
     other = tmp_path / "other"
     shutil.copytree(TINY, other)
     settings = json.loads((other / "tokenizer_config.json").read_text())
-    common = ("--lengths", "120", "--depths", "50", "--samples", "1", "--model", f"a={TINY}", "--model", f"b={other}")
+    common = ("--lengths", "160", "--depths", "50", "--samples", "1", "--model", f"a={TINY}", "--model", f"b={other}")
     (other / "tokenizer_config.json").write_text(
         json.dumps({k: v for k, v in settings.items() if k != "chat_template"})
     )
