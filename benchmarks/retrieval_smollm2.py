@@ -219,7 +219,7 @@ def main() -> None:
     models += [(f"{NAMES[name]}, trained", str(path), None) for name, path in exported.items()]
     names = ("lengths", "depths", "samples", "line_samples", "seed", "chat_template", "dtype", "batch_size")
     settings = {name: getattr(arguments, name) for name in names} | {"training": overrides}
-    (arguments.output / "models").mkdir(exist_ok=True)
+    (arguments.output / "models").mkdir(parents=True, exist_ok=True)
     prompts: list[Prompt] = []
     parts: list[dict[str, Any]] = []
     longest = 0.0

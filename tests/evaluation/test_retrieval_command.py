@@ -11,7 +11,7 @@ import pytest
 
 from eabf_jax import load
 from eabf_jax.cli import main
-from eabf_jax.evaluation import line_retrieval, passkey
+from eabf_jax.evaluation import line_retrieval, passkey, retrieval_command
 from eabf_jax.evaluation.retrieval import Cell, measure
 from eabf_jax.evaluation.retrieval_command import by_length, short_and_long
 
@@ -83,7 +83,10 @@ def test_cells_are_pooled_by_length_and_by_the_pretrained_window() -> None:
     assert list(short_and_long(cells, 16)) == ["short"]
 
 
-def test_what_keeps_prompts_apart_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_keeps_prompts_apart_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieval_command, "measure", lambda *_, **__: [Cell(160, 50, 0, 1, 0.0, 1.0, 0.0)])
     other = tmp_path / "other"
     shutil.copytree(TINY, other)
     settings = json.loads((other / "tokenizer_config.json").read_text())
