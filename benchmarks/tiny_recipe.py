@@ -20,7 +20,7 @@ import jax
 
 from eabf_jax import load
 from eabf_jax.cli import run
-from eabf_jax.evaluation.command import read_documents
+from eabf_jax.evaluation.documents import read_documents
 from eabf_jax.evaluation.perplexity import band_losses, position_losses
 from eabf_jax.interop.directory import write_json
 from eabf_jax.training.recipe import load_config

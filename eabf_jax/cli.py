@@ -7,9 +7,9 @@ import errno
 import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.interop.directory import write_json
@@ -110,32 +110,87 @@ def _train(arguments: list[str]) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
-    from rich.console import Console
+    _dispatch("eabf evaluate", COMMANDS["evaluate"].summary, "evaluation", EVALUATIONS, arguments)
 
-    from eabf_jax.analysis.figures import loss_by_position
-    from eabf_jax.evaluation import command
+
+def _perplexity(arguments: list[str]) -> None:
+    from eabf_jax.analysis import figures
+    from eabf_jax.evaluation import perplexity_command as command
+
+    parser = ArgumentParser("eabf evaluate perplexity", description=EVALUATIONS["perplexity"].summary)
+    command.add_arguments(parser)
+    parsed = _parse_evaluation(parser, arguments)
+    comparison = command.compare(parsed)
+
+    def draw(path: Path) -> None:
+        documents = f"{comparison.documents} documents"
+        if comparison.windows:
+            figures.perplexity_by_window(comparison.windows, path, title=f"perplexity by window, {documents}")
+        else:
+            figures.loss_by_position(
+                comparison.losses,
+                path,
+                pretrained_window=comparison.pretrained_window,
+                title=f"loss by position, {documents}",
+            )
+
+    _report(parsed, command.table(comparison), command.as_json(comparison, parsed), draw)
+
+
+def _passkey(arguments: list[str]) -> None:
+    from eabf_jax.evaluation.retrieval_command import PASSKEY
+
+    _retrieval("passkey", PASSKEY, arguments)
+
+
+def _line_retrieval(arguments: list[str]) -> None:
+    from eabf_jax.evaluation.retrieval_command import LINE_RETRIEVAL
+
+    _retrieval("line-retrieval", LINE_RETRIEVAL, arguments)
+
+
+def _retrieval(name: str, task: Any, arguments: list[str]) -> None:
+    from eabf_jax.analysis import figures
+    from eabf_jax.evaluation import retrieval_command as command
+
+    parser = ArgumentParser(f"eabf evaluate {name}", description=EVALUATIONS[name].summary)
+    command.add_arguments(parser, task)
+    parsed = _parse_evaluation(parser, arguments)
+    found = command.run(parsed, task)
+    if found.note:
+        print(f"note: {found.note}")
+
+    def draw(path: Path) -> None:
+        if task.has_depths:
+            figures.heat_maps(found.cells, path, pretrained_window=found.pretrained_window, title=task.name)
+        else:
+            shares = {label: command.by_length(cells) for label, cells in found.cells.items()}
+            figures.share_by_length(shares, path, pretrained_window=found.pretrained_window, title=task.name)
+
+    _report(parsed, command.table(found), command.as_json(found, parsed), draw)
+
+
+def _parse_evaluation(parser: ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """What every evaluation does before JAX is first used."""
     from eabf_jax.parallel.mesh import use_every_core
 
-    parser = ArgumentParser("eabf evaluate", description=COMMANDS["evaluate"].summary)
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    perplexity = kinds.add_parser("perplexity", help="loss by band of positions, for several models side by side")
-    command.add_arguments(perplexity)
     parsed = parser.parse_args(arguments)
     _check_file("--json", parsed.json)
     _check_file("--figure", parsed.figure, (".png", ".svg", ".pdf"))
     use_every_core()
-    comparison = command.compare(parsed)
-    Console().print(command.table(comparison))
+    return parsed
+
+
+def _report(parsed: argparse.Namespace, table: Any, figures: dict[str, Any], draw: Callable[[Path], None]) -> None:
+    """Shows an evaluation's table, and writes the files that were asked for."""
+    from rich.console import Console
+
+    Console().print(table)
     if parsed.json:
-        write_json(Path(parsed.json), command.as_json(comparison, parsed))
+        write_json(Path(parsed.json), figures)
         print(f"figures: {parsed.json}")
     if parsed.figure:
-        loss_by_position(
-            comparison.losses,
-            Path(parsed.figure),
-            pretrained_window=comparison.pretrained_window,
-            title=f"loss by position, {comparison.documents} documents",
-        )
+        draw(Path(parsed.figure))
         print(f"picture: {parsed.figure}")
 
 
@@ -181,7 +236,15 @@ COMMANDS = {
     "train": Command("run a training configuration (the same as train.py)", _train),
     "compile": Command("predict a train step's memory, or compile it for a TPU slice without a TPU", _compile),
     "generate": Command("continue texts, or keep a conversation", _generate),
-    "evaluate": Command("measure models on a prepared dataset", _evaluate),
+    "evaluate": Command("measure models: perplexity, passkey, line-retrieval", _evaluate),
+}
+
+
+# The kinds of `eabf evaluate`.
+EVALUATIONS = {
+    "perplexity": Command("loss by band of positions, or perplexity of sliding windows", _perplexity),
+    "passkey": Command("find a number in a long text, at any length and depth", _passkey),
+    "line-retrieval": Command("find one line's number in a long record of lines", _line_retrieval),
 }
 
 
@@ -191,21 +254,23 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
       arguments: the command line; None takes the process's own.
     """
-    summaries = "\n".join(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items())
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    run(lambda: _dispatch("eabf", "Extend the context window of LLaMA models.", "command", COMMANDS, given))
+
+
+def _dispatch(prog: str, description: str, kind: str, commands: Mapping[str, Command], given: list[str]) -> None:
+    """Runs the command that the first argument names, with the others."""
+    width = max(10, *map(len, commands))
+    summaries = "\n".join(f"  {name:<{width}} {command.summary}" for name, command in commands.items())
     parser = ArgumentParser(
-        "eabf",
-        description="Extend the context window of LLaMA models.",
-        epilog=f"commands:\n{summaries}\n\n`eabf COMMAND --help` describes each.",
+        prog,
+        description=description,
+        epilog=f"{kind}s:\n{summaries}\n\n`{prog} {kind.upper()} --help` describes each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", metavar="COMMAND")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own")
-    given = list(sys.argv[1:] if arguments is None else arguments)
-
-    def command() -> None:
-        name = parser.parse_args(given[:1]).command
-        if name not in COMMANDS:
-            raise unknown_name("command", name, COMMANDS)
-        COMMANDS[name].run(given[1:])
-
-    run(command)
+    parser.add_argument(kind, metavar=kind.upper())
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=f"the {kind}'s own")
+    name = getattr(parser.parse_args(given[:1]), kind)
+    if name not in commands:
+        raise unknown_name(kind, name, commands)
+    commands[name].run(given[1:])

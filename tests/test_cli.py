@@ -46,9 +46,21 @@ def test_every_command_has_a_help_that_describes_it(name, capsys):
         assert option in text
 
 
+@pytest.mark.parametrize("name", list(cli.EVALUATIONS))
+def test_every_kind_of_evaluation_is_listed_and_has_a_help(name, capsys):
+    assert exit_code("evaluate", "--help") == 0
+    text = capsys.readouterr().out
+    assert f"{name} " in text and cli.EVALUATIONS[name].summary in text
+    assert exit_code("evaluate", name, "--help") == 0
+    text = capsys.readouterr().out
+    assert f"usage: eabf evaluate {name}" in text
+    assert all(option in text for option in ("--model", "--json", "--figure"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("evaluate", "paskey"), "unknown evaluation 'paskey': did you mean 'passkey'"),
         (("train", "--config_path", "nowhere.yaml"), "cannot read the configuration 'nowhere.yaml'"),
         (("train", "--windw", "3"), "unknown configuration key 'windw': did you mean 'window'"),
         (("train",), "configuration key 'output' is missing"),

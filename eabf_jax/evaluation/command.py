@@ -1,21 +1,21 @@
-"""`eabf evaluate perplexity`: models and schemes side by side, as a table, JSON and a picture."""
+"""What the commands of `eabf evaluate` share: several models side by side, and a record of how figures were made."""
 
 import argparse
-import dataclasses
-import functools
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-import yaml
-from jaxtyping import Int
+import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from eabf_jax.data.dataset import Records
+from eabf_jax import __version__
+from eabf_jax.data.dataset import tokenizer_digest
 from eabf_jax.errors import InputError, unknown_name
-from eabf_jax.evaluation.perplexity import BandLoss, band_losses, position_losses
-from eabf_jax.interop.loading import DTYPES, load, read_config
+from eabf_jax.interop.loading import DTYPES, split_scheme
+from eabf_jax.interop.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from eabf_jax.rope import Scheme
 
 
@@ -38,21 +38,13 @@ def parse_entry(text: str) -> Entry:
     Raises:
       InputError: what follows @ is not a mapping.
     """
-    model, at, scheme_text = text.partition("@")
+    model, rope = split_scheme(text)
     label, equals, directory = model.partition("=")
-    rope = None
-    if at:
-        try:
-            rope = yaml.safe_load(scheme_text)
-        except yaml.YAMLError:
-            rope = None
-        if not isinstance(rope, dict) or "type" not in rope:
-            raise InputError(f"--model {text!r}: after @ a scheme such as {{type: yarn, factor: 4}} is needed")
     return Entry(label if equals else model, directory if equals else model, rope)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the command line."""
+    """Declares what all commands of `eabf evaluate` take."""
     parser.add_argument(
         "--model",
         action="append",
@@ -61,88 +53,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a Hugging Face or native directory; after @ a rotary scheme to use instead of its own, as YAML: "
         "'yarn=models/tiny@{type: yarn, factor: 4, pretrained_window: 512}'. Repeat for more lines",
     )
-    parser.add_argument("--data", required=True, help="a dataset made by `eabf prepare`")
-    parser.add_argument("--split", default="held_out", help="its split (default: held_out)")
-    parser.add_argument("--length", type=int, help="cut documents to this many tokens (default: the shortest one's)")
-    parser.add_argument("--documents", type=int, help="use the first so many (default: all)")
-    parser.add_argument(
-        "--bands", help="edges of the position bands, e.g. 0,256,512,1024 (default: doubling from 256 to the length)"
-    )
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
-    parser.add_argument(
-        "--batch-size", type=int, default=1, help="documents that each device reads at a time (default: 1)"
-    )
+    parser.add_argument("--batch-size", type=int, default=1, help="rows that each device reads at a time (default: 1)")
     parser.add_argument("--json", help="write the figures here")
-    parser.add_argument("--figure", help="draw loss by position here (.png, .svg or .pdf)")
 
 
-def default_edges(length: int) -> list[int]:
-    """Band edges 0, 256, 512, ... doubling up to the length."""
-    edges = [0]
-    while (following := max(256, edges[-1] * 2)) < length:
-        edges.append(following)
-    return [*edges, length]
-
-
-class Comparison(NamedTuple):
-    """What `compare` measured, by label."""
-
-    losses: dict[str, np.ndarray]  # float32 [documents, length - 1], from `position_losses`
-    bands: dict[str, list[BandLoss]]
-    documents: int
-    length: int
-    pretrained_window: int  # smallest window of the models compared: where extension begins
-
-
-def compare(arguments: argparse.Namespace) -> Comparison:
-    """Measures every model on the same documents.
+def check(arguments: argparse.Namespace, positive: Sequence[str] = ()) -> list[Entry]:
+    """Tells what is wrong before hours of work.
 
     Args:
       arguments: as declared by `add_arguments`.
+      positive: further options that have to be positive numbers, or None.
 
     Returns:
-      The losses and their means by band.
+      The models.
     Raises:
-      InputError: as the loading functions; bands that do not fit; documents that are too short.
+      InputError: a number that is not positive, an unknown dtype or scheme, or a label that is there twice.
     """
-    entries = [parse_entry(text) for text in arguments.model]
-    # What is wrong is told before hours of work.
-    _check(arguments, entries)
-    configs = [read_config(entry.directory) for entry in entries]
-    documents = read_documents(arguments.data, arguments.split, arguments.length, arguments.documents)
-    for entry, config in zip(entries, configs, strict=True):
-        if documents.max() >= config.vocab_size:
-            raise InputError(
-                f"{arguments.data} holds token id {documents.max()}, {entry.directory} has ids below "
-                f"{config.vocab_size} only; prepare the dataset with this model's tokenizer"
-            )
-    edges = _edges(arguments.bands, documents.shape[1])
-    losses, bands = {}, {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        for entry in entries:
-            task = progress.add_task(f"evaluating {entry.label}", total=len(documents))
-            model, _ = load(entry.directory, rope=entry.rope, dtype=arguments.dtype)
-            losses[entry.label] = position_losses(
-                model,
-                documents,
-                batch_size=arguments.batch_size,
-                progress=functools.partial(_advance, progress, task),
-            )
-            if not np.isfinite(losses[entry.label]).all():
-                raise InputError(f"{entry.label}: the loss is not finite; expected sound weights, or --dtype float32")
-            bands[entry.label] = band_losses(losses[entry.label], edges)
-    window = min(config.max_position_embeddings for config in configs)
-    return Comparison(losses, bands, len(documents), documents.shape[1], window)
-
-
-def _check(arguments: argparse.Namespace, entries: list[Entry]) -> None:
-    for option in ("length", "documents", "batch_size"):
+    for option in ("batch_size", *positive):
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise InputError(f"--{option.replace('_', '-')} {value}: a positive number is needed")
     if arguments.dtype not in DTYPES:
         raise unknown_name("--dtype", arguments.dtype, DTYPES)
+    entries = [parse_entry(text) for text in arguments.model]
     labels = [entry.label for entry in entries]
     for label in labels:
         if labels.count(label) > 1:
@@ -150,72 +84,65 @@ def _check(arguments: argparse.Namespace, entries: list[Entry]) -> None:
     for entry in entries:
         if entry.rope is not None:
             Scheme.from_dict(entry.rope)
+    return entries
 
 
-def _advance(progress: Progress, task: TaskID, done: int) -> None:
-    progress.update(task, completed=done)
-
-
-def read_documents(directory: str, split: str, length: int | None, limit: int | None) -> Int[np.ndarray, "documents T"]:
-    """Reads documents of one length.
+def numbers(option: str, text: str, example: str) -> list[int]:
+    """Reads a list of whole numbers.
 
     Args:
-      directory: a dataset made by `eabf prepare`.
-      split: its split.
-      length: tokens to cut each document to; None takes the shortest one's length.
-      limit: use the first so many; None takes all.
+      option: its name on the command line.
+      text: numbers with commas between them.
+      example: what would be right.
 
     Returns:
-      int32 [documents, length].
+      The numbers.
     Raises:
-      InputError: no such dataset, no document, or one shorter than the length asked for.
+      InputError: something else.
     """
-    records = Records(directory, split)
-    documents = [records[index]["tokens"] for index in range(min(len(records), limit or len(records)))]
-    shortest = min(map(len, documents), default=0)
-    if shortest < max(length or 0, 2):
-        raise InputError(
-            f"split {split!r} of {directory} has {len(documents)} documents, the shortest of {shortest} tokens; "
-            f"{length or 2} are needed"
-        )
-    return np.stack([document[: length or shortest] for document in documents]).astype(np.int32)
-
-
-def _edges(text: str | None, length: int) -> list[int]:
-    if text is None:
-        return default_edges(length)
     try:
-        return [int(edge) for edge in text.split(",")]
+        return [int(number) for number in text.split(",")]
     except ValueError as error:
-        raise InputError(f"--bands {text!r} is not a list of positions such as 0,256,512,1024") from error
+        raise InputError(f"{option} {text!r} is not a list of {example}") from error
 
 
-def table(comparison: Comparison) -> Table:
-    """The comparison for people: one row a model, one column a band."""
-    first = next(iter(comparison.bands.values()))
-    title = f"loss by position, nats per token, {comparison.documents} documents of {comparison.length:,} tokens"
-    grid = Table("model", *(f"{band.start:,}-{band.end:,}" for band in first), title=title)
-    best = [min(bands[column].mean for bands in comparison.bands.values()) for column in range(len(first))]
-    for label, bands in comparison.bands.items():
-        cells = (f"{band.mean:.3f}" for band in bands)
-        grid.add_row(
-            label,
-            *(
-                f"[bold]{cell}[/bold]" if band.mean == low else cell
-                for cell, band, low in zip(cells, bands, best, strict=True)
-            ),
-        )
-    return grid
+def tokenizer_of(directory: str) -> Tokenizer:
+    """Loads a model's tokenizer, which its evaluation cannot do without.
+
+    Args:
+      directory: the model's.
+
+    Returns:
+      The tokenizer.
+    Raises:
+      InputError: the directory has none.
+    """
+    if not has_tokenizer(directory):
+        raise InputError(f"{directory} has no tokenizer: copy tokenizer.json or tokenizer.model into it")
+    return load_tokenizer(directory)
 
 
-def as_json(comparison: Comparison, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The comparison for programs, with what it was measured on."""
+def same_tokenizer(tokenizers: Sequence[Tokenizer]) -> bool:
+    """Whether tokenizers turn texts into the same tokens."""
+    return len({tokenizer_digest(tokenizer) for tokenizer in tokenizers}) <= 1
+
+
+def progress_bar() -> Progress:
+    """A progress bar on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def measured_on() -> dict[str, Any]:
+    """How figures were made, for whoever wants to make them again: command, device and versions."""
+    packages = ("jax", "jaxlib", "flax", "numpy", "tokenizers", "sentencepiece")
     return {
-        "documents": comparison.documents,
-        "length": comparison.length,
-        "unit": "nats per token",
-        "half_width": "of the 95 % confidence interval over documents",
-        "dtype": arguments.dtype,
-        "models": list(arguments.model),
-        "bands": {label: [dataclasses.asdict(band) for band in bands] for label, bands in comparison.bands.items()},
+        "command": sys.argv,
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "versions": {
+            "eabf_jax": __version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
     }

@@ -1,22 +1,19 @@
-"""Loss by position: how well a model uses what lies 256, 1,024 or 16,384 tokens back."""
+"""How well a model uses what lies far back: loss by position of one pass, and perplexity of sliding windows."""
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from eabf_jax.errors import InputError
+from eabf_jax.evaluation.intervals import student
+from eabf_jax.evaluation.reader import Progress, Reader
 from eabf_jax.model.llama import Llama
-from eabf_jax.parallel.mesh import MeshConfig, make_mesh
-from eabf_jax.parallel.rules import batch_sharding, sharded_attention
 from eabf_jax.training.loss import token_losses
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,20 @@ class BandLoss:
     start: int
     end: int
     mean: float  # nats per token, over documents of equal weight
-    half_width: float  # of the 95 % confidence interval over documents
+    half_width: float  # of the 95 % confidence interval over documents; NaN for one document
+
+
+@dataclass(frozen=True)
+class WindowPerplexity:
+    """Perplexity of documents read through a window that slides over them."""
+
+    window: int
+    stride: int
+    mean: float  # loss, nats per token
+    half_width: float  # of the loss's 95 % confidence interval over documents; NaN for one document
+    perplexity: float  # e to the mean loss
+    low: float  # e to the ends of the loss's interval
+    high: float
 
 
 def position_losses(
@@ -49,24 +59,91 @@ def position_losses(
     Returns:
       float32 [documents, length - 1], nats; entry t belongs to the token at position t + 1.
     """
-    mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
-    template = Llama.abstract(
-        model.config,
-        dtype=model.dtype,
-        param_dtype=model.dtype,
-        attention=sharded_attention(mesh, model.attention, model.config.num_key_value_heads),
-    )
-    # The parameters travel as arguments: closed over, they would be compiled into the program.
-    params = jax.device_put(model.parameters(), NamedSharding(mesh, PartitionSpec()))
-    losses = jax.jit(lambda params, tokens: token_losses(template.with_parameters(params), tokens, chunk=chunk))
-    rows, per_pass = [], batch_size * mesh.size
-    for start in range(0, len(documents), per_pass):
-        batch = documents[start : start + per_pass]
-        missing = per_pass - len(batch)  # the last batch is filled up, so that nothing is compiled twice
-        tokens = jax.device_put(np.pad(batch, ((0, missing), (0, 0))), batch_sharding(mesh))
-        rows.append(np.asarray(losses(params, tokens))[: len(batch)])
-        progress(start + len(batch))
-    return np.concatenate(rows)
+    reader = Reader(model)
+    score = reader.compiled(functools.partial(token_losses, chunk=chunk))
+    losses: np.ndarray = reader.map(score, [documents], batch_size=batch_size, progress=progress)
+    return losses
+
+
+def window_ends(length: int, window: int, stride: int) -> list[int]:
+    """Where each window of a document ends: the first after `window` tokens, the others `stride` further each.
+
+    Args:
+      length: of the document, at least the window's.
+      window: tokens that the model sees at a time.
+      stride: tokens from one window to the next.
+
+    Returns:
+      The ends, the last of them the document's own: the last step may be shorter.
+    """
+    return [*range(window, length, stride), length]
+
+
+def sliding_losses(
+    model: Llama,
+    documents: Int[np.ndarray, "documents T"],
+    window: int,
+    stride: int = 256,
+    *,
+    batch_size: int = 1,
+    chunk: int = 1024,
+    progress: Progress = lambda done: None,
+) -> Float[np.ndarray, "documents T_minus_1"]:
+    """Loss of every token of every document, read through a window that slides over it.
+
+    The first window is scored whole; each further one takes up `stride` new tokens at its end, and these alone are
+    scored: every token past the first window is preceded by at least window - stride others.
+
+    Args:
+      model: the model.
+      documents: int32 [documents, length], all of the same length.
+      window: tokens that the model sees at a time.
+      stride: tokens from one window to the next.
+      batch_size: windows that each device reads in one forward pass.
+      chunk: positions whose logits exist at a time.
+      progress: called with the number of windows done.
+
+    Returns:
+      float32 [documents, length - 1], nats; entry t belongs to the token at position t + 1.
+    Raises:
+      InputError: a window of less than 2 tokens or longer than the documents, or a stride that is not shorter than it.
+    Source: the evaluation of "YaRN" (Peng et al., 2023, section 4.3.1), after Press et al., 2022.
+    """
+    count, length = documents.shape
+    check_window(window, stride, length)
+    reader = Reader(model)
+
+    def read(rows: np.ndarray, start: int, done: int) -> np.ndarray:
+        score = reader.compiled(functools.partial(token_losses, chunk=chunk, start=start))
+        losses: np.ndarray = reader.map(score, [rows], batch_size=batch_size, progress=lambda now: progress(done + now))
+        return losses
+
+    first = read(documents[:, :window], 0, 0)
+    ends = window_ends(length, window, stride)
+    if len(ends) == 1:
+        return first
+    windows = np.stack([documents[:, end - window : end] for end in ends[1:]], axis=1)
+    last = read(windows.reshape(-1, window), window - 1 - stride, count).reshape(count, -1, stride)
+    # The last step may be shorter than a stride: its window repeats tokens that have been scored.
+    new = np.diff(ends)
+    return np.concatenate([first, *(last[:, number, stride - step :] for number, step in enumerate(new))], axis=1)
+
+
+def check_window(window: int, stride: int, length: int) -> None:
+    """Refuses a sliding window that does not fit.
+
+    Args:
+      window: tokens that the model sees at a time.
+      stride: tokens from one window to the next.
+      length: of the documents.
+
+    Raises:
+      InputError: as `sliding_losses`.
+    """
+    if not 2 <= window <= length:
+        raise InputError(f"window {window}: from 2 to the documents' {length} tokens are needed")
+    if not 1 <= stride < window:
+        raise InputError(f"--stride {stride}: from 1 to {window - 1} tokens are needed, less than the window {window}")
 
 
 def band_losses(losses: Float[np.ndarray, "documents T_minus_1"], edges: Sequence[int]) -> list[BandLoss]:
@@ -81,14 +158,56 @@ def band_losses(losses: Float[np.ndarray, "documents T_minus_1"], edges: Sequenc
     Raises:
       InputError: edges that do not increase or reach past the documents.
     """
-    length = losses.shape[1] + 1
+    check_edges(edges, losses.shape[1] + 1)
+    return [BandLoss(start, end, *student(means)) for (start, end), means in band_means(losses, edges).items()]
+
+
+def check_edges(edges: Sequence[int], length: int) -> None:
+    """Refuses bands that do not fit.
+
+    Args:
+      edges: as for `band_losses`.
+      length: of the documents.
+
+    Raises:
+      InputError: as `band_losses`.
+    """
     if len(edges) < 2 or any(a >= b for a, b in itertools.pairwise(edges)) or edges[0] < 0:
         raise InputError(f"position bands {','.join(map(str, edges))} do not increase from 0 or more")
     if edges[-1] > length:
         raise InputError(f"position band ends at {edges[-1]}, the documents at {length} tokens")
-    bands = []
-    for start, end in itertools.pairwise(edges):
-        per_document = losses[:, max(start - 1, 0) : end - 1].astype(np.float64).mean(axis=1)
-        spread = per_document.std(ddof=1) / math.sqrt(len(per_document)) if len(per_document) > 1 else math.nan
-        bands.append(BandLoss(start, end, float(per_document.mean()), float(1.96 * spread)))
-    return bands
+
+
+def band_means(
+    losses: Float[np.ndarray, "documents T_minus_1"], edges: Sequence[int]
+) -> dict[tuple[int, int], Float[np.ndarray, "documents"]]:
+    """Each document's mean loss in each band.
+
+    Args:
+      losses: from `position_losses`.
+      edges: as for `band_losses`.
+
+    Returns:
+      float64 [documents] by (start, end).
+    """
+    return {
+        (start, end): losses[:, max(start - 1, 0) : end - 1].astype(np.float64).mean(axis=1)
+        for start, end in itertools.pairwise(edges)
+    }
+
+
+def window_perplexity(losses: Float[np.ndarray, "documents T_minus_1"], window: int, stride: int) -> WindowPerplexity:
+    """Perplexity over all scored tokens.
+
+    Args:
+      losses: from `sliding_losses`.
+      window: what it was called with.
+      stride: what it was called with.
+
+    Returns:
+      The perplexity; since all documents are of one length, the mean over tokens is that over documents.
+    """
+    mean, half_width = student(losses.astype(np.float64).mean(axis=1))
+    return WindowPerplexity(
+        window, stride, mean, half_width, math.exp(mean), math.exp(mean - half_width), math.exp(mean + half_width)
+    )

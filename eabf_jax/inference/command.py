@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import yaml
 
 from eabf_jax.data.chat import Turn
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.inference.chat import Format, chat_format
 from eabf_jax.inference.generate import Completion, Generator
 from eabf_jax.inference.sampling import Sampling
-from eabf_jax.interop.loading import DTYPES, load
+from eabf_jax.inference.text import encode_text
+from eabf_jax.interop.loading import DTYPES, load, split_scheme
 from eabf_jax.interop.tokenizer import Tokenizer
 from eabf_jax.model.kv_cache import CACHE_DTYPES
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
@@ -106,8 +106,8 @@ class Session:
         """
         self.sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.repetition_penalty)
         _check(arguments)
-        directory, _, scheme_text = arguments.model.partition("@")
-        rope = _scheme(scheme_text) if scheme_text else None
+        directory, scheme = split_scheme(arguments.model)
+        rope = None if scheme is None else Scheme.from_dict(scheme)
         model, tokenizer = load(directory, rope=rope, dtype=arguments.dtype)
         if tokenizer is None:
             raise InputError(f"{directory} has no tokenizer: copy tokenizer.json or tokenizer.model into it")
@@ -141,8 +141,7 @@ class Session:
         """
         if not text:
             raise InputError("the prompt is empty; some text to continue is needed")
-        opening = [self.tokenizer.bos_id] if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else []
-        return [*opening, *self.tokenizer.encode(text)]
+        return encode_text(self.tokenizer, text)
 
     def fit(self, tokens: Sequence[int], name: str) -> tuple[list[int], int]:
         """Makes room for the new tokens within the window.
@@ -224,16 +223,6 @@ def _check(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{option} is for conversations: add --chat, or leave it out")
     if arguments.chat and (arguments.file or len(arguments.prompt) > 1):
         raise InputError("--chat keeps one conversation: give one PROMPT or none, and no --file")
-
-
-def _scheme(text: str) -> Scheme:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError:
-        values = None
-    if not isinstance(values, dict) or "type" not in values:
-        raise InputError(f"--model: after @ a scheme such as {{type: yarn, factor: 4}} is needed, not {text!r}")
-    return Scheme.from_dict(values)
 
 
 def truncated(tokens: Sequence[int], room: int, how: str, bos_id: int | None) -> list[int]:

@@ -1,4 +1,4 @@
-"""Tokens to text while they come: what may still change is held back."""
+"""Text to the tokens that a model reads, and tokens to text while they come: what may still change is held back."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,20 @@ from eabf_jax.interop.tokenizer import Tokenizer
 _CONTEXT = 8
 # What a decoder writes for bytes that are no whole character yet.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A text as a model is to read it.
+
+    Args:
+      tokenizer: the model's.
+      text: any text.
+
+    Returns:
+      Its token ids, after the token that begins every text where the tokenizer asks for it.
+    """
+    opening = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    return [*opening, *tokenizer.encode(text)]
 
 
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:

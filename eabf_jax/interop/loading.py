@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import yaml
 
 from eabf_jax.errors import InputError
 from eabf_jax.interop import huggingface, native
@@ -52,6 +53,30 @@ def load(
     if rope is not None:
         config = dataclasses.replace(config, rope=rope if isinstance(rope, Scheme) else Scheme.from_dict(rope))
     return Llama.from_params(config, params, dtype=element, param_dtype=element), tokenizer
+
+
+def split_scheme(text: str) -> tuple[str, dict[str, Any] | None]:
+    """Reads `DIR[@SCHEME]`, as models are named on the command line.
+
+    Args:
+      text: a directory; after @ the rotary scheme to use in place of its own, in YAML.
+
+    Returns:
+      The directory, and the scheme's mapping or None.
+
+    Raises:
+      InputError: what follows @ is not a mapping with a type.
+    """
+    directory, at, scheme_text = text.partition("@")
+    if not at:
+        return directory, None
+    try:
+        values = yaml.safe_load(scheme_text)
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, dict) or "type" not in values:
+        raise InputError(f"--model: after @ a scheme such as {{type: yarn, factor: 4}} is needed, not {scheme_text!r}")
+    return directory, values
 
 
 def read_config(directory: Path | str) -> LlamaConfig:

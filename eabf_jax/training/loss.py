@@ -15,7 +15,8 @@ def token_losses(
     segment_ids: Int[Array, "B T"] | None = None,
     *,
     chunk: int = 1024,
-) -> Float[Array, "B T_minus_1"]:
+    start: int = 0,
+) -> Float[Array, "B scored"]:
     """Negative log-likelihood of every token but the first, given those before it.
 
     Args:
@@ -24,12 +25,13 @@ def token_losses(
       positions: int32 [batch, length] or None, as for the model.
       segment_ids: int32 [batch, length] or None, as for the model.
       chunk: positions of a row whose logits exist at a time.
+      start: tokens up to this index are read, but not scored.
 
     Returns:
-      float32 [batch, length - 1], in nats; entry t belongs to token t + 1.
+      float32 [batch, length - 1 - start], in nats; entry t belongs to token start + t + 1.
     """
-    hidden = model.hidden_states(tokens, positions, segment_ids)[:, :-1]
-    kernel, targets = model.output_kernel(), tokens[:, 1:]
+    hidden = model.hidden_states(tokens, positions, segment_ids)[:, start:-1]
+    kernel, targets = model.output_kernel(), tokens[:, start + 1 :]
     length = targets.shape[1]
     chunk = min(chunk, length)
     pad = -length % chunk

@@ -11,7 +11,7 @@ import transformers
 
 from eabf_jax import load
 from eabf_jax.cli import main
-from eabf_jax.evaluation.command import read_documents
+from eabf_jax.evaluation.documents import read_documents
 from eabf_jax.interop.huggingface import to_hf
 
 ROOT = Path(__file__).parents[2]

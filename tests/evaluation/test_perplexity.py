@@ -1,5 +1,7 @@
 """Loss by position against transformers' logits and NumPy averages."""
 
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 import pytest
@@ -9,8 +11,17 @@ from transformers import LlamaConfig as HfConfig
 from transformers import LlamaForCausalLM
 
 from eabf_jax.errors import InputError
-from eabf_jax.evaluation.perplexity import band_losses, position_losses
+from eabf_jax.evaluation.perplexity import band_losses, position_losses, sliding_losses, window_ends, window_perplexity
 from eabf_jax.model import Llama, LlamaConfig
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """Compiling is nearly all the time these tests take; the compiler need not try hard."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
 
 CONFIG = LlamaConfig(
     vocab_size=61,
@@ -77,6 +88,49 @@ def test_losses_are_those_of_transformers_for_every_document_and_position() -> N
     assert done == [16, 19]  # two documents on each of eight devices
 
 
+@pytest.mark.parametrize(("length", "stride"), [(24, 4), (23, 4), (12, 4)])
+def test_sliding_losses_are_those_of_transformers_window_by_window(length: int, stride: int) -> None:
+    window = 12
+    model = Llama(CONFIG, rngs=nnx.Rngs(1), attention="reference")
+    documents = np.asarray(jax.random.randint(jax.random.key(3), (3, length), 0, CONFIG.vocab_size), np.int32)
+    done: list[int] = []
+    ours = sliding_losses(model, documents, window, stride, chunk=5, progress=done.append)
+    theirs = np.full((3, length), np.nan)
+    reference = reference_model(model.parameters())
+    end = scored = 0
+    while end < length:
+        end = window if end == 0 else min(end + stride, length)
+        tokens = torch.tensor(documents[:, end - window : end], dtype=torch.long)
+        with torch.no_grad():
+            logits = reference(tokens).logits
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+        new = end - max(scored, 1)
+        theirs[:, end - new : end] = losses.numpy()[:, window - 1 - new :]
+        scored = end
+    np.testing.assert_allclose(ours, theirs[:, 1:], atol=2e-5)
+    # Every window is read, once.
+    assert done[-1] == 3 * len(window_ends(length, window, stride)) == 3 * (1 + -(-(length - window) // stride))
+
+
+def test_perplexity_is_that_of_all_scored_tokens() -> None:
+    losses = np.random.default_rng(0).gamma(2.0, size=(5, 31)).astype(np.float32)
+    found = window_perplexity(losses, 16, 4)
+    assert found.perplexity == pytest.approx(np.prod(np.exp(losses.astype(np.float64) / losses.size)), rel=1e-6)
+    means = losses.astype(np.float64).mean(axis=1)
+    half_width = 2.776445 * means.std(ddof=1) / np.sqrt(5)  # Student's t of 4 degrees of freedom at 97.5 %
+    assert found.low == pytest.approx(found.perplexity / np.exp(half_width), rel=1e-6)
+    assert found.high == pytest.approx(found.perplexity * np.exp(half_width), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "complaint"),
+    [(1, 1, "window 1"), (24, 4, "window 24"), (8, 8, "stride 8"), (8, 0, "stride 0")],
+)
+def test_windows_that_do_not_fit_are_refused(window: int, stride: int, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        sliding_losses(Llama(CONFIG, rngs=nnx.Rngs(1)), np.zeros((1, 23), np.int32), window, stride)
+
+
 def test_bands_are_means_over_documents_of_the_positions_inside() -> None:
     losses = np.random.default_rng(0).gamma(2.0, size=(7, 63)).astype(np.float32)
     first, second = band_losses(losses, [0, 16, 64])
@@ -84,7 +138,8 @@ def test_bands_are_means_over_documents_of_the_positions_inside() -> None:
     expected = losses[:, 0:15].astype(np.float64).mean(axis=1)
     assert (first.start, first.end) == (0, 16)
     assert first.mean == pytest.approx(expected.mean(), rel=1e-12)
-    assert first.half_width == pytest.approx(1.96 * expected.std(ddof=1) / np.sqrt(7), rel=1e-12)
+    # 2.446912 is Student's t of 6 degrees of freedom at 97.5 %.
+    assert first.half_width == pytest.approx(2.446912 * expected.std(ddof=1) / np.sqrt(7), rel=1e-6)
     assert second.mean == pytest.approx(losses[:, 15:63].astype(np.float64).mean(), rel=1e-12)
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -14,11 +16,14 @@ from eabf_jax.cli import main
 from eabf_jax.data.chat import Encoded
 from eabf_jax.data.dataset import DatasetWriter
 from eabf_jax.errors import InputError
-from eabf_jax.evaluation.command import default_edges, parse_entry, read_documents
-from eabf_jax.evaluation.perplexity import position_losses
+from eabf_jax.evaluation.command import parse_entry
+from eabf_jax.evaluation.documents import read_documents
+from eabf_jax.evaluation.perplexity import position_losses, sliding_losses
+from eabf_jax.evaluation.perplexity_command import default_edges
 from eabf_jax.interop.native import save_params, write_model_json
 from eabf_jax.model import Llama, LlamaConfig
 
+TINY = Path(__file__).parents[2] / "assets/tiny"
 CONFIG = LlamaConfig(
     vocab_size=61,
     hidden_size=16,
@@ -30,6 +35,14 @@ CONFIG = LlamaConfig(
     max_position_embeddings=16,
     initializer_range=0.5,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """Compiling is nearly all the time these tests take; the compiler need not try hard."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +101,59 @@ def test_two_schemes_side_by_side(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_windows_and_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two documents from texts, two windows, two schemes: the figures are those of the losses, exactly paired."""
+    lines = [
+        "{}".format(json.dumps({"text": text * 6})) for text in ("One two three. ", "The history of it all. ", "a ")
+    ]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    figures, picture = tmp_path / "figures.json", tmp_path / "picture.svg"
+    scheme = {"type": "eabf", "base": 100000, "pretrained_window": 16}
+    code = run(
+        *("--model", f"own={TINY}", "--model", f"extended={TINY}@{json.dumps(scheme)}", "--dtype", "float32"),
+        *("--data", str(tmp_path / "texts.jsonl"), "--length", "24", "--skip-shorter", "--windows", "8,24"),
+        *("--stride", "3", "--json", str(figures), "--figure", str(picture)),
+    )
+    assert code == 0
+    out = capsys.readouterr().out
+    written = json.loads(figures.read_text())
+    assert (written["documents"], written["length"]) == (2, 24)
+    assert {"command", "device", "versions"} < set(written)
+    _, tokenizer = load(TINY)
+    documents = read_documents(str(tmp_path / "texts.jsonl"), "", 24, None, tokenizer=tokenizer, skip_shorter=True)
+    means = {}
+    for label, rope in {"own": None, "extended": scheme}.items():
+        model, _ = load(TINY, rope=rope, dtype="float32")
+        for number, window in enumerate((8, 24)):
+            found = written["windows"][label][number]
+            means[label, window] = sliding_losses(model, documents, window, 3).mean(axis=1)
+            perplexity = np.exp(means[label, window].mean())
+            assert (found["window"], found["stride"]) == (window, 3)
+            assert found["perplexity"] == pytest.approx(perplexity, rel=1e-5)
+            assert f"{perplexity:.3f}" in out
+    difference = means["extended", 24] - means["own", 24]
+    assert written["beside_first"]["own"][1] == {"mean": 0.0, "half_width": 0.0}
+    assert written["beside_first"]["extended"][1]["mean"] == pytest.approx(difference.mean(), abs=1e-6)
+    # For two documents, Student's t of 1 degree of freedom: 12.7062 x half of their difference.
+    expected = 12.7062 * abs(difference[0] - difference[1]) / 2
+    assert written["beside_first"]["extended"][1]["half_width"] == pytest.approx(expected, rel=1e-3)
+    assert picture.read_text().lstrip().startswith("<?xml")
+
+
+def test_texts_are_refused_for_different_tokenizers(
+    model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("One two three.")
+    other = tmp_path / "other"
+    shutil.copytree(TINY, other)
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<s>"}))
+    assert run("--model", f"a={TINY}", "--model", f"b={other}", "--data", str(tmp_path / "a.txt")) == 2
+    assert "tokenizers differ" in capsys.readouterr().err
+    assert run("--model", str(model_directory), "--data", str(tmp_path / "a.txt")) == 2
+    assert "has no tokenizer" in capsys.readouterr().err
+
+
 def test_default_bands_double_up_to_the_length() -> None:
     assert default_edges(2048) == [0, 256, 512, 1024, 2048]
     assert default_edges(3000) == [0, 256, 512, 1024, 2048, 3000]
@@ -109,6 +175,11 @@ def test_entries_are_labelled() -> None:
         (("--split", "hold_out"), "did you mean 'held_out'"),
         (("--bands", "0,a"), "not a list of positions"),
         (("--bands", "0,64"), "band ends at 64"),
+        (("--windows", "16,x"), "not a list of lengths"),
+        (("--windows", "64"), "window 64: from 2 to the documents' 40 tokens"),
+        (("--windows", "16", "--stride", "16"), "--stride 16: from 1 to 15"),
+        (("--windows", "16", "--bands", "0,16"), "give one of the two"),
+        (("--data", "nowhere"), "nowhere does not exist: `eabf prepare"),
         (("--dtype", "int8"), "unknown --dtype 'int8'"),
         (("--model", "nowhere"), "nowhere: no such directory"),
         (("--model", "x=nowhere@{type: eabff}"), "did you mean 'eabf'"),

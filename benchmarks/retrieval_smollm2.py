@@ -1,0 +1,242 @@
+"""Passkey and line retrieval of SmolLM2, untouched and under each scheme, before and after training to 32k.
+
+    python convert/from_gguf.py --src SmolLM2-135M-Instruct.Q4_1.gguf --dst models/smollm2-135m
+    eabf prepare --src SHAREGPT --dst data/sharegpt_32k_100 --tokenizer models/smollm2-135m --template chatml \
+        --min-tokens 10000 --max-tokens 32768 --num-conversations 100
+    python benchmarks/retrieval_smollm2.py --output retrieval --time-limit 560
+
+Each scheme is trained by its configuration (configs/smollm2_135m_SCHEME_32k.yaml: they differ in `rope` alone) and
+exported; then every model answers the same prompts. What is there already is not done again, so that a run that was cut
+off, or whose time was up (exit status 3), goes on when the same command is given again. Further options with a dot
+(--recipe.batch_size 4) and --window go to train.py.
+"""
+
+import argparse
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from eabf_jax.analysis.figures import heat_maps, share_by_length
+from eabf_jax.cli import ArgumentParser, run
+from eabf_jax.errors import InputError
+from eabf_jax.evaluation import line_retrieval, passkey
+from eabf_jax.evaluation.command import measured_on, numbers, progress_bar, tokenizer_of
+from eabf_jax.evaluation.retrieval import Cell, Prompt, measure
+from eabf_jax.evaluation.retrieval_command import Retrieval, by_length, figures, table
+from eabf_jax.interop.directory import read_json_object, write_json
+from eabf_jax.interop.loading import load, read_config
+from eabf_jax.parallel.mesh import gpu_defaults
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = {"eabf": "EABF", "yarn": "YaRN", "abf": "ABF", "pi": "PI"}
+UNFINISHED = 3
+
+
+class Clock:
+    """How much of the time allowed is left."""
+
+    def __init__(self, limit: float | None):
+        """Starts.
+
+        Args:
+          limit: seconds; None for no end.
+        """
+        self._end = None if limit is None else time.monotonic() + limit
+
+    @property
+    def left(self) -> float | None:
+        """Seconds, or None."""
+        return None if self._end is None else self._end - time.monotonic()
+
+    def check(self, needed: float, what: str) -> None:
+        """Ends the program where there is no time for what comes next.
+
+        Args:
+          needed: seconds.
+          what: what comes next.
+        """
+        if self.left is not None and self.left < needed:
+            print(f"time is up before {what}; the same command goes on from here", flush=True)
+            sys.exit(UNFINISHED)
+
+
+def train(scheme: str, arguments: argparse.Namespace, overrides: list[str], clock: Clock) -> Path:
+    """Trains and exports one scheme; each of the two only if it is not done.
+
+    Args:
+      scheme: its name in the configurations' names.
+      arguments: the command line.
+      overrides: further options for train.py.
+      clock: when it is up, the run stops behind a step with a checkpoint, and so does the program.
+
+    Returns:
+      The exported model.
+    """
+    exported = arguments.output / "exported" / scheme
+    if exported.is_dir():
+        return exported
+    clock.check(30, f"training {NAMES[scheme]}")
+    output = arguments.output / "runs" / scheme
+    command = [
+        *(sys.executable, str(ROOT / "train.py"), "--config_path", arguments.config.format(scheme)),
+        *("--model.path", arguments.base, "--data.directory", arguments.data, "--output", str(output), *overrides),
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            # Behind the step that it is in, it still writes a checkpoint.
+            status = process.wait(None if clock.left is None else max(clock.left - 20, 1))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            clock.check(float("inf"), f"the end of training {NAMES[scheme]}")
+    if status:
+        raise InputError(f"training {NAMES[scheme]} failed (exit status {status}); its last lines say why")
+    to_hf = [sys.executable, str(ROOT / "convert/to_hf.py"), "--src", str(output), "--dst", str(exported)]
+    subprocess.run(to_hf, env={**environment, "JAX_PLATFORMS": "cpu"}, check=True)
+    return exported
+
+
+def make_prompts(arguments: argparse.Namespace) -> list[Prompt]:
+    """The prompts of both tasks, of which only the passkey's have a depth."""
+    tokenizer = tokenizer_of(arguments.base)
+    lengths = numbers("--lengths", arguments.lengths, "lengths such as 4096,8192")
+    depths = numbers("--depths", arguments.depths, "depths such as 0,50,100")
+    begun, chat = time.perf_counter(), arguments.chat_template
+    made = [
+        *passkey.prompts(tokenizer, lengths, depths, arguments.samples, arguments.seed, chat=chat),
+        *line_retrieval.prompts(tokenizer, lengths, arguments.line_samples, arguments.seed, chat=chat),
+    ]
+    print(f"{len(made)} prompts in {time.perf_counter() - begun:.0f} s", flush=True)
+    return made
+
+
+def evaluate(
+    label: str, directory: str, rope: Any, prompts: list[Prompt], settings: dict[str, Any], path: Path
+) -> dict[str, Any]:
+    """Asks one model all questions and keeps what came of it.
+
+    Args:
+      label: what to call it.
+      directory: the model's.
+      rope: the scheme in place of its own, or None.
+      prompts: the questions.
+      settings: what they were made with, and how the model computes.
+      path: the file to write.
+
+    Returns:
+      What the file holds.
+    """
+    begun = time.perf_counter()
+    model, _ = load(directory, rope=rope, dtype=settings["dtype"])
+    with progress_bar() as progress:
+        bar = progress.add_task(label, total=len(prompts))
+        cells = measure(
+            model,
+            prompts,
+            batch_size=settings["batch_size"],
+            progress=lambda done: progress.update(bar, completed=done),
+        )
+    found = {
+        "label": label,
+        "settings": settings,
+        "seconds": time.perf_counter() - begun,
+        **measured_on(),
+        "cells": [dataclasses.asdict(cell) for cell in cells],
+    }
+    write_json(path, found)
+    return found
+
+
+def report(output: Path, parts: list[dict[str, Any]], pretrained_window: int) -> None:
+    """Writes figures and pictures of both tasks, and shows their tables.
+
+    Args:
+      output: the folder for them.
+      parts: from `evaluate`, one a model.
+      pretrained_window: the base's window, in tokens.
+    """
+    about = {name: parts[0][name] for name in ("settings", "device", "devices", "versions", "command")}
+    about |= {"pretrained_window": pretrained_window, "interval": "Wilson, 95 %", "loss": "of the answers, nats/token"}
+    cells = {part["label"]: [Cell(**cell) for cell in part["cells"]] for part in parts}
+    tasks = {
+        "passkey": {label: [cell for cell in row if cell.depth is not None] for label, row in cells.items()},
+        "line_retrieval": {label: [cell for cell in row if cell.depth is None] for label, row in cells.items()},
+    }
+    for name, rows in tasks.items():
+        title = name.replace("_", " ")
+        Console().print(table(Retrieval(title, rows, pretrained_window, "")))
+        write_json(output / f"{name}.json", {"task": title, **about, **figures(rows, pretrained_window)})
+    heat_maps(tasks["passkey"], output / "passkey.png", pretrained_window=pretrained_window, title="passkey")
+    shares = {label: by_length(row) for label, row in tasks["line_retrieval"].items()}
+    path = output / "line_retrieval.png"
+    share_by_length(shares, path, pretrained_window=pretrained_window, title="line retrieval")
+    print(f"figures and pictures: {output}/passkey.{{json,png}}, {output}/line_retrieval.{{json,png}}")
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="models/smollm2-135m", help="the model to extend (default: %(default)s)")
+    parser.add_argument("--data", default="data/sharegpt_32k_100", help="dataset to train on (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="folder for runs, models, figures and pictures")
+    parser.add_argument(
+        "--config",
+        default=str(ROOT / "configs/smollm2_135m_{}_32k.yaml"),
+        help="configurations, {} standing for the scheme (default: %(default)s)",
+    )
+    parser.add_argument("--schemes", default="pi,abf,yarn,eabf", help="which of them (default: %(default)s)")
+    parser.add_argument("--lengths", default="4096,8192,16384,32768", help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--depths", default="0,25,50,75,100", help="of the passkey, percent (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=10, help="passkey prompts of a cell (default: %(default)s)")
+    parser.add_argument("--line-samples", type=int, default=50, help="records of a length (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
+    parser.add_argument(
+        "--no-chat-template", dest="chat_template", action="store_false", help="give prompts as they are"
+    )
+    parser.add_argument("--dtype", default="bfloat16", help="of the evaluation (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, help="prompts read at a time (default: %(default)s)")
+    parser.add_argument(
+        "--time-limit", type=float, help="seconds after which to stop and be given again (default: none)"
+    )
+    arguments, overrides = parser.parse_known_args()
+    clock = Clock(arguments.time_limit)
+    schemes = arguments.schemes.split(",")
+    if not set(schemes) <= set(NAMES):
+        raise InputError(f"--schemes {arguments.schemes}: some of {','.join(NAMES)} are needed")
+    window = read_config(arguments.base).max_position_embeddings
+    # Before JAX is used here: until then, the device belongs to the training processes.
+    exported = {scheme: train(scheme, arguments, overrides, clock) for scheme in schemes}
+    gpu_defaults()
+    models: list[tuple[str, str, Any]] = [("untouched", arguments.base, None)]
+    models += [(f"{NAMES[name]}, untrained", arguments.base, read_config(path).rope) for name, path in exported.items()]
+    models += [(f"{NAMES[name]}, trained", str(path), None) for name, path in exported.items()]
+    names = ("lengths", "depths", "samples", "line_samples", "seed", "chat_template", "dtype", "batch_size")
+    settings = {name: getattr(arguments, name) for name in names} | {"training": overrides}
+    (arguments.output / "models").mkdir(parents=True, exist_ok=True)
+    prompts: list[Prompt] = []
+    parts: list[dict[str, Any]] = []
+    longest = 0.0
+    for label, directory, rope in models:
+        path = arguments.output / "models" / f"{label.replace(', ', '_').lower()}.json"
+        if path.is_file():
+            part = read_json_object(path)
+            if part["settings"] != settings:
+                raise InputError(f"{path} was measured with other settings; name another --output, or remove the file")
+        else:
+            clock.check(longest, f"evaluating {label}")
+            prompts = prompts or make_prompts(arguments)
+            part = evaluate(label, directory, rope, prompts, settings, path)
+            longest = max(longest, part["seconds"])
+        parts.append(part)
+    report(arguments.output, parts, window)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,258 @@
+"""`eabf evaluate perplexity`: models and schemes side by side, as a table, JSON and a picture."""
+
+import argparse
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from eabf_jax.errors import InputError
+from eabf_jax.evaluation.command import (
+    Entry,
+    check,
+    measured_on,
+    numbers,
+    progress_bar,
+    same_tokenizer,
+    tokenizer_of,
+)
+from eabf_jax.evaluation.command import add_arguments as add_common_arguments
+from eabf_jax.evaluation.documents import is_text, read_documents
+from eabf_jax.evaluation.intervals import Mean, student
+from eabf_jax.evaluation.perplexity import (
+    BandLoss,
+    WindowPerplexity,
+    band_losses,
+    band_means,
+    check_edges,
+    check_window,
+    position_losses,
+    sliding_losses,
+    window_ends,
+    window_perplexity,
+)
+from eabf_jax.interop.loading import load, read_config
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.llama import Llama
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command line."""
+    add_common_arguments(parser)
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="a dataset made by `eabf prepare`; or a .txt file (one document), a .jsonl file (one a line, under "
+        '"text"), or a directory of such, read with the models\' tokenizer',
+    )
+    parser.add_argument("--split", default="held_out", help="of a dataset (default: held_out)")
+    parser.add_argument("--length", type=int, help="cut documents to this many tokens (default: the shortest one's)")
+    parser.add_argument("--skip-shorter", action="store_true", help="leave out documents shorter than --length")
+    parser.add_argument("--documents", type=int, help="use the first so many (default: all)")
+    parser.add_argument(
+        "--bands", help="edges of the position bands, e.g. 0,256,512,1024 (default: doubling from 256 to the length)"
+    )
+    parser.add_argument(
+        "--windows",
+        help="instead of bands, perplexity of windows of so many tokens that slide over the documents, e.g. 4096,8192",
+    )
+    parser.add_argument("--stride", type=int, default=256, help="new tokens of each sliding window (default: 256)")
+    parser.add_argument("--figure", help="draw loss by position, or perplexity by window, here (.png, .svg or .pdf)")
+
+
+def default_edges(length: int) -> list[int]:
+    """Band edges 0, 256, 512, ... doubling up to the length."""
+    edges = [0]
+    while (following := max(256, edges[-1] * 2)) < length:
+        edges.append(following)
+    return [*edges, length]
+
+
+class Comparison(NamedTuple):
+    """What `compare` measured, by label: bands of one pass, or sliding windows."""
+
+    losses: dict[str, np.ndarray]  # of one pass: float32 [documents, length - 1], from `position_losses`
+    bands: dict[str, list[BandLoss]]
+    windows: dict[str, list[WindowPerplexity]]
+    beside_first: dict[str, list[Mean]]  # loss less the first model's, paired by document: a band or window each
+    documents: int
+    length: int
+    pretrained_window: int  # smallest window of the models compared: where extension begins
+
+
+def compare(arguments: argparse.Namespace) -> Comparison:
+    """Measures every model on the same documents.
+
+    Args:
+      arguments: as declared by `add_arguments`.
+
+    Returns:
+      The losses and their means by band, or the perplexities by window.
+    Raises:
+      InputError: as the loading functions; bands or windows that do not fit; documents that are too short; texts for
+        models with different tokenizers.
+    """
+    entries = check(arguments, ("length", "documents", "stride"))
+    if arguments.windows and arguments.bands:
+        raise InputError("--bands are of one pass over a document, --windows slide over it: give one of the two")
+    configs = [read_config(entry.directory) for entry in entries]
+    documents = _documents(arguments, entries, configs)
+    edges = _edges(arguments.bands, documents.shape[1])
+    check_edges(edges, documents.shape[1])
+    windows = [] if arguments.windows is None else numbers("--windows", arguments.windows, "lengths such as 4096,8192")
+    for window in windows:
+        check_window(window, arguments.stride, documents.shape[1])
+    pretrained = min(config.max_position_embeddings for config in configs)
+    comparison = Comparison({}, {}, {}, {}, len(documents), documents.shape[1], pretrained)
+    means: dict[str, list[np.ndarray]] = {}
+    with progress_bar() as progress:
+        for entry in entries:
+            model, _ = load(entry.directory, rope=entry.rope, dtype=arguments.dtype)
+            task = progress.add_task(f"evaluating {entry.label}")
+            advance = functools.partial(_advance, progress, task)
+            losses = _losses(model, documents, windows, arguments, advance)
+            if not all(np.isfinite(part).all() for part in losses):
+                raise InputError(f"{entry.label}: the loss is not finite; expected sound weights, or --dtype float32")
+            if windows:
+                comparison.windows[entry.label] = [
+                    window_perplexity(part, window, arguments.stride)
+                    for part, window in zip(losses, windows, strict=True)
+                ]
+                means[entry.label] = [part.astype(np.float64).mean(axis=1) for part in losses]
+            else:
+                comparison.losses[entry.label] = losses[0]
+                comparison.bands[entry.label] = band_losses(losses[0], edges)
+                means[entry.label] = list(band_means(losses[0], edges).values())
+            first = means[entries[0].label]
+            comparison.beside_first[entry.label] = [
+                student(mine - theirs) for mine, theirs in zip(means[entry.label], first, strict=True)
+            ]
+    return comparison
+
+
+def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)
+
+
+def _losses(
+    model: Llama,
+    documents: Int[np.ndarray, "documents T"],
+    windows: Sequence[int],
+    arguments: argparse.Namespace,
+    advance: Callable[[int, int], None],
+) -> list[np.ndarray]:
+    """Loss of every token: of one pass, or for each sliding window."""
+    count, length = documents.shape
+    batch_size = arguments.batch_size
+    if not windows:
+        return [position_losses(model, documents, batch_size=batch_size, progress=lambda done: advance(done, count))]
+    rows = [count * len(window_ends(length, window, arguments.stride)) for window in windows]
+    found = []
+    for number, window in enumerate(windows):
+        report = functools.partial(lambda before, done: advance(before + done, sum(rows)), sum(rows[:number]))
+        found.append(sliding_losses(model, documents, window, arguments.stride, batch_size=batch_size, progress=report))
+    return found
+
+
+def _documents(
+    arguments: argparse.Namespace, entries: Sequence[Entry], configs: Sequence[LlamaConfig]
+) -> Int[np.ndarray, "documents T"]:
+    tokenizer = None
+    if is_text(arguments.data):
+        tokenizers = [tokenizer_of(entry.directory) for entry in entries]
+        if not same_tokenizer(tokenizers):
+            raise InputError(
+                "the models' tokenizers differ, and losses per token can be compared within one tokenizer only: run "
+                "the command once for the models of each"
+            )
+        tokenizer = tokenizers[0]
+    documents = read_documents(
+        arguments.data,
+        arguments.split,
+        arguments.length,
+        arguments.documents,
+        tokenizer=tokenizer,
+        skip_shorter=arguments.skip_shorter,
+    )
+    for entry, config in zip(entries, configs, strict=True):
+        if documents.max() >= config.vocab_size:
+            raise InputError(
+                f"{arguments.data} holds token id {documents.max()}, {entry.directory} has ids below "
+                f"{config.vocab_size} only; prepare the dataset with this model's tokenizer"
+            )
+    return documents
+
+
+def _edges(text: str | None, length: int) -> list[int]:
+    if text is None:
+        return default_edges(length)
+    return numbers("--bands", text, "positions such as 0,256,512,1024")
+
+
+def table(comparison: Comparison) -> Table:
+    """The comparison for people: one row a model, one column a band or a window."""
+    documents = f"{comparison.documents} documents of {comparison.length:,} tokens"
+    if comparison.windows:
+        first = next(iter(comparison.windows.values()))
+        grid = Table(
+            "model",
+            *(f"{column.window:,}" for column in first),
+            title=f"perplexity by window, stride {first[0].stride:,}, {documents} (95 % interval over documents)",
+        )
+        perplexities = {label: [w.perplexity for w in row] for label, row in comparison.windows.items()}
+        ends = {
+            label: ["" if math.isnan(w.low) else f" ({w.low:.2f}–{w.high:.2f})" for w in row]
+            for label, row in comparison.windows.items()
+        }
+        return _with_rows(grid, perplexities, ends)
+    bands = next(iter(comparison.bands.values()))
+    grid = Table(
+        "model",
+        *(f"{band.start:,}-{band.end:,}" for band in bands),
+        title=f"loss by position, nats per token, {documents}",
+    )
+    return _with_rows(grid, {label: [band.mean for band in row] for label, row in comparison.bands.items()}, {})
+
+
+def _with_rows(grid: Table, values: Mapping[str, list[float]], notes: Mapping[str, list[str]]) -> Table:
+    """A row a model, the best of each column in bold."""
+    best = [min(column) for column in zip(*values.values(), strict=True)]
+    for label, row in values.items():
+        notes_of = notes.get(label, [""] * len(row))
+        cells = (
+            f"[bold]{value:.3f}[/bold]{note}" if value == low else f"{value:.3f}{note}"
+            for value, note, low in zip(row, notes_of, best, strict=True)
+        )
+        grid.add_row(label, *cells)
+    return grid
+
+
+def as_json(comparison: Comparison, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The comparison for programs, with what it was measured on."""
+    measured = comparison.windows or comparison.bands
+    return {
+        "documents": comparison.documents,
+        "length": comparison.length,
+        "unit": "nats per token",
+        "half_width": "of the 95 % confidence interval over documents (Student's t)",
+        "dtype": arguments.dtype,
+        "models": list(arguments.model),
+        **measured_on(),
+        "windows" if comparison.windows else "bands": {
+            label: [_finite(dataclasses.asdict(part)) for part in parts] for label, parts in measured.items()
+        },
+        "beside_first": {
+            label: [_finite(mean._asdict()) for mean in means] for label, means in comparison.beside_first.items()
+        },
+    }
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -1,0 +1,203 @@
+"""Finding one thing in a long text: prompts of an exact length, and whether a model gives the answer.
+
+The reply is begun for the model ("The pass key is"), so that what it says next is the answer or is not. Greedy decoding
+gives the answer exactly if each of its tokens is the likeliest after the prompt and the answer's tokens before it; one
+forward pass over prompt and answer tells that, and the answer's likelihood as well.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from eabf_jax.data.chat import Turn
+from eabf_jax.errors import InputError
+from eabf_jax.evaluation.intervals import wilson
+from eabf_jax.evaluation.reader import Progress, Reader
+from eabf_jax.inference.chat import render
+from eabf_jax.inference.text import encode_text
+from eabf_jax.interop.tokenizer import Tokenizer
+from eabf_jax.model.llama import Llama, logits
+
+
+class Wording(NamedTuple):
+    """A question as text.
+
+    Attributes:
+      question: all that the user says, the long text included.
+      opening: how the reply begins.
+      answer: what is right after that, and nothing else.
+    """
+
+    question: str
+    opening: str
+    answer: str
+
+
+class Prompt(NamedTuple):
+    """A question as tokens.
+
+    Attributes:
+      length: most tokens that prompt and answer together may have.
+      depth: where the answer lies in the long text, percent; None where that is left to chance.
+      tokens: the prompt, and the right answer behind it.
+      begin: index of the answer's first token.
+    """
+
+    length: int
+    depth: int | None
+    tokens: list[int]
+    begin: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a model made of the prompts of one length and depth."""
+
+    length: int
+    depth: int | None
+    hits: int
+    total: int
+    low: float  # ends of Wilson's 95 % confidence interval of hits / total
+    high: float
+    loss: float  # of the answers, nats per token, over prompts of equal weight
+
+
+def encode(tokenizer: Tokenizer, wording: Wording, *, chat: bool = True) -> list[int]:
+    """A question with its answer as the model is to read them.
+
+    Args:
+      tokenizer: the model's.
+      wording: the question.
+      chat: whether to put it into the tokenizer's chat template, where it has one.
+
+    Returns:
+      The token ids, up to the answer's last.
+    Raises:
+      InputError: the template refuses a reply that has been begun, or changes it.
+    """
+    question, reply = wording.question, wording.opening + wording.answer
+    if not (chat and tokenizer.chat_template):
+        return encode_text(tokenizer, f"{question} {reply}")
+    try:
+        text = render(tokenizer.chat_template, [Turn("user", question), Turn("assistant", reply)], tokenizer)
+        # What follows the reply ends it.
+        text = text[: text.rindex(reply) + len(reply)]
+    except ValueError as error:
+        raise InputError(
+            "the model's chat template does not take a question whose reply has been begun; --no-chat-template asks "
+            "without it"
+        ) from error
+    return tokenizer.encode(text, special=True)
+
+
+def fitted(
+    tokenizer: Tokenizer, worded: Callable[[int], Wording], length: int, *, guess: int, chat: bool
+) -> tuple[list[int], int, int]:
+    """The longest question of at most so many tokens.
+
+    Args:
+      tokenizer: the model's.
+      worded: gives a question with so much of the long text; more text, more tokens.
+      length: most tokens of the prompt and the answer.
+      guess: how much text may be about right; the closer, the sooner it is found.
+      chat: as for `encode`.
+
+    Returns:
+      The tokens of prompt and answer, the index of the answer's first, and how much text there is.
+    Raises:
+      InputError: the question has more tokens without any of the text, or as `encode`.
+    """
+    size, fits, exceeds = guess, -1, None
+    tokens: list[int] = []
+    while exceeds is None or exceeds - fits > 1:
+        found = encode(tokenizer, worded(size), chat=chat)
+        if len(found) <= length:
+            fits, tokens = size, found
+        elif size == 0:
+            raise InputError(f"length {length}: the question alone has {len(found)} tokens; a greater one is needed")
+        else:
+            exceeds = size
+        # Text and tokens grow together: the next size is where the missing or superfluous tokens will be about even.
+        size += int((length - len(found)) * max(size, 1) // len(found))
+        size = max(size, fits + 1) if exceeds is None else min(max(size, fits + 1), exceeds - 1)
+    wording = worded(fits)
+    before = encode(tokenizer, wording._replace(answer=""), chat=chat)
+    same = (a == b for a, b in zip(before, tokens, strict=False))
+    return tokens, next((index for index, equal in enumerate(same) if not equal), len(before)), fits
+
+
+def answer_scores(
+    model: Llama, tokens: Int[Array, "B T"], begins: Int[Array, "B"], ends: Int[Array, "B"], *, most: int
+) -> tuple[Bool[Array, "B"], Float[Array, "B"]]:
+    """Whether greedy decoding gives the answers, and their loss.
+
+    Args:
+      model: the model.
+      tokens: int32 [batch, length]: prompt, answer, padding.
+      begins: int32 [batch], index of each answer's first token, at least 1.
+      ends: int32 [batch], index behind each answer's last token.
+      most: tokens of the longest answer.
+
+    Returns:
+      bool [batch]: every token of the answer is the likeliest; float32 [batch]: nats per token of the answer.
+    """
+    # Padding stays at the last position: schemes that follow the length see that of prompt and answer.
+    positions = jnp.minimum(jnp.arange(tokens.shape[1], dtype=jnp.int32), ends[:, None] - 1)
+    hidden = model.hidden_states(tokens, positions)
+    index = begins[:, None] + jnp.arange(most)
+    counts = index < ends[:, None]
+    index = jnp.minimum(index, tokens.shape[1] - 1)
+    scores = logits(jnp.take_along_axis(hidden, index[..., None] - 1, axis=1), model.output_kernel())
+    targets = jnp.take_along_axis(tokens, index, axis=1)
+    chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(scores, axis=-1) - chosen
+    hits = (scores.argmax(axis=-1) == targets) | ~counts
+    return hits.all(axis=1), jnp.where(counts, losses, 0).sum(axis=1) / counts.sum(axis=1)
+
+
+def measure(
+    model: Llama,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int = 1,
+    progress: Progress = lambda done: None,
+) -> list[Cell]:
+    """Asks a model all questions, those of one length together.
+
+    Args:
+      model: the model.
+      prompts: at least one.
+      batch_size: prompts that each device reads at a time.
+      progress: called with the number of prompts done.
+
+    Returns:
+      A cell for each length and depth, in the order in which they first appear.
+    """
+    reader = Reader(model)
+    most = max(len(prompt.tokens) - prompt.begin for prompt in prompts)
+    score = reader.compiled(lambda *arguments: answer_scores(*arguments, most=most))
+    results: dict[tuple[int, int | None], list[tuple[bool, float]]] = {(p.length, p.depth): [] for p in prompts}
+    done = 0
+    for length in sorted({prompt.length for prompt in prompts}):
+        group = [prompt for prompt in prompts if prompt.length == length]
+        tokens = np.zeros((len(group), length), np.int32)
+        for row, prompt in enumerate(group):
+            tokens[row, : len(prompt.tokens)] = prompt.tokens
+        begins = np.array([prompt.begin for prompt in group], np.int32)
+        ends = np.array([len(prompt.tokens) for prompt in group], np.int32)
+        arrays = [tokens, begins, ends]
+        advance = functools.partial(lambda before, now: progress(before + now), done)
+        hits, losses = reader.map(score, arrays, batch_size=batch_size, progress=advance)
+        done += len(group)
+        for prompt, hit, loss in zip(group, hits.tolist(), losses.tolist(), strict=True):
+            results[prompt.length, prompt.depth].append((hit, loss))
+    return [
+        Cell(length, depth, *wilson(sum(hit for hit, _ in found), len(found)), float(np.mean([x for _, x in found])))
+        for (length, depth), found in results.items()
+    ]

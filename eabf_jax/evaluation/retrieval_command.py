@@ -1,0 +1,263 @@
+"""`eabf evaluate passkey` and `eabf evaluate line-retrieval`: models side by side, as a table, JSON and a picture."""
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from eabf_jax.data.dataset import tokenizer_digest
+from eabf_jax.errors import InputError
+from eabf_jax.evaluation import line_retrieval, passkey
+from eabf_jax.evaluation.command import Entry, check, measured_on, numbers, progress_bar, tokenizer_of
+from eabf_jax.evaluation.command import add_arguments as add_common_arguments
+from eabf_jax.evaluation.intervals import Share, wilson
+from eabf_jax.evaluation.retrieval import Cell, Prompt, measure
+from eabf_jax.interop.loading import load, read_config
+from eabf_jax.interop.tokenizer import Tokenizer
+
+
+class Task(NamedTuple):
+    """One kind of retrieval.
+
+    Attributes:
+      name: what to call it.
+      has_depths: whether its prompts lie on a grid of lengths and depths.
+      samples: prompts of a cell where none are asked for.
+      prompts: (tokenizer, arguments, lengths, depths) to prompts.
+    """
+
+    name: str
+    has_depths: bool
+    samples: int
+    prompts: Callable[[Tokenizer, argparse.Namespace, list[int], list[int]], list[Prompt]]
+
+
+PASSKEY = Task(
+    "passkey",
+    True,
+    10,
+    lambda tokenizer, arguments, lengths, depths: passkey.prompts(
+        tokenizer, lengths, depths, arguments.samples, arguments.seed, chat=arguments.chat_template
+    ),
+)
+LINE_RETRIEVAL = Task(
+    "line retrieval",
+    False,
+    50,
+    lambda tokenizer, arguments, lengths, depths: line_retrieval.prompts(
+        tokenizer, lengths, arguments.samples, arguments.seed, chat=arguments.chat_template
+    ),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser, task: Task) -> None:
+    """Declares the command line.
+
+    Args:
+      parser: the command's.
+      task: what it measures.
+    """
+    add_common_arguments(parser)
+    parser.add_argument(
+        "--lengths",
+        required=True,
+        help="tokens of prompt and answer together, e.g. 4096,8192,16384,32768: each prompt is as long as fits",
+    )
+    if task.has_depths:
+        parser.add_argument(
+            "--depths", default="0,25,50,75,100", help="where the key lies, percent of the text (default: %(default)s)"
+        )
+    of = "length and depth" if task.has_depths else "length"
+    parser.add_argument(
+        "--samples", type=int, default=task.samples, help=f"prompts of each {of} (default: {task.samples})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts, the same for every model (default: 0)")
+    parser.add_argument(
+        "--no-chat-template",
+        dest="chat_template",
+        action="store_false",
+        help="give the prompt as it is to a model whose tokenizer has a chat template",
+    )
+    parser.add_argument(
+        "--pretrained-window",
+        type=int,
+        help="longest of the short lengths, in tokens (default: the smallest window of the models compared)",
+    )
+    kind = "a heat map a model" if task.has_depths else "accuracy by length"
+    parser.add_argument("--figure", help=f"draw {kind} here (.png, .svg or .pdf)")
+
+
+class Retrieval(NamedTuple):
+    """What `run` measured.
+
+    Attributes:
+      task: what it is called.
+      cells: by label.
+      pretrained_window: up to which a length is short.
+      note: what keeps the models' prompts apart; empty where they are the same.
+    """
+
+    task: str
+    cells: dict[str, list[Cell]]
+    pretrained_window: int
+    note: str
+
+
+def run(arguments: argparse.Namespace, task: Task) -> Retrieval:
+    """Measures every model on the prompts of a seed.
+
+    Args:
+      arguments: as declared by `add_arguments`.
+      task: what to measure.
+
+    Returns:
+      The cells of every model.
+    Raises:
+      InputError: as the loading functions, numbers that make no sense, or a length that is too short.
+    """
+    entries = check(arguments, ("samples", "pretrained_window"))
+    lengths = _ascending("--lengths", arguments.lengths, 1, None)
+    depths = _ascending("--depths", arguments.depths, 0, 100) if task.has_depths else []
+    if arguments.seed < 0:
+        raise InputError(f"--seed {arguments.seed}: a number from 0 is needed")
+    window = min(read_config(entry.directory).max_position_embeddings for entry in entries)
+    by_model, note = _prompts(entries, arguments, task, lengths, depths)
+    cells: dict[str, list[Cell]] = {}
+    with progress_bar() as progress:
+        for entry, prompts in zip(entries, by_model, strict=True):
+            bar = progress.add_task(f"{task.name}, {entry.label}", total=len(prompts))
+            model, _ = load(entry.directory, rope=entry.rope, dtype=arguments.dtype)
+            advance = functools.partial(_advance, progress, bar)
+            cells[entry.label] = measure(model, prompts, batch_size=arguments.batch_size, progress=advance)
+    return Retrieval(task.name, cells, arguments.pretrained_window or window, note)
+
+
+def _advance(progress: Progress, task: TaskID, done: int) -> None:
+    progress.update(task, completed=done)
+
+
+def _ascending(option: str, text: str, least: int, most: int | None) -> list[int]:
+    found = numbers(option, text, "numbers such as " + ("4096,8192" if most is None else "0,50,100"))
+    limits = f"from {least}" if most is None else f"from {least} to {most}"
+    if sorted(set(found)) != found or found[0] < least or (most is not None and found[-1] > most):
+        raise InputError(f"{option} {text}: ascending numbers {limits} are needed")
+    return found
+
+
+def _prompts(
+    entries: Sequence[Entry], arguments: argparse.Namespace, task: Task, lengths: list[int], depths: list[int]
+) -> tuple[list[list[Prompt]], str]:
+    """Each model's prompts, made once for models that read the same, and what keeps them apart."""
+    made: dict[tuple[str, str | None], list[Prompt]] = {}
+    by_model = []
+    for entry in entries:
+        tokenizer = tokenizer_of(entry.directory)
+        key = (tokenizer_digest(tokenizer), tokenizer.chat_template if arguments.chat_template else None)
+        if key not in made:
+            made[key] = task.prompts(tokenizer, arguments, lengths, depths)
+        by_model.append(made[key])
+    if len({digest for digest, _ in made}) > 1:
+        return by_model, "the tokenizers differ: the same answers, in as much text as fits each model's own tokens"
+    if len(made) > 1:
+        return by_model, "the chat templates differ: the same answers, each asked for in the model's own"
+    return by_model, ""
+
+
+def by_length(cells: Sequence[Cell]) -> dict[int, Share]:
+    """Shares of hits by length, all depths together.
+
+    Args:
+      cells: one model's.
+
+    Returns:
+      A share for each length, ascending.
+    """
+    return {length: _pooled([cell for cell in cells if cell.length == length]) for length in _lengths(cells)}
+
+
+def short_and_long(cells: Sequence[Cell], pretrained_window: int) -> dict[str, Share]:
+    """Shares of hits within the pretrained window and beyond.
+
+    Args:
+      cells: one model's.
+      pretrained_window: the longest of the short lengths.
+
+    Returns:
+      "short" and "long", or the one of the two that there is.
+    """
+    sets = {
+        "short": [cell for cell in cells if cell.length <= pretrained_window],
+        "long": [cell for cell in cells if cell.length > pretrained_window],
+    }
+    return {name: _pooled(found) for name, found in sets.items() if found}
+
+
+def _lengths(cells: Sequence[Cell]) -> list[int]:
+    return sorted({cell.length for cell in cells})
+
+
+def _pooled(cells: Sequence[Cell]) -> Share:
+    return wilson(sum(cell.hits for cell in cells), sum(cell.total for cell in cells))
+
+
+def table(retrieval: Retrieval) -> Table:
+    """The result for people: one row a model, one column a length, and the short and the long lengths together."""
+    shares = {
+        label: [
+            *by_length(cells).values(),
+            *(short_and_long(cells, retrieval.pretrained_window).values()),
+        ]
+        for label, cells in retrieval.cells.items()
+    }
+    cells = next(iter(retrieval.cells.values()))
+    bounds = {"short": f"≤ {retrieval.pretrained_window:,}", "long": f"> {retrieval.pretrained_window:,}"}
+    groups = [bounds[name] for name in short_and_long(cells, retrieval.pretrained_window)]
+    title = f"{retrieval.task}: percent answered by length (95 % interval)"
+    grid = Table("model", *(f"{length:,}" for length in _lengths(cells)), *groups, title=title)
+    best = [max(share.hits for share in column) for column in zip(*shares.values(), strict=True)]
+    for label, row in shares.items():
+        grid.add_row(label, *(_shown(share, most) for share, most in zip(row, best, strict=True)))
+    return grid
+
+
+def _shown(share: Share, most: int) -> str:
+    text = f"{100 * share.hits / share.total:.0f}"
+    interval = f" ({100 * share.low:.0f}–{100 * share.high:.0f})"
+    return f"[bold]{text}[/bold]{interval}" if 0 < share.hits == most else text + interval
+
+
+def as_json(retrieval: Retrieval, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The result for programs, with what it was measured on."""
+    return {
+        "task": retrieval.task,
+        "seed": arguments.seed,
+        "samples": arguments.samples,
+        "chat_template": arguments.chat_template,
+        "note": retrieval.note,
+        "pretrained_window": retrieval.pretrained_window,
+        "interval": "Wilson, 95 %",
+        "loss": "of the answers, nats per token",
+        "dtype": arguments.dtype,
+        "models": list(arguments.model),
+        **measured_on(),
+        **figures(retrieval.cells, retrieval.pretrained_window),
+    }
+
+
+def figures(cells: Mapping[str, Sequence[Cell]], pretrained_window: int) -> dict[str, Any]:
+    """Cells, and their sums by length and by short and long, as JSON values by label."""
+    return {
+        "cells": {label: [dataclasses.asdict(cell) for cell in row] for label, row in cells.items()},
+        "by_length": {
+            label: [{"length": length, **share._asdict()} for length, share in by_length(row).items()]
+            for label, row in cells.items()
+        },
+        "short_and_long": {
+            label: {name: share._asdict() for name, share in short_and_long(row, pretrained_window).items()}
+            for label, row in cells.items()
+        },
+    }

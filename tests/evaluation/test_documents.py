@@ -1,0 +1,73 @@
+"""Documents out of text files, and what is said about those that are none."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eabf_jax.errors import InputError
+from eabf_jax.evaluation.documents import is_text, read_documents
+from eabf_jax.interop.tokenizer import Tokenizer, load_tokenizer
+
+TINY = Path(__file__).parents[2] / "assets/tiny"
+TEXTS = ("The first text of all.", "A second one,\u2028with a line separator in it.", "And a third, from a file.")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(TINY)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    lines = [json.dumps({"text": text, "id": 1}, ensure_ascii=False) for text in TEXTS[:2]]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text(TEXTS[2], encoding="utf-8")
+    (tmp_path / "notes.md").write_text("nothing to read")
+    return tmp_path
+
+
+def test_a_directory_is_read_in_the_order_of_names(texts: Path, tokenizer: Tokenizer) -> None:
+    whole = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in TEXTS]
+    shortest = min(map(len, whole))
+    documents = read_documents(str(texts), "held_out", None, None, tokenizer=tokenizer)
+    np.testing.assert_array_equal(documents, [tokens[:shortest] for tokens in whole])
+    (first,) = read_documents(str(texts / "b.txt"), "held_out", None, None, tokenizer=tokenizer)
+    assert first.tolist() == whole[2]
+    two = read_documents(str(texts), "held_out", 6, 2, tokenizer=tokenizer)
+    np.testing.assert_array_equal(two, [tokens[:6] for tokens in whole[:2]])
+
+
+def test_shorter_documents_are_refused_or_left_out(texts: Path, tokenizer: Tokenizer) -> None:
+    lengths = [1 + len(tokenizer.encode(text)) for text in TEXTS]
+    length = sorted(lengths)[1]
+    with pytest.raises(InputError, match=f"{length} are needed; --skip-shorter"):
+        read_documents(str(texts), "held_out", length, None, tokenizer=tokenizer)
+    documents = read_documents(str(texts), "held_out", length, None, tokenizer=tokenizer, skip_shorter=True)
+    assert documents.shape == (sum(n >= length for n in lengths), length)
+    with pytest.raises(InputError, match="0 documents of at least 1000 tokens"):
+        read_documents(str(texts), "held_out", 1000, None, tokenizer=tokenizer, skip_shorter=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("x.jsonl", b'{"text": "a"}\n{"txt": "b"}', "x.jsonl, line 2: an object with a string"),
+        ("x.jsonl", b"[1", "x.jsonl, line 1 is no JSON"),
+        ("x.txt", b"\xff\xfe", "is no UTF-8 text"),
+    ],
+)
+def test_files_that_are_no_texts_are_named(
+    name: str, content: bytes, complaint: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=complaint):
+        read_documents(str(tmp_path), "held_out", None, None, tokenizer=tokenizer)
+
+
+def test_what_is_missing_is_told_with_where_to_put_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere does not exist: `eabf prepare .* --dst \S*nowhere"):
+        is_text(str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match=r"holds neither a dataset nor \.txt or \.jsonl files"):
+        is_text(str(tmp_path))

@@ -1,0 +1,124 @@
+"""`eabf evaluate passkey` and `line-retrieval` from the command line to table, JSON and picture."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+from eabf_jax import load
+from eabf_jax.cli import main
+from eabf_jax.evaluation import line_retrieval, passkey, retrieval_command
+from eabf_jax.evaluation.retrieval import Cell, measure
+from eabf_jax.evaluation.retrieval_command import by_length, short_and_long
+
+TINY = Path(__file__).parents[2] / "assets/tiny"
+SCHEME = {"type": "eabf", "base": 100000, "pretrained_window": 512}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """Compiling is nearly all the time these tests take; the compiler need not try hard."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", *arguments])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.mark.parametrize("task", ["passkey", "line-retrieval"])
+def test_two_schemes_answer_the_same_prompts(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures, picture = tmp_path / "figures.json", tmp_path / "picture.png"
+    depths = ("--depths", "0,100") if task == "passkey" else ()
+    code = run(
+        *(task, "--model", f"own={TINY}", "--model", f"extended={TINY}@{json.dumps(SCHEME)}", "--dtype", "float32"),
+        *("--lengths", "240,280", *depths, "--samples", "2", "--seed", "3", "--pretrained-window", "240"),
+        *("--json", str(figures), "--figure", str(picture)),
+    )
+    assert code == 0
+    out = capsys.readouterr().out
+    assert "≤ 240" in out and "> 240" in out and "note:" not in out
+    written = json.loads(figures.read_text())
+    assert (written["seed"], written["samples"], written["note"]) == (3, 2, "")
+    assert {"command", "device", "versions"} < set(written)
+    model, tokenizer = load(TINY, rope=SCHEME, dtype="float32")
+    assert tokenizer is not None
+    lengths = [240, 280]
+    prompts = (
+        passkey.prompts(tokenizer, lengths, [0, 100], 2, 3)
+        if task == "passkey"
+        else line_retrieval.prompts(tokenizer, lengths, 2, 3)
+    )
+    for cell, found in zip(measure(model, prompts), written["cells"]["extended"], strict=True):
+        # Rows are divided among devices alike: the same programs.
+        assert found == pytest.approx(dataclasses.asdict(cell))
+    # The answers' likelihood tells the schemes apart, even where neither finds one.
+    own, extended = (sum(cell["loss"] for cell in written["cells"][label]) for label in ("own", "extended"))
+    assert own != pytest.approx(extended, rel=1e-3)
+    assert [row["total"] for row in written["by_length"]["own"]] == [4, 4] if depths else [2, 2]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_cells_are_pooled_by_length_and_by_the_pretrained_window() -> None:
+    cells = [
+        Cell(n, d, hits, 10, 0, 1, 0.0) for n, d, hits in ((4, 0, 9), (4, 50, 8), (8, 0, 5), (8, 50, 1), (16, 0, 0))
+    ]
+    assert {n: (share.hits, share.total) for n, share in by_length(cells).items()} == {
+        4: (17, 20),
+        8: (6, 20),
+        16: (0, 10),
+    }
+    pooled = short_and_long(cells, 4)
+    assert {name: (share.hits, share.total) for name, share in pooled.items()} == {"short": (17, 20), "long": (6, 30)}
+    # Wilson's interval of 6 in 30, from the usual calculators.
+    assert (pooled["long"].low, pooled["long"].high) == pytest.approx((0.0951, 0.3731), abs=1e-4)
+    assert list(short_and_long(cells, 16)) == ["short"]
+
+
+def test_what_keeps_prompts_apart_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieval_command, "measure", lambda *_, **__: [Cell(160, 50, 0, 1, 0.0, 1.0, 0.0)])
+    other = tmp_path / "other"
+    shutil.copytree(TINY, other)
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    common = ("--lengths", "160", "--depths", "50", "--samples", "1", "--model", f"a={TINY}", "--model", f"b={other}")
+    (other / "tokenizer_config.json").write_text(
+        json.dumps({k: v for k, v in settings.items() if k != "chat_template"})
+    )
+    assert run("passkey", *common) == 0
+    assert "note: the chat templates differ" in capsys.readouterr().out
+    (other / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<s>"}))
+    assert run("passkey", *common, "--no-chat-template") == 0
+    assert "note: the tokenizers differ" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--lengths", "8k"), "--lengths '8k' is not a list of numbers such as 4096,8192"),
+        (("--lengths", "200,100"), "--lengths 200,100: ascending numbers from 1"),
+        (("--lengths", "0"), "--lengths 0: ascending numbers from 1"),
+        (("--lengths", "30"), "length 30: the question alone has"),
+        (("--depths", "0,101"), "--depths 0,101: ascending numbers from 0 to 100"),
+        (("--samples", "0"), "--samples 0: a positive number"),
+        (("--seed", "-1"), "--seed -1: a number from 0"),
+        (("--model", "x=nowhere"), "nowhere: no such directory"),
+        (("--model", "x=y@pi"), "after @ a scheme"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("passkey", "--model", str(TINY), "--lengths", "100", *arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert complaint in error
