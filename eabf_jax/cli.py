@@ -185,6 +185,8 @@ def _report(parsed: argparse.Namespace, table: Any, figures: dict[str, Any], dra
     """Shows an evaluation's table, and writes the files that were asked for."""
     from rich.console import Console
 
+    from eabf_jax.evaluation.command import shown
+
     Console().print(table)
     if parsed.json:
         write_json(Path(parsed.json), figures)
@@ -227,7 +229,7 @@ def _compile(arguments: list[str]) -> None:
     figures = command.run(parsed, overrides)
     Console().print(command.table(figures))
     if parsed.json:
-        write_json(Path(parsed.json), figures)
+        write_json(Path(parsed.json), {**figures, "table": shown(table)})
         print(f"figures: {parsed.json}")
 
 

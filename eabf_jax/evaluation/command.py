@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from eabf_jax import __version__
 from eabf_jax.data.dataset import tokenizer_digest
@@ -146,3 +148,21 @@ def measured_on() -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in packages},
         },
     }
+
+
+def shown(table: Table) -> dict[str, Any]:
+    """A table as model cards take it.
+
+    Args:
+      table: as it is printed.
+
+    Returns:
+      Its `title`, `header` and `rows` as plain text.
+    """
+    columns = [[_plain(cell) for cell in (column.header, *column.cells)] for column in table.columns]
+    header, *rows = ([*row] for row in zip(*columns, strict=True))
+    return {"title": str(table.title), "header": header, "rows": rows}
+
+
+def _plain(cell: Any) -> str:
+    return Text.from_markup(str(cell)).plain

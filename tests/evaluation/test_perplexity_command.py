@@ -88,6 +88,9 @@ def test_two_schemes_side_by_side(
     assert written["documents"] == 3
     assert written["length"] == 40  # the shortest document's
     documents = read_documents(str(dataset), "held_out", 40, None)
+    title = "loss by position, nats per token, 3 documents of 40 tokens"
+    assert (written["table"]["title"], written["table"]["header"]) == (title, ["model", "0-16", "16-40"])
+    rows = {row[0]: row[1:] for row in written["table"]["rows"]}
     for label, rope in {"own": None, "extended": {"type": "eabf", "base": 500000, "pretrained_window": 16}}.items():
         model, tokenizer = load(model_directory, rope=rope, dtype="float32")
         assert tokenizer is None
@@ -96,6 +99,7 @@ def test_two_schemes_side_by_side(
             expected = losses[:, start - 1 : end - 1].mean()
             assert band["mean"] == pytest.approx(expected, rel=1e-6)
             assert f"{expected:.3f}" in out
+            assert f"{expected:.3f}" in rows[label]  # without the marks of the best
     # Within the pretrained window the multiplier is 1, but the base differs; past it both do.
     assert written["bands"]["own"][1]["mean"] != written["bands"]["extended"][1]["mean"]
     assert picture.read_bytes().startswith(b"\x89PNG")
