@@ -189,7 +189,7 @@ def _report(parsed: argparse.Namespace, table: Any, figures: dict[str, Any], dra
 
     Console().print(table)
     if parsed.json:
-        write_json(Path(parsed.json), figures)
+        write_json(Path(parsed.json), {**figures, "table": shown(table)})
         print(f"figures: {parsed.json}")
     if parsed.figure:
         draw(Path(parsed.figure))
@@ -229,7 +229,7 @@ def _compile(arguments: list[str]) -> None:
     figures = command.run(parsed, overrides)
     Console().print(command.table(figures))
     if parsed.json:
-        write_json(Path(parsed.json), {**figures, "table": shown(table)})
+        write_json(Path(parsed.json), figures)
         print(f"figures: {parsed.json}")
 
 
