@@ -29,7 +29,7 @@ from eabf_jax.model import decoder
 from eabf_jax.model.attention import select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.decoder import LayerWeights, Weights
-from eabf_jax.model.kv_cache import LayerCache, empty_cache
+from eabf_jax.model.kv_cache import LayerCache, empty_cache, grown
 from eabf_jax.model.llama import Llama, Row
 from eabf_jax.parallel.rules import batch_ways
 
@@ -296,18 +296,30 @@ class Generator:
         self, state: _State, length: int, count: int, steps: Steps, choice: _Choice
     ) -> Iterator[tuple[np.ndarray, Array]]:
         """The first token of `state` and those that the loop makes, `count` in all, and which rows have ended."""
-        slots_held = state.caches[0].k.shape[2]
+        total = length + count - 1
         ahead = [state.token[:, None]]
         left = count - 1
         while left > 0:
             size = min(TOKENS_AT_ONCE, left)
-            slots = min(_power_of_two(length + size), slots_held)
-            made, state = _decode(self._setup, steps, slots, self._weights, state, choice, size)
+            state = self._with_room(state, _slots(length + size, total))
+            made, state = _decode(self._setup, steps, self._weights, state, choice, size)
             ahead.append(made)
             # The device has the next chunk to do while the host looks at this one.
             yield np.asarray(ahead.pop(0)), state.ended
             left, length = left - size, length + size
         yield np.asarray(ahead.pop()), state.ended
+
+    def _with_room(self, state: _State, slots: int) -> _State:
+        """The state with caches of at least so many slots."""
+        if state.caches[0].k.shape[2] >= slots:
+            return state
+        caches, state = list(state.caches), state._replace(caches=())
+        mesh = self._setup.mesh
+        shardings = None if mesh is None else placement.cache_sharding(mesh, caches[0])
+        grow = jax.jit(grown, static_argnames="slots", out_shardings=shardings)
+        for number, cache in enumerate(caches):  # one by one: the device need not hold all of them twice
+            caches[number] = grow(cache, slots=slots)
+        return state._replace(caches=tuple(caches))
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
         """The prompts, and others that only fill the mesh."""
@@ -321,14 +333,14 @@ class Generator:
     def _read(
         self,
         prompts: Sequence[Sequence[int]],
-        slots: int,
+        total: int,
         steps: Steps,
         choice: _Choice,
         ended: Array,
         chosen: int = 0,
     ) -> _State:
-        """Reads the prompts into caches that hold at least so many tokens, and chooses the first new token."""
-        hidden, caches, lengths = self._hidden(prompts, slots)
+        """Reads the prompts, which are to have so many tokens in the end, and chooses the first new token."""
+        hidden, caches, lengths = self._hidden(prompts, total)
         seen = None
         if steps.penalize:
             present = np.zeros((len(prompts), self.config.vocab_size), np.bool_)
@@ -339,16 +351,17 @@ class Generator:
         return _first(steps, logits, caches, lengths, ended, seen, jnp.int32(chosen), choice)
 
     def _hidden(
-        self, prompts: Sequence[Sequence[int]], slots: int
+        self, prompts: Sequence[Sequence[int]], total: int
     ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...], Int[Array, "B"]]:
         """Hidden states after the last layer at each prompt's end, the caches, and the prompts' lengths."""
-        chunks = _chunks(max(map(len, prompts)), self._setup.chunk)
+        longest = max(map(len, prompts))
+        chunks = _chunks(longest, self._setup.chunk)
         width = chunks[-1].stop
         tokens = np.zeros((len(prompts), width), np.int32)
         for number, prompt in enumerate(prompts):
             tokens[number, : len(prompt)] = prompt
         lengths = self._row_array(np.array([len(prompt) for prompt in prompts], np.int32))
-        caches = self._empty_caches(len(prompts), max(_rounded(slots), width))
+        caches = self._empty_caches(len(prompts), max(_slots(longest + TOKENS_AT_ONCE, total), width))
         hidden = self._row_array(jnp.zeros((len(prompts), self.config.hidden_size), self._setup.dtype))
         for chunk in chunks:
             start = jnp.int32(chunk.start)
@@ -390,6 +403,11 @@ def _chunks(length: int, size: int) -> list[slice]:
     if rest:
         chunks.append(slice(whole * size, whole * size + min(_rounded(rest), size)))
     return chunks
+
+
+def _slots(needed: int, total: int) -> int:
+    """How many slots a cache is to have: caches double, and never hold many more than are needed in the end."""
+    return min(_power_of_two(needed), _rounded(total))
 
 
 def _rounded(length: int) -> int:
@@ -454,11 +472,10 @@ def _first(
     return _State(caches, token, lengths, ended, _marked(seen, token), chosen + 1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="state")
 def _decode(
     setup: _Setup,
     steps: Steps,
-    slots: int,
     weights: Weights,
     state: _State,
     choice: _Choice,
@@ -468,7 +485,7 @@ def _decode(
 
     def attend(q: Array, k: Array, v: Array, cache: LayerCache, positions: Array) -> tuple[Array, LayerCache]:
         q, k, v = (y[:, 0] for y in (q, k, v))
-        out, cache = placement.token_attention(setup.mesh, q, k, v, cache, positions, slots=slots)
+        out, cache = placement.token_attention(setup.mesh, q, k, v, cache, positions)
         return out[:, None], cache
 
     def step(carry: tuple[Array, Array, _State]) -> tuple[Array, Array, _State]:

@@ -95,13 +95,12 @@ def chunk_attention(
 
 
 def token_attention(
-    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, positions: Array, *, slots: int
+    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, positions: Array
 ) -> tuple[Array, LayerCache]:
     """`attend_token`, on each device's own rows and heads."""
-    attend: Any = functools.partial(attend_token, slots=slots)
     if mesh is None or mesh.size == 1:
-        return attend(q, k, v, cache, positions)
-    return _mapped(mesh, attend, cache, spec("batch", "heads", None), spec("batch"))(q, k, v, cache, positions)
+        return attend_token(q, k, v, cache, positions)
+    return _mapped(mesh, attend_token, cache, spec("batch", "heads", None), spec("batch"))(q, k, v, cache, positions)
 
 
 def _mapped(mesh: Mesh, attend: Any, cache: LayerCache, heads: P, *others: P) -> Any:

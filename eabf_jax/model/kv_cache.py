@@ -67,6 +67,24 @@ def empty_cache(
     return LayerCache(zeros, jnp.zeros_like(zeros), scales, jnp.zeros_like(scales))
 
 
+def grown(cache: LayerCache, slots: int) -> LayerCache:
+    """The same tokens in a cache of more slots.
+
+    Args:
+      cache: of at most so many slots.
+      slots: to have.
+
+    Returns:
+      The cache.
+    """
+
+    def longer(x: Array) -> Array:
+        more = slots - x.shape[2]
+        return jnp.pad(x, [(0, more if axis == 2 else 0) for axis in range(x.ndim)])
+
+    return jax.tree.map(longer, cache)
+
+
 def attend_chunk(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
@@ -118,18 +136,17 @@ def attend_token(
     v: Float[Array, "B K H"],
     cache: LayerCache,
     positions: Int[Array, "B"],
-    *,
-    slots: int,
 ) -> tuple[Float[Array, "B N H"], LayerCache]:
     """Stores each row's one new token and attends to it and all before it.
+
+    All slots are read: a part of them would be a copy. So a cache should hold few more than are in use; see `grown`.
 
     Args:
       q: queries, rotated and scaled.
       k: keys, rotated.
       v: values.
       cache: holds the tokens before.
-      positions: where each row's token stands, less than `slots`.
-      slots: how many of the cache's slots are read.
+      positions: where each row's token stands, less than the number of slots.
 
     Returns:
       The attended values, in the dtype of v, and the cache with the tokens in it.
@@ -141,16 +158,16 @@ def attend_token(
         None if cache.k_scale is None else _put(cache.k_scale, k_scale, positions),
         None if cache.v_scale is None else _put(cache.v_scale, v_scale, positions),
     )
-    keys, values = (x[:, :, :slots].astype(v.dtype) for x in (cache.k, cache.v))
+    keys, values = (x.astype(v.dtype) for x in (cache.k, cache.v))
     grouped = q.reshape(q.shape[0], keys.shape[1], -1, q.shape[-1])
     precision = precision_of(q.dtype)
     logits = jnp.einsum("bkgh,bksh->bkgs", grouped, keys, preferred_element_type=jnp.float32, precision=precision)
     if cache.k_scale is not None:
-        logits *= cache.k_scale[:, :, None, :slots]
-    seen = jnp.arange(slots) <= positions[:, None, None, None]
+        logits *= cache.k_scale[:, :, None]
+    seen = jnp.arange(keys.shape[2]) <= positions[:, None, None, None]
     weights = jax.nn.softmax(jnp.where(seen, logits, _MASKED), axis=-1)
     if cache.v_scale is not None:
-        weights *= cache.v_scale[:, :, None, :slots]
+        weights *= cache.v_scale[:, :, None]
     out = jnp.einsum("bkgs,bksh->bkgh", weights.astype(v.dtype), values, precision=precision)
     return out.reshape(q.shape), cache
 

@@ -12,7 +12,7 @@ import pytest
 from eabf_jax import load
 from eabf_jax.data.chat import Turn
 from eabf_jax.errors import InputError
-from eabf_jax.inference import Completion, Generator, Sampling
+from eabf_jax.inference import Completion, Generator, Sampling, generate
 from eabf_jax.inference.chat import chat_format
 from eabf_jax.inference.generate import TOKENS_AT_ONCE
 from eabf_jax.interop.tokenizer import Tokenizer
@@ -110,6 +110,16 @@ def eabf() -> Llama:
     return model_of(EABF)
 
 
+def test_a_long_text_outgrows_its_cache(eabf: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    grown = generate.grown
+    monkeypatch.setattr(generate, "grown", lambda cache, slots: sizes.append(slots) or grown(cache, slots))
+    prompts = prompts_of(3, 9)
+    found = Generator(eabf).generate(prompts, 50)
+    assert [completion.tokens for completion in found] == FullForward(eabf).greedy(prompts, 50)
+    assert sizes == [64]  # from 32; traced once for both layers
+
+
 def tokens_of(completions: Sequence[Completion]) -> list[list[int]]:
     return [completion.tokens for completion in completions]
 
@@ -192,13 +202,13 @@ def test_int8_cache_is_near(eabf: Llama) -> None:
 
 @pytest.mark.parametrize("cache", ["model", "int8"])
 def test_eight_devices_are_one(eabf: Llama, cache: str) -> None:
-    """Heads over two devices, three prompts over four rows of the mesh."""
-    prompts = prompts_of(3, 30, 12)
+    """Heads over two devices, three prompts over four rows of the mesh; the caches grow on the way."""
+    prompts, count = prompts_of(3, 14, 12), 40
     sampling = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.2)
     meshes = (None, make_mesh(MeshConfig(2, 2, 2)))
-    one, eight = (Generator(eabf, mesh=mesh, cache=cache, prefill_chunk=16) for mesh in meshes)
+    one, eight = (Generator(eabf, mesh=mesh, cache=cache, prefill_chunk=8) for mesh in meshes)
     np.testing.assert_allclose(one.next_token_logits(prompts), eight.next_token_logits(prompts), atol=PROMISED)
-    assert one.generate(prompts, NEW, sampling=sampling) == eight.generate(prompts, NEW, sampling=sampling)
+    assert one.generate(prompts, count, sampling=sampling) == eight.generate(prompts, count, sampling=sampling)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def _chunk(q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, start: i
 
 
 def _token(q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, positions: jax.Array) -> Any:
-    out, cache = attend_token(q[:, 0], k[:, 0], v[:, 0], cache, positions, slots=LENGTH)
+    out, cache = attend_token(q[:, 0], k[:, 0], v[:, 0], cache, positions)
     return out[:, None], cache
 
 

@@ -18,7 +18,7 @@ ROUNDING = 2e-5
 # Compiling is nearly all the time these tests take; the compiler need not try hard.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 attend_chunk = compiled(kv_cache.attend_chunk, static_argnames=("start", "backend"))
-attend_token = compiled(kv_cache.attend_token, static_argnames="slots")
+attend_token = compiled(kv_cache.attend_token)
 
 
 def draw(seed: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -69,9 +69,7 @@ def test_tokens_of_rows_at_different_positions() -> None:
     _, cache = read(q, k, v, 24, empty_cache(ROWS, KV_HEADS, 32, HEAD_DIM, jnp.dtype("float32")))
     new_q, new_k, new_v = draw(2, 1)
     positions = np.array([5, 16])
-    found, cache = attend_token(
-        *(jnp.asarray(x[:, 0]) for x in (new_q, new_k, new_v)), cache, jnp.asarray(positions), slots=17
-    )
+    found, cache = attend_token(*(jnp.asarray(x[:, 0]) for x in (new_q, new_k, new_v)), cache, jnp.asarray(positions))
     for row, position in enumerate(positions):
         whole = [np.concatenate((old[:, :position], new), axis=1) for old, new in ((k, new_k), (v, new_v))]
         last = np.repeat(new_q, position + 1, axis=1)
@@ -79,6 +77,20 @@ def test_tokens_of_rows_at_different_positions() -> None:
         np.testing.assert_array_equal(cache.k[row, :, position], new_k[row, 0])
         untouched = np.arange(24) != position
         np.testing.assert_array_equal(cache.v[row][:, :24][:, untouched], v[row].swapaxes(0, 1)[:, untouched])
+
+
+@pytest.mark.parametrize("kind", ["model", "int8"])
+def test_a_grown_cache_holds_the_same_and_has_room(kind: str) -> None:
+    q, k, v = draw(8, 12)
+    new_q, new_k, new_v = (x[:, 0] for x in draw(9, 1))
+    shape = (ROWS, KV_HEADS, 12, HEAD_DIM, jnp.dtype("float32"), kind)
+    _, full = read(q, k, v, 12, empty_cache(*shape))
+    _, roomy = read(q, k, v, 12, empty_cache(*shape[:2], 32, *shape[3:]))
+    grown = kv_cache.grown(full, 32)
+    assert all(leaf.shape[2] == 32 for leaf in jax.tree.leaves(grown))
+    found, _ = attend_token(new_q, new_k, new_v, grown, jnp.full(ROWS, 12))
+    expected, _ = attend_token(new_q, new_k, new_v, roomy, jnp.full(ROWS, 12))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_one_row_is_written_as_many_are() -> None:
@@ -89,7 +101,7 @@ def test_one_row_is_written_as_many_are() -> None:
         cache = empty_cache(len(q[rows]), KV_HEADS, 16, HEAD_DIM, jnp.dtype("float32"))
         _, cache = read(q[rows], k[rows], v[rows], 6, cache)
         out, cache = attend_token(
-            *(jnp.asarray(x[rows, 0]) for x in new), cache, jnp.full(len(q[rows]), 6), slots=16
+            *(jnp.asarray(x[rows, 0]) for x in new), cache, jnp.full(len(q[rows]), 6)
         )  # fmt: skip
         outs.append((np.asarray(out)[0], np.asarray(cache.k)[0]))
     np.testing.assert_allclose(outs[0][0], outs[1][0], atol=ROUNDING)
@@ -114,9 +126,7 @@ def test_int8_attends_to_what_it_stores() -> None:
     new_q, new_k, new_v = draw(7, 1)
     kind = (ROWS, KV_HEADS, 32, HEAD_DIM, jnp.dtype("float32"), "int8")
     _, cache = read(q, k, v, 8, empty_cache(*kind))
-    found, cache = attend_token(
-        *(jnp.asarray(x[:, 0]) for x in (new_q, new_k, new_v)), cache, jnp.full(ROWS, 24), slots=32
-    )
+    found, cache = attend_token(*(jnp.asarray(x[:, 0]) for x in (new_q, new_k, new_v)), cache, jnp.full(ROWS, 24))
     assert cache.k_scale is not None and cache.v_scale is not None
     held_k, held_v = (
         (np.asarray(x, np.float64) * np.asarray(scale, np.float64)[..., None]).swapaxes(1, 2)[:, :25]
