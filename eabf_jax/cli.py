@@ -113,15 +113,19 @@ def _evaluate(arguments: list[str]) -> None:
     from rich.console import Console
 
     from eabf_jax.analysis.figures import loss_by_position
-    from eabf_jax.evaluation import command
+    from eabf_jax.evaluation import command, harness_command
     from eabf_jax.parallel.mesh import use_every_core
 
     parser = ArgumentParser("eabf evaluate", description=COMMANDS["evaluate"].summary)
     kinds = parser.add_subparsers(dest="kind", required=True)
     perplexity = kinds.add_parser("perplexity", help="loss by band of positions, for several models side by side")
     command.add_arguments(perplexity)
+    harness_command.add_arguments(kinds.add_parser("harness", help="tasks of lm-evaluation-harness, LongBench's first"))
     parsed = parser.parse_args(arguments)
     _check_file("--json", parsed.json)
+    if parsed.kind == "harness":
+        _evaluate_harness(parsed)
+        return
     _check_file("--figure", parsed.figure, (".png", ".svg", ".pdf"))
     use_every_core()
     comparison = command.compare(parsed)
@@ -137,6 +141,21 @@ def _evaluate(arguments: list[str]) -> None:
             title=f"loss by position, {comparison.documents} documents",
         )
         print(f"picture: {parsed.figure}")
+
+
+def _evaluate_harness(parsed: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from eabf_jax.evaluation import harness_command
+    from eabf_jax.parallel.mesh import gpu_defaults, use_every_core
+
+    gpu_defaults()
+    use_every_core()
+    report = harness_command.run(parsed)
+    Console().print(harness_command.table(report))
+    if parsed.json:
+        write_json(Path(parsed.json), harness_command.as_json(report, parsed))
+        print(f"figures: {parsed.json}")
 
 
 def _generate(arguments: list[str]) -> None:
@@ -181,7 +200,7 @@ COMMANDS = {
     "train": Command("run a training configuration (the same as train.py)", _train),
     "compile": Command("predict a train step's memory, or compile it for a TPU slice without a TPU", _compile),
     "generate": Command("continue texts, or keep a conversation", _generate),
-    "evaluate": Command("measure models on a prepared dataset", _evaluate),
+    "evaluate": Command("measure models on datasets and benchmark tasks", _evaluate),
 }
 
 
