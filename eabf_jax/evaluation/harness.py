@@ -317,7 +317,7 @@ class EabfLM(TemplateLM):
 
     def _continue(self, prompts: Sequence[list[int]], settings: Mapping[str, Any], size: int, seed: int) -> list[str]:
         """Continues prompts of the same settings, as a batch of a given size."""
-        options = normalize_gen_kwargs(dict(settings), self.max_gen_toks)
+        options: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), self.max_gen_toks))
         new = options.pop("max_gen_toks")
         until = handle_stop_sequences(options.pop("until"), eos=self.tokenizer.decode([self.eot_token_id]))
         sampling = _sampling(options)

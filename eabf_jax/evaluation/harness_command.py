@@ -4,6 +4,7 @@ The harness itself is imported only once a task is asked for: it is an extra.
 """
 
 import argparse
+import contextlib
 import difflib
 import functools
 import importlib
@@ -227,15 +228,12 @@ def _load_task(manager: Any, name: str, data: str | None) -> list[Any]:
     except ImportError as error:
         raise InputError(f"task {name}: {error}; pip install 'eabf-jax[harness]' has what LongBench needs") from error
     except (DatasetsError, OSError) as error:
-        place = (
-            "put LongBench's jsonl files into a directory and name it with --data, or "
-            if name in longbench.TASKS
-            else ""
-        )
+        first = "put LongBench's jsonl files into a directory and name it with --data, or "
         entry = manager.task_index[name].cfg or {}
         source = " ".join(str(entry[key]) for key in ("dataset_path", "dataset_name") if entry.get(key))
         raise InputError(
-            f"task {name}: its dataset {source or 'of one of its tasks'} cannot be had ({str(error)[:120]}): {place}put a "
+            f"task {name}: its dataset {source or 'of one of its tasks'} cannot be had ({str(error)[:120]}): "
+            f"{first if name in longbench.TASKS else ''}put a "
             "task file with dataset_path: json and dataset_kwargs: {data_files: {test: FILE}} into a directory for "
             "--include-path"
         ) from error
@@ -302,19 +300,20 @@ def evaluate(model: Any, tasks: dict[str, list[Any]], arguments: argparse.Namesp
 
     templated = [name for name in tasks if arguments.apply_chat_template and name not in longbench.FEW_SHOT]
     plain = [name for name in tasks if name not in templated]
-    return [
-        simple_evaluate(
-            model=model,
-            tasks=[task for name in names for task in tasks[name]],
-            num_fewshot=arguments.num_fewshot,
-            limit=arguments.limit,
-            apply_chat_template=names is templated,
-            fewshot_as_multiturn=names is templated,
-            bootstrap_iters=_RESAMPLES,
-        )
-        for names in (templated, plain)
-        if names
-    ]
+    with contextlib.redirect_stdout(sys.stderr):  # it tells there what it is doing
+        return [
+            simple_evaluate(
+                model=model,
+                tasks=[task for name in names for task in tasks[name]],
+                num_fewshot=arguments.num_fewshot,
+                limit=arguments.limit,
+                apply_chat_template=names is templated,
+                fewshot_as_multiturn=names is templated,
+                bootstrap_iters=_RESAMPLES,
+            )
+            for names in (templated, plain)
+            if names
+        ]
 
 
 def _scores(label: str, window: int, result: dict[str, Any]) -> list[Score]:
@@ -376,9 +375,9 @@ def table(report: Report) -> Table:
         grid.add_section()
         grid.add_row(longbench.GROUP, "macro average", *(means.get(column, "") for column in columns), style="bold")
         for method, reported in longbench.PAPER.items():
-            cells = [str(reported.get(window, "")) for _, window in columns]
-            if any(cells):
-                grid.add_row(f"paper, {method}", "macro average", *cells)
+            given = [str(reported.get(window, "")) for _, window in columns]
+            if any(given):
+                grid.add_row(f"paper, {method}", "macro average", *given)
         grid.caption = f"paper: {longbench.SOURCE}"
     return grid
 

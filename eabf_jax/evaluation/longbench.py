@@ -1,7 +1,7 @@
 """LongBench as the paper runs it: its twelve tasks, and what it reports for them."""
 
-from statistics import fmean
 from collections.abc import Mapping
+from statistics import fmean
 
 # lm-evaluation-harness' name -> LongBench's own, which is also that of its file. The order is the paper's.
 TASKS = {
