@@ -234,7 +234,7 @@ class EabfLM(TemplateLM):
                 batch = order[start : start + self._rows]
                 log_probs, is_greedy = self._scoring()([rows[index] for index in batch], self._rows)
                 for number, index in enumerate(batch):
-                    key, _, continuation = requests[index]
+                    key, continuation = requests[index][0], requests[index][2]
                     scored = slice(len(rows[index]) - 1 - len(continuation), len(rows[index]) - 1)
                     total = float(log_probs[number, scored].sum(dtype=np.float64))
                     found[index] = total, bool(is_greedy[number, scored].all())
