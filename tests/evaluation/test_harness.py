@@ -27,6 +27,7 @@ from eabf_jax.evaluation import harness, harness_command, longbench
 from eabf_jax.evaluation.harness import EabfLM
 from eabf_jax.evaluation.harness_command import Report, Score, load_tasks, table
 from eabf_jax.interop.tokenizer import load_tokenizer
+from eabf_jax.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "assets/tiny")
@@ -50,6 +51,14 @@ def quick_compilation() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_devices() -> Iterator[None]:
+    """Or twice as many as share the heads: after each token all wait for each other, on few cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[: 2 * mesh.tensor]))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """The task files name their documents from there."""
@@ -63,7 +72,7 @@ def hf() -> HFLM:
 
 @pytest.fixture(scope="module")
 def ours() -> EabfLM:
-    return EabfLM(TINY, dtype="float32", window=WINDOW)
+    return EabfLM(TINY, dtype="float32", window=WINDOW, batch_size=4)
 
 
 def request(kind: str, *arguments: Any) -> Instance:
@@ -98,7 +107,18 @@ def test_every_kind_of_task_scores_as_with_the_hf_backend(
     names = [longbench.GROUP, *LOCAL]
     assert not evaluate(
         *("--model", f"tiny={TINY}", "--tasks", ",".join(names), "--include-path", TASKS, "--data", DATA),
-        *("--windows", str(WINDOW), "--truncate", "left", "--json", str(report), "--output", str(output)),
+        *(
+            "--windows",
+            str(WINDOW),
+            "--batch-size",
+            "4",
+            "--truncate",
+            "left",
+            "--json",
+            str(report),
+            "--output",
+            str(output),
+        ),
     )
     figures = json.loads(report.read_text())
     found = {(score["task"], score["metric"]): score for score in figures["scores"]}
@@ -223,7 +243,7 @@ def test_windows_and_chat_templates_on_the_command_line(tmp_path: Path, capsys: 
     assert not evaluate(
         *("--model", f"t i={TINY}@{{type: eabf, base: 100000, pretrained_window: 64}}", "--windows", "80,160"),
         *("--tasks", "longbench_2wikimqa,longbench_trec,local_group", "--data", DATA, "--include-path", TASKS),
-        *("--limit", "1", "--apply-chat-template", "--json", str(report), "--output", str(output)),
+        *("--limit", "1", "--batch-size", "4", "--apply-chat-template", "--json", str(report), "--output", str(output)),
     )
     figures = json.loads(report.read_text())
     assert {score["window"] for score in figures["scores"]} == {80, 160} and figures["macro_averages"] == []
