@@ -4,6 +4,7 @@ The model is assets/tiny; the tasks are LongBench's as the harness defines them,
 of the kinds that LongBench has not. benchmarks/harness_parity.py does the same on SmolLM2.
 """
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from rich.console import Console
 
 from eabf_jax import cli, load
@@ -318,6 +320,8 @@ def test_special_tokens_are_left_out_of_text() -> None:
 def test_lm_evals_own_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     """With the model type `eabf`, whose scheme comes as JSON."""
     monkeypatch.setattr(harness, "use_every_core", lambda: None)  # JAX has begun
+    # To read all of the harness' own task files takes half a minute.
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
     model = {"pretrained": TINY, "dtype": "float32", "rope": {"type": "pi", "factor": 4}}
     line = ["lm_eval", "--model", "eabf", "--model_args", json.dumps(model), "--tasks", "local_last_word"]
     monkeypatch.setattr("sys.argv", [*line, "--include_path", TASKS, "--output_path", str(tmp_path)])
