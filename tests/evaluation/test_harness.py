@@ -94,10 +94,10 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return lines[0]
 
 
-def with_short_answers(*arguments: Any) -> dict[str, list[Any]]:
+def with_short_answers(*arguments: Any, tokens: int = ANSWER) -> dict[str, list[Any]]:
     tasks = load_tasks(*arguments)
     for task in (tasks[name][0] for name in tasks if name in longbench.TASKS):
-        task.set_config("generation_kwargs", {"max_gen_toks": ANSWER}, update=True)
+        task.set_config("generation_kwargs", {"max_gen_toks": tokens}, update=True)
     return tasks
 
 
@@ -239,16 +239,19 @@ def test_chat_templates(hf: HFLM, ours: EabfLM, tmp_path: Path) -> None:
     assert EabfLM(str(other)).apply_chat_template(history) == "[user]Hi[assistant]Hello[user]And?[assistant]"
 
 
-def test_windows_and_chat_templates_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Few-shot prompts stay as they are; shorter windows cut more."""
+def test_windows_and_chat_templates_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Few-shot prompts stay as they are."""
+    monkeypatch.setattr(harness_command, "load_tasks", functools.partial(with_short_answers, tokens=8))
     report, output = tmp_path / "figures.json", tmp_path / "samples"
     assert not evaluate(
-        *("--model", f"t i={TINY}@{{type: eabf, base: 100000, pretrained_window: 64}}", "--windows", "80,160"),
+        *("--model", f"t i={TINY}@{{type: eabf, base: 100000, pretrained_window: 64}}", "--windows", "80,96"),
         *("--tasks", "longbench_2wikimqa,longbench_trec,local_group", "--data", DATA, "--include-path", TASKS),
         *("--limit", "1", "--batch-size", "4", "--apply-chat-template", "--json", str(report), "--output", str(output)),
     )
     figures = json.loads(report.read_text())
-    assert {score["window"] for score in figures["scores"]} == {80, 160} and figures["macro_averages"] == []
+    assert {score["window"] for score in figures["scores"]} == {80, 96} and figures["macro_averages"] == []
     assert {score["task"] for score in figures["scores"]} == {
         "longbench_2wikimqa", "longbench_trec", "local_group", "local_choice", "local_last_word",
     }  # fmt: skip
