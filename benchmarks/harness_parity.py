@@ -37,14 +37,15 @@ def measure(model: Path) -> dict[str, Any]:
     from eabf_jax.evaluation.longbench import GROUP
 
     os.chdir(ROOT)  # the task files name their documents from there
-    arguments = argparse.Namespace(apply_chat_template=True, num_fewshot=None, limit=None)
+    tasks_of = "tests/evaluation/harness_tasks"
+    arguments = argparse.Namespace(apply_chat_template=True, num_fewshot=None, limit=None, include_path=tasks_of)
     names = (GROUP, *LOCAL)
     results = {}
     for backend, lm in (
         ("ours", EabfLM(str(model), dtype="float32", window=WINDOW)),
         ("hf", HFLM(pretrained=str(model), device="cpu", dtype="float32", max_length=WINDOW)),
     ):
-        tasks = load_tasks(names, "tests/evaluation/harness_tasks", "tests/evaluation/longbench")
+        tasks = load_tasks(names, tasks_of, "tests/evaluation/longbench")
         found = evaluate(lm, tasks, arguments)
         results[backend] = {
             task: (figures, samples)

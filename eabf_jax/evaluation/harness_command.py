@@ -310,6 +310,7 @@ def evaluate(model: Any, tasks: dict[str, list[Any]], arguments: argparse.Namesp
                 apply_chat_template=names is templated,
                 fewshot_as_multiturn=names is templated,
                 bootstrap_iters=_RESAMPLES,
+                task_manager=_task_manager(arguments.include_path),
             )
             for names in (templated, plain)
             if names

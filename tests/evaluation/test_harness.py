@@ -126,7 +126,10 @@ def test_every_kind_of_task_scores_as_with_the_hf_backend(
     found = {(score["task"], score["metric"]): score for score in figures["scores"]}
     tasks = with_short_answers(names, TASKS, DATA)
     expected = simple_evaluate(
-        model=hf, tasks=[task for members in tasks.values() for task in members], bootstrap_iters=0
+        model=hf,
+        tasks=[task for members in tasks.values() for task in members],
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_path=TASKS, include_defaults=False),
     )
     assert set(expected["results"]) == {*longbench.TASKS, *LOCAL}
     for task, metrics in expected["results"].items():
