@@ -170,18 +170,30 @@ def _retrieval(name: str, task: Any, arguments: list[str]) -> None:
     _report(parsed, command.table(found), command.as_json(found, parsed), draw)
 
 
+def _harness(arguments: list[str]) -> None:
+    from eabf_jax.evaluation import harness_command as command
+
+    parser = ArgumentParser("eabf evaluate harness", description=EVALUATIONS["harness"].summary)
+    command.add_arguments(parser)
+    parsed = _parse_evaluation(parser, arguments)
+    report = command.run(parsed)
+    _report(parsed, command.table(report), command.as_json(report, parsed))
+
+
 def _parse_evaluation(parser: ArgumentParser, arguments: list[str]) -> argparse.Namespace:
     """What every evaluation does before JAX is first used."""
     from eabf_jax.parallel.mesh import use_every_core
 
     parsed = parser.parse_args(arguments)
     _check_file("--json", parsed.json)
-    _check_file("--figure", parsed.figure, (".png", ".svg", ".pdf"))
+    _check_file("--figure", getattr(parsed, "figure", None), (".png", ".svg", ".pdf"))
     use_every_core()
     return parsed
 
 
-def _report(parsed: argparse.Namespace, table: Any, figures: dict[str, Any], draw: Callable[[Path], None]) -> None:
+def _report(
+    parsed: argparse.Namespace, table: Any, figures: dict[str, Any], draw: Callable[[Path], None] | None = None
+) -> None:
     """Shows an evaluation's table, and writes the files that were asked for."""
     from rich.console import Console
 
@@ -191,7 +203,7 @@ def _report(parsed: argparse.Namespace, table: Any, figures: dict[str, Any], dra
     if parsed.json:
         write_json(Path(parsed.json), {**figures, "table": shown(table)})
         print(f"figures: {parsed.json}")
-    if parsed.figure:
+    if draw and parsed.figure:
         draw(Path(parsed.figure))
         print(f"picture: {parsed.figure}")
 
@@ -238,7 +250,7 @@ COMMANDS = {
     "train": Command("run a training configuration (the same as train.py)", _train),
     "compile": Command("predict a train step's memory, or compile it for a TPU slice without a TPU", _compile),
     "generate": Command("continue texts, or keep a conversation", _generate),
-    "evaluate": Command("measure models: perplexity, passkey, line-retrieval", _evaluate),
+    "evaluate": Command("measure models: perplexity, passkey, line-retrieval, harness", _evaluate),
 }
 
 
@@ -247,6 +259,7 @@ EVALUATIONS = {
     "perplexity": Command("loss by band of positions, or perplexity of sliding windows", _perplexity),
     "passkey": Command("find a number in a long text, at any length and depth", _passkey),
     "line-retrieval": Command("find one line's number in a long record of lines", _line_retrieval),
+    "harness": Command("tasks of lm-evaluation-harness, LongBench's first", _harness),
 }
 
 

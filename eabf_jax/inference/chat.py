@@ -52,13 +52,14 @@ def chat_format(tokenizer: Tokenizer, template: str | None = None) -> Format:
     return Format(lambda turns: tokenizer.encode(render(source, turns, tokenizer), special=True), tokenizer.eos_ids)
 
 
-def render(source: str, turns: Sequence[Turn], tokenizer: Tokenizer) -> str:
+def render(source: str, turns: Sequence[Turn], tokenizer: Tokenizer, *, add_generation_prompt: bool = True) -> str:
     """Renders a conversation as transformers' `apply_chat_template` does, up to where the assistant answers.
 
     Args:
       source: the template, in Jinja. It comes with the model, so it is run in a sandbox.
       turns: the conversation so far.
       tokenizer: for the names of its special tokens.
+      add_generation_prompt: whether the template is to write what opens the assistant's answer.
 
     Returns:
       The text.
@@ -74,7 +75,8 @@ def render(source: str, turns: Sequence[Turn], tokenizer: Tokenizer) -> str:
     }
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     try:
-        return environment.from_string(source).render(messages=messages, add_generation_prompt=True, **names)
+        template = environment.from_string(source)
+        return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise InputError(
             f"the model's chat template does not take this conversation: {error}; --template names another"

@@ -105,16 +105,17 @@ class Tokenizer:
         """
         return self._backend.encode(text, special)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Turns ids into text; special tokens appear as their names, ids outside the vocabulary as nothing.
+    def decode(self, ids: Iterable[int], *, special: bool = True) -> str:
+        """Turns ids into text; ids outside the vocabulary appear as nothing.
 
         Args:
           ids: token ids.
+          special: whether special tokens appear as their names; else as nothing.
 
         Returns:
           The text.
         """
-        return self._backend.decode([int(i) for i in ids if 0 <= int(i) < self.vocab_size])
+        return self._backend.decode([int(i) for i in ids if 0 <= int(i) < self.vocab_size], special)
 
     def token_id(self, piece: str) -> int | None:
         """The id of one piece of the vocabulary (or special token), None where there is no such piece."""
@@ -193,8 +194,8 @@ class _JsonBackend:
         """The special tokens that the file sets before a text."""
         return self._parsing.encode("", add_special_tokens=True).ids[:1]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._parsing.decode(ids, skip_special_tokens=False)
+    def decode(self, ids: Sequence[int], special: bool) -> str:
+        return self._parsing.decode(ids, skip_special_tokens=not special)
 
     def token_id(self, piece: str) -> int | None:
         return self._parsing.token_to_id(piece)
@@ -231,6 +232,7 @@ class _SentencePieceBackend:
         for text, (i, special) in _added_tokens(path.parent, settings).items():
             (specials if special else always)[text] = i
         self._special = {**always, **specials}
+        self._silent = frozenset(specials.values())
         self._names = {i: text for text, i in self._special.items()}
         self._split_special = _splitter(self._special)
         self._split_always = _splitter(always)
@@ -256,11 +258,13 @@ class _SentencePieceBackend:
         """The special token that LLaMA's tokenizer sets before a text."""
         return [self.special_ids[role] for role in ("bos",) if role in self.special_ids]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], special: bool) -> str:
+        if not special:
+            ids = [i for i in ids if i not in self._silent]
         parts: list[str] = []
-        for special, group in groupby(ids, key=lambda i: i in self._names):
+        for is_named, group in groupby(ids, key=lambda i: i in self._names):
             members = list(group)
-            parts.extend(self._names[i] for i in members) if special else parts.append(self._following.decode(members))
+            parts.extend(self._names[i] for i in members) if is_named else parts.append(self._following.decode(members))
         text = "".join(parts)
         return text.removeprefix(" ") if ids and ids[0] not in self._names else text
 

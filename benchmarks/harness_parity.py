@@ -1,0 +1,120 @@
+"""lm-evaluation-harness with our model class against its own Hugging Face backend: same requests, same results.
+
+python benchmarks/harness_parity.py --model DIR --json benchmarks/results/harness_parity_smollm2_cpu.json
+
+DIR is a Hugging Face directory, such as `python convert/from_gguf.py` makes of SmolLM2-135M-Instruct's GGUF file. The
+tasks are LongBench's twelve as the harness defines them, on short documents of our own, with the prompts in the model's
+chat template where LongBench sets them into one; and local ones for log-likelihoods. Both in float32, greedy.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCAL = ("local_choice", "local_last_word", "local_rolling")
+# Whole windows of the texts to be scored, so that some take several.
+WINDOW = 2048
+
+
+def measure(model: Path) -> dict[str, Any]:
+    """Runs every task with both.
+
+    Args:
+      model: a Hugging Face directory.
+
+    Returns:
+      For each task the scores of both, and how far the answers to its requests agree.
+    """
+    import lm_eval
+    import transformers
+    from lm_eval.models.huggingface import HFLM
+
+    from eabf_jax.evaluation.harness import EabfLM
+    from eabf_jax.evaluation.harness_command import evaluate, load_tasks
+    from eabf_jax.evaluation.longbench import GROUP
+
+    os.chdir(ROOT)  # the task files name their documents from there
+    tasks_of = "tests/evaluation/harness_tasks"
+    arguments = argparse.Namespace(apply_chat_template=True, num_fewshot=None, limit=None, include_path=tasks_of)
+    names = (GROUP, *LOCAL)
+    results = {}
+    for backend, lm in (
+        ("ours", EabfLM(str(model), dtype="float32", window=WINDOW)),
+        ("hf", HFLM(pretrained=str(model), device="cpu", dtype="float32", max_length=WINDOW)),
+    ):
+        tasks = load_tasks(names, tasks_of, "tests/evaluation/longbench")
+        found = evaluate(lm, tasks, arguments)
+        results[backend] = {
+            task: (figures, samples)
+            for result in found
+            for task, figures, samples in (
+                (task, result["results"][task], result["samples"][task]) for task in result["samples"]
+            )
+        }
+    rows = [_compared(task, results["ours"][task], results["hf"][task]) for task in results["hf"]]
+    return {
+        "model": model.name,
+        "dtype": "float32",
+        "window": WINDOW,
+        "equal": all(row["equal"] for row in rows),
+        "versions": {"lm-eval": lm_eval.__version__, "transformers": transformers.__version__},
+        "tasks": rows,
+    }
+
+
+def _compared(task: str, ours: tuple[dict, list], theirs: tuple[dict, list]) -> dict[str, Any]:
+    metrics = {
+        key.removesuffix(",none"): (ours[0][key], value)
+        for key, value in theirs[0].items()
+        if key.endswith(",none") and "_stderr" not in key
+    }
+    answers = [
+        (mine, reference)
+        for own, other in zip(ours[1], theirs[1], strict=True)
+        for (mine,), (reference,) in zip(own["resps"], other["resps"], strict=True)
+    ]
+    same_requests = all(own["arguments"] == other["arguments"] for own, other in zip(ours[1], theirs[1], strict=True))
+    row: dict[str, Any] = {"task": task, "requests": len(answers), "same_requests": same_requests}
+    if isinstance(answers[0][0], str):
+        row["same_texts"] = sum(mine == reference for mine, reference in answers)
+        row["equal"] = same_requests and row["same_texts"] == len(answers)
+    else:
+        pairs = [
+            (mine, reference) if isinstance(mine, tuple) else ((mine,), (reference,)) for mine, reference in answers
+        ]
+        row["largest_difference"] = max(abs(mine[0] - reference[0]) for mine, reference in pairs)
+        row["log_likelihoods"] = [reference[0] for _, reference in pairs]
+        # Float32 sums in two orders, of up to some hundred tokens.
+        row["equal"] = same_requests and all(
+            mine[1:] == reference[1:] and abs(mine[0] - reference[0]) <= 2e-5 * max(1, abs(reference[0]))
+            for mine, reference in pairs
+        )
+    row["scores"] = {name: {"ours": mine, "hf": reference} for name, (mine, reference) in metrics.items()}
+    print(f"{'equal' if row['equal'] else 'DIFFERENT'}: {task}, {len(answers)} requests", flush=True)
+    return row
+
+
+def main() -> None:
+    from eabf_jax.interop.directory import write_json
+    from eabf_jax.parallel.mesh import use_every_core
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    json = arguments.json and arguments.json.absolute()
+    use_every_core()
+    figures = measure(arguments.model.absolute())
+    if json:
+        write_json(json, figures)
+    if not figures["equal"]:
+        sys.exit("the answers differ")
+
+
+if __name__ == "__main__":
+    from eabf_jax.cli import run
+
+    run(main)

@@ -1,0 +1,472 @@
+"""The model class with which lm-evaluation-harness runs our models.
+
+`python -m eabf_jax.evaluation.harness` is the harness' own command line with the model type `eabf`: the harness looks
+third-party models up nowhere, so that somebody has to import this module first.
+
+What the harness' Hugging Face backend computes for a request, this computes too: the same tokens, the same text, the
+same sums. Cutting prompts in the middle is the one thing added.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+from jaxtyping import Array, Bool, Float, Int
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import (
+    Collator,
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+    truncate_tokens,
+)
+from tqdm import tqdm
+
+from eabf_jax.data.chat import Turn
+from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.evaluation.command import parse_entry
+from eabf_jax.inference import Generator, Sampling, placement
+from eabf_jax.inference.chat import render
+from eabf_jax.inference.command import TRUNCATIONS
+from eabf_jax.interop.loading import load, read_config
+from eabf_jax.interop.tokenizer import load_tokenizer
+from eabf_jax.model.llama import Llama, logits
+from eabf_jax.parallel.mesh import MeshConfig, make_mesh, use_every_core
+from eabf_jax.parallel.rules import (
+    activation_constraint,
+    batch_sharding,
+    batch_ways,
+    parameter_shardings,
+    sharded_attention,
+)
+
+# Settings of `generate_until` that change how tokens are drawn.
+_DRAWING = ("temperature", "top_k", "top_p", "repetition_penalty")
+# Positions of a row whose logits exist at a time.
+_CHUNK = 1024
+
+
+@register_model("eabf")
+class EabfLM(TemplateLM):
+    """A model directory as lm-evaluation-harness sees it: text in; log-likelihoods or text out."""
+
+    def __init__(
+        self,
+        pretrained: str,
+        rope: str | Mapping[str, Any] | None = None,
+        dtype: str = "bfloat16",
+        batch_size: int | str = 1,
+        window: int | None = None,
+        truncate: str = "left",
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        tensor: int = 1,
+        max_gen_toks: int = 256,
+        seed: int = 0,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ):
+        """Loads the model.
+
+        Args:
+          pretrained: a Hugging Face or native directory; after @ a rotary scheme, as YAML, to use instead of its own.
+          rope: that scheme by itself: a mapping, or YAML.
+          dtype: bfloat16, float16 or float32.
+          batch_size: requests that each device takes at a time; `tensor` devices count as one.
+          window: most tokens of a prompt and what is made or scored after it; None for the model's own.
+          truncate: longer prompts lose their "middle", or their "left" end as in the harness' other backends.
+          add_bos_token: whether texts begin with the tokenizer's first token; None asks the tokenizer.
+          prefix_token_id: what comes before a text that nothing precedes; None for the token that begins a text, or
+            else the one that ends it.
+          tensor: devices that share the model's heads.
+          max_gen_toks: most new tokens where a task does not say.
+          seed: of the first draw, where a task draws; each further request takes the next number.
+          max_batch_size, device: the harness hands them to every model. JAX takes the devices that there are.
+
+        Raises:
+          InputError: as `load`; no tokenizer; a number or a name that makes no sense.
+        """
+        super().__init__()
+        entry = parse_entry(pretrained)
+        self._directory, self._dtype = entry.directory, dtype
+        self._rope = entry.rope if rope is None else _mapping(rope)
+        self.batch_size = _positive("batch_size", batch_size)
+        if truncate not in TRUNCATIONS:
+            raise unknown_name("truncate", truncate, TRUNCATIONS)
+        self._truncate = truncate
+        self.tokenizer = load_tokenizer(self._directory)
+        self._add_bos = self.tokenizer.adds_bos if add_bos_token is None else bool(add_bos_token)
+        self._prefix = prefix_token_id
+        if self.prefix_token_id is None or self.eot_token_id is None:
+            raise InputError(f"{self._directory}: its tokenizer names no token that ends a text, which scoring needs")
+        config = read_config(self._directory)
+        self.window: int = config.max_position_embeddings if window is None else _positive("window", window)
+        self.max_gen_toks = _positive("max_gen_toks", max_gen_toks)
+        self._seed = int(seed)
+        if jax.device_count() % _positive("tensor", tensor):
+            raise InputError(f"tensor is {tensor}, which does not divide the {jax.device_count()} devices at hand")
+        self._mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=int(tensor)))
+        placement.check(self._mesh, config)
+        self._model: Llama | None = self._load()
+        self._scorer: _Scorer | None = None
+        self._generator: Generator | None = None
+
+    def _load(self) -> Llama:
+        return load(self._directory, rope=self._rope, dtype=self._dtype)[0]
+
+    def _take_model(self) -> Llama:
+        """The loaded model, for the one thing that is going to hold its weights."""
+        model, self._model = self._model or self._load(), None
+        return model
+
+    def _scoring(self) -> "_Scorer":
+        if self._scorer is None:
+            self._generator = None  # the device need not hold the weights twice
+            self._scorer = _Scorer(self._take_model(), self._mesh)
+        return self._scorer
+
+    def _generating(self) -> Generator:
+        if self._generator is None:
+            self._scorer = None
+            self._generator = Generator(self._take_model(), mesh=self._mesh)
+        return self._generator
+
+    @property
+    def _rows(self) -> int:
+        """Requests of a batch, over all devices."""
+        return self.batch_size * batch_ways(self._mesh)
+
+    @property
+    def max_length(self) -> int:
+        """The window, under the harness' name."""
+        return self.window
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self.tokenizer.eos_id  # type: ignore[return-value]  # checked at the start
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text that nothing precedes."""
+        if self._prefix is not None:
+            return self._prefix
+        return self.eot_token_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness' cache of requests tells tokenizers apart by."""
+        return self._directory.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Turns text into ids; what it says of special tokens, such as `<s>`, becomes these tokens.
+
+        Args:
+          string: the text.
+          add_special_tokens: whether the token that begins a text is put before it. None asks the model's setting, and
+            never doubles a token that is there.
+
+        Returns:
+          The token ids.
+        """
+        ids = self.tokenizer.encode(string, special=True)
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id]))
+        opens = add_special_tokens and self._add_bos and self.tokenizer.bos_id is not None
+        return [self.tokenizer.bos_id, *ids] if opens else ids  # type: ignore[list-item]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Renders a conversation by the model's own template, without its system prompt where the template refuses it.
+
+        Args:
+          chat_history: messages with role and content.
+          add_generation_prompt: whether the text ends where the assistant begins to answer; else it ends with the last
+            message, for the model to go on with.
+
+        Returns:
+          The text.
+        Raises:
+          InputError: no template, or one that refuses the conversation.
+        """
+        source = self.tokenizer.chat_template
+        if source is None:
+            raise InputError(f"{self._directory} has no chat template, which --apply-chat-template needs; leave it out")
+        turns = [Turn(message["role"], message["content"]) for message in chat_history]  # type: ignore[arg-type]
+        try:
+            text = render(source, turns, self.tokenizer, add_generation_prompt=add_generation_prompt)
+        except InputError:
+            spoken = [turn for turn in turns if turn.role != "system"]
+            text = render(source, spoken, self.tokenizer, add_generation_prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = turns[-1].text
+        begin = text.rindex(last.strip())
+        return text[: begin + len(last if text.startswith(last, begin) else last.strip())]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Scores continuations.
+
+        Args:
+          requests: what the harness' cache knows the request by, the context's tokens, and the continuation's.
+          disable_tqdm: whether to show no progress.
+
+        Returns:
+          For each, the sum of its tokens' log-probabilities, and whether each is the likeliest.
+        Raises:
+          InputError: a continuation longer than the window.
+        """
+        rows = [self._fit(context, continuation) for _, context, continuation in requests]
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        with tqdm(total=len(rows), disable=disable_tqdm, desc="scoring") as bar:
+            for start in range(0, len(order), self._rows):
+                batch = order[start : start + self._rows]
+                log_probs, is_greedy = self._scoring()([rows[index] for index in batch], self._rows)
+                for number, index in enumerate(batch):
+                    key, continuation = requests[index][0], requests[index][2]
+                    scored = slice(len(rows[index]) - 1 - len(continuation), len(rows[index]) - 1)
+                    total = float(log_probs[number, scored].sum(dtype=np.float64))
+                    found[index] = total, bool(is_greedy[number, scored].all())
+                    if key is not None:
+                        self.cache_hook.add_partial("loglikelihood", key, found[index])
+                bar.update(len(batch))
+        return found
+
+    def _fit(self, context: list[int], continuation: list[int]) -> list[int]:
+        """Context and continuation as one row, of which the model reads all but the last token."""
+        room = self.window + 1 - len(continuation)
+        if room < 1:
+            raise InputError(f"a continuation of {len(continuation)} tokens exceeds the window of {self.window}")
+        if len(context) > room:
+            context = truncate_tokens(context, room, side=self._truncate)
+        return [*context, *continuation]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Scores whole texts, window by window.
+
+        Args:
+          requests: instances of the harness, whose argument is a text.
+          disable_tqdm: whether to show no progress.
+
+        Returns:
+          For each, the sum of its tokens' log-probabilities.
+        """
+        owners, windows = [], []
+        for number, request in enumerate(requests):
+            pairs = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.window,
+                context_len=1,
+            )
+            for pair in pairs:
+                owners.append(number)
+                windows.append((None, *utils.make_disjoint_window(pair)))
+        totals = [0.0] * len(requests)
+        for owner, (log_prob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[owner] += log_prob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continues texts.
+
+        Args:
+          requests: instances of the harness, whose arguments are a text and how to continue it.
+          disable_tqdm: whether to show no progress.
+
+        Returns:
+          The continuations, each up to what was to end it.
+        Raises:
+          InputError: a setting that we do not have, or no room for a prompt in the window.
+        """
+        asked = [(self.tok_encode(context), settings, context) for context, settings in (r.args for r in requests)]
+        # By settings, and within the same settings by length.
+        collator = Collator(
+            asked,
+            sort_fn=lambda item: (-len(item[0]), item[2]),
+            group_by="gen_kwargs",
+            group_fn=lambda item: item[1],
+        )
+        texts: list[str] = []
+        before: tuple[Any, int] = (None, 0)
+        with tqdm(total=len(asked), disable=disable_tqdm, desc="generating") as bar:
+            for batch in collator.get_batched(n=self._rows):
+                settings = batch[0][1]
+                # The last batch of several is filled up, so that nothing is compiled for its size alone.
+                size = before[1] if before[0] == settings else len(batch)
+                made = self._continue([tokens for tokens, *_ in batch], settings, size, self._seed + len(texts))
+                for (_, _, context), text in zip(batch, made, strict=True):
+                    self.cache_hook.add_partial("generate_until", (context, settings), text)
+                before = settings, size
+                texts += made
+                bar.update(len(batch))
+        return collator.get_original(texts)
+
+    def _continue(self, prompts: Sequence[list[int]], settings: Mapping[str, Any], size: int, seed: int) -> list[str]:
+        """Continues prompts of the same settings, as a batch of a given size."""
+        options: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), self.max_gen_toks))
+        new = options.pop("max_gen_toks")
+        until = handle_stop_sequences(options.pop("until"), eos=self.tokenizer.decode([self.eot_token_id]))
+        sampling = _sampling(options)
+        room = self.window - new
+        if room < 2:
+            raise InputError(f"{new} new tokens, which the task asks for, leave no room in a window of {self.window}")
+        fitted = [self._cut(prompt or [self.prefix_token_id], room) for prompt in prompts]
+        stream = self._generating().stream(
+            [*fitted, *fitted[-1:] * (size - len(fitted))],
+            new,
+            sampling=sampling,
+            seeds=range(seed, seed + size),
+            stop_tokens=tuple(dict.fromkeys((*self.tokenizer.eos_ids, self.eot_token_id))),
+        )
+        for completions in stream:
+            whole = [self.tokenizer.decode(completion.tokens, special=False) for completion in completions]
+            texts = [postprocess_generated_text(text, until, None) for text in whole]
+            if all(
+                completion.finish or len(text) < len(made)
+                for completion, text, made in zip(completions, texts, whole, strict=True)
+            ):
+                break
+        return texts[: len(prompts)]
+
+    def _cut(self, prompt: list[int], room: int) -> list[int]:
+        return prompt if len(prompt) <= room else truncate_tokens(prompt, room, side=self._truncate)
+
+
+class _Scorer:
+    """Log-probabilities of the tokens of rows, on all devices."""
+
+    def __init__(self, model: Llama, mesh: jax.sharding.Mesh):
+        self._mesh = mesh
+        template = Llama.abstract(
+            model.config,
+            dtype=model.dtype,
+            param_dtype=model.dtype,
+            attention=sharded_attention(mesh, model.attention, model.config.num_key_value_heads),
+            constrain=activation_constraint(mesh),
+        )
+        params = model.parameters()
+        # They travel as arguments: closed over, they would be compiled into the program.
+        self._params = jax.device_put(params, parameter_shardings(mesh, params))
+        self._run: Callable[..., tuple[Array, Array]] = jax.jit(
+            lambda params, *arrays: token_scores(template.with_parameters(params), *arrays)
+        )
+
+    def __call__(self, rows: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores every token of every row but the first.
+
+        Args:
+          rows: token ids, at most `size` rows of any lengths from 2.
+          size: rows of the batch that is compiled for.
+
+        Returns:
+          Log-probabilities float32 and likeliest or not bool, [rows, longest - 1 or a little more].
+        """
+        width = _rounded(max(map(len, rows)) - 1)
+        inputs, targets = (np.zeros((size, width), np.int32) for _ in range(2))
+        # What fills a row stays at its last position, so that a scheme that follows the length takes the row's own.
+        positions = np.zeros((size, width), np.int32)
+        for number, row in enumerate(rows):
+            length = len(row) - 1
+            inputs[number, :length], targets[number, :length] = row[:-1], row[1:]
+            positions[number] = np.minimum(np.arange(width), length - 1)
+        arrays = jax.device_put((inputs, targets, positions), batch_sharding(self._mesh))
+        log_probs, is_greedy = self._run(self._params, *arrays)
+        return np.asarray(log_probs), np.asarray(is_greedy)
+
+
+def token_scores(
+    model: Llama, tokens: Int[Array, "B T"], targets: Int[Array, "B T"], positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """Scores the token after each token.
+
+    Args:
+      model: the model.
+      tokens: int32 [batch, length].
+      targets: int32 [batch, length], the token that follows each.
+      positions: int32 [batch, length], as for the model.
+
+    Returns:
+      Log-probabilities of the targets, float32 [batch, length], in nats; and whether each is the likeliest token.
+    """
+    hidden, kernel = model.hidden_states(tokens, positions), model.output_kernel()
+    size = math.gcd(tokens.shape[1], _CHUNK)
+
+    def chunks(x: Array) -> Array:
+        return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    def score(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+        scores = logits(chunk[0], kernel)
+        chosen = jnp.take_along_axis(scores, chunk[1][..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(scores, axis=-1), scores.argmax(-1) == chunk[1]
+
+    log_probs, is_greedy = jax.lax.map(score, (chunks(hidden), chunks(targets)))
+    return log_probs.swapaxes(0, 1).reshape(tokens.shape), is_greedy.swapaxes(0, 1).reshape(tokens.shape)
+
+
+def _rounded(length: int) -> int:
+    """The length, or up to a quarter more: four shapes from a power of two to the next."""
+    step = max(16, (1 << (length - 1).bit_length()) // 8)
+    return -(-length // step) * step
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    """How a task wants its tokens drawn."""
+    draws = options.pop("do_sample")
+    if options.pop("num_beams", 1) != 1:
+        raise InputError("a task asks for num_beams; expected 1, for there is no beam search")
+    for name in options:
+        if name not in _DRAWING:
+            raise unknown_name("generation setting", name, ("do_sample", "until", "max_gen_toks", *_DRAWING))
+    if not draws:
+        return Sampling(repetition_penalty=float(options.get("repetition_penalty", 1.0)))
+    return Sampling(**{name: type(getattr(Sampling, name))(value) for name, value in options.items()})
+
+
+def _positive(name: str, value: Any) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise InputError(f"{name} is {value!r}; a positive number is needed")
+    return number
+
+
+def _mapping(rope: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """A scheme's mapping, also from YAML."""
+    try:
+        values = yaml.safe_load(rope) if isinstance(rope, str) else rope
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, Mapping):
+        raise InputError(f"rope is {rope!r}; a scheme such as {{type: yarn, factor: 4}} is needed")
+    return values
+
+
+def main() -> None:
+    """lm-evaluation-harness' own command line, which knows the model type `eabf` here."""
+    from lm_eval.__main__ import cli_evaluate
+
+    use_every_core()
+    try:
+        cli_evaluate()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

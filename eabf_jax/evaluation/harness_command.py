@@ -1,0 +1,373 @@
+"""`eabf evaluate harness`: tasks of lm-evaluation-harness for models and windows side by side.
+
+The harness itself is imported only once a task is asked for: it is an extra.
+"""
+
+import argparse
+import contextlib
+import difflib
+import functools
+import importlib
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Column, Table
+
+from eabf_jax.errors import InputError
+from eabf_jax.evaluation import command, longbench
+from eabf_jax.evaluation.command import Entry
+from eabf_jax.inference.command import TRUNCATIONS
+from eabf_jax.interop.directory import new_directory
+from eabf_jax.interop.loading import read_config
+from eabf_jax.interop.tokenizer import load_tokenizer
+
+# Resamples for the error of figures without a formula for it, such as perplexity.
+_RESAMPLES = 1000
+# How many names like an unknown one are told.
+_NEAREST = 5
+
+
+class Score(NamedTuple):
+    """One figure."""
+
+    model: str  # its label
+    window: int
+    task: str
+    metric: str
+    value: float
+    standard_error: float | None  # over documents; None where the harness has no formula for it
+    documents: int | None  # None for a group of tasks
+
+
+class Report(NamedTuple):
+    """What `run` measured."""
+
+    scores: list[Score]
+    macro_averages: list[Score]  # of the twelve LongBench tasks, 0 to 100; empty where not all of them were run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command line."""
+    command.add_arguments(parser)
+    parser.add_argument(
+        "--tasks",
+        required=True,
+        metavar="NAME,...",
+        help=f"tasks, groups or tags of lm-evaluation-harness, with wildcards; {longbench.GROUP} stands for the "
+        "paper's twelve LongBench tasks",
+    )
+    parser.add_argument(
+        "--windows",
+        help="tokens that a prompt and its answer may have, e.g. 4096,8192,16384,32768: every task is run at each "
+        "(default: the model's own)",
+    )
+    parser.add_argument(
+        "--truncate",
+        choices=TRUNCATIONS,
+        default="middle",
+        help="cut longer prompts out of their middle (default, as the paper does), or from their left end",
+    )
+    parser.add_argument("--include-path", metavar="DIR", help="further task files (YAML), which go before the harness'")
+    parser.add_argument(
+        "--data", metavar="DIR", help="LongBench's own files (narrativeqa.jsonl, ...), where there is no network"
+    )
+    parser.add_argument("--limit", type=int, help="the first so many documents of each task (default: all)")
+    parser.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's)")
+    parser.add_argument("--tensor", type=int, default=1, help="devices that share the model's heads (default: 1)")
+    parser.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="set prompts into the model's chat template, but for LongBench's TREC, TriviaQA and SAMSum, as "
+        "LongBench does",
+    )
+    parser.add_argument("--output", metavar="DIR", help="write every request and answer here: model/window/task.jsonl")
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    """Runs every task with every model at every window.
+
+    Args:
+      arguments: as declared by `add_arguments`.
+
+    Returns:
+      The figures.
+    Raises:
+      InputError: the harness is not installed, no such task, a dataset that cannot be had, or as the model class.
+    """
+    entries = command.check(arguments, ("limit", "tensor"))
+    windows = _check(arguments, entries)
+    _import_harness()
+    tasks = load_tasks(arguments.tasks.split(","), arguments.include_path, arguments.data)
+    report = Report([], [])
+    if arguments.output is None:
+        _measure(arguments, entries, windows, tasks, report, None)
+    else:
+        with new_directory(arguments.output) as directory:
+            _measure(arguments, entries, windows, tasks, report, directory)
+    return report
+
+
+def _check(arguments: argparse.Namespace, entries: Sequence[Entry]) -> list[list[int]]:
+    """What is wrong is told before hours of work; the windows, by model."""
+    if arguments.num_fewshot is not None and arguments.num_fewshot < 0:
+        raise InputError(f"--num-fewshot {arguments.num_fewshot}: 0 or a positive number is needed")
+    for option in ("include_path", "data"):
+        value = getattr(arguments, option)
+        if value is not None and not Path(value).is_dir():
+            raise InputError(f"--{option.replace('_', '-')} {value}: no such directory")
+    own = []
+    for entry in entries:
+        own.append(read_config(entry.directory).max_position_embeddings)
+        if arguments.apply_chat_template and load_tokenizer(entry.directory).chat_template is None:
+            raise InputError(f"{entry.directory} has no chat template; leave --apply-chat-template out")
+    if arguments.windows is None:
+        return [[window] for window in own]
+    windows = command.numbers("--windows", arguments.windows, "numbers of tokens such as 4096,8192")
+    if min(windows) < 2:
+        raise InputError(f"--windows {arguments.windows}: numbers of tokens from 2 are needed")
+    return [windows] * len(entries)
+
+
+def _import_harness() -> None:
+    try:
+        importlib.import_module("lm_eval")
+    except ImportError as error:
+        raise InputError(
+            "lm-evaluation-harness is not installed: pip install 'eabf-jax[harness]', or pip install -e '.[harness]' "
+            "in a clone"
+        ) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about what this command settles
+    os.environ["DISABLE_MULTIPROC"] = "1"  # it would fork a process in which JAX runs
+
+
+def load_tasks(names: Sequence[str], include_path: str | None, data: str | None) -> dict[str, list[Any]]:
+    """Loads tasks with their datasets.
+
+    Args:
+      names: tasks, groups or tags, or patterns of them, or `longbench.GROUP`.
+      include_path: directory of further task files, or None.
+      data: directory of LongBench's jsonl files to be read in place of what the tasks name, or None.
+
+    Returns:
+      By name, the harness' tasks and groups that it stands for.
+    Raises:
+      InputError: no such task, packages that it needs, or a dataset that cannot be had.
+    """
+    manager = _task_manager(include_path)
+    found: dict[str, list[Any]] = {}
+    for name in names:
+        members = list(longbench.TASKS) if name == longbench.GROUP else manager.match_tasks([name])
+        if not members:
+            near = difflib.get_close_matches(name, [*manager.all_tasks, longbench.GROUP], n=_NEAREST)
+            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+            raise InputError(f"unknown task {name!r}: {hint}`lm-eval ls tasks` lists all, --include-path adds more")
+        for member in members:
+            found[member] = _load_task(manager, member, data)
+    return found
+
+
+@functools.cache
+def _task_manager(include_path: str | None) -> Any:
+    # It reads thousands of files, which takes seconds.
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
+def _load_task(manager: Any, name: str, data: str | None) -> list[Any]:
+    """The tasks that a name stands for, or the group."""
+    from datasets.exceptions import DatasetsError
+
+    spec: Any = name
+    if data is not None and name in longbench.TASKS:
+        path = Path(data) / f"{longbench.TASKS[name]}.jsonl"
+        if not path.is_file():
+            raise InputError(f"{path}: no such file, which {name} needs; it is in LongBench's data.zip")
+        # Only the members of a group can have something changed.
+        local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(path)}}}
+        spec = {"group": f"{name} of {data}", "task": [{"task": name, **local, "process_docs": _named_as_on_the_hub}]}
+    try:
+        loaded = manager.load([spec])
+    except ImportError as error:
+        raise InputError(f"task {name}: {error}; pip install 'eabf-jax[harness]' has what LongBench needs") from error
+    except (DatasetsError, OSError) as error:
+        first = "put LongBench's jsonl files into a directory and name it with --data, or "
+        entry = manager.task_index[name].cfg or {}
+        source = " ".join(str(entry[key]) for key in ("dataset_path", "dataset_name") if entry.get(key))
+        raise InputError(
+            f"task {name}: its dataset {source or 'of one of its tasks'} cannot be had ({str(error)[:120]}): "
+            f"{first if name in longbench.TASKS else ''}put a "
+            "task file with dataset_path: json and dataset_kwargs: {data_files: {test: FILE}} into a directory for "
+            "--include-path"
+        ) from error
+    return list(loaded["tasks"].values()) if isinstance(spec, dict) else _top(loaded)
+
+
+def _top(loaded: Any) -> list[Any]:
+    """Groups that no other group holds, else the tasks."""
+    inner = {child for children in loaded["group_map"].values() for child in children}
+    outer = [group for name, group in loaded["groups"].items() if name not in inner]
+    return outer or list(loaded["tasks"].values())
+
+
+def _named_as_on_the_hub(documents: Any) -> Any:
+    """LongBench's files call "input" what the harness' tasks, written for a copy on the hub, call "question"."""
+    return documents if "question" in documents.column_names else documents.rename_column("input", "question")
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    entries: Sequence[Entry],
+    windows: Sequence[Sequence[int]],
+    tasks: dict[str, list[Any]],
+    report: Report,
+    output: Path | None,
+) -> None:
+    from eabf_jax.evaluation.harness import EabfLM
+
+    for (label, directory, rope), lengths in zip(entries, windows, strict=True):
+        model = EabfLM(
+            directory,
+            rope=rope,
+            dtype=arguments.dtype,
+            batch_size=arguments.batch_size,
+            truncate=arguments.truncate,
+            tensor=arguments.tensor,
+        )
+        for window in lengths:
+            model.window = window
+            print(f"{label}, window {window:,}", file=sys.stderr)
+            results = evaluate(model, tasks, arguments)
+            scores = [score for result in results for score in _scores(label, window, result)]
+            report.scores.extend(scores)
+            own = {score.task: 100 * score.value for score in scores if score.metric == longbench.METRIC}
+            mean = longbench.macro_average(own)
+            if mean is not None:
+                report.macro_averages.append(Score(label, window, longbench.GROUP, "macro average", mean, None, None))
+            if output is not None:
+                _write_samples(output / _file_name(label) / str(window), results)
+
+
+def evaluate(model: Any, tasks: dict[str, list[Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs loaded tasks with one model, which may be any of the harness'.
+
+    Args:
+      model: an instance of the harness' LM.
+      tasks: from `load_tasks`.
+      arguments: as declared by `add_arguments`.
+
+    Returns:
+      What the harness' `simple_evaluate` says, for the tasks in a chat template and for those without one.
+    """
+    from lm_eval import simple_evaluate
+
+    templated = [name for name in tasks if arguments.apply_chat_template and name not in longbench.FEW_SHOT]
+    plain = [name for name in tasks if name not in templated]
+    with contextlib.redirect_stdout(sys.stderr):  # it tells there what it is doing
+        return [
+            simple_evaluate(
+                model=model,
+                tasks=[task for name in names for task in tasks[name]],
+                num_fewshot=arguments.num_fewshot,
+                limit=arguments.limit,
+                apply_chat_template=names is templated,
+                fewshot_as_multiturn=names is templated,
+                bootstrap_iters=_RESAMPLES,
+                task_manager=_task_manager(arguments.include_path),
+            )
+            for names in (templated, plain)
+            if names
+        ]
+
+
+def _scores(label: str, window: int, result: dict[str, Any]) -> list[Score]:
+    """The figures among what the harness says of tasks and groups."""
+    scores = []
+    for task, figures in result["results"].items():
+        documents = result["n-samples"].get(task, {}).get("effective")
+        for key, value in figures.items():
+            name, _, chosen = key.partition(",")
+            if not chosen or name.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            # The task's own name of the same figure says nothing more.
+            if task in longbench.TASKS and name != longbench.METRIC:
+                continue
+            error = figures.get(f"{name}_stderr,{chosen}")
+            scores.append(
+                Score(
+                    label,
+                    window,
+                    task,
+                    name if chosen == "none" else f"{name} ({chosen})",
+                    float(value),
+                    float(error) if isinstance(error, int | float) else None,
+                    documents,
+                )
+            )
+    return scores
+
+
+def _file_name(label: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", label)
+
+
+def _write_samples(directory: Path, results: Sequence[dict[str, Any]]) -> None:
+    from lm_eval.utils import handle_non_serializable
+
+    directory.mkdir(parents=True)
+    for result in results:
+        for task, samples in result["samples"].items():
+            lines = (json.dumps(sample, ensure_ascii=False, default=handle_non_serializable) for sample in samples)
+            (directory / f"{_file_name(task)}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def table(report: Report) -> Table:
+    """The figures for people: one row a figure, one column a model and window, the paper's below its tasks'."""
+    columns = list(dict.fromkeys((score.model, score.window) for score in report.scores))
+    heads = (f"{label}\n{window:,}" for label, window in columns)
+    grid = Table(Column("task", no_wrap=True), "metric", *heads, title="tasks of lm-evaluation-harness")
+    rows: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
+    for score in report.scores:
+        is_percent = score.task in longbench.TASKS
+        text = f"{100 * score.value:.1f}" if is_percent else f"{score.value:.4f}"
+        if score.standard_error is not None:
+            text += f" ± {100 * score.standard_error:.1f}" if is_percent else f" ± {score.standard_error:.4f}"
+        rows.setdefault((score.task, score.metric), {})[score.model, score.window] = text
+    for (task, metric), cells in rows.items():
+        grid.add_row(longbench.TASKS.get(task, task), metric, *(cells.get(column, "") for column in columns))
+    if report.macro_averages:
+        means = {(score.model, score.window): f"{score.value:.1f}" for score in report.macro_averages}
+        grid.add_section()
+        grid.add_row(longbench.GROUP, "macro average", *(means.get(column, "") for column in columns), style="bold")
+        for method, reported in longbench.PAPER.items():
+            given = [str(reported.get(window, "")) for _, window in columns]
+            if any(given):
+                grid.add_row(f"paper, {method}", "macro average", *given)
+        grid.caption = f"paper: {longbench.SOURCE}"
+    return grid
+
+
+def as_json(report: Report, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures for programs, with how they were measured."""
+    measured = command.measured_on()
+    measured["versions"] |= {name: version(name) for name in ("lm-eval", "datasets")}
+    return {
+        **measured,
+        "dtype": arguments.dtype,
+        "truncate": arguments.truncate,
+        "limit": arguments.limit,
+        "num_fewshot": arguments.num_fewshot,
+        "apply_chat_template": arguments.apply_chat_template,
+        "seeds": "lm-evaluation-harness' own: 0 for Python, 1234 for the others; draws from 0 on",
+        "models": list(arguments.model),
+        "scores": [score._asdict() for score in report.scores],
+        "macro_averages": [score._asdict() for score in report.macro_averages],
+        "paper": {"source": longbench.SOURCE, "macro_averages": longbench.PAPER},
+    }

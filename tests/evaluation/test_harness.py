@@ -1,0 +1,428 @@
+"""The harness' own HF backend is the reference: the same requests, the same answers, the same scores.
+
+The model is assets/tiny; the tasks are LongBench's as the harness defines them, on documents of our own, and local ones
+of the kinds that LongBench has not. benchmarks/harness_parity.py does the same on SmolLM2.
+"""
+
+import functools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from rich.console import Console
+
+from eabf_jax import cli, load
+from eabf_jax.errors import InputError
+from eabf_jax.evaluation import harness, harness_command, longbench
+from eabf_jax.evaluation.harness import EabfLM
+from eabf_jax.evaluation.harness_command import Report, Score, load_tasks, table
+from eabf_jax.interop.tokenizer import load_tokenizer
+from eabf_jax.parallel.mesh import make_mesh
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "assets/tiny")
+TASKS = "tests/evaluation/harness_tasks"
+DATA = "tests/evaluation/longbench"
+LOCAL = ("local_choice", "local_last_word", "local_rolling")
+WINDOW = 512
+ANSWER = 32  # tokens; benchmarks/harness_parity.py has the tasks' own lengths, up to 512
+# Float32 sums over some hundred tokens, in two orders.
+TOLERANCE: dict[str, Any] = {"rel": 2e-5, "abs": 2e-5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """Compiling is most of the time these tests take; the compiler need not try hard, nor torch's threads wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_devices() -> Iterator[None]:
+    """Or twice as many as share the heads: after each token all wait for each other, on few cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[: 2 * mesh.tensor]))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task files name their documents from there."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def hf() -> HFLM:
+    return HFLM(pretrained=TINY, device="cpu", dtype="float32", batch_size=3, max_length=WINDOW)
+
+
+@pytest.fixture(scope="module")
+def ours() -> EabfLM:
+    return EabfLM(TINY, dtype="float32", window=WINDOW, batch_size=4)
+
+
+def request(kind: str, *arguments: Any) -> Instance:
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+
+def evaluate(*arguments: str) -> int | str | None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["evaluate", "harness", "--dtype", "float32", *arguments])
+    return stop.value.code
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert evaluate(*arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def with_short_answers(*arguments: Any, tokens: int = ANSWER) -> dict[str, list[Any]]:
+    tasks = load_tasks(*arguments)
+    for task in (tasks[name][0] for name in tasks if name in longbench.TASKS):
+        task.set_config("generation_kwargs", {"max_gen_toks": tokens}, update=True)
+    return tasks
+
+
+def test_every_kind_of_task_scores_as_with_the_hf_backend(
+    hf: HFLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness_command, "load_tasks", with_short_answers)
+    report, output = tmp_path / "figures.json", tmp_path / "samples"
+    names = [longbench.GROUP, *LOCAL]
+    assert not evaluate(
+        *("--model", f"tiny={TINY}", "--tasks", ",".join(names), "--include-path", TASKS, "--data", DATA),
+        *(
+            "--windows",
+            str(WINDOW),
+            "--batch-size",
+            "4",
+            "--truncate",
+            "left",
+            "--json",
+            str(report),
+            "--output",
+            str(output),
+        ),
+    )
+    figures = json.loads(report.read_text())
+    found = {(score["task"], score["metric"]): score for score in figures["scores"]}
+    tasks = with_short_answers(names, TASKS, DATA)
+    expected = simple_evaluate(
+        model=hf,
+        tasks=[task for members in tasks.values() for task in members],
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_path=TASKS, include_defaults=False),
+    )
+    assert set(expected["results"]) == {*longbench.TASKS, *LOCAL}
+    for task, metrics in expected["results"].items():
+        for key, value in metrics.items():
+            metric = key.removesuffix(",none")
+            if (task, metric) not in found:
+                assert key in ("alias", "name", "sample_len") or "stderr" in key or task in longbench.TASKS
+            elif "perplexity" in metric or metric == "bits_per_byte":
+                assert found[task, metric]["value"] == pytest.approx(value, rel=1e-4)
+            else:
+                assert found[task, metric]["value"] == value
+    assert {task for task, _ in found} == {*longbench.TASKS, *LOCAL}
+    for task, samples in expected["samples"].items():
+        lines = (output / "tiny" / str(WINDOW) / f"{task}.jsonl").read_text().splitlines()
+        written = [json.loads(line) for line in lines]
+        assert len(written) == len(samples) == found[next(key for key in found if key[0] == task)]["documents"]
+        for mine, theirs in zip(written, samples, strict=True):
+            assert mine["arguments"] == json.loads(json.dumps(theirs["arguments"]))
+            if task in longbench.TASKS:
+                assert mine["resps"] == theirs["resps"]  # the text, character by character
+            for (answer,), (reference,) in zip(mine["resps"], theirs["resps"], strict=True):
+                if task in ("local_choice", "local_last_word"):
+                    assert answer[1] == reference[1]
+                    assert answer[0] == pytest.approx(reference[0], **TOLERANCE)
+                elif task == "local_rolling":
+                    assert answer == pytest.approx(reference, **TOLERANCE)
+    # Not all nothing: what is compared tells texts apart.
+    assert sum(found[task, "score"]["value"] > 0 for task in longbench.TASKS) >= 3
+    mean = sum(expected["results"][task]["score,none"] for task in longbench.TASKS) / 12
+    (average,) = figures["macro_averages"]
+    assert average["value"] == pytest.approx(100 * mean) and average["window"] == WINDOW
+    assert figures["dtype"] == "float32" and figures["versions"]["lm-eval"] and figures["device"]
+
+
+TEXTS = (
+    "What is a library?",
+    "Thank you for the additional",
+    "Dear customer, we are sorry to " * 12,
+    "a",
+    "naïve 日本 <s>",
+)
+
+
+def test_requests_of_all_lengths_as_the_hf_backend_answers_them(
+    hf: HFLM, ours: EabfLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows that texts exceed, no context, special tokens in a text, several ends."""
+    monkeypatch.setattr(hf, "_max_length", 64)
+    monkeypatch.setattr(ours, "window", 64)
+    for text in (*TEXTS, "<s> USER: Hi", ""):
+        assert ours.tok_encode(text) == hf.tok_encode(text)
+        assert ours.tok_encode(text, add_special_tokens=False) == hf.tok_encode(text, add_special_tokens=False)
+    pairs = [request("loglikelihood", text, end) for text in ("", *TEXTS) for end in ("the", " in two more words")]
+    pairs = [pair for pair in pairs if pair.args != ("", " in two more words")]  # begins with a space: docs/harness.md
+    for mine, theirs in zip(ours.loglikelihood(pairs), hf.loglikelihood(pairs), strict=True):
+        assert mine[1] == theirs[1] and mine[0] == pytest.approx(theirs[0], **TOLERANCE)
+    whole = [request("loglikelihood_rolling", text) for text in TEXTS]
+    np.testing.assert_allclose(
+        ours.loglikelihood_rolling(whole), hf.loglikelihood_rolling(whole), rtol=TOLERANCE["rel"]
+    )
+    settings = ({"until": [], "max_gen_toks": 20, "do_sample": False}, {"until": ["e", "\n"], "max_new_tokens": 9})
+    prompts = [request("generate_until", text, chosen) for text in TEXTS for chosen in settings]
+    assert ours.generate_until(prompts) == hf.generate_until(prompts)
+
+
+def test_prompts_cut_in_the_middle(ours: EabfLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers on the first and the last half of the tokens that there is room for."""
+    monkeypatch.setattr(ours, "window", 61)
+    monkeypatch.setattr(ours, "_truncate", "middle")
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    text = "One day a storm closed the harbour, and nobody went to the library. " * 6
+    tokens = tokenizer.encode(text)
+    kept = [*tokens[:25], *tokens[-26:]]  # 61 - 10 = 51
+    made = model.generate(torch.tensor([kept]), max_new_tokens=10, do_sample=False)[0, 51:]
+    settings = {"until": [], "max_gen_toks": 10}
+    assert ours.generate_until([request("generate_until", text, settings)]) == [tokenizer.decode(made)]
+    continuation = tokenizer.encode("and so on", add_special_tokens=False)
+    room = 62 - len(continuation)
+    row = [*tokens[: room // 2], *tokens[-(room - room // 2) :], *continuation]
+    with torch.no_grad():
+        log_probs = model(torch.tensor([row[:-1]])).logits[0].log_softmax(-1)
+    expected = sum(log_probs[len(row) - 1 - len(continuation) + i, token] for i, token in enumerate(continuation))
+    ((found, _),) = ours._loglikelihood_tokens([(None, tokens, continuation)])
+    assert found == pytest.approx(float(expected), **TOLERANCE)
+
+
+def test_chat_templates(hf: HFLM, ours: EabfLM, tmp_path: Path) -> None:
+    history = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "And?"},
+    ]
+    assert ours.apply_chat_template(history) == hf.apply_chat_template(history)
+    for answer in ("The answer is ", "The answer is"):
+        opened = [*history, {"role": "assistant", "content": answer}]
+        assert ours.apply_chat_template(opened, False) == hf.apply_chat_template(opened, False)
+    assert ours.chat_template(True) == hf.chat_template(True)
+    assert ours.tokenizer_name == hf.tokenizer_name
+    # A template that refuses system prompts gets the conversation without.
+    other = tmp_path / "model"
+    shutil.copytree(TINY, other)
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        "[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    (other / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert EabfLM(str(other)).apply_chat_template(history) == "[user]Hi[assistant]Hello[user]And?[assistant]"
+
+
+def test_windows_and_chat_templates_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Few-shot prompts stay as they are."""
+    monkeypatch.setattr(harness_command, "load_tasks", functools.partial(with_short_answers, tokens=8))
+    report, output = tmp_path / "figures.json", tmp_path / "samples"
+    assert not evaluate(
+        *("--model", f"t i={TINY}@{{type: eabf, base: 100000, pretrained_window: 64}}", "--windows", "80,96"),
+        *("--tasks", "longbench_2wikimqa,longbench_trec,local_group", "--data", DATA, "--include-path", TASKS),
+        *("--limit", "1", "--batch-size", "4", "--apply-chat-template", "--json", str(report), "--output", str(output)),
+    )
+    figures = json.loads(report.read_text())
+    assert {score["window"] for score in figures["scores"]} == {80, 96} and figures["macro_averages"] == []
+    assert {score["task"] for score in figures["scores"]} == {
+        "longbench_2wikimqa", "longbench_trec", "local_group", "local_choice", "local_last_word",
+    }  # fmt: skip
+    for task, opening in (("2wikimqa", "<s> A chat between"), ("trec", "Please determine")):
+        (sample,) = map(json.loads, (output / "t_i" / "80" / f"longbench_{task}.jsonl").read_text().splitlines())
+        assert sample["arguments"][0][0].startswith(opening)
+    shown = capsys.readouterr().out
+    assert "local_last_word" in shown and "trec" in shown and "macro" not in shown
+
+
+def test_table_with_the_papers_figures() -> None:
+    scores = [
+        Score("mine", window, task, "score", 0.1 * number + window / 1e6, 0.01, 5)
+        for window in (4096, 32768)
+        for number, task in enumerate(longbench.TASKS)
+    ]
+    mean = longbench.macro_average({score.task: 100 * score.value for score in scores[:12]})
+    assert mean == pytest.approx(55.4096)
+    assert longbench.macro_average({score.task: score.value for score in scores[:11]}) is None
+    report = Report(scores, [Score("mine", 4096, longbench.GROUP, "macro average", mean, None, None)])
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(report))
+    lines = {" ".join(line.replace("│", "|").split()) for line in console.export_text().splitlines()}
+    assert "| qasper | score | 10.4 ± 1.0 | 13.3 ± 1.0 |" in lines
+    assert "| longbench12 | macro average | 55.4 | |" in lines
+    # As the paper has them, by method and window.
+    assert "| paper, EABF | macro average | 36.3 | 39.1 |" in lines
+    assert "| paper, PI | macro average | 36.2 | 28.4 |" in lines
+    assert "| paper, untouched | macro average | 33.0 | |" in lines
+
+
+def test_rows_of_a_scheme_that_follows_the_length() -> None:
+    """What fills a shorter row does not lengthen it: each scores as by itself, in the full forward."""
+    rope = {"type": "dynamic_ntk", "factor": 4, "pretrained_window": 8}
+    lm = EabfLM(TINY, dtype="float32", rope=yaml.safe_dump(rope), batch_size=2, tensor=4)
+    rows = [list(range(5, 5 + length)) for length in (40, 23, 6)]
+    model, _ = load(TINY, rope=rope, dtype="float32")
+    found = lm._loglikelihood_tokens([(None, row[:3], row[3:]) for row in rows])
+    for row, (total, _) in zip(rows, found, strict=True):
+        logits = np.asarray(model(np.array([row[:-1]])), np.float64)[0]
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected = sum(log_probs[place - 1, row[place]] for place in range(3, len(row)))
+        assert total == pytest.approx(expected, **TOLERANCE)
+
+
+def test_the_weights_are_held_once(ours: EabfLM) -> None:
+    score = [request("loglikelihood", "a", "b")]
+    first = ours.loglikelihood(score)
+    assert ours._generator is None
+    ours.generate_until([request("generate_until", "a", {"max_gen_toks": 1})])
+    assert ours._scorer is None
+    assert ours.loglikelihood(score) == first
+
+
+def test_draws_follow_the_seed() -> None:
+    settings = {"do_sample": True, "temperature": 1.5, "top_k": 50, "max_gen_toks": 12}
+    asked = [request("generate_until", "Thank you for", settings)] * 2
+    texts = [EabfLM(TINY, dtype="float32", seed=seed).generate_until(asked) for seed in (3, 3, 9)]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0][0] != texts[0][1]
+
+
+def test_special_tokens_are_left_out_of_text() -> None:
+    ids = [1, *load_tokenizer(TINY).encode("Hello there"), 2, 2, 1, 500, 0]
+    theirs = transformers.AutoTokenizer.from_pretrained(TINY)
+    assert load_tokenizer(TINY).decode(ids, special=False) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_lm_evals_own_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    """With the model type `eabf`, whose scheme comes as JSON."""
+    monkeypatch.setattr(harness, "use_every_core", lambda: None)  # JAX has begun
+    # To read all of the harness' own task files takes half a minute.
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
+    model = {"pretrained": TINY, "dtype": "float32", "rope": {"type": "pi", "factor": 4}}
+    line = ["lm_eval", "--model", "eabf", "--model_args", json.dumps(model), "--tasks", "local_last_word"]
+    monkeypatch.setattr("sys.argv", [*line, "--include_path", TASKS, "--output_path", str(tmp_path)])
+    harness.main()
+    assert "local_last_word" in capsys.readouterr().out
+    (path,) = tmp_path.rglob("results_*.json")
+    found = json.loads(path.read_text())["results"]["local_last_word"]["perplexity,none"]
+    lm = EabfLM(f"{TINY}@{{type: pi, factor: 4}}", dtype="float32")
+    texts = [json.loads(line)["text"] for line in (ROOT / TASKS / "last_word.jsonl").read_text().splitlines()]
+    pairs = [request("loglikelihood", *(text[: text.rindex(" ")], text[text.rindex(" ") :])) for text in texts]
+    assert found == pytest.approx(np.exp(-np.mean([total for total, _ in lm.loglikelihood(pairs)])))
+    monkeypatch.setattr("sys.argv", [*line[:4], '{"pretrained": "nowhere"}', *line[5:], "--include_path", TASKS])
+    with pytest.raises(SystemExit) as stop:
+        harness.main()
+    assert stop.value.code == 2 and "no tokenizer in nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": "auto"}, "batch_size is 'auto'; a positive number"),
+        ({"window": 0}, "window is 0"),
+        ({"truncate": "right"}, "unknown truncate 'right'"),
+        ({"tensor": 3}, "tensor is 3, which does not divide the 8 devices"),
+        ({"tensor": 8}, "does not divide the model's 4 key-value heads"),
+        ({"rope": "{type: ["}, "a scheme such as {type: yarn, factor: 4} is needed"),
+        ({"rope": "{type: yarm}"}, "did you mean 'yarn'"),
+    ],
+)
+def test_bad_arguments_of_the_model(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message.replace("{", r"\{")):
+        EabfLM(TINY, **options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 4}, "num_beams; expected 1"),
+        ({"top_q": 1}, "unknown generation setting 'top_q': did you mean 'top_p'"),
+        ({"max_gen_toks": WINDOW - 1}, f"{WINDOW - 1} new tokens, which the task asks for, leave no room"),
+    ],
+)
+def test_what_a_task_may_not_ask_for(ours: EabfLM, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ours.generate_until([request("generate_until", "a", settings)])
+    with pytest.raises(InputError, match="continuation of 1101 tokens exceeds the window"):
+        ours._loglikelihood_tokens([(None, [1], [5] * 1101)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tasks", "longbench_qaspr"), "unknown task 'longbench_qaspr': did you mean 'longbench_qasper'"),
+        (("--tasks", "local_choice,xqzw"), "unknown task 'xqzw': `lm-eval ls tasks` lists all"),
+        (("--tasks", "longbench_lcc"), "task longbench_lcc: its dataset Xnhyacinth/LongBench lcc cannot be had"),
+        (("--tasks", "longbench_qasper"), "put LongBench's jsonl files into a directory and name it with --data, or"),
+        (("--tasks", "mmlu_anatomy"), "its dataset cais/mmlu anatomy cannot be had"),
+        (("--tasks", "longbench12", "--data", TASKS), "narrativeqa.jsonl: no such file, which longbench_narrativeqa"),
+        (("--tasks", "a", "--windows", "4k"), "--windows '4k' is not a list of numbers of tokens"),
+        (("--tasks", "a", "--limit", "0"), "--limit 0: a positive number"),
+        (("--tasks", "a", "--num-fewshot", "-1"), "--num-fewshot -1: 0 or a positive number"),
+        (("--tasks", "a", "--dtype", "int8"), "unknown --dtype 'int8'"),
+        (("--tasks", "a", "--data", "nowhere"), "--data nowhere: no such directory"),
+        (("--tasks", "a", "--model", TINY), "is there twice"),
+        (("--tasks", "a", "--model", "x=nowhere"), "nowhere: no such directory"),
+        (("--tasks", "a", "--model", f"x={TINY}@{{type: eabff}}"), "did you mean 'eabf'"),
+        (("--tasks", "a", "--json", "no/x.json"), "no directory no"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert message in complaint(capsys, "--model", TINY, "--include-path", TASKS, *arguments)
+
+
+def test_models_and_packages_that_lack_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(TINY, bare)
+    settings = json.loads((bare / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="has no chat template"):
+        EabfLM(str(bare)).apply_chat_template([{"role": "user", "content": "Hi"}])
+    chat = ("--model", str(bare), "--tasks", "local_choice", "--apply-chat-template")
+    assert "has no chat template; leave --apply-chat-template out" in complaint(capsys, *chat)
+
+    class Broken:
+        def load(self, _: Any) -> None:
+            raise ImportError("install rouge")
+
+    with pytest.raises(InputError, match="task a: install rouge; pip install"):
+        harness_command._load_task(Broken(), "a", None)
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    assert "pip install 'eabf-jax[harness]'" in complaint(capsys, "--model", TINY, "--tasks", "local_choice")
