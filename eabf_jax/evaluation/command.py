@@ -3,8 +3,10 @@
 import argparse
 import importlib.metadata
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -138,8 +140,10 @@ def progress_bar() -> Progress:
 def measured_on() -> dict[str, Any]:
     """How figures were made, for whoever wants to make them again: command, device and versions."""
     packages = ("jax", "jaxlib", "flax", "numpy", "tokenizers", "sentencepiece")
+    # Not where it is installed: that says nothing to others.
+    program = "eabf" if Path(sys.argv[0]).name in ("eabf", "__main__.py") else sys.argv[0]
     return {
-        "command": sys.argv,
+        "command": shlex.join([program, *sys.argv[1:]]),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "versions": {
