@@ -2,8 +2,7 @@
 
 python benchmarks/greedy_parity.py --model DIR --json benchmarks/results/greedy_parity_smollm2_cpu.json
 
-DIR is a Hugging Face directory, such as `python convert/from_gguf.py` followed by `convert/to_hf.py` makes of
-SmolLM2-135M-Instruct's GGUF file.
+DIR is a Hugging Face directory, such as `python convert/from_gguf.py` makes of SmolLM2-135M-Instruct's GGUF file.
 """
 
 import argparse
