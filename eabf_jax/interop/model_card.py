@@ -55,12 +55,20 @@ def model_card(source: Path, config: LlamaConfig, step: int) -> str:
             "only `llama` models refuses it rather than leave the scheme out.",
             "",
         ]
-    reports = [read_json_object(path) for path in sorted((source / EVALUATION).glob("*.json"))]
-    tables = [report["table"] for report in reports if isinstance(report.get("table"), dict)]
-    for number, table in enumerate(tables):
-        lines += [*(["## Evaluation", ""] if number == 0 else []), f"{table['title']}:", ""]
-        lines += _table(table["header"], table["rows"])
+    evaluation = [line for path in sorted((source / EVALUATION).glob("*.json")) for line in _evaluation(path)]
+    lines += ["## Evaluation", "", *evaluation] if evaluation else []
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _evaluation(path: Path) -> list[str]:
+    """The table of a report; nothing of a file that has none."""
+    table = read_json_object(path).get("table")
+    if table is None:
+        return []
+    try:
+        return [f"{table['title']}:", "", *_table(table["header"], table["rows"])]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: its table is not that of a report of `eabf evaluate` ({error!r:.100})") from error
 
 
 def _training(run: Path, step: int) -> dict[str, str]:
@@ -75,19 +83,27 @@ def _training(run: Path, step: int) -> dict[str, str]:
             f"({recipe['beta1']}, {recipe['beta2']}), weight decay {recipe['weight_decay']}, peak learning rate "
             f"{recipe['learning_rate']:g}, {recipe['schedule']}",
         }
+        if config.get("lora"):
+            facts["training"] += f"; adapters of rank {config['lora']['rank']}, merged"
+        split = data["split"]
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{run / CONFIG_FILE}: not the configuration of a run ({error!r:.100})") from error
-    if config.get("lora"):
-        facts["training"] += f"; adapters of rank {config['lora']['rank']}, merged"
-    if (run / DATASET_FILE).is_file():
-        found = read_json_object(run / DATASET_FILE)
-        split = found.get("splits", {}).get(data["split"], {})
-        if split:
-            facts["data"] += f": {split['records']:,} conversations, {split['tokens']:,} tokens, loss on"
-            facts["data"] += f" {split['response_tokens']:,}"
-    if loss := _loss(run / METRICS_FILE, step):
+    facts["data"] += _counts(run / DATASET_FILE, split)
+    loss = _loss(run / METRICS_FILE, step)
+    if loss is not None:
         facts["loss of the last step"] = f"{loss:.3f} nats per token"
     return facts
+
+
+def _counts(path: Path, split: str) -> str:
+    """What a dataset tells of the split that was trained on; runs from before it was kept tell nothing."""
+    if not path.is_file():
+        return ""
+    try:
+        found = read_json_object(path)["splits"][split]
+        return f": {found['records']:,} conversations, {found['tokens']:,} tokens, loss on {found['response_tokens']:,}"
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not what a dataset tells of its split {split!r} ({error!r:.100})") from error
 
 
 def _loss(path: Path, step: int) -> float | None:
@@ -118,4 +134,9 @@ def _settings(values: dict[str, Any]) -> str:
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     cells = [header, ["---"] * len(header), *rows]
-    return [*("| " + " | ".join(map(str, row)) + " |" for row in cells), ""]
+    return [*("| " + " | ".join(map(_cell, row)) + " |" for row in cells), ""]
+
+
+def _cell(text: str) -> str:
+    """Text that stays in its cell: a table's row is one line, and a bar ends a cell."""
+    return " ".join(str(text).split()).replace("|", r"\|")

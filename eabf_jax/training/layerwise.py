@@ -87,8 +87,8 @@ class Layerwise:
         self._options: Any = {"compiler_options": {"xla_gpu_enable_latency_hiding_scheduler": True}} if overlap else {}
         self._numbers: list[Array] = []
         self._stream: Streamed | None = None  # parts of the optimizer's state that are still on their way home
+        self._room = 0  # bytes that one backward pass frees for them
         self._sizes: dict[str, int] = {}  # bytes that a layer keeps, by policy
-        self._room = 0  # bytes of what one backward pass frees for them
         self._back: deque[Array] = deque()  # of each offloaded layer, what tells that it is back from host memory
 
     # Programs. Each is compiled for the shapes and shardings that the one before it returns.

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -65,7 +66,7 @@ def test_a_runs_files_are_told(extended, tmp_path):
     steps = [{"step": step, "loss": 3 - step / 4} for step in (5, 6, 7)]
     (extended / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps) + '{"step": 8, "lo')
     (extended / "evaluation").mkdir()
-    table = {"title": "passkey, 10 prompts", "header": ["model", "16,384"], "rows": [["chat_16k", "98.0%"]]}
+    table = {"title": "passkey, 10 prompts", "header": ["model", "base|x\n16,384"], "rows": [["chat_16k", "98.0%"]]}
     (extended / "evaluation" / "passkey.json").write_text(json.dumps({"table": table}))
     front, body = card_of(extended, tmp_path)
     assert front["library_name"] == "transformers" and "custom_code" in front["tags"]
@@ -79,7 +80,7 @@ def test_a_runs_files_are_told(extended, tmp_path):
     assert f"| training | 6 optimizer steps, batch 32, {adamw} |" in body
     assert "| loss of the last step | 1.500 nats per token |" in body
     assert "trust_remote_code=True" in body
-    assert "passkey, 10 prompts:\n\n| model | 16,384 |\n| --- | --- |\n| chat_16k | 98.0% |" in body
+    assert "passkey, 10 prompts:\n\n| model | base\\|x 16,384 |\n| --- | --- |\n| chat_16k | 98.0% |" in body
 
 
 def test_without_a_run_there_is_no_training_to_tell_of(extended, tmp_path):
@@ -106,5 +107,24 @@ def test_adapters_are_told(extended, tmp_path):
 def test_a_damaged_configuration_is_one_line(extended, tmp_path, text):
     (extended / "config.yaml").write_text(text)
     with pytest.raises(InputError, match=r"config\.yaml: not the configuration of a run"):
+        card_of(extended, tmp_path)
+    assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("dataset.json", "{}"),
+        ("dataset.json", '{"splits": {"train": {"records": 1}}}'),
+        ("dataset.json", "{"),
+        ("evaluation/passkey.json", '{"table": {"title": "passkey"}}'),
+        ("evaluation/passkey.json", '{"table": 1}'),
+    ],
+)
+def test_a_damaged_record_is_one_line(extended, tmp_path, file, text):
+    (extended / "config.yaml").write_text(yaml.safe_dump(RUN))
+    (extended / file).parent.mkdir(exist_ok=True)
+    (extended / file).write_text(text)
+    with pytest.raises(InputError, match=re.escape(file)):
         card_of(extended, tmp_path)
     assert not (tmp_path / "exported").exists()
