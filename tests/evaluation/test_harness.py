@@ -42,14 +42,15 @@ ANSWER = 32  # tokens; benchmarks/harness_parity.py has the tasks' own lengths, 
 TOLERANCE: dict[str, Any] = {"rel": 2e-5, "abs": 2e-5}
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Compiling is most of the time these tests take; the compiler need not try hard, nor torch's threads wait."""
+def one_thread() -> Iterator[None]:
+    """Torch's threads would wait for one another."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     torch.set_num_threads(threads)
 
 

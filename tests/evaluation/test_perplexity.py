@@ -1,7 +1,5 @@
 """Loss by position against transformers' logits and NumPy averages."""
 
-from collections.abc import Iterator
-
 import jax
 import numpy as np
 import pytest
@@ -14,13 +12,7 @@ from eabf_jax.errors import InputError
 from eabf_jax.evaluation.perplexity import band_losses, position_losses, sliding_losses, window_ends, window_perplexity
 from eabf_jax.model import Llama, LlamaConfig
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Compiling is nearly all the time these tests take; the compiler need not try hard."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 CONFIG = LlamaConfig(

@@ -1,9 +1,7 @@
 """Prompts of an exact length, and scores against greedy generation and NumPy."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -30,12 +28,7 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer(TINY)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Compiling is nearly all the time these tests take; the compiler need not try hard."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def model_of(rope: Scheme) -> Llama:

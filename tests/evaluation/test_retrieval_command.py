@@ -3,10 +3,8 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 
 from eabf_jax import load
@@ -19,12 +17,7 @@ TINY = Path(__file__).parents[2] / "assets/tiny"
 SCHEME = {"type": "eabf", "base": 100000, "pretrained_window": 512}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Compiling is nearly all the time these tests take; the compiler need not try hard."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def run(*arguments: str) -> int:
