@@ -1,12 +1,16 @@
 """Speed of generation on random weights, and of transformers' `generate` on the same shape in the same run.
 
-python benchmarks/generate.py --shape llama2_7b --json benchmarks/results/generate_h100.json
+python benchmarks/generate.py --shape llama2_7b --json benchmarks/results/llama2_7b_generate_h100.json
 python benchmarks/generate.py --shape smollm2_135m --no-peer
 
 Decode: tokens a second after the first one, best of three, at a short prompt, at a long one, and for a batch. Prefill:
 seconds to the first token of the long prompt, and the share of the device's peak that its model FLOPs make (2 x the
 weights of the products a token, 4 x layers x width of the heads x half the length a token for causal attention, the
 head's once a row). Compilation is outside all of them. The peer is a process of its own, for the whole of the memory.
+
+What was generated is checked: texts are read again without a cache, and each of their last tokens has to be the
+likeliest there, but for rounding. `worst_choice` is how far below the likeliest it was, in standard deviations of the
+logits.
 """
 
 import argparse
@@ -70,7 +74,7 @@ def ours(shape: dict[str, Any], runs: dict[str, dict[str, int]], cache: str, chu
       chunk: tokens of a prompt read at a time.
 
     Returns:
-      By run, seconds to the first token and tokens a second; the device and its peak memory in GiB.
+      By run, seconds to the first token, tokens a second and `worst_choice`; the device and its peak memory in GiB.
     """
     import jax
 
@@ -107,7 +111,7 @@ def ours(shape: dict[str, Any], runs: dict[str, dict[str, int]], cache: str, chu
             rates.append(made / (time.perf_counter() - first))
         figures[name] = {
             **one, "compile_seconds": firsts[0] - min(firsts[1:]), "first_token_seconds": min(firsts[1:]),
-            "tokens_per_second": max(rates[1:]),
+            "tokens_per_second": max(rates[1:]), "worst_choice": worst_choice(generator, prompts, last),
         }  # fmt: skip
         print(f"{name}: {figures[name]}", flush=True)
     memory = jax.devices()[0].memory_stats() or {}
@@ -117,6 +121,26 @@ def ours(shape: dict[str, Any], runs: dict[str, dict[str, int]], cache: str, chu
         "peak_gib": memory.get("peak_bytes_in_use", 0) / 2**30,
         "runs": figures,
     }
+
+
+def worst_choice(generator: Any, prompts: list[list[int]], completions: list[Any]) -> float:
+    """Compares greedy tokens with what their texts, read whole, would have been continued with.
+
+    Args:
+      generator: that made them.
+      prompts: what was continued.
+      completions: of each.
+
+    Returns:
+      The largest difference between the highest logit and that of the token generated, of the last four tokens of the
+      first and the last text, in standard deviations of the logits.
+    """
+    worst = 0.0
+    for prompt, completion in ((prompts[row], completions[row]) for row in {0, len(prompts) - 1}):
+        for back in range(1, 5):
+            (logits,) = generator.next_token_logits([prompt + completion.tokens[:-back]])
+            worst = max(worst, float((logits.max() - logits[completion.tokens[-back]]) / logits.std()))
+    return worst
 
 
 def peer(shape: dict[str, Any], runs: dict[str, dict[str, int]]) -> dict[str, Any]:

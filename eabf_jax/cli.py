@@ -182,12 +182,13 @@ def _harness(arguments: list[str]) -> None:
 
 def _parse_evaluation(parser: ArgumentParser, arguments: list[str]) -> argparse.Namespace:
     """What every evaluation does before JAX is first used."""
-    from eabf_jax.parallel.mesh import use_every_core
+    from eabf_jax.parallel.mesh import gpu_memory_defaults, use_every_core
 
     parsed = parser.parse_args(arguments)
     _check_file("--json", parsed.json)
     _check_file("--figure", getattr(parsed, "figure", None), (".png", ".svg", ".pdf"))
     use_every_core()
+    gpu_memory_defaults()
     return parsed
 
 
@@ -210,11 +211,13 @@ def _report(
 
 def _generate(arguments: list[str]) -> None:
     from eabf_jax.inference import command
+    from eabf_jax.parallel.mesh import gpu_memory_defaults
 
     parser = ArgumentParser("eabf generate", description=COMMANDS["generate"].summary)
     command.add_arguments(parser)
     parsed = parser.parse_args(arguments)
     _check_file("--json", parsed.json)
+    gpu_memory_defaults()
     figures = command.run(parsed)
     if parsed.json:
         write_json(Path(parsed.json), figures)

@@ -108,7 +108,7 @@ class Generator:
           mesh: devices to share the work: heads over `tensor`, rows over `data` and `fsdp`. None: the default device.
           cache: keys and values in the "model" dtype or as "int8" with a scale a token and head.
           prefill_chunk: tokens of each prompt that are read at a time.
-          attention: the backend that reads prompts, a name in `model.attention.BACKENDS` or "auto".
+          attention: the backend, a name in `model.attention.BACKENDS` or "auto".
           rope_length: the length in tokens that a dynamic scheme is to follow, whatever the row's own; None for the
             row's own. Other schemes do not look at it.
 
@@ -297,28 +297,28 @@ class Generator:
     ) -> Iterator[tuple[np.ndarray, Array]]:
         """The first token of `state` and those that the loop makes, `count` in all, and which rows have ended."""
         total = length + count - 1
-        ahead = [state.token[:, None]]
+        # On GPUs, who starts the loop waits for its end: the first token is not to.
+        yield np.asarray(state.token)[:, None], state.ended
+        ahead: list[Array] = []
         left = count - 1
         while left > 0:
             size = min(TOKENS_AT_ONCE, left)
             state = self._with_room(state, _slots(length + size, total))
             made, state = _decode(self._setup, steps, self._weights, state, choice, size)
             ahead.append(made)
-            # The device has the next chunk to do while the host looks at this one.
-            yield np.asarray(ahead.pop(0)), state.ended
+            if len(ahead) > 1:  # the device has the next chunk to do while the host looks at this one
+                yield np.asarray(ahead.pop(0)), state.ended
             left, length = left - size, length + size
-        yield np.asarray(ahead.pop()), state.ended
+        if ahead:
+            yield np.asarray(ahead.pop()), state.ended
 
     def _with_room(self, state: _State, slots: int) -> _State:
         """The state with caches of at least so many slots."""
         if state.caches[0].k.shape[2] >= slots:
             return state
         caches, state = list(state.caches), state._replace(caches=())
-        mesh = self._setup.mesh
-        shardings = None if mesh is None else placement.cache_sharding(mesh, caches[0])
-        grow = jax.jit(grown, static_argnames="slots", out_shardings=shardings)
         for number, cache in enumerate(caches):  # one by one: the device need not hold all of them twice
-            caches[number] = grow(cache, slots=slots)
+            caches[number] = _grown(cache, slots, self._setup.mesh)
         return state._replace(caches=tuple(caches))
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
@@ -378,16 +378,8 @@ class Generator:
 
     def _empty_caches(self, batch: int, slots: int) -> list[LayerCache]:
         config, mesh = self.config, self._setup.mesh
-
-        def make() -> LayerCache:
-            return empty_cache(
-                batch, config.num_key_value_heads, slots, config.head_dim, self._setup.dtype, self._cache_kind
-            )
-
-        # Made where it lies: a device need not hold what others will.
-        shardings = None if mesh is None else placement.cache_sharding(mesh, jax.eval_shape(make))
-        made = jax.jit(make, out_shardings=shardings)
-        return [made() for _ in range(config.num_hidden_layers)]
+        shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+        return [_empty(shape, self._setup.dtype, self._cache_kind, mesh) for _ in range(config.num_hidden_layers)]
 
 
 def _extend(texts: list[list[int]], tokens: np.ndarray) -> None:
@@ -419,6 +411,17 @@ def _rounded(length: int) -> int:
 def _power_of_two(length: int) -> int:
     """The next power of two."""
     return 1 << (length - 1).bit_length()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _empty(shape: tuple[int, int, int, int], dtype: Any, kind: str, mesh: Mesh | None) -> LayerCache:
+    """Made where it lies: a device need not hold what others will."""
+    return placement.on_mesh(mesh, empty_cache(*shape, dtype, kind))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _grown(cache: LayerCache, slots: int, mesh: Mesh | None) -> LayerCache:
+    return placement.on_mesh(mesh, grown(cache, slots))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -485,7 +488,7 @@ def _decode(
 
     def attend(q: Array, k: Array, v: Array, cache: LayerCache, positions: Array) -> tuple[Array, LayerCache]:
         q, k, v = (y[:, 0] for y in (q, k, v))
-        out, cache = placement.token_attention(setup.mesh, q, k, v, cache, positions)
+        out, cache = placement.token_attention(setup.mesh, q, k, v, cache, positions, backend=setup.backend)
         return out[:, None], cache
 
     def step(carry: tuple[Array, Array, _State]) -> tuple[Array, Array, _State]:

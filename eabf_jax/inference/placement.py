@@ -21,12 +21,12 @@ _LAYER = {
     "input_norm": P(),
     "qkv": spec(None, "heads"),
     "qkv_bias": spec("heads"),
-    "output": spec("heads", None),
+    "output": spec(None, "heads"),
     "output_bias": P(),
     "mlp_norm": P(),
     "gate_up": spec(None, None, "mlp"),
     "gate_up_bias": spec(None, "mlp"),
-    "down": spec("mlp", None),
+    "down": spec(None, "mlp"),
     "down_bias": P(),
 }
 _WEIGHTS = {"embedding": spec("vocab", None), "norm": P(), "head": spec(None, "vocab")}
@@ -79,6 +79,11 @@ def cache_sharding(mesh: Mesh, cache: Any) -> Any:
     )
 
 
+def on_mesh(mesh: Mesh | None, cache: LayerCache) -> LayerCache:
+    """Lays a traced cache out; without a mesh, as it is."""
+    return cache if mesh is None else jax.lax.with_sharding_constraint(cache, cache_sharding(mesh, cache))
+
+
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of arrays with the batch as their first dimension."""
     return NamedSharding(mesh, spec("batch"))
@@ -95,12 +100,13 @@ def chunk_attention(
 
 
 def token_attention(
-    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, positions: Array
+    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, positions: Array, *, backend: str
 ) -> tuple[Array, LayerCache]:
     """`attend_token`, on each device's own rows and heads."""
+    attend: Any = functools.partial(attend_token, backend=backend)
     if mesh is None or mesh.size == 1:
-        return attend_token(q, k, v, cache, positions)
-    return _mapped(mesh, attend_token, cache, spec("batch", "heads", None), spec("batch"))(q, k, v, cache, positions)
+        return attend(q, k, v, cache, positions)
+    return _mapped(mesh, attend, cache, spec("batch", "heads", None), spec("batch"))(q, k, v, cache, positions)
 
 
 def _mapped(mesh: Mesh, attend: Any, cache: LayerCache, heads: P, *others: P) -> Any:

@@ -370,6 +370,27 @@ def _cudnn_options(segment_ids: Array | None, causal: bool) -> dict[str, Any]:
     }
 
 
+def cudnn_token(
+    q: Float[Array, "B N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], lengths: Int[Array, "B"]
+) -> Float[Array, "B N H"]:
+    """Attends with one query a row to the first keys of a cache, with cuDNN's fused kernel.
+
+    Args:
+      q: queries, rotated and scaled.
+      k: keys; those past a row's length are not read.
+      v: values, likewise.
+      lengths: int32 [batch], keys that each row has.
+
+    Returns:
+      The attended values.
+    """
+    one = jnp.ones_like(lengths)
+    out = fused.dot_product_attention(
+        q[:, :, None], k, v, q_seqlen=one, kv_seqlen=lengths, mask_type=fused.MaskType.PADDING, qkv_layout="BNTH"
+    )
+    return out[:, :, 0]
+
+
 def splash(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],

@@ -1,9 +1,10 @@
 """LLaMA as generation runs it: each layer's weights by themselves, few large products a layer, a cache of keys.
 
 A decode step reads every weight once and does little else, so nothing may copy or cast one on the way: the weights are
-in the compute dtype, a layer's are arrays of their own (a slice of the stacked tensors of `llama.py` would be a copy),
-and q, k and v, as well as gate and up, are one product. The mathematics is that of `llama.py`, against which it is
-tested. Dimensions: as there.
+in the compute dtype, and a layer's are arrays of their own (a slice of the stacked tensors of `llama.py` would be a
+copy). q, k and v are one product, as are gate and up. The two products that end in the residual stream have few numbers
+that are sums of many: their weights have the summed dimension last, where it is one stretch of memory. The mathematics
+is that of `llama.py`, against which it is tested. Dimensions: as there.
 """
 
 from collections.abc import Callable
@@ -33,12 +34,12 @@ class LayerWeights(NamedTuple):
     # them as one.
     qkv: Array
     qkv_bias: Array | None  # [K * (G + 2) * H]
-    output: Array  # [N * H, D]
+    output: Array  # [D, N * H]
     output_bias: Array | None  # [D]
     mlp_norm: Array  # [D]
     gate_up: Array  # [D, 2, F]
     gate_up_bias: Array | None  # [2, F]
-    down: Array  # [F, D]
+    down: Array  # [D, F]
     down_bias: Array | None  # [D]
 
 
@@ -95,12 +96,12 @@ def _layer_weights(stacked: dict, index: int, config: LlamaConfig, dtype: jnp.dt
         input_norm=layer["input_layernorm"]["scale"],
         qkv=qkv("kernel"),
         qkv_bias=qkv("bias") if config.attention_bias else None,
-        output=attention["o_proj"]["kernel"],
+        output=attention["o_proj"]["kernel"].T,
         output_bias=attention["o_proj"].get("bias"),
         mlp_norm=layer["post_attention_layernorm"]["scale"],
         gate_up=gate_up("kernel"),
         gate_up_bias=gate_up("bias") if config.mlp_bias else None,
-        down=mlp["down_proj"]["kernel"],
+        down=mlp["down_proj"]["kernel"].T,
         down_bias=mlp["down_proj"].get("bias"),
     )
 
@@ -164,9 +165,9 @@ def layer(
     q = (rotate(q, row.cos, row.sin) * q_scale[:, :, None, None]).astype(x.dtype)
     k = rotate(k, row.cos, row.sin).astype(x.dtype)
     out, cache = attention(q, k, v, cache)
-    x = x + _project(out.reshape(*x.shape[:2], -1), weights.output, weights.output_bias)
+    x = x + _contract(out.reshape(*x.shape[:2], -1), weights.output, weights.output_bias)
     gate_up = _project(rms_norm(x, weights.mlp_norm, eps), weights.gate_up, weights.gate_up_bias)
-    x = x + _project(jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], weights.down, weights.down_bias)
+    x = x + _contract(jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], weights.down, weights.down_bias)
     return x, cache
 
 
@@ -189,5 +190,16 @@ def next_token_logits(config: LlamaConfig, weights: Weights, x: Float[Array, "B 
 
 
 def _project(x: Array, kernel: Array, bias: Array | None) -> Array:
+    """x @ kernel: [..., in], [in, ...] -> [..., ...]."""
     y = jnp.tensordot(x, kernel, axes=1, precision=precision_of(x.dtype))
+    return y if bias is None else y + bias
+
+
+def _contract(x: Array, kernel: Array, bias: Array | None) -> Array:
+    """x @ kernel.T: [..., in], [out, in] -> [..., out]."""
+    if x.size == kernel.shape[1] and jax.default_backend() == "gpu":
+        # One token is no work for a matrix unit: a plain reduction reads nearer to the memory's full speed.
+        y = (x[..., None, :].astype(jnp.float32) * kernel.astype(jnp.float32)).sum(-1).astype(x.dtype)
+    else:
+        y = jnp.einsum("...i,oi->...o", x, kernel, precision=precision_of(x.dtype))
     return y if bias is None else y + bias

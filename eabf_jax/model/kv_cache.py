@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from eabf_jax.errors import unknown_name
-from eabf_jax.model.attention import BACKENDS, KERNELS, precision_of
+from eabf_jax.model.attention import BACKENDS, KERNELS, cudnn_token, precision_of
 
 # Dtypes by name; None is the model's compute dtype. Another dtype of 8 bits needs scales as int8 does.
 CACHE_DTYPES = {"model": None, "int8": jnp.int8}
@@ -21,6 +21,8 @@ CACHE_DTYPES = {"model": None, "int8": jnp.int8}
 # exp() of this is 0 in float32, while a row with nothing but masked entries stays free of NaN.
 _MASKED = -1e30
 _INT8_MAX = 127.0
+# Of caches up to this size, XLA's own products and softmax are done when cuDNN's kernel has barely begun.
+_FEW_SLOTS = 1024
 
 
 class LayerCache(NamedTuple):
@@ -136,10 +138,13 @@ def attend_token(
     v: Float[Array, "B K H"],
     cache: LayerCache,
     positions: Int[Array, "B"],
+    *,
+    backend: str,
 ) -> tuple[Float[Array, "B N H"], LayerCache]:
     """Stores each row's one new token and attends to it and all before it.
 
-    All slots are read: a part of them would be a copy. So a cache should hold few more than are in use; see `grown`.
+    cuDNN's kernel reads the slots in use, of large caches that are not int8. Elsewhere all are read: a part of them
+    would be a copy. So a cache should hold few more than are in use; see `grown`.
 
     Args:
       q: queries, rotated and scaled.
@@ -147,6 +152,7 @@ def attend_token(
       v: values.
       cache: holds the tokens before.
       positions: where each row's token stands, less than the number of slots.
+      backend: a name in `attention.BACKENDS`.
 
     Returns:
       The attended values, in the dtype of v, and the cache with the tokens in it.
@@ -158,6 +164,8 @@ def attend_token(
         None if cache.k_scale is None else _put(cache.k_scale, k_scale, positions),
         None if cache.v_scale is None else _put(cache.v_scale, v_scale, positions),
     )
+    if backend == "cudnn" and cache.k_scale is None and cache.k.shape[2] > _FEW_SLOTS:
+        return cudnn_token(q, cache.k, cache.v, positions + 1), cache
     keys, values = (x.astype(v.dtype) for x in (cache.k, cache.v))
     grouped = q.reshape(q.shape[0], keys.shape[1], -1, q.shape[-1])
     precision = precision_of(q.dtype)

@@ -84,8 +84,8 @@ def axis_sizes(config: MeshConfig, count: int) -> dict[str, int]:
     return dict(zip(AXES, sizes, strict=True))
 
 
-def gpu_defaults() -> None:
-    """Settings of JAX for GPUs that it reads as it starts: memory, and two of the compiler's choices.
+def gpu_memory_defaults() -> None:
+    """Lets JAX have nearly all memory of a GPU and of its host.
 
     To be called before JAX is first used; what is set in the environment is left alone, and nothing but a GPU reads it.
     """
@@ -93,6 +93,11 @@ def gpu_defaults() -> None:
     # The rest of the GPU's is for CUDA's own, and for kernels' workspaces outside the pool.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.97")
     os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(int(0.9 * host)))
+
+
+def gpu_defaults() -> None:
+    """`gpu_memory_defaults`, and two of the compiler's choices that training does better without."""
+    gpu_memory_defaults()
     flags = os.environ.get("XLA_FLAGS", "")
     for flag in (
         # cuBLAS keeps its speed on a hot device; Triton's products win the compiler's trials on a cool one.

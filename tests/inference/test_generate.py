@@ -107,12 +107,12 @@ def eabf() -> Llama:
 
 def test_a_long_text_outgrows_its_cache(eabf: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    grown = generate.grown
-    monkeypatch.setattr(generate, "grown", lambda cache, slots: sizes.append(slots) or grown(cache, slots))
+    grown = generate._grown
+    monkeypatch.setattr(generate, "_grown", lambda cache, slots, mesh: sizes.append(slots) or grown(cache, slots, mesh))
     prompts = prompts_of(3, 9)
     found = Generator(eabf).generate(prompts, 50)
     assert [completion.tokens for completion in found] == FullForward(eabf).greedy(prompts, 50)
-    assert sizes == [64]  # from 32; traced once for both layers
+    assert sizes == [64, 64]  # from 32, in both layers
 
 
 def tokens_of(completions: Sequence[Completion]) -> list[list[int]]:

@@ -114,7 +114,7 @@ def _chunk(q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, start: i
 
 
 def _token(q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, positions: jax.Array) -> Any:
-    out, cache = attend_token(q[:, 0], k[:, 0], v[:, 0], cache, positions)
+    out, cache = attend_token(q[:, 0], k[:, 0], v[:, 0], cache, positions, backend="chunked")
     return out[:, None], cache
 
 
@@ -148,6 +148,17 @@ def test_each_row_has_the_tables_of_its_own_length(name: str) -> None:
         np.testing.assert_allclose(found.cos[row], expected.cos[0], atol=1e-5)
         np.testing.assert_allclose(found.sin[row], expected.sin[0], atol=1e-5)
     assert np.abs(found.cos[0] - found.cos[2]).max() > 0.1
+
+
+def test_one_token_on_a_gpu_has_the_products_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(2)
+    x, kernel, bias = (generator.normal(size=size).astype(np.float32) for size in ((1, 1, 40), (32, 40), (32,)))
+    expected = x.astype(np.float64) @ kernel.T + bias
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        found = decoder._contract(jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(bias))
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_with_adapters_is_refused() -> None:

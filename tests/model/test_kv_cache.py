@@ -18,7 +18,7 @@ ROUNDING = 2e-5
 # Compiling is nearly all the time these tests take; the compiler need not try hard.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 attend_chunk = compiled(kv_cache.attend_chunk, static_argnames=("start", "backend"))
-attend_token = compiled(kv_cache.attend_token)
+attend_token = compiled(functools.partial(kv_cache.attend_token, backend="chunked"))
 
 
 def draw(seed: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
