@@ -6,9 +6,9 @@
     python benchmarks/retrieval_smollm2.py --output retrieval --time-limit 560
 
 Each scheme is trained by its configuration (configs/smollm2_135m_SCHEME_32k.yaml: they differ in `rope` alone) and
-exported; then every model answers the same prompts. What is there already is not done again, so that a run that was cut
-off, or whose time was up (exit status 3), goes on when the same command is given again. Further options with a dot
-(--recipe.batch_size 4) and --window go to train.py.
+exported, while the prompts are made; then every model answers the same ones. What is there already is not done again,
+so that a run that was cut off, or whose time was up (exit status 3), goes on when the same command is given again.
+Further options with a dot (--recipe.batch_size 4) and --window go to train.py.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +106,14 @@ def train(scheme: str, arguments: argparse.Namespace, overrides: list[str], cloc
 
 
 def make_prompts(arguments: argparse.Namespace) -> list[Prompt]:
-    """The prompts of both tasks, of which only the passkey's have a depth."""
+    """The prompts of the tasks, of which only the passkey's have a depth."""
     tokenizer = tokenizer_of(arguments.base)
-    lengths = numbers("--lengths", arguments.lengths, "lengths such as 4096,8192")
-    depths = numbers("--depths", arguments.depths, "depths such as 0,50,100")
-    begun, chat = time.perf_counter(), arguments.chat_template
-    made = [
-        *passkey.prompts(tokenizer, lengths, depths, arguments.samples, arguments.seed, chat=chat),
-        *line_retrieval.prompts(tokenizer, lengths, arguments.line_samples, arguments.seed, chat=chat),
-    ]
+    begun, chat, lengths = time.perf_counter(), arguments.chat_template, arguments.lengths
+    made = []
+    if "passkey" in arguments.tasks:
+        made += passkey.prompts(tokenizer, lengths, arguments.depths, arguments.samples, arguments.seed, chat=chat)
+    if "line-retrieval" in arguments.tasks:
+        made += line_retrieval.prompts(tokenizer, lengths, arguments.line_samples, arguments.seed, chat=chat)
     print(f"{len(made)} prompts in {time.perf_counter() - begun:.0f} s", flush=True)
     return made
 
@@ -156,7 +156,7 @@ def evaluate(
 
 
 def report(output: Path, parts: list[dict[str, Any]], pretrained_window: int) -> None:
-    """Writes figures and pictures of both tasks, and shows their tables.
+    """Writes figures and pictures of the tasks, and shows their tables.
 
     Args:
       output: the folder for them.
@@ -166,19 +166,21 @@ def report(output: Path, parts: list[dict[str, Any]], pretrained_window: int) ->
     about = {name: parts[0][name] for name in ("settings", "device", "devices", "versions", "command")}
     about |= {"pretrained_window": pretrained_window, "interval": "Wilson, 95 %", "loss": "of the answers, nats/token"}
     cells = {part["label"]: [Cell(**cell) for cell in part["cells"]] for part in parts}
-    tasks = {
-        "passkey": {label: [cell for cell in row if cell.depth is not None] for label, row in cells.items()},
-        "line_retrieval": {label: [cell for cell in row if cell.depth is None] for label, row in cells.items()},
-    }
-    for name, rows in tasks.items():
-        title = name.replace("_", " ")
+    for task in about["settings"]["tasks"]:
+        name, title = task.replace("-", "_"), task.replace("-", " ")
+        rows = {
+            label: [cell for cell in row if (cell.depth is None) == (task == "line-retrieval")]
+            for label, row in cells.items()
+        }
         Console().print(table(Retrieval(title, rows, pretrained_window, "")))
         write_json(output / f"{name}.json", {"task": title, **about, **figures(rows, pretrained_window)})
-    heat_maps(tasks["passkey"], output / "passkey.png", pretrained_window=pretrained_window, title="passkey")
-    shares = {label: by_length(row) for label, row in tasks["line_retrieval"].items()}
-    path = output / "line_retrieval.png"
-    share_by_length(shares, path, pretrained_window=pretrained_window, title="line retrieval")
-    print(f"figures and pictures: {output}/passkey.{{json,png}}, {output}/line_retrieval.{{json,png}}")
+        picture = output / f"{name}.png"
+        if task == "passkey":
+            heat_maps(rows, picture, pretrained_window=pretrained_window, title=title)
+        else:
+            shares = {label: by_length(row) for label, row in rows.items()}
+            share_by_length(shares, picture, pretrained_window=pretrained_window, title=title)
+        print(f"figures and picture: {output / name}.{{json,png}}")
 
 
 def main() -> None:
@@ -192,6 +194,7 @@ def main() -> None:
         help="configurations, {} standing for the scheme (default: %(default)s)",
     )
     parser.add_argument("--schemes", default="pi,abf,yarn,eabf", help="which of them (default: %(default)s)")
+    parser.add_argument("--tasks", default="passkey,line-retrieval", help="which of the two (default: %(default)s)")
     parser.add_argument("--lengths", default="4096,8192,16384,32768", help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--depths", default="0,25,50,75,100", help="of the passkey, percent (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=10, help="passkey prompts of a cell (default: %(default)s)")
@@ -210,14 +213,22 @@ def main() -> None:
     schemes = arguments.schemes.split(",")
     if not set(schemes) <= set(NAMES):
         raise InputError(f"--schemes {arguments.schemes}: some of {','.join(NAMES)} are needed")
+    arguments.tasks = arguments.tasks.split(",")
+    if not set(arguments.tasks) <= {"passkey", "line-retrieval"}:
+        raise InputError(f"--tasks {','.join(arguments.tasks)}: passkey, line-retrieval or both are needed")
+    arguments.lengths = numbers("--lengths", arguments.lengths, "lengths such as 4096,8192")
+    arguments.depths = numbers("--depths", arguments.depths, "depths such as 0,50,100")
     window = read_config(arguments.base).max_position_embeddings
+    making: Future[list[Prompt]] | None = None
+    if any(not (arguments.output / "exported" / scheme).is_dir() for scheme in schemes):
+        making = ThreadPoolExecutor(1).submit(make_prompts, arguments)
     # Before JAX is used here: until then, the device belongs to the training processes.
     exported = {scheme: train(scheme, arguments, overrides, clock) for scheme in schemes}
     gpu_defaults()
     models: list[tuple[str, str, Any]] = [("untouched", arguments.base, None)]
     models += [(f"{NAMES[name]}, untrained", arguments.base, read_config(path).rope) for name, path in exported.items()]
     models += [(f"{NAMES[name]}, trained", str(path), None) for name, path in exported.items()]
-    names = ("lengths", "depths", "samples", "line_samples", "seed", "chat_template", "dtype", "batch_size")
+    names = ("tasks", "lengths", "depths", "samples", "line_samples", "seed", "chat_template", "dtype", "batch_size")
     settings = {name: getattr(arguments, name) for name in names} | {"training": overrides}
     (arguments.output / "models").mkdir(parents=True, exist_ok=True)
     prompts: list[Prompt] = []
@@ -231,7 +242,7 @@ def main() -> None:
                 raise InputError(f"{path} was measured with other settings; name another --output, or remove the file")
         else:
             clock.check(longest, f"evaluating {label}")
-            prompts = prompts or make_prompts(arguments)
+            prompts = prompts or (making.result() if making else make_prompts(arguments))
             part = evaluate(label, directory, rope, prompts, settings, path)
             longest = max(longest, part["seconds"])
         parts.append(part)

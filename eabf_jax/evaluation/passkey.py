@@ -17,7 +17,7 @@ _TASK = (
     "for it at the end."
 )
 _FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-_QUESTION, _OPENING = "What is the pass key?", "The pass key is"
+_QUESTION, _OPENING = "What is the pass key?", "The pass key is "
 
 
 def wording(key: int, depth: int, turn: int, words: int) -> Wording:
@@ -42,7 +42,7 @@ def wording(key: int, depth: int, turn: int, words: int) -> Wording:
         place += 1
     fact = f"The pass key is {key}. Remember it. {key} is the pass key."
     body = " ".join([*text[:place], fact, *text[place:]])
-    return Wording(f"{_TASK}\n\n{body}\n\n{_QUESTION}", _OPENING, f" {key}")
+    return Wording(f"{_TASK}\n\n{body}\n\n{_QUESTION}", _OPENING, str(key))
 
 
 def prompts(

@@ -1,6 +1,8 @@
 """Finding one thing in a long text: prompts of an exact length, and whether a model gives the answer.
 
-The reply is begun for the model ("The pass key is"), so that what it says next is the answer or is not. Greedy decoding
+The reply is begun for the model, up to the answer's first character, so that what it says next is the answer or is not:
+many tokenizers make the space before a number a token of its own, and whether a model goes on with that one or with
+"the" says nothing of what it found. Greedy decoding
 gives the answer exactly if each of its tokens is the likeliest after the prompt and the answer's tokens before it; one
 forward pass over prompt and answer tells that, and the answer's likelihood as well.
 """
@@ -81,19 +83,27 @@ def encode(tokenizer: Tokenizer, wording: Wording, *, chat: bool = True) -> list
     Raises:
       InputError: the template refuses a reply that has been begun, or changes it.
     """
+    return _tokens(tokenizer, _text(tokenizer, wording, chat), chat)
+
+
+def _text(tokenizer: Tokenizer, wording: Wording, chat: bool) -> str:
+    """What `encode` encodes: it ends with the answer."""
     question, reply = wording.question, wording.opening + wording.answer
     if not (chat and tokenizer.chat_template):
-        return encode_text(tokenizer, f"{question} {reply}")
+        return f"{question} {reply}"
     try:
         text = render(tokenizer.chat_template, [Turn("user", question), Turn("assistant", reply)], tokenizer)
         # What follows the reply ends it.
-        text = text[: text.rindex(reply) + len(reply)]
+        return text[: text.rindex(reply) + len(reply)]
     except ValueError as error:
         raise InputError(
             "the model's chat template does not take a question whose reply has been begun; --no-chat-template asks "
             "without it"
         ) from error
-    return tokenizer.encode(text, special=True)
+
+
+def _tokens(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
+    return tokenizer.encode(text, special=True) if chat and tokenizer.chat_template else encode_text(tokenizer, text)
 
 
 def fitted(
@@ -127,7 +137,8 @@ def fitted(
         size += int((length - len(found)) * max(size, 1) // len(found))
         size = max(size, fits + 1) if exceeds is None else min(max(size, fits + 1), exceeds - 1)
     wording = worded(fits)
-    before = encode(tokenizer, wording._replace(answer=""), chat=chat)
+    # Cut off the text, not left out of the reply: a template may strip the space that an opening ends with.
+    before = _tokens(tokenizer, _text(tokenizer, wording, chat).removesuffix(wording.answer), chat)
     same = (a == b for a, b in zip(before, tokens, strict=False))
     return tokens, next((index for index, equal in enumerate(same) if not equal), len(before)), fits
 

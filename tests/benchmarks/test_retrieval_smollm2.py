@@ -64,3 +64,10 @@ def test_nothing_is_trained_without_time(program, tmp_path: Path, capsys) -> Non
     assert program(tmp_path, "--time-limit", "5") == (3, [])
     assert "time is up before training EABF" in capsys.readouterr().out
     assert program(tmp_path, "--schemes", "eabff")[0] == 2
+    assert program(tmp_path, "--tasks", "passkeys")[0] == 2
+
+
+def test_one_task_alone(program, tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "exported/eabf")
+    assert program(tmp_path, "--tasks", "passkey") == (0, list(LABELS))
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["passkey.json"]

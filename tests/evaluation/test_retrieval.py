@@ -91,7 +91,7 @@ def test_cells_count_and_average_prompts_of_several_lengths() -> None:
 
 
 def plain(count: int) -> Wording:
-    return Wording("Read this. " + "word and " * count + "What is it?", "It is", " 4711")
+    return Wording("Read this. " + "word and " * count + "What is it?", "It is ", "4711")
 
 
 @pytest.mark.parametrize("guess", [0, 1, 37, 40, 500])
@@ -100,8 +100,8 @@ def test_the_longest_text_that_fits_is_found_from_any_guess(tokenizer: Tokenizer
     tokens, begin, count = fitted(tokenizer, plain, 200, guess=guess, chat=chat)
     assert tokens == encode(tokenizer, plain(count), chat=chat)
     assert len(tokens) <= 200 < len(encode(tokenizer, plain(count + 1), chat=chat))
-    assert tokenizer.decode(tokens[begin:]).strip() == "4711"
-    assert tokenizer.decode(tokens[:begin]).endswith("It is")
+    assert tokenizer.decode(tokens[begin:]) == "4711"
+    assert tokenizer.decode(tokens[:begin]).endswith("It is ")
 
 
 def test_a_length_that_the_question_alone_exceeds_is_refused(tokenizer: Tokenizer) -> None:
@@ -114,6 +114,13 @@ def test_the_reply_is_begun_in_the_chat_template(tokenizer: Tokenizer) -> None:
     assert text.startswith("<s> A chat between")
     assert text.endswith(" USER: How? ASSISTANT: Like this")
     assert tokenizer.decode(encode(tokenizer, Wording("How?", "Like", " this"), chat=False)) == "<s> How? Like this"
+
+
+def test_a_template_may_strip_the_reply(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% for message in messages %}{{ message.content | trim }} {% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    tokens, begin, _ = fitted(tokenizer, plain, 200, guess=40, chat=True)
+    assert tokenizer.decode(tokens[begin:]) == "4711"
 
 
 @pytest.mark.parametrize("template", ["{{ messages[0].content }}", "{{ raise_exception('no') }}"])
