@@ -234,7 +234,7 @@ def main() -> None:
     prompts: list[Prompt] = []
     parts: list[dict[str, Any]] = []
     longest = 0.0
-    for label, directory, rope in models:
+    for label, directory, rope in reversed(models):
         path = arguments.output / "models" / f"{label.replace(', ', '_').lower()}.json"
         if path.is_file():
             part = read_json_object(path)
@@ -245,7 +245,7 @@ def main() -> None:
             prompts = prompts or (making.result() if making else make_prompts(arguments))
             part = evaluate(label, directory, rope, prompts, settings, path)
             longest = max(longest, part["seconds"])
-        parts.append(part)
+        parts.insert(0, part)
     report(arguments.output, parts, window)
 
 

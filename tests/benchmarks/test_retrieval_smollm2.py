@@ -44,9 +44,9 @@ def program(load_program, monkeypatch):
 def test_a_second_start_goes_on_and_a_third_only_reports(program, tmp_path: Path, capsys) -> None:
     shutil.copytree(TINY, tmp_path / "exported/eabf")  # trained before
     # The first model takes 50 s by its own account: no time for another one within 40.
-    assert program(tmp_path, "--time-limit", "40") == (3, [LABELS[0]])
+    assert program(tmp_path, "--time-limit", "40") == (3, [LABELS[2]])
     assert "time is up before evaluating EABF, untrained" in capsys.readouterr().out
-    assert program(tmp_path) == (0, list(LABELS[1:]))
+    assert program(tmp_path) == (0, [LABELS[1], LABELS[0]])
     assert program(tmp_path) == (0, [])
     for task, hits in (("passkey", 2), ("line_retrieval", 1)):
         written = json.loads((tmp_path / f"{task}.json").read_text())
@@ -69,5 +69,5 @@ def test_nothing_is_trained_without_time(program, tmp_path: Path, capsys) -> Non
 
 def test_one_task_alone(program, tmp_path: Path) -> None:
     shutil.copytree(TINY, tmp_path / "exported/eabf")
-    assert program(tmp_path, "--tasks", "passkey") == (0, list(LABELS))
+    assert program(tmp_path, "--tasks", "passkey") == (0, list(reversed(LABELS)))
     assert sorted(path.name for path in tmp_path.glob("*.json")) == ["passkey.json"]
