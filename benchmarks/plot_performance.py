@@ -1,8 +1,9 @@
-"""Draws docs/performance/*.png and writes the tables of docs/performance.md from the results of train_step.py.
+"""Draws docs/performance/*.png and writes the tables of docs/performance.md.
 
     python benchmarks/plot_performance.py
 
-Every figure in the page comes from a file in benchmarks/results; the page says which.
+Every figure in the page comes from a file in benchmarks/results, written by train_step.py or generate.py; the page says
+which.
 """
 
 import argparse
@@ -30,6 +31,12 @@ STYLES: dict[str, dict[str, Any]] = {
 Group = tuple[str, str, int]  # configuration, device, number of devices
 
 
+def all_results(directory: Path) -> list[dict[str, Any]]:
+    """The reports that lie in a directory, `file` added to each."""
+    paths = sorted(directory.glob("*.json"))
+    return [{**json.loads(path.read_text(encoding="utf-8")), "file": path.name} for path in paths]
+
+
 def read_results(directory: Path) -> list[dict[str, Any]]:
     """Reads the reports of train_step.py.
 
@@ -37,15 +44,11 @@ def read_results(directory: Path) -> list[dict[str, Any]]:
       directory: where they lie; JSON files of other benchmarks are passed over.
 
     Returns:
-      The reports, oldest first, `file` added to each.
+      The reports, oldest first.
     Raises:
       InputError: there is none.
     """
-    reports = []
-    for path in sorted(directory.glob("*.json")):
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if report.get("benchmark") == "train_step":
-            reports.append({**report, "file": path.name})
+    reports = [report for report in all_results(directory) if report.get("benchmark") == "train_step"]
     if not reports:
         raise InputError(f"{directory} holds no result of train_step.py; run that first")
     return sorted(reports, key=lambda report: report["date"])
@@ -234,11 +237,12 @@ def fastest(reports: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     return found
 
 
-def page(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> str:
+def page(groups: Mapping[Group, Sequence[Mapping[str, Any]]], generation: Sequence[str] = ()) -> str:
     """The part of docs/performance.md that is written from results.
 
     Args:
       groups: from `grouped`.
+      generation: from `generation_table`.
 
     Returns:
       Markdown.
@@ -267,7 +271,39 @@ def page(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> str:
         lambda cost: [str(len(cost["seconds_with"])), f"{cost['ratio']:+.2%}"],
     )
     lines += ["### What the logit multiplier costs", "", *cost] if cost else []
+    lines += generation
     return "\n".join(lines).rstrip() + "\n"
+
+
+def generation_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every measurement of generate.py.
+
+    Args:
+      reports: from `all_results`; those of other benchmarks are passed over.
+
+    Returns:
+      The lines; none without a result.
+    """
+    rows = []
+    for report in (report for report in reports if {"shape", "cache", "runs"} <= report.keys()):
+        for name, ours in report["runs"].items():
+            theirs = report.get("peer", {}).get("runs", {}).get(name)
+            rows.append(
+                [
+                    f"{report['shape']}, {report['device']}",
+                    "bfloat16" if report["cache"] == "model" else report["cache"],
+                    f"{ours['batch']} × {ours['prompt']:,}",
+                    f"{ours['first_token_seconds']:.3f}",
+                    number(report.get("prefill_mfu") if name == "long" else None, ".1%"),
+                    f"{ours['tokens_per_second']:,.1f}",
+                    f"{theirs['tokens_per_second']:,.1f}" if theirs else "–",
+                    f"{ours['tokens_per_second'] / theirs['tokens_per_second']:.2f} ×" if theirs else "–",
+                    f"[{report['file']}](../benchmarks/results/{report['file']})",
+                ]
+            )
+    header = ("shape, device", "cache", "rows × prompt", "first token, s", "its MFU", "tokens/s")
+    found = table([*header, "transformers' tokens/s", "ours is", "from"], rows)
+    return ["### Generation", "", *found] if rows else []
 
 
 def write_page(path: Path, text: str) -> None:
@@ -298,7 +334,7 @@ def main() -> None:
     for group, reports in groups.items():
         draw(group, reports, pictures / picture_name(group))
         print(f"picture: {pictures / picture_name(group)}")
-    write_page(options.page, page(groups))
+    write_page(options.page, page(groups, generation_table(all_results(options.results))))
     print(f"tables: {options.page}")
 
 

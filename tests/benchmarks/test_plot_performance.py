@@ -100,6 +100,20 @@ def test_several_devices_are_held_against_one_of_their_kind(program, results):
     assert "| llama2_7b_eabf_16k | 2 × NVIDIA H200 | 16,384 | 21,471 | 11,300 | 95.0% |" in text
 
 
+def test_generation_is_held_against_the_peer_of_its_run(program):
+    run = {"batch": 1, "prompt": 16_384, "first_token_seconds": 0.4554, "tokens_per_second": 124.04}
+    batch = {**run, "batch": 16, "prompt": 2048, "tokens_per_second": 1381.2}
+    report = {"shape": "llama2_7b", "device": "NVIDIA H100", "cache": "model", "file": "generate.json"}
+    runs = {"long": run, "batch": batch}
+    peer = {"runs": {"long": {**run, "tokens_per_second": 40.0}, "batch": None}}  # out of memory
+    text = "\n".join(program.generation_table([{**report, "prefill_mfu": 0.6277, "runs": runs, "peer": peer}, RUN]))
+    link = "[generate.json](../benchmarks/results/generate.json)"
+    row = "llama2_7b, NVIDIA H100 | bfloat16"
+    assert f"| {row} | 1 × 16,384 | 0.455 | 62.8% | 124.0 | 40.0 | 3.10 × | {link} |" in text
+    assert f"| {row} | 16 × 2,048 | 0.455 | – | 1,381.2 | – | – | {link} |" in text
+    assert program.generation_table([RUN]) == []
+
+
 @pytest.mark.filterwarnings("error")  # matplotlib warns of a layout that it gave up
 def test_picture_shows_both_stacks(program, results, tmp_path):
     [(group, reports)] = [item for item in program.grouped(program.read_results(results)).items() if item[0][2] == 1]
