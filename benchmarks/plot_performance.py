@@ -15,7 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eabf_jax.analysis.figures import save
+from eabf_jax.analysis.figures import length_axis, save
 from eabf_jax.cli import run
 from eabf_jax.errors import InputError
 
@@ -116,9 +116,7 @@ def draw(group: Group, reports: Sequence[Mapping[str, Any]], path: Path) -> None
             height = 0.03 * (1 + list(STYLES).index(stack))
             at = {"transform": axes.get_xaxis_transform(), "color": STYLES[stack]["color"]}
             axes.plot(full, [height] * len(full), "x", **at)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [f"{length // 1024}k" if length % 1024 == 0 else str(length) for length in lengths])
-        axes.minorticks_off()
+        length_axis(axes, lengths)
         axes.set_ylim(bottom=0)
         axes.set(xlabel="tokens a row (× : out of memory)", ylabel=label)
         axes.grid(alpha=0.3)

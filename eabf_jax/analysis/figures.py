@@ -66,7 +66,7 @@ def perplexity_by_window(windows: Mapping[str, Sequence[WindowPerplexity]], path
     # A model that falls apart would flatten the others.
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    _length_axis(axes, sorted({w.window for row in windows.values() for w in row}))
+    length_axis(axes, sorted({w.window for row in windows.values() for w in row}))
     figure.legend(loc="outside right upper", fontsize=8)
     save(figure, path)
 
@@ -86,7 +86,7 @@ def share_by_length(
     for number, (label, row) in enumerate(shares.items(), start=1):
         points = [(100 * s.hits / s.total, 100 * s.low, 100 * s.high) for s in row.values()]
         _line(axes, list(row), points, label=label, marker="o", **_style(number, len(shares)))
-    _length_axis(axes, sorted({length for row in shares.values() for length in row}))
+    length_axis(axes, sorted({length for row in shares.values() for length in row}))
     axes.set_ylim(-3, 103)
     _mark(axes, pretrained_window)
     figure.legend(loc="outside right upper", fontsize=8)
@@ -163,7 +163,13 @@ def _mark(axes: Axes, pretrained_window: int | None) -> None:
         axes.annotate("pretrained window", top, (4, -12), textcoords="offset points", color="grey", fontsize=8)
 
 
-def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
+def length_axis(axes: Axes, lengths: Sequence[int]) -> None:
+    """Makes the x axis one of lengths, each twice the one before as far from it.
+
+    Args:
+      axes: what is drawn there has its x in tokens.
+      lengths: tokens, where to put a label.
+    """
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [_thousands(length) for length in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
