@@ -8,9 +8,8 @@ seconds to the first token of the long prompt, and the share of the device's pea
 weights of the products a token, 4 x layers x width of the heads x half the length a token for causal attention, the
 head's once a row). Compilation is outside all of them. The peer is a process of its own, for the whole of the memory.
 
-What was generated is checked: texts are read again without a cache, and each of their last tokens has to be the
-likeliest there, but for rounding. `worst_choice` is how far below the likeliest it was, in standard deviations of the
-logits.
+What was generated is compared with what texts read as prompts would go on with: `worst_choice` is how far the last
+tokens were below the likeliest there, in standard deviations of the logits. It is 0, or rounding.
 """
 
 import argparse
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from eabf_jax.cli import run
-from eabf_jax.errors import unknown_name
+from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.interop.directory import write_json
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -124,7 +123,7 @@ def ours(shape: dict[str, Any], runs: dict[str, dict[str, int]], cache: str, chu
 
 
 def worst_choice(generator: Any, prompts: list[list[int]], completions: list[Any]) -> float:
-    """Compares greedy tokens with what their texts, read whole, would have been continued with.
+    """Compares greedy tokens with what their texts, read as prompts, would have been continued with.
 
     Args:
       generator: that made them.
@@ -132,12 +131,12 @@ def worst_choice(generator: Any, prompts: list[list[int]], completions: list[Any
       completions: of each.
 
     Returns:
-      The largest difference between the highest logit and that of the token generated, of the last four tokens of the
-      first and the last text, in standard deviations of the logits.
+      The largest difference between the highest logit and that of the token generated, of the last tokens (at most
+      four) of the first and the last text, in standard deviations of the logits.
     """
     worst = 0.0
     for prompt, completion in ((prompts[row], completions[row]) for row in {0, len(prompts) - 1}):
-        for back in range(1, 5):
+        for back in range(1, 1 + min(4, len(completion.tokens))):
             (logits,) = generator.next_token_logits([prompt + completion.tokens[:-back]])
             worst = max(worst, float((logits.max() - logits[completion.tokens[-back]]) / logits.std()))
     return worst
@@ -202,6 +201,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.shape not in SHAPES:
         raise unknown_name("shape", arguments.shape, SHAPES)
+    if arguments.new < 2:
+        raise InputError(f"--new {arguments.new}: at least 2 are needed; speed is that of those after the first")
     shape = SHAPES[arguments.shape]
     long = arguments.long or shape["max_position_embeddings"]
     runs = {

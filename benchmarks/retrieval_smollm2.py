@@ -6,9 +6,9 @@
     python benchmarks/retrieval_smollm2.py --output retrieval --time-limit 560
 
 Each scheme is trained by its configuration (configs/smollm2_135m_SCHEME_32k.yaml: they differ in `rope` alone) and
-exported, while the prompts are made; then every model answers the same ones. What is there already is not done again,
-so that a run that was cut off, or whose time was up (exit status 3), goes on when the same command is given again.
-Further options with a dot (--recipe.batch_size 4) and --window go to train.py.
+exported; then every model answers the same prompts. What is there already is not done again, so that a run that was cut
+off, or whose time was up (exit status 3), goes on when the same command is given again. Further options with a dot
+(--recipe.batch_size 4) and --window go to train.py.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +107,12 @@ def train(scheme: str, arguments: argparse.Namespace, overrides: list[str], cloc
 def make_prompts(arguments: argparse.Namespace) -> list[Prompt]:
     """The prompts of the tasks, of which only the passkey's have a depth."""
     tokenizer = tokenizer_of(arguments.base)
-    begun, chat, lengths = time.perf_counter(), arguments.chat_template, arguments.lengths
+    chat, lengths = arguments.chat_template, arguments.lengths
     made = []
     if "passkey" in arguments.tasks:
         made += passkey.prompts(tokenizer, lengths, arguments.depths, arguments.samples, arguments.seed, chat=chat)
     if "line-retrieval" in arguments.tasks:
         made += line_retrieval.prompts(tokenizer, lengths, arguments.line_samples, arguments.seed, chat=chat)
-    print(f"{len(made)} prompts in {time.perf_counter() - begun:.0f} s", flush=True)
     return made
 
 
@@ -219,9 +217,9 @@ def main() -> None:
     arguments.lengths = numbers("--lengths", arguments.lengths, "lengths such as 4096,8192")
     arguments.depths = numbers("--depths", arguments.depths, "depths such as 0,50,100")
     window = read_config(arguments.base).max_position_embeddings
-    making: Future[list[Prompt]] | None = None
-    if any(not (arguments.output / "exported" / scheme).is_dir() for scheme in schemes):
-        making = ThreadPoolExecutor(1).submit(make_prompts, arguments)
+    # What is wrong with the prompts asked for is to be told before hours of training.
+    ends = {"lengths": [min(arguments.lengths), max(arguments.lengths)], "samples": 1, "line_samples": 1}
+    make_prompts(argparse.Namespace(**{**vars(arguments), **ends}))
     # Before JAX is used here: until then, the device belongs to the training processes.
     exported = {scheme: train(scheme, arguments, overrides, clock) for scheme in schemes}
     gpu_defaults()
@@ -242,7 +240,7 @@ def main() -> None:
                 raise InputError(f"{path} was measured with other settings; name another --output, or remove the file")
         else:
             clock.check(longest, f"evaluating {label}")
-            prompts = prompts or (making.result() if making else make_prompts(arguments))
+            prompts = prompts or make_prompts(arguments)
             part = evaluate(label, directory, rope, prompts, settings, path)
             longest = max(longest, part["seconds"])
         parts.insert(0, part)

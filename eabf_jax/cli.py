@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,10 @@ def run(command: Callable[[], None]) -> NoReturn:
         command()
     except InputError as error:
         _fail(str(error))
+    except BrokenPipeError:
+        # Who read the output has seen enough. What is left of it must not be written as Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             _fail(f"no space left on the device that holds {error.filename or 'the output'}")

@@ -120,6 +120,15 @@ def test_exit_statuses(capsys):
         cli.run(lambda: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
 
 
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly():
+    program = "from eabf_jax.cli import run\nrun(lambda: [print('line', flush=True) for _ in range(100_000)])"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "line\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+
+
 def test_module_and_script_are_the_command():
     module = subprocess.run([sys.executable, "-m", "eabf_jax", "--help"], capture_output=True, text=True, check=True)
     assert "commands:" in module.stdout

@@ -2,9 +2,9 @@
 
 The reply is begun for the model, up to the answer's first character, so that what it says next is the answer or is not:
 many tokenizers make the space before a number a token of its own, and whether a model goes on with that one or with
-"the" says nothing of what it found. Greedy decoding
-gives the answer exactly if each of its tokens is the likeliest after the prompt and the answer's tokens before it; one
-forward pass over prompt and answer tells that, and the answer's likelihood as well.
+"the" says nothing of what it found. Greedy decoding gives the answer exactly if each of its tokens is the likeliest
+after the prompt and the answer's tokens before it; one forward pass over prompt and answer tells that, and the answer's
+likelihood as well.
 """
 
 import functools

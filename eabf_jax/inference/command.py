@@ -1,6 +1,7 @@
 """`eabf generate`: continues prompts, or keeps a conversation, on the terminal."""
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -268,7 +269,17 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 
 def _standard_input() -> str:
-    return sys.stdin.read().removesuffix("\n")
+    with _text_only():
+        return sys.stdin.read().removesuffix("\n")
+
+
+@contextlib.contextmanager
+def _text_only() -> Iterator[None]:
+    """What is read inside from standard input has to be text."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is no UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def continue_prompts(session: Session, texts: Sequence[str]) -> list[Answer]:
@@ -338,7 +349,8 @@ def _questions(first: Sequence[str]) -> Iterator[str]:
     shown = "> " if sys.stdin.isatty() else ""
     while True:
         try:
-            line = input(shown)
+            with _text_only():
+                line = input(shown)
         except EOFError:
             return
         if line.strip():

@@ -297,16 +297,18 @@ class Generator:
     ) -> Iterator[tuple[np.ndarray, Array]]:
         """The first token of `state` and those that the loop makes, `count` in all, and which rows have ended."""
         total = length + count - 1
-        # On GPUs, who starts the loop waits for its end: the first token is not to.
         yield np.asarray(state.token)[:, None], state.ended
         ahead: list[Array] = []
+        # On a GPU, who starts the loop waits for its end, and the chunk is there. Elsewhere the device has the next one
+        # to do while the host looks at this one.
+        most = 0 if jax.default_backend() == "gpu" else 1
         left = count - 1
         while left > 0:
             size = min(TOKENS_AT_ONCE, left)
             state = self._with_room(state, _slots(length + size, total))
             made, state = _decode(self._setup, steps, self._weights, state, choice, size)
             ahead.append(made)
-            if len(ahead) > 1:  # the device has the next chunk to do while the host looks at this one
+            if len(ahead) > most:
                 yield np.asarray(ahead.pop(0)), state.ended
             left, length = left - size, length + size
         if ahead:

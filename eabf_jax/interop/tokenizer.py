@@ -102,7 +102,13 @@ class Tokenizer:
 
         Returns:
           The token ids.
+        Raises:
+          InputError: text with bytes that were no text where it was read.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"a text is no UTF-8: {error.reason} at character {error.start}") from error
         return self._backend.encode(text, special)
 
     def decode(self, ids: Iterable[int], *, special: bool = True) -> str:

@@ -21,7 +21,7 @@ CACHE_DTYPES = {"model": None, "int8": jnp.int8}
 # exp() of this is 0 in float32, while a row with nothing but masked entries stays free of NaN.
 _MASKED = -1e30
 _INT8_MAX = 127.0
-# Of caches up to this size, XLA's own products and softmax are done when cuDNN's kernel has barely begun.
+# Up to here XLA's own products are taken: 1 % of a 7B step quicker at 256 slots, slower at 2,304, not measured between.
 _FEW_SLOTS = 1024
 
 

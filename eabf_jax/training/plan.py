@@ -43,7 +43,7 @@ class Device:
     host_memory: float = 128 * GIB  # bytes of its share of the host's memory
 
 
-# GPUs: 97 % of what CUDA reports, as `mesh.gpu_defaults` lets JAX have. TPUs: what the compiler leaves to a
+# GPUs: 97 % of what CUDA reports, as `mesh.gpu_memory_defaults` lets JAX have. TPUs: what the compiler leaves to a
 # program (v4, by its own message: 30.75 of 32 GiB; the others in proportion), bandwidths from "How to Scale Your Model"
 # (Google DeepMind). A machine that is not at hand is taken to have 128 GiB of host memory a device.
 DEVICES = {

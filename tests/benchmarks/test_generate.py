@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from eabf_jax.errors import InputError
 from eabf_jax.model import Llama, LlamaConfig
 
 
@@ -19,6 +20,12 @@ def test_flops_are_those_of_the_products(program):
     head = parameters["lm_head"]["kernel"].size
     attention = 2 * 2 * shape["num_hidden_layers"] * shape["num_attention_heads"] * shape["head_dim"] * length**2 / 2
     assert program.prefill_flops(shape, length) == 2 * matrices * length + 2 * head + attention
+
+
+def test_one_token_has_no_speed(program, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["generate", "--shape", "micro", "--new", "1"])
+    with pytest.raises(InputError, match="--new 1: at least 2 are needed"):
+        program.main()
 
 
 def test_our_figures(program):

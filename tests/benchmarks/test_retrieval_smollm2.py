@@ -65,6 +65,8 @@ def test_nothing_is_trained_without_time(program, tmp_path: Path, capsys) -> Non
     assert "time is up before training EABF" in capsys.readouterr().out
     assert program(tmp_path, "--schemes", "eabff")[0] == 2
     assert program(tmp_path, "--tasks", "passkeys")[0] == 2
+    assert program(tmp_path, "--lengths", "20,600") == (2, [])
+    assert "length 20: the question alone has" in capsys.readouterr().err
 
 
 def test_one_task_alone(program, tmp_path: Path) -> None:

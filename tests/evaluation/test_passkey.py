@@ -40,7 +40,8 @@ def test_prompts_are_as_long_as_may_be_and_hold_the_key_once_asked(tokenizer: To
         # One more word of the filler is one token, or two for its rarest.
         assert prompt.length - 2 <= len(prompt.tokens) <= prompt.length
         key = tokenizer.decode(prompt.tokens[prompt.begin :])
-        assert re.fullmatch(r"[1-9]\d{4}", key)  # without the space, which is a token of its own
+        assert re.fullmatch(r"[1-9]\d{4}", key)
+        assert tokenizer.decode(prompt.tokens[: prompt.begin]).endswith("The pass key is ")
         assert tokenizer.decode(prompt.tokens[: prompt.begin]).count(key) == 2
 
 

@@ -104,6 +104,16 @@ def test_the_longest_text_that_fits_is_found_from_any_guess(tokenizer: Tokenizer
     assert tokenizer.decode(tokens[:begin]).endswith("It is ")
 
 
+def test_the_answer_begins_with_the_token_that_holds_its_first_character(tokenizer: Tokenizer) -> None:
+    """The tokenizer has one token for " the": without "the", the space before it is one."""
+
+    def worded(count: int) -> Wording:
+        return Wording("word " * count, "It is ", "the")
+
+    tokens, begin, _ = fitted(tokenizer, worded, 99, guess=9, chat=False)
+    assert tokens[begin:] == tokenizer.encode("It is the")[-1:] != tokenizer.encode("It is ")[-1:]
+
+
 def test_a_length_that_the_question_alone_exceeds_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="length 10: the question alone has"):
         fitted(tokenizer, plain, 10, guess=7, chat=False)
@@ -117,7 +127,7 @@ def test_the_reply_is_begun_in_the_chat_template(tokenizer: Tokenizer) -> None:
 
 
 def test_a_template_may_strip_the_reply(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    template = "{% for message in messages %}{{ message.content | trim }} {% endfor %}"
+    template = "{% for message in messages %}{{ message.content | trim }}</s>{% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
     tokens, begin, _ = fitted(tokenizer, plain, 200, guess=40, chat=True)
     assert tokenizer.decode(tokens[begin:]) == "4711"

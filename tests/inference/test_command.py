@@ -104,6 +104,17 @@ def test_a_prompt_longer_than_the_window(tmp_path: Path, capsys: pytest.CaptureF
     assert "--max-new-tokens 12 leaves no room for a prompt in the window of 13" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [(), ("-",), ("--chat",)])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_text(
+    arguments: tuple[str, ...], errors: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a \xff b\n"), "utf-8", errors))
+    assert generate(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no UTF-8" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -115,6 +115,27 @@ def test_a_long_text_outgrows_its_cache(eabf: Llama, monkeypatch: pytest.MonkeyP
     assert sizes == [64, 64]  # from 32, in both layers
 
 
+@pytest.mark.parametrize(
+    ("platform", "expected"),
+    [
+        # The device has the next chunk to do while the host looks at this one.
+        ("cpu", [(1, 0), (17, 2), (33, 3), (40, 3)]),
+        # Who starts a chunk waits for its end: nothing is won by keeping it back.
+        ("gpu", [(1, 0), (17, 1), (33, 2), (40, 3)]),
+    ],
+)
+def test_tokens_are_told_as_they_come(
+    eabf: Llama, platform: str, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks: list[int] = []
+    decode = generate._decode
+    monkeypatch.setattr(generate, "_decode", lambda *arguments: chunks.append(1) or decode(*arguments))
+    generator = Generator(eabf)
+    monkeypatch.setattr(generate.jax, "default_backend", lambda: platform)
+    stream = generator.stream(prompts_of(3, 9), 40)
+    assert [(len(completions[0].tokens), len(chunks)) for completions in stream] == expected
+
+
 def tokens_of(completions: Sequence[Completion]) -> list[list[int]]:
     return [completion.tokens for completion in completions]
 

@@ -16,7 +16,7 @@ from jax.interpreters import partial_eval as pe
 
 from eabf_jax.errors import InputError
 from eabf_jax.model import attention
-from eabf_jax.model.attention import BACKENDS, chunked, cudnn, reference, select, splash
+from eabf_jax.model.attention import BACKENDS, chunked, cudnn, cudnn_token, reference, select, splash
 
 QKV = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -166,6 +166,22 @@ def test_cudnn_lowers_to_the_fused_kernel(length: int, packed: bool) -> None:
     assert f"@__cudnn${kernel}(" in text
     assert f"@__cudnn${kernel}Backward(" in text
     assert "exponential" not in text  # no softmax beside the kernel
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 128), (9, 3, 64), (4, 1, 80)])
+def test_cudnn_lowers_one_query_to_the_fused_kernel(
+    heads: int, kv_heads: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention.fused, "check_cudnn_version", lambda: 91_000)  # there is none to ask here
+    q = jax.ShapeDtypeStruct((2, heads, head_dim), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((2, kv_heads, 1536, head_dim), jnp.bfloat16)
+    traced = jax.jit(cudnn_token).trace(q, kv, kv, jax.ShapeDtypeStruct((2,), jnp.int32))
+    assert traced.out_info.shape == q.shape
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "@__cudnn$fmhaSoftmax(" in text
+    assert "exponential" not in text
+    # The cache is read where it lies.
+    assert not [line for line in text.splitlines() if "transpose" in line and "1536" in line]
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

@@ -79,6 +79,31 @@ def test_tokens_of_rows_at_different_positions() -> None:
         np.testing.assert_array_equal(cache.v[row][:, :24][:, untouched], v[row].swapaxes(0, 1)[:, untouched])
 
 
+def test_a_gpu_reads_large_caches_by_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel itself runs on no CPU: here NumPy answers in its place, by what its docstring promises."""
+
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
+        seen = []
+        for row, length in enumerate(lengths.tolist()):
+            keys, values = (np.asarray(x[row : row + 1, :, :length]).swapaxes(1, 2) for x in (k, v))
+            queries = np.repeat(np.asarray(q)[row : row + 1, None], length, axis=1)
+            seen.append(expected_at(queries, keys, values, length - 1)[0])
+        return jnp.asarray(np.stack(seen), q.dtype)
+
+    monkeypatch.setattr(kv_cache, "cudnn_token", kernel)
+    monkeypatch.setattr(kv_cache, "_FEW_SLOTS", 16)
+    q, k, v = draw(10, 24)
+    new = [jnp.asarray(x[:, 0]) for x in draw(11, 1)]
+    for slots, kind in ((32, "model"), (32, "int8"), (16, "model")):
+        empty = empty_cache(ROWS, KV_HEADS, slots, HEAD_DIM, jnp.dtype("float32"), kind)
+        _, cache = read(q[:, :slots], k[:, :slots], v[:, :slots], 8, empty)
+        positions = jnp.array([5, slots - 10])
+        expected, cache_before = attend_token(*new, cache, positions)
+        found, cache_after = kv_cache.attend_token(*new, cache, positions, backend="cudnn")
+        np.testing.assert_allclose(found, expected, atol=ROUNDING)
+        jax.tree.map(np.testing.assert_array_equal, cache_after, cache_before)
+
+
 @pytest.mark.parametrize("kind", ["model", "int8"])
 def test_a_grown_cache_holds_the_same_and_has_room(kind: str) -> None:
     q, k, v = draw(8, 12)
