@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from eabf_jax.errors import unknown_name
@@ -164,6 +165,10 @@ def attend_token(
         None if cache.k_scale is None else _put(cache.k_scale, k_scale, positions),
         None if cache.v_scale is None else _put(cache.v_scale, v_scale, positions),
     )
+    if backend == "splash":
+        # For its writes of one slot, the TPU's compiler would else have the caches in another layout within the loop of
+        # tokens, copy them there and back, and hold both.
+        cache = cache._replace(k=_as_it_lies(cache.k), v=_as_it_lies(cache.v))
     if backend == "cudnn" and cache.k_scale is None and cache.k.shape[2] > _FEW_SLOTS:
         return cudnn_token(q, cache.k, cache.v, positions + 1), cache
     keys, values = (x.astype(v.dtype) for x in (cache.k, cache.v))
@@ -187,6 +192,11 @@ def _quantized(x: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
     if dtype != jnp.int8:
         return x.astype(dtype), scale
     return jnp.round(wide / jnp.where(scale > 0, scale, 1.0)[..., None]).astype(dtype), scale
+
+
+def _as_it_lies(x: Array) -> Array:
+    """x in the layout that arrays have between programs."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _put(stored: Array, new: Array, positions: Array) -> Array:

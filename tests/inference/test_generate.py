@@ -1,5 +1,6 @@
 """The generator against the full forward, token by token."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from eabf_jax import load
 from eabf_jax.data.chat import Turn
@@ -15,9 +17,12 @@ from eabf_jax.errors import InputError
 from eabf_jax.inference import Completion, Generator, Sampling, generate
 from eabf_jax.inference.chat import chat_format
 from eabf_jax.inference.generate import TOKENS_AT_ONCE
+from eabf_jax.inference.sampling import split
 from eabf_jax.interop.tokenizer import Tokenizer
-from eabf_jax.model import Llama, LlamaConfig
+from eabf_jax.model import Llama, LlamaConfig, decoder
+from eabf_jax.model.kv_cache import empty_cache
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.parallel.topology import compile_only_devices, tpu_slice
 from eabf_jax.rope import Scheme, compose, scheme
 
 TINY = Path(__file__).parents[2] / "assets/tiny"
@@ -134,6 +139,28 @@ def test_tokens_are_told_as_they_come(
     monkeypatch.setattr(generate.jax, "default_backend", lambda: platform)
     stream = generator.stream(prompts_of(3, 9), 40)
     assert [(len(completions[0].tokens), len(chunks)) for completions in stream] == expected
+
+
+def test_the_tpu_compiler_copies_no_cache() -> None:
+    (device, *_) = compile_only_devices(tpu_slice("v4-8"))
+    heads = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
+    config = dataclasses.replace(model_of(EABF).config, **heads)
+    dtype = jnp.dtype("bfloat16")
+    caches = tuple(empty_cache(1, 8, 18_432, 128, dtype) for _ in range(config.num_hidden_layers))
+    row, (steps, numbers) = jnp.zeros(1, jnp.int32), split(Sampling())
+    arguments = (
+        decoder.weights_of(Llama(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)),
+        generate._State(caches, row, row, row > 0, None, jnp.int32(1)),
+        generate._Choice(numbers, jax.random.key(0)[None], row),
+    )
+
+    def there(x: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+
+    weights, state, choice = jax.tree.map(there, jax.tree.map(jnp.asarray, arguments))
+    setup = generate._Setup(config, dtype, "splash", 8192, None, None)
+    compiled = generate._decode.lower(setup, steps, weights, state, choice, 16).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < caches[0].k.nbytes / 2
 
 
 def tokens_of(completions: Sequence[Completion]) -> list[list[int]]:
