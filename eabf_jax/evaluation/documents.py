@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from eabf_jax.data.dataset import METADATA_FILE, Records
 from eabf_jax.errors import InputError
-from eabf_jax.inference.text import encode_text
+from eabf_jax.inference.text import encode_text, only_text
 from eabf_jax.interop.tokenizer import Tokenizer
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
@@ -98,10 +98,8 @@ def read_texts(path: Path) -> Iterator[str]:
       InputError: a file that is no UTF-8, or a line that is no JSON object with a string under "text".
     """
     for file in _text_files(path) if path.is_dir() else [path]:
-        try:
+        with only_text(str(file)):
             content = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{file} is no UTF-8 text: {error.reason} at byte {error.start}") from error
         if file.suffix == ".txt":
             yield content
             continue

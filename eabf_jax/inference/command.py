@@ -1,7 +1,6 @@
 """`eabf generate`: continues prompts, or keeps a conversation, on the terminal."""
 
 import argparse
-import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.inference.chat import Format, chat_format
 from eabf_jax.inference.generate import Completion, Generator
 from eabf_jax.inference.sampling import Sampling
-from eabf_jax.inference.text import encode_text
+from eabf_jax.inference.text import encode_text, only_text
 from eabf_jax.interop.loading import DTYPES, load, split_scheme
 from eabf_jax.interop.tokenizer import Tokenizer
 from eabf_jax.model.kv_cache import CACHE_DTYPES
@@ -257,10 +256,8 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     """
     texts = [_standard_input() if prompt == "-" else prompt for prompt in arguments.prompt]
     for path in arguments.file:
-        try:
+        with only_text(f"--file {path}"):
             texts.append(Path(path).read_text(encoding="utf-8").removesuffix("\n"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"--file {path} is no UTF-8 text: {error.reason} at byte {error.start}") from error
     if not texts:
         if sys.stdin.isatty():
             raise InputError("no prompt: give it as PROMPT, with --file, or on standard input")
@@ -269,17 +266,8 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 
 def _standard_input() -> str:
-    with _text_only():
+    with only_text("standard input"):
         return sys.stdin.read().removesuffix("\n")
-
-
-@contextlib.contextmanager
-def _text_only() -> Iterator[None]:
-    """What is read inside from standard input has to be text."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise InputError(f"standard input is no UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def continue_prompts(session: Session, texts: Sequence[str]) -> list[Answer]:
@@ -349,7 +337,7 @@ def _questions(first: Sequence[str]) -> Iterator[str]:
     shown = "> " if sys.stdin.isatty() else ""
     while True:
         try:
-            with _text_only():
+            with only_text("standard input"):
                 line = input(shown)
         except EOFError:
             return

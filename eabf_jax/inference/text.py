@@ -1,13 +1,31 @@
 """Text to the tokens that a model reads, and tokens to text while they come: what may still change is held back."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
+from eabf_jax.errors import InputError
 from eabf_jax.interop.tokenizer import Tokenizer
 
 # How many tokens of the prompt are decoded along: the first of new text may need the last one's space or bytes.
 _CONTEXT = 8
 # What a decoder writes for bytes that are no whole character yet.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+@contextlib.contextmanager
+def only_text(source: str) -> Iterator[None]:
+    """For reading what has to be text.
+
+    Args:
+      source: what is read inside, as the user knows it.
+
+    Raises:
+      InputError: it is no UTF-8.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source} is no UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -115,6 +115,13 @@ def test_bytes_that_are_no_text(
     assert error.count("\n") == 1 and "no UTF-8" in error
 
 
+def test_a_file_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(b"a \xff b\n")
+    assert generate("--file", str(path)) == 2
+    assert capsys.readouterr().err == f"error: --file {path} is no UTF-8 text: invalid start byte at byte 2\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
