@@ -286,8 +286,8 @@ def read(report: Mapping[str, Any]) -> Comparison:
             for label, parts in report.get(key, {}).items()
         }
 
-    windows, bands, curves = rows("windows", WindowPerplexity), rows("bands", BandLoss), rows("curves", BandLoss)
-    if not (windows or curves):
-        raise KeyError("curves")
+    windows, bands = rows("windows", WindowPerplexity), rows("bands", BandLoss)
+    if not (windows or bands):
+        raise KeyError("bands")
     sizes = [report[name] for name in ("documents", "length", "pretrained_window")]
-    return Comparison(bands, curves, windows, rows("beside_first", Mean), *sizes)
+    return Comparison(bands, rows("curves", BandLoss), windows, rows("beside_first", Mean), *sizes)

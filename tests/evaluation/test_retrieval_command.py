@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from eabf_jax import load
 from eabf_jax.cli import main
 from eabf_jax.evaluation import line_retrieval, passkey, retrieval_command
+from eabf_jax.evaluation.intervals import clustered
 from eabf_jax.evaluation.retrieval import Cell, measure
 from eabf_jax.evaluation.retrieval_command import by_length, short_and_long
 
@@ -62,7 +64,7 @@ def test_two_schemes_answer_the_same_prompts(task: str, tmp_path: Path, capsys: 
 
 def test_cells_are_pooled_by_length_and_by_the_pretrained_window() -> None:
     cells = [
-        Cell(n, d, hits, 10, 0, 1, 0.0) for n, d, hits in ((4, 0, 9), (4, 50, 8), (8, 0, 5), (8, 50, 1), (16, 0, 0))
+        Cell(n, d, hits, 10, 0.0) for n, d, hits in ((4, 0, 9), (4, 50, 8), (8, 0, 5), (8, 50, 1), (16, 0, 0))
     ]
     assert {n: (share.hits, share.total) for n, share in by_length(cells).items()} == {
         4: (17, 20),
@@ -72,14 +74,22 @@ def test_cells_are_pooled_by_length_and_by_the_pretrained_window() -> None:
     pooled = short_and_long(cells, 4)
     assert {name: (share.hits, share.total) for name, share in pooled.items()} == {"short": (17, 20), "long": (6, 30)}
     # Wilson's interval of 6 in 30, from the usual calculators.
-    assert (pooled["long"].low, pooled["long"].high) == pytest.approx((0.0951, 0.3731), abs=1e-4)
+    # Three cells, as clusters; a length with one cell has no interval.
+    assert pooled["long"] == clustered([(5, 10), (1, 10), (0, 10)])
+    assert math.isnan(by_length(cells)[16].low)
+
+
+def test_records_whose_place_is_left_to_chance_count_one_by_one() -> None:
+    cells = [Cell(4, None, 2, 50, 0.0), Cell(8, None, 1, 50, 0.0)]
+    assert by_length(cells)[4] == clustered([(1, 1)] * 2 + [(0, 1)] * 48)
+    assert short_and_long(cells, 8)["short"] == clustered([(1, 1)] * 3 + [(0, 1)] * 97)
     assert list(short_and_long(cells, 16)) == ["short"]
 
 
 def test_what_keeps_prompts_apart_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrieval_command, "measure", lambda *_, **__: [Cell(160, 50, 0, 1, 0.0, 1.0, 0.0)])
+    monkeypatch.setattr(retrieval_command, "measure", lambda *_, **__: [Cell(160, 50, 0, 1, 0.0)])
     other = tmp_path / "other"
     shutil.copytree(TINY, other)
     settings = json.loads((other / "tokenizer_config.json").read_text())
