@@ -6,10 +6,10 @@
         --schemes pi,yarn,abf,eabf,ntk_by_parts_entropy --bases 500000,1000000,2000000 \
         --data data/sharegpt_32k_select --json OUT.json --time-limit 540 --recipe.batch_size 8 --recipe.steps 6
 
-Each scheme's configuration is trained on the dataset's training split with every learning rate, and, where it is `abf` or
-`eabf`, with every base; the other schemes keep the base that their configuration names. What has the lowest loss over
-all positions of the validation documents is chosen. These are documents of the held-out split, without the first --skip
-of them, which an evaluation may report. Further options with a dot go to train.py, the same for all.
+Each scheme's configuration is trained on the dataset's training split with every learning rate and, where it is `abf`
+or `eabf`, with every base; the other schemes keep the base that their configuration names. The run with the lowest loss
+over all positions of the validation documents is chosen. These are the held-out documents without the first --skip,
+which an evaluation may report. Further options with a dot go to train.py, the same for all.
 
 The file is written after each training run. When time is up, the exit status is 3, and the same command goes on.
 """
@@ -63,7 +63,9 @@ def values(option: str, text: str) -> list[float]:
     return found
 
 
-def configuration(arguments: argparse.Namespace, cell: dict[str, Any], output: str, overrides: list[str]) -> TrainConfig:
+def configuration(
+    arguments: argparse.Namespace, cell: dict[str, Any], output: str, overrides: list[str]
+) -> TrainConfig:
     """The configuration of one training run.
 
     Args:
@@ -85,7 +87,7 @@ KEYS = {"recipe.learning_rate": "learning_rate", "rope.base": "base"}
 
 
 def choices(arguments: argparse.Namespace, overrides: list[str]) -> list[dict[str, Any]]:
-    """Every training run: the schemes in turn, all with the same rates, those of an adjusted base with the same bases."""
+    """Every training run: each scheme with the same learning rates and, if it adjusts the base, the same bases."""
     cells = []
     for scheme in arguments.schemes.split(","):
         plain = {"scheme": scheme, "learning_rate": None, "base": None}
@@ -146,8 +148,12 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0, help="held-out documents left to others (default: %(default)s)")
     parser.add_argument("--documents", type=int, help="held-out documents behind those to validate on (default: all)")
     parser.add_argument("--batch-size", type=int, default=1, help="of the validation (default: %(default)s)")
-    parser.add_argument("--json", type=Path, required=True, help="write the figures here; those there are not made anew")
-    parser.add_argument("--time-limit", type=float, help="seconds after which to stop and be given again (default: none)")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="write the figures here; those there are not made anew"
+    )
+    parser.add_argument(
+        "--time-limit", type=float, help="seconds after which to stop and be given again (default: none)"
+    )
     arguments, overrides = parser.parse_known_args()
     begun, longest = time.monotonic(), 0.0
     cells = choices(arguments, overrides)

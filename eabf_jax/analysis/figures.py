@@ -65,7 +65,9 @@ def loss_by_position(
         # A mean over a band is as long as the band. Its marker stands at another place for each line.
         share = (number + 1) / (len(curves) + 1)
         places = [at for band in row for at in (band.start, (1 - share) * band.start + share * band.end, band.end)]
-        points = [(band.mean, band.mean - band.half_width, band.mean + band.half_width) for band in row for _ in range(3)]
+        points = [
+            (band.mean, band.mean - band.half_width, band.mean + band.half_width) for band in row for _ in range(3)
+        ]
         markers = (1, 3 * max(1, len(row) // 8))
         _line(axes, places, points, label=label, markevery=markers, **line_style(number, len(curves)))
     axes.set_xlim(left=0)

@@ -251,7 +251,11 @@ def as_json(comparison: Comparison, arguments: argparse.Namespace) -> dict[str, 
 
 def figures(comparison: Comparison) -> dict[str, Any]:
     """What was measured, as JSON values by label."""
-    kinds = {"windows": comparison.windows, "bands": comparison.bands, "curves": comparison.curves}
+    kinds: dict[str, Mapping[str, Sequence[Any]]] = {
+        "windows": comparison.windows,
+        "bands": comparison.bands,
+        "curves": comparison.curves,
+    }
     return {
         "documents": comparison.documents,
         "length": comparison.length,

@@ -104,7 +104,7 @@ def relative_luminance(colour: tuple[float, float, float, float]) -> float:
 
 
 def test_figures_in_heat_maps_can_be_read_on_every_colour(drawn: list[Figure]) -> None:
-    cells = [Cell(1024, depth, depth, 100, 0.0) for depth in range(0, 101)]
+    cells = [Cell(1024, depth, depth, 100, 0.0) for depth in range(101)]
     heat_maps({"a": cells}, Path("unused"))
     axes = drawn[0].axes[0]
     colours = axes.images[0].cmap(np.arange(101) / 100)
@@ -125,9 +125,7 @@ def test_heat_maps_show_each_cell_in_its_place(tmp_path: Path, monkeypatch) -> N
         return draw(self, values, **options)
 
     monkeypatch.setattr(Axes, "imshow", record)
-    cells = [
-        Cell(n, d, hits, 4, 0.5) for n, d, hits in ((256, 0, 4), (256, 90, 3), (512, 0, 1), (512, 90, 0))
-    ]
+    cells = [Cell(n, d, hits, 4, 0.5) for n, d, hits in ((256, 0, 4), (256, 90, 3), (512, 0, 1), (512, 90, 0))]
     heat_maps({f"model {n}": cells for n in range(6)}, tmp_path / "maps.png", pretrained_window=256, title="t")
     assert len(shown) == 6
     np.testing.assert_array_equal(shown[0], [[100, 25], [75, 0]])  # depths down, lengths across

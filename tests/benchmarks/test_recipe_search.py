@@ -41,8 +41,12 @@ def search(program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         writer.finish({"vocab_size": CONFIG.vocab_size})
     for name, rope in ROPES.items():
         settings = {
-            **{"output": "unused", "window": 32, "rope": rope, "model": {"path": str(tmp_path / "model")}},
-            **{"recipe": {"batch_size": 8, "epochs": 1}, "compute": {"dtype": "float32", "remat": "none"}},
+            "output": "unused",
+            "window": 32,
+            "rope": rope,
+            "model": {"path": str(tmp_path / "model")},
+            "recipe": {"batch_size": 8, "epochs": 1},
+            "compute": {"dtype": "float32", "remat": "none"},
         }
         (tmp_path / f"micro_{name}.yaml").write_text(yaml.safe_dump(settings))
 

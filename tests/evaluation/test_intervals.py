@@ -63,7 +63,9 @@ def test_intervals_cover_the_share_of_clustered_trials(count: int, kind: str) ->
 
 
 def test_more_hits_never_move_an_interval_down_and_none_is_without_width() -> None:
-    found = [clustered([(10, 10)] * full + [(part, 10)] + [(0, 10)] * (4 - full)) for full in range(5) for part in range(11)]
+    found = [
+        clustered([(10, 10)] * full + [(part, 10)] + [(0, 10)] * (4 - full)) for full in range(5) for part in range(11)
+    ]
     for before, after in itertools.pairwise(found):
         assert before.low <= after.low and before.high <= after.high
     assert all(interval.low < interval.high for interval in found)
