@@ -54,7 +54,7 @@ def test_every_kind_of_evaluation_is_listed_and_has_a_help(name, capsys):
     assert exit_code("evaluate", name, "--help") == 0
     text = capsys.readouterr().out
     assert f"usage: eabf evaluate {name}" in text
-    options = ["--model", "--json", "--output" if name == "harness" else "--figure"]
+    options = ["FILE" if name == "redraw" else "--model", "--json", "--output" if name == "harness" else "--figure"]
     assert all(option in text for option in options)
 
 

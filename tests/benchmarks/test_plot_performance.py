@@ -2,6 +2,7 @@ import json
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.axes import Axes
 
 from eabf_jax.errors import InputError
 
@@ -83,12 +84,27 @@ def test_page_and_pictures_are_written_from_results(program, results, tmp_path, 
     assert path.read_text() == text  # from the same results the same page
 
 
-def test_the_newest_run_of_a_length_is_drawn(program, results):
-    [reports] = [found for group, found in program.grouped(program.read_results(results)).items() if group[2] == 1]
+def test_the_picture_has_every_measurement_of_the_table_and_its_line_the_fastest(
+    program, results, tmp_path, monkeypatch
+):
+    # Measured last, and slower: the line does not fall back to it.
+    newest = {**RUN, **RAN, "tokens_per_second": 10_731.0, "date": "2024-01-05", "peers": {}}
+    (results / "newest.json").write_text(json.dumps(newest))
+    [(group, reports)] = [item for item in program.grouped(program.read_results(results)).items() if item[0][2] == 1]
     curves = program.curves(reports)
     rates = {length: figures["tokens_per_second"] for length, figures in curves["ours"].items()}
-    assert rates == {16_384: 11_300.4, 65_536: 5000.0}  # not the 9,000 of the day before
+    assert rates == {16_384: 11_300.4, 65_536: 5000.0} == program.fastest(reports)
     assert curves["compiled"][65_536]["out_of_memory"]
+    points = set()
+    plot = Axes.plot
+
+    def record(self, x, y, *arguments, **options):
+        points.update(zip(x, y, strict=True))
+        return plot(self, x, y, *arguments, **options)
+
+    monkeypatch.setattr(Axes, "plot", record)
+    program.draw(group, reports, tmp_path / "picture.png")
+    assert points >= {(16_384, rate) for rate in (11_300.4, 9000.0, 10_731.0, 8149.0)} | {(65_536, 5000.0)}
 
 
 def test_several_devices_are_held_against_one_of_their_kind(program, results):

@@ -7,17 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from flax import nnx
 
 from eabf_jax.data.chat import Encoded
 from eabf_jax.data.dataset import DatasetWriter
-from eabf_jax.interop.native import save_params, write_model_json
-from eabf_jax.model import Llama, LlamaConfig
 
-CONFIG = LlamaConfig(
-    vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=8, max_position_embeddings=16, initializer_range=0.5,
-)  # fmt: skip
+SHAPE = {
+    "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 16,
+}  # fmt: skip
 ROPES = {"pi": {"type": "pi", "base": 10_000, "factor": 2}, "abf": {"type": "abf", "base": 20_000}}
 
 
@@ -29,22 +26,19 @@ def program(load_program):
 @pytest.fixture
 def search(program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Starts the program on a micro model with two configurations; its exit status and what it wrote."""
-    (tmp_path / "model").mkdir()
-    write_model_json(tmp_path / "model", CONFIG)
-    save_params(tmp_path / "model", Llama(CONFIG, rngs=nnx.Rngs(0)).parameters())
     random = np.random.default_rng(0)
     with DatasetWriter(tmp_path / "data") as writer:
         for split, count in (("train", 8), ("held_out", 3)):
             for number in range(count):
-                tokens = random.integers(0, CONFIG.vocab_size, 32).astype(np.int32)
+                tokens = random.integers(0, SHAPE["vocab_size"], 32).astype(np.int32)
                 writer.add(split, Encoded(tokens, np.ones(32, bool)), f"{split} {number}")
-        writer.finish({"vocab_size": CONFIG.vocab_size})
+        writer.finish({"vocab_size": SHAPE["vocab_size"]})
     for name, rope in ROPES.items():
         settings = {
             "output": "unused",
             "window": 32,
             "rope": rope,
-            "model": {"path": str(tmp_path / "model")},
+            "model": {"shape": SHAPE},
             "recipe": {"batch_size": 8, "epochs": 1},
             "compute": {"dtype": "float32", "remat": "none"},
         }
