@@ -123,6 +123,7 @@ def draw(group: Group, reports: Sequence[Mapping[str, Any]], path: Path) -> None
             at = {"transform": axes.get_xaxis_transform(), "color": style["color"]}
             axes.plot(full, [0.03 * (1 + index)] * len(full), "x", **at)
         length_axis(axes, sorted({length for points in found.values() for length in points}))
+        axes.margins(y=0.1)
         axes.set_ylim(bottom=0)
         axes.set(xlabel="tokens a row (× : out of memory)", ylabel=label)
         axes.grid(alpha=0.3)

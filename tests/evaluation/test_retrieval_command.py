@@ -104,7 +104,6 @@ def test_cells_are_pooled_by_length_and_by_the_pretrained_window() -> None:
     }
     pooled = short_and_long(cells, 4)
     assert {name: (share.hits, share.total) for name, share in pooled.items()} == {"short": (17, 20), "long": (6, 30)}
-    # Wilson's interval of 6 in 30, from the usual calculators.
     # Three cells, as clusters; a length with one cell has no interval.
     assert pooled["long"] == clustered([(5, 10), (1, 10), (0, 10)])
     assert math.isnan(by_length(cells)[16].low)
