@@ -105,7 +105,9 @@ def _canonical(node: Any) -> str:
     if isinstance(node, ast.JoinedStr):  # Python 3.12 adds empty strings
         return "f[" + " ".join(_canonical(part) for part in node.values if getattr(part, "value", None) != "") + "]"
     # What is empty is left out: later releases have fields that earlier ones lack.
-    fields = [f"{name}={_canonical(value)}" for name, value in ast.iter_fields(node) if value is not None and value != []]
+    fields = [
+        f"{name}={_canonical(value)}" for name, value in ast.iter_fields(node) if value is not None and value != []
+    ]
     return f"{type(node).__name__}({' '.join(fields)})"
 
 
