@@ -10,13 +10,21 @@ rotated at every step with the frequencies of the length reached. In those schem
 stay as they were computed, at the length of that time; only a forward pass without a cache would compute them anew.
 """
 
+import inspect
 import math
 from functools import partial
 
 import torch
+import transformers
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, rotate_half
+
+KNOWN_RELEASES = "4.46 to 5.24"
+
+# What attention calls its cache: from 5.24 on, since 4.56, and before.
+CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value")
 
 
 class EabfLlamaConfig(LlamaConfig):
@@ -135,9 +143,18 @@ class EabfRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, x, position_ids):
-        lengths = position_ids.max(dim=1, keepdim=True).values + 1 if self.follows_length else torch.ones(1, 1)
-        cos, sin = self.tables(position_ids, lengths, x.dtype)
-        return cos, sin, position_ids, lengths
+        if not self.follows_length:
+            return *self.tables(position_ids, torch.ones(1, 1), x.dtype), position_ids, None
+        _refuse_packed(position_ids)
+        lengths = position_ids.max(dim=1, keepdim=True).values + 1
+        return *self.tables(position_ids, lengths, x.dtype), position_ids, lengths
+
+
+def _refuse_packed(position_ids):
+    """Raises where a row holds several texts, each of which would need frequencies of its own."""
+    starts = (position_ids[:, :-1] == 0) & (position_ids[:, 1:] == 1)
+    if starts.shape[1] and starts.sum(dim=1).max() > 1:
+        raise ValueError("the frequencies follow the length of the text: give each text a row of its own, not packed")
 
 
 class _RotatingCache:
@@ -145,15 +162,19 @@ class _RotatingCache:
 
     def __init__(self, cache, rotary, position_ids, lengths):
         self.cache, self.rotary, self.position_ids, self.lengths = cache, rotary, position_ids, lengths
+        self.updated = False
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        past = self.cache.get_seq_length(layer_idx)
+        self.updated = True
+        # A copy: a static cache counts in place, in the tensor that it gives.
+        past = torch.as_tensor(self.cache.get_seq_length(layer_idx)).clone()
         keys, values = self.cache.update(keys, values, layer_idx, *args, **kwargs)
         # Earlier tokens are the ones just before the first new one; where that is padding, the mask hides it. A static
         # cache has room at its end, hidden by the mask too.
-        index = torch.arange(keys.shape[2], device=keys.device)[None] - past
-        positions = self.position_ids[:, :1] + index
-        positions[:, past : past + self.position_ids.shape[1]] = self.position_ids
+        index = torch.arange(keys.shape[2], device=keys.device) - past.to(keys.device)
+        last = self.position_ids.shape[1] - 1
+        new = (index >= 0) & (index <= last)
+        positions = torch.where(new, self.position_ids[:, index.clamp(0, last)], self.position_ids[:, :1] + index)
         cos, sin = self.rotary.tables(positions, self.lengths, keys.dtype)
         return _rotate(keys, cos[:, None], sin[:, None]), values
 
@@ -162,59 +183,119 @@ def _rotate(x, cos, sin):
     return x * cos + rotate_half(x) * sin
 
 
-def _before_attention(rotary, module, args, kwargs):
+def _require(holds, expected):
+    """Raises unless transformers does what these hooks rely on; going on would give other logits."""
+    if not holds:
+        raise RuntimeError(
+            f"modeling_eabf_llama.py does not fit transformers {transformers.__version__}: expected {expected}. "
+            f"Releases {KNOWN_RELEASES} are known to work."
+        )
+
+
+class _Call:
+    """What the projections' hooks do in one attention call, and which of them have still to do it."""
+
+    def __init__(self, multiplier, rotation, head_dim, rotates_keys):
+        self.multiplier, self.rotation, self.head_dim = multiplier, rotation, head_dim
+        self.rotates_keys = rotates_keys
+        self.query_is_due = multiplier is not None or rotation is not None
+        self.key_is_due = rotates_keys
+        self.cache = None
+
+    def rotate(self, x):
+        cos, sin = self.rotation
+        heads = x.view(*x.shape[:-1], -1, self.head_dim)
+        return _rotate(heads, cos[:, :, None], sin[:, :, None]).view(x.shape)
+
+
+def _before_attention(rotary, argument_names, module, args, kwargs):
     """Prepares one attention call: what its projections will do, and what transformers' code will see."""
-    cos, sin, position_ids, lengths = kwargs["position_embeddings"]
-    module.eabf_multiplier = logit_multiplier(rotary.scheme, module.layer_idx, position_ids)
-    module.eabf_rotation = None
-    module.eabf_rotates_keys = False
+    kwargs = {**dict(zip(argument_names, args)), **kwargs}
+    embeddings = kwargs.get("position_embeddings")
+    _require(
+        isinstance(embeddings, tuple) and len(embeddings) == 4,
+        "attention to be given position_embeddings, the tuple that model.rotary_emb returns",
+    )
+    cos, sin, position_ids, lengths = embeddings
+    multiplier = logit_multiplier(rotary.scheme, module.layer_idx, position_ids)
+    call = _Call(multiplier, None, module.head_dim, False)
     if rotary.follows_length:
-        name = "past_key_values" if kwargs.get("past_key_values") is not None else "past_key_value"
-        cache = kwargs.get(name)
-        if cache is not None:
-            kwargs[name] = _RotatingCache(cache, rotary, position_ids, lengths)
-        module.eabf_rotation = (cos, sin)
-        module.eabf_rotates_keys = cache is None
+        given = [name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None]
+        _require(
+            len(given) == 1 or not (given or kwargs.get("use_cache")),
+            f"a cache in one of attention's arguments {', '.join(CACHE_ARGUMENTS)}, found {given or 'none'}",
+        )
+        call = _Call(multiplier, (cos, sin), module.head_dim, not given)
+        if given:
+            cache = kwargs[given[0]]
+            _require(isinstance(cache, Cache), f"a transformers Cache, found {type(cache).__name__}")
+            call.cache = kwargs[given[0]] = _RotatingCache(cache, rotary, position_ids, lengths)
         cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
     kwargs["position_embeddings"] = (cos, sin)
-    return args, kwargs
+    # Quantisation and adapters put other modules in the projections' places after this model was built.
+    _hook(module)
+    module.q_proj.eabf_call = module.k_proj.eabf_call = call
+    return (), kwargs
 
 
 def _after_attention(module, args, output):
-    """Gives the real cache back where attention returns it (before transformers 4.48)."""
+    """Checks that every part of the scheme was applied, and gives the real cache back (before transformers 4.48)."""
+    call = module.q_proj.eabf_call
+    module.q_proj.eabf_call = module.k_proj.eabf_call = None
+    _require(not call.query_is_due, "attention to call its q_proj")
+    _require(not call.key_is_due, "attention to call its k_proj")
+    _require(call.cache is None or call.cache.updated, "attention to call the update of the cache that it is given")
     if isinstance(output, tuple) and isinstance(output[-1], _RotatingCache):
         return (*output[:-1], output[-1].cache)
     return output
 
 
-def _after_query(attention, projection, args, query):
-    if attention.eabf_rotation is not None:
-        query = _rotate_projection(query, attention)
-    if attention.eabf_multiplier is not None:
+def _after_query(projection, args, query):
+    call = projection.eabf_call
+    if call is None:
+        return query
+    call.query_is_due = False
+    if call.rotation is not None:
+        query = call.rotate(query)
+    if call.multiplier is not None:
         # The positions may have one row for the whole batch.
-        query = (query * attention.eabf_multiplier[..., None].to(query.device)).to(query.dtype)
+        query = (query * call.multiplier[..., None].to(query.device)).to(query.dtype)
     return query
 
 
-def _after_key(attention, projection, args, key):
-    return _rotate_projection(key, attention) if attention.eabf_rotates_keys else key
+def _after_key(projection, args, key):
+    call = projection.eabf_call
+    if call is None or not call.rotates_keys:
+        return key
+    call.key_is_due = False
+    return call.rotate(key)
 
 
-def _rotate_projection(x, attention):
-    cos, sin = attention.eabf_rotation
-    heads = x.view(*x.shape[:-1], -1, attention.head_dim)
-    return _rotate(heads, cos[:, :, None], sin[:, :, None]).view(x.shape)
+def _hook(attention):
+    """Puts the hooks on the projections, unless these very modules have them."""
+    for name, hook in (("q_proj", _after_query), ("k_proj", _after_key)):
+        projection = getattr(attention, name, None)
+        _require(isinstance(projection, nn.Module), f"attention with a projection {name}")
+        if "eabf_call" not in projection.__dict__:
+            projection.eabf_call = None
+            projection.register_forward_hook(hook)
 
 
 def _equip(model):
     """Gives a LlamaModel its rotary scheme."""
+    _require(hasattr(model, "rotary_emb"), "a LlamaModel with a rotary_emb")
     model.rotary_emb = EabfRotaryEmbedding(model.config)
     for layer in model.layers:
         attention = layer.self_attn
-        attention.register_forward_pre_hook(partial(_before_attention, model.rotary_emb), with_kwargs=True)
+        names = list(inspect.signature(attention.forward).parameters)
+        if model.rotary_emb.follows_length:
+            _require(
+                any(name in names for name in CACHE_ARGUMENTS),
+                f"attention with an argument {' or '.join(CACHE_ARGUMENTS)}, found {', '.join(names)}",
+            )
+        _hook(attention)
+        attention.register_forward_pre_hook(partial(_before_attention, model.rotary_emb, names), with_kwargs=True)
         attention.register_forward_hook(_after_attention)
-        attention.q_proj.register_forward_hook(partial(_after_query, attention))
-        attention.k_proj.register_forward_hook(partial(_after_key, attention))
 
 
 class EabfLlamaModel(LlamaModel):
