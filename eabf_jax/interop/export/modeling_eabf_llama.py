@@ -210,7 +210,7 @@ class _Call:
 
 def _before_attention(rotary, argument_names, module, args, kwargs):
     """Prepares one attention call: what its projections will do, and what transformers' code will see."""
-    kwargs = {**dict(zip(argument_names, args)), **kwargs}
+    kwargs = {**dict(zip(argument_names, args)), **kwargs}  # noqa: B905 - `strict` needs Python 3.10
     embeddings = kwargs.get("position_embeddings")
     _require(
         isinstance(embeddings, tuple) and len(embeddings) == 4,
