@@ -112,7 +112,7 @@ def test_arguments_of_attention() -> None:
     for wrong in ({}, {"position_embeddings": rotation[:2]}):
         with pytest.raises(RuntimeError, match="expected attention to be given position_embeddings"):
             attention(x, attention_mask=None, **wrong)
-    with pytest.raises(RuntimeError, match="expected a cache in one of attention's arguments .*, found none"):
+    with pytest.raises(RuntimeError, match=r"expected a cache in one of attention's arguments .*, found none"):
         attention(x, rotation, None, use_cache=True)
     with pytest.raises(RuntimeError, match="expected a transformers Cache, found dict"):
         attention(x, rotation, None, cache={})
