@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch import nn
 
 from eabf_jax.interop.export import modeling_eabf_llama
+from eabf_jax.rope import schemes
 
 DYNAMIC = {"type": "dynamic_ntk", "base": 10_000.0, "factor": 2.0, "pretrained_window": 16}
 EABF = {"type": "eabf", "base": 50_000.0, "pretrained_window": 16, "unscaled_layers": 0}
@@ -146,3 +148,47 @@ def test_projections_replaced_after_the_model_was_built(scheme: dict[str, Any]) 
         setattr(attention, name, Adapted(getattr(attention, name), added))
         getattr(merged.model.layers[0].self_attn, name).weight.data += added
     torch.testing.assert_close(adapted(TOKENS).logits, merged(TOKENS).logits, atol=1e-4, rtol=0)  # order of sums
+
+
+def test_the_export_knows_what_the_exported_file_computes() -> None:
+    for known, table in (
+        (schemes.EXPORTED_FREQUENCIES, modeling_eabf_llama.FREQUENCIES),
+        (schemes.EXPORTED_LOGIT_SCALES, modeling_eabf_llama.LOGIT_SCALES),
+    ):
+        assert dict(known) == {name: parameters for name, (_, parameters) in table.items()}
+    assert {*schemes.SCHEMES} - {*schemes.EXPORTED_FREQUENCIES} == {"eabf"}  # its parts are in the tables
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ({"type": "longrope", "base": 1e4}, "has the type 'longrope'; .* knows default, abf, pi"),
+        ({"type": "compose", "frequencies": {"type": "longrope"}}, "has the type 'longrope'"),
+        ({"type": "compose", "frequencies": EABF, "logit_scale": {"type": "louder"}}, "the logit_scale 'louder'"),
+        ({"type": "compose", "frequencies": EABF, "temperature": {}}, "'compose' has no parameter temperature"),
+        ({**EABF, "cap": 2.0}, "'eabf' has no parameter cap"),
+        ({**DYNAMIC, "beta": 2.0}, "'dynamic_ntk' has no parameter beta"),
+        ({"base": 1e4}, "has the type None"),
+    ],
+    ids=str,
+)
+def test_the_exported_file_refuses_what_it_does_not_know(scheme: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(scheme)
+
+
+@pytest.mark.parametrize(
+    "s",
+    [
+        schemes.scheme("ntk_by_parts", factor=4, pretrained_window=512, truncate=False),
+        schemes.scheme("yarn", factor=0.5, pretrained_window=512, truncate=False),
+        schemes.scheme("dynamic_yarn", pretrained_window=512, truncate=False),
+    ],
+    ids=str,
+)
+def test_the_exported_file_computes_our_frequencies(s: schemes.Scheme) -> None:
+    """Ours are compared with transformers in tests/rope; here only what the models above do not have."""
+    length = (torch.full((1, 1), 2048.0, dtype=torch.float64),) if s.depends_on_length else ()
+    frequencies, scale = modeling_eabf_llama.rules(s.to_dict())[0](64, *length)
+    np.testing.assert_allclose(frequencies[0].numpy(), s.inverse_frequencies(64, 2048), rtol=2.0**-23)  # float32
+    assert float(scale) == pytest.approx(s.rotation_scale(2048), rel=1e-15)

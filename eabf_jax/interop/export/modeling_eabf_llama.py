@@ -33,91 +33,139 @@ class EabfLlamaConfig(LlamaConfig):
     model_type = "eabf_llama"
 
 
+# Rules of frequencies: head_dim, then `lengths` (float64 [batch, 1] on the CPU, tokens in each row) if they follow it,
+# then the parameters by keyword. Each returns float64 inverse frequencies [batch or 1, head_dim // 2] and the factor on
+# cos and sin, a float or float64 [batch, 1].
+
+
 def _theta(head_dim, base):
-    return torch.tensor([base ** (-2.0 * j / head_dim) for j in range(head_dim // 2)], dtype=torch.float64)
+    return torch.tensor([[base ** (-2.0 * j / head_dim) for j in range(head_dim // 2)]], dtype=torch.float64)
 
 
-def _by_parts(head_dim, base, stretch, window, beta_fast, beta_slow):
-    """NTK-by-parts frequencies; `stretch` is float64 [batch, 1]."""
+def _default(head_dim, *, base):
+    return _theta(head_dim, base), 1.0
 
+
+def _pi(head_dim, *, base, factor):
+    return _theta(head_dim, base) / factor, 1.0
+
+
+def _ntk(head_dim, *, base, factor):
+    return _theta(head_dim, base * factor ** (head_dim / (head_dim - 2))), 1.0
+
+
+def _dynamic_ntk(head_dim, lengths, *, base, factor, pretrained_window):
+    growth = 1.0 + factor * (lengths - pretrained_window).clamp(min=0.0) / pretrained_window
+    exponents = torch.arange(head_dim // 2, dtype=torch.float64) * (-2.0 / (head_dim - 2))
+    return _theta(head_dim, base) * growth**exponents, 1.0
+
+
+def _llama3(head_dim, *, base, factor, low_freq_factor, high_freq_factor, pretrained_window):
+    theta = _theta(head_dim, base)
+    turns = pretrained_window * theta / (2.0 * math.pi)
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0)
+    return theta * kept + theta / factor * (1.0 - kept), 1.0
+
+
+def _ntk_by_parts(head_dim, *, base, factor, pretrained_window, beta_fast, beta_slow, truncate=True):
     def index_turning(turns):
-        return head_dim * math.log(window / (turns * 2.0 * math.pi)) / (2.0 * math.log(base))
+        return head_dim * math.log(pretrained_window / (turns * 2.0 * math.pi)) / (2.0 * math.log(base))
 
-    low = min(max(math.floor(index_turning(beta_fast)), 0), head_dim - 1)
-    high = min(max(math.ceil(index_turning(beta_slow)), 0), head_dim - 1)
+    low, high = index_turning(beta_fast), index_turning(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
     ramp = (torch.arange(head_dim // 2, dtype=torch.float64) - low) / ((high - low) or 0.001)
     share = ramp.clamp(0.0, 1.0)
     theta = _theta(head_dim, base)
-    return theta * (1.0 - share) + theta / stretch * share
+    return theta * (1.0 - share) + theta / factor * share, 1.0
 
 
-def inverse_frequencies(scheme, head_dim, lengths):
-    """Inverse frequencies and the factor on cos and sin.
-
-    Args:
-      scheme: {"type": name, parameter: value, ...}.
-      head_dim: size of one head.
-      lengths: float64 [batch, 1] on the CPU, current length of each row in tokens.
-
-    Returns:
-      float64 [batch or 1, head_dim // 2] and float64 [batch or 1, 1].
-    """
-    kind = scheme["type"]
-    if kind == "compose":
-        return inverse_frequencies(scheme["frequencies"], head_dim, lengths)
-    base = scheme["base"]
-    window = scheme.get("pretrained_window")
-    one = torch.ones(1, 1, dtype=torch.float64)
-    theta = _theta(head_dim, base)[None]
-    if kind in ("default", "abf", "eabf"):
-        return theta, one
-    if kind == "pi":
-        return theta / scheme["factor"], one
-    if kind == "ntk":
-        return _theta(head_dim, base * scheme["factor"] ** (head_dim / (head_dim - 2)))[None], one
-    if kind == "dynamic_ntk":
-        growth = 1.0 + scheme["factor"] * (lengths - window).clamp(min=0.0) / window
-        exponents = torch.arange(head_dim // 2, dtype=torch.float64) * (-2.0 / (head_dim - 2))
-        return theta * growth**exponents, one
-    if kind == "llama3":
-        turns = window * theta / (2.0 * math.pi)
-        low, high = scheme["low_freq_factor"], scheme["high_freq_factor"]
-        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-        return theta * kept + theta / scheme["factor"] * (1.0 - kept), one
-    if kind in ("ntk_by_parts", "yarn", "dynamic_yarn"):
-        stretch = (lengths / window).clamp(min=1.0) if kind == "dynamic_yarn" else one * scheme["factor"]
-        frequencies = _by_parts(head_dim, base, stretch, window, scheme["beta_fast"], scheme["beta_slow"])
-        if kind == "ntk_by_parts":
-            return frequencies, one
-        given = scheme.get("attention_factor")
-        return frequencies, 0.1 * torch.log(stretch) + 1.0 if given is None else one * given
-    raise ValueError(f"eabf_scheme: unknown type {kind!r}")
+def _yarn(head_dim, *, factor, attention_factor=None, **parameters):
+    scale = 0.1 * math.log(max(factor, 1.0)) + 1.0 if attention_factor is None else attention_factor
+    return _ntk_by_parts(head_dim, factor=factor, **parameters)[0], scale
 
 
-def follows_length(scheme):
-    """Whether the frequencies depend on the current length."""
-    inner = scheme["frequencies"] if scheme["type"] == "compose" else scheme
-    return inner["type"] in ("dynamic_ntk", "dynamic_yarn")
+def _dynamic_yarn(head_dim, lengths, *, factor, pretrained_window, **parameters):
+    stretch = (lengths / pretrained_window).clamp(min=1.0)
+    frequencies, _ = _ntk_by_parts(head_dim, factor=stretch, pretrained_window=pretrained_window, **parameters)
+    return frequencies, 0.1 * torch.log(stretch) + 1.0
 
 
-def logit_multiplier(scheme, layer, position_ids):
-    """The multiplier of the attention logits of each query, or None where it is 1 everywhere.
+# Rules of the logits' multiplier: int positions [batch, length] from 0, the layer's index, then the parameters by
+# keyword. Each returns float32 [batch, length], or None where the multiplier is 1 everywhere.
 
-    Args:
-      scheme: {"type": name, parameter: value, ...}.
-      layer: 0-based layer index.
-      position_ids: int [batch, length], 0-based.
 
-    Returns:
-      float32 [batch, length] or None.
-    """
-    rule = scheme.get("logit_scale") if scheme["type"] == "compose" else scheme
-    if rule is None or rule["type"] not in ("eabf", "entropy_aware") or layer < rule.get("unscaled_layers", 2):
+def _none(position_ids, layer):
+    return None
+
+
+def _entropy_aware(position_ids, layer, *, pretrained_window, unscaled_layers=2):
+    if layer < unscaled_layers:
         return None
-    window = rule["pretrained_window"]
     # ln i / ln c = 1 + ln(1 + (i - c) / c) / ln c for the 1-based position i; exactly 1 inside the window.
-    excess = (position_ids.float() - (window - 1)).clamp(min=0.0)
-    return 1.0 + torch.log1p(excess / window) / math.log(window)
+    excess = (position_ids.float() - (pretrained_window - 1)).clamp(min=0.0)
+    return 1.0 + torch.log1p(excess / pretrained_window) / math.log(pretrained_window)
+
+
+_BY_PARTS = ("base", "factor", "pretrained_window", "beta_fast", "beta_slow", "truncate")
+
+# What this file can compute: for each type its rule and its parameters. Anything else in config.json is an error.
+FREQUENCIES = {
+    "default": (_default, ("base",)),
+    "abf": (_default, ("base",)),
+    "pi": (_pi, ("base", "factor")),
+    "ntk": (_ntk, ("base", "factor")),
+    "dynamic_ntk": (_dynamic_ntk, ("base", "factor", "pretrained_window")),
+    "ntk_by_parts": (_ntk_by_parts, _BY_PARTS),
+    "yarn": (_yarn, (*_BY_PARTS, "attention_factor")),
+    "dynamic_yarn": (_dynamic_yarn, _BY_PARTS),
+    "llama3": (_llama3, ("base", "factor", "low_freq_factor", "high_freq_factor", "pretrained_window")),
+}
+LOGIT_SCALES = {
+    "none": (_none, ()),
+    "entropy_aware": (_entropy_aware, ("pretrained_window", "unscaled_layers")),
+    "eabf": (_entropy_aware, ("pretrained_window", "unscaled_layers")),
+}
+
+
+def rules(scheme):
+    """Finds the rules of a scheme.
+
+    Args:
+      scheme: {"type": name, parameter: value, ...}.
+
+    Returns:
+      The rule of the frequencies and the rule of the logits' multiplier, their parameters bound.
+
+    Raises:
+      ValueError: a type or a parameter that this file does not know.
+    """
+    values = dict(scheme)
+    kind = values.pop("type", None)
+    if kind == "eabf":
+        frequencies = {"type": "default", "base": values.pop("base")}
+        return _bound(FREQUENCIES, "type", frequencies), _bound(LOGIT_SCALES, "logit_scale", {"type": kind, **values})
+    if kind != "compose":
+        return _bound(FREQUENCIES, "type", scheme), _none
+    frequencies, logit_scale = values.pop("frequencies"), values.pop("logit_scale", None) or {"type": "none"}
+    if values:
+        raise ValueError(f"config.json: eabf_scheme 'compose' has no parameter {', '.join(values)}")
+    return rules(frequencies)[0], _bound(LOGIT_SCALES, "logit_scale", logit_scale)
+
+
+def _bound(table, what, values):
+    parameters = dict(values)
+    kind = parameters.pop("type", None)
+    if kind not in table:
+        raise ValueError(
+            f"config.json: eabf_scheme has the {what} {kind!r}; this modeling_eabf_llama.py knows {', '.join(table)}"
+        )
+    rule, known = table[kind]
+    unknown = [name for name in parameters if name not in known]
+    if unknown:
+        raise ValueError(f"config.json: eabf_scheme {kind!r} has no parameter {', '.join(unknown)}")
+    return partial(rule, **parameters)
 
 
 class EabfRotaryEmbedding(nn.Module):
@@ -128,15 +176,16 @@ class EabfRotaryEmbedding(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.scheme = config.eabf_scheme
+        self.frequencies, self.logit_scale = rules(config.eabf_scheme)
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.follows_length = follows_length(self.scheme)
+        self.follows_length = "lengths" in inspect.signature(self.frequencies).parameters
 
     def tables(self, positions, lengths, dtype):
         """Cosines and sines [batch, length, head_dim] of int positions [batch, length]."""
-        frequencies, scale = inverse_frequencies(self.scheme, self.head_dim, lengths.to("cpu", torch.float64))
+        given = (lengths.to("cpu", torch.float64),) if self.follows_length else ()
+        frequencies, scale = self.frequencies(self.head_dim, *given)
         frequencies = frequencies.to(positions.device, torch.float32)
-        scale = scale.to(positions.device, torch.float32)
+        scale = torch.as_tensor(scale, dtype=torch.float32).reshape(-1, 1).to(positions.device)
         angles = positions[..., None].float() * frequencies[:, None, :]
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * scale[:, None]).to(dtype), (angles.sin() * scale[:, None]).to(dtype)
@@ -144,7 +193,7 @@ class EabfRotaryEmbedding(nn.Module):
     @torch.no_grad()
     def forward(self, x, position_ids):
         if not self.follows_length:
-            return *self.tables(position_ids, torch.ones(1, 1), x.dtype), position_ids, None
+            return *self.tables(position_ids, None, x.dtype), position_ids, None
         _refuse_packed(position_ids)
         lengths = position_ids.max(dim=1, keepdim=True).values + 1
         return *self.tables(position_ids, lengths, x.dtype), position_ids, lengths
@@ -217,7 +266,7 @@ def _before_attention(rotary, argument_names, module, args, kwargs):
         "attention to be given position_embeddings, the tuple that model.rotary_emb returns",
     )
     cos, sin, position_ids, lengths = embeddings
-    multiplier = logit_multiplier(rotary.scheme, module.layer_idx, position_ids)
+    multiplier = rotary.logit_scale(position_ids, module.layer_idx)
     call = _Call(multiplier, None, module.head_dim, False)
     if rotary.follows_length:
         given = [name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None]
