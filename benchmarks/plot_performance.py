@@ -15,19 +15,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eabf_jax.analysis.figures import length_axis, save
+from eabf_jax.analysis.figures import length_axis, line_style, save
 from eabf_jax.cli import run
 from eabf_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- begin: written by benchmarks/plot_performance.py -->", "<!-- end -->"
 STACKS = {"ours": "eabf-jax", "eager": "transformers, eager", "compiled": "transformers, compiled"}
-STYLES: dict[str, dict[str, Any]] = {
-    "ours": {"linewidth": 3, "color": "black"},
-    "eager": {"linewidth": 1.5, "color": "tab:orange", "linestyle": "--"},
-    "compiled": {"linewidth": 1.5, "color": "tab:blue"},
-}
-
 Group = tuple[str, str, int]  # configuration, device, number of devices
 
 
@@ -74,25 +68,31 @@ def stacks_of(entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def curves(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Mapping[str, Any]]]:
-    """What a picture shows of a group.
+    """What the lines of a picture go through.
 
     Args:
       reports: the group's, oldest first.
 
     Returns:
-      By stack, by length, the figures of the newest report that ran it, or of the newest at all.
+      By stack, by length, the figures of the report in which it was fastest; where it never ran, of the newest.
     """
     found: dict[str, dict[int, Mapping[str, Any]]] = {}
     for entry in (entry for report in reports for entry in entries_of(report)):
         for stack, figures in stacks_of(entry).items():
             points = found.setdefault(stack, {})
-            if "tokens_per_second" in figures or "tokens_per_second" not in points.get(entry["length"], {}):
+            if _rate(figures) >= _rate(points.get(entry["length"], {})):
                 points[entry["length"]] = figures
     return found
 
 
+def _rate(figures: Mapping[str, Any]) -> float:
+    return float(figures.get("tokens_per_second") or 0)
+
+
 def draw(group: Group, reports: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws tokens per second and memory against length, one line a stack; a cross where it ran out of memory.
+    """Draws tokens per second and memory against length: a point each measurement, a cross where memory ran out.
+
+    Of each stack, a line goes through the points of `curves`; so what the tables list is all in the picture.
 
     Args:
       group: for the title.
@@ -102,27 +102,33 @@ def draw(group: Group, reports: Sequence[Mapping[str, Any]], path: Path) -> None
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = (("tokens_per_second", "tokens per second"), ("peak_gib", "peak device memory (GiB)"))
     found = curves(reports)
-    lengths = sorted({length for points in found.values() for length in points})
+    entries = [entry for report in reports for entry in entries_of(report)]
+    # Ours is the emphasised one.
+    stacks = sorted(found, key=lambda stack: stack == "ours")
     for number, (key, label) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, 2, number)
-        for stack, points in found.items():
+        for index, stack in enumerate(stacks):
+            points = found[stack]
+            style = line_style(index, len(stacks) if "ours" in found else len(stacks) + 1)
             ran = sorted(length for length, figures in points.items() if figures.get(key) is not None)
-            values = [points[length][key] for length in ran]
             # Of each stack one label for both panels.
-            name = STACKS[stack] if number == 1 else None
-            axes.plot(ran, values, marker="o", markersize=4, label=name, **STYLES[stack])
+            name = STACKS.get(stack, stack) if number == 1 else None
+            axes.plot(ran, [points[length][key] for length in ran], label=name, **style)
+            measured = [(entry["length"], stacks_of(entry).get(stack, {}).get(key)) for entry in entries]
+            each = [(length, value) for length, value in measured if value is not None]
+            unjoined = {**style, "linestyle": "", "markerfacecolor": "none"}
+            axes.plot([length for length, _ in each], [value for _, value in each], **unjoined)
             full = sorted(length for length, figures in points.items() if figures.get("out_of_memory"))
             # Just above the axis, one stack's crosses over another's.
-            height = 0.03 * (1 + list(STYLES).index(stack))
-            at = {"transform": axes.get_xaxis_transform(), "color": STYLES[stack]["color"]}
-            axes.plot(full, [height] * len(full), "x", **at)
-        length_axis(axes, lengths)
+            at = {"transform": axes.get_xaxis_transform(), "color": style["color"]}
+            axes.plot(full, [0.03 * (1 + index)] * len(full), "x", **at)
+        length_axis(axes, sorted({length for points in found.values() for length in points}))
         axes.set_ylim(bottom=0)
         axes.set(xlabel="tokens a row (× : out of memory)", ylabel=label)
         axes.grid(alpha=0.3)
     name, device, devices = group
     figure.suptitle(f"{name}, full fine-tuning step, {devices} × {device}", fontsize=11)
-    figure.legend(loc="outside right upper", fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8, handlelength=4)
     save(figure, path)
 
 
