@@ -3,31 +3,27 @@
     python benchmarks/plot_performance.py
 
 Every figure in the page comes from a file in benchmarks/results, written by train_step.py or generate.py; the page says
-which.
+which, and marks the figures whose code has changed since.
 """
 
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from provenance import changed
 
-from eabf_jax.analysis.figures import length_axis, save
+from eabf_jax.analysis.figures import length_axis, line_style, save
 from eabf_jax.cli import run
 from eabf_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- begin: written by benchmarks/plot_performance.py -->", "<!-- end -->"
-STACKS = {"ours": "eabf-jax", "eager": "transformers, eager", "compiled": "transformers, compiled"}
-STYLES: dict[str, dict[str, Any]] = {
-    "ours": {"linewidth": 3, "color": "black"},
-    "eager": {"linewidth": 1.5, "color": "tab:orange", "linestyle": "--"},
-    "compiled": {"linewidth": 1.5, "color": "tab:blue"},
-}
-
+STACKS = {"ours": "eabf-jax", "peer": "strongest peer", "masters": "its float32 setting"}
 Group = tuple[str, str, int]  # configuration, device, number of devices
 
 
@@ -69,30 +65,47 @@ def grouped(reports: Sequence[Mapping[str, Any]]) -> dict[Group, list[Mapping[st
 
 
 def stacks_of(entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Figures by stack at one length."""
-    return {"ours": entry, **entry["peers"]}
+    """Figures by stack at one length: ours, the strongest setting of the peer, and that with float32 parameters.
+
+    Where no setting ran, `peer` is one that did not. Results from before the peer's switches were tried have no peer.
+    """
+    found: dict[str, Mapping[str, Any]] = {"ours": entry}
+    peers = entry["peers"] if "strongest_peer" in entry else {}
+    for stack, key in (("peer", "strongest_peer"), ("masters", "strongest_float32_peer")):
+        precision = {"peer": "bfloat16", "masters": "autocast"}[stack]
+        tried = {name: peer for name, peer in peers.items() if name.endswith(precision)}
+        if tried:
+            name = entry[key] or next(iter(tried))
+            found[stack] = {"setting": name, **tried[name]}
+    return found
 
 
 def curves(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Mapping[str, Any]]]:
-    """What a picture shows of a group.
+    """What the lines of a picture go through.
 
     Args:
       reports: the group's, oldest first.
 
     Returns:
-      By stack, by length, the figures of the newest report that ran it, or of the newest at all.
+      By stack, by length, the figures of the report in which it was fastest; where it never ran, of the newest.
     """
     found: dict[str, dict[int, Mapping[str, Any]]] = {}
     for entry in (entry for report in reports for entry in entries_of(report)):
         for stack, figures in stacks_of(entry).items():
             points = found.setdefault(stack, {})
-            if "tokens_per_second" in figures or "tokens_per_second" not in points.get(entry["length"], {}):
+            if _rate(figures) >= _rate(points.get(entry["length"], {})):
                 points[entry["length"]] = figures
     return found
 
 
+def _rate(figures: Mapping[str, Any]) -> float:
+    return float(figures.get("tokens_per_second") or 0)
+
+
 def draw(group: Group, reports: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws tokens per second and memory against length, one line a stack; a cross where it ran out of memory.
+    """Draws tokens per second and memory against length: a point each measurement, a cross where memory ran out.
+
+    Of each stack, a line goes through the points of `curves`; so what the tables list is all in the picture.
 
     Args:
       group: for the title.
@@ -102,27 +115,33 @@ def draw(group: Group, reports: Sequence[Mapping[str, Any]], path: Path) -> None
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = (("tokens_per_second", "tokens per second"), ("peak_gib", "peak device memory (GiB)"))
     found = curves(reports)
-    lengths = sorted({length for points in found.values() for length in points})
+    entries = [entry for report in reports for entry in entries_of(report)]
+    # Ours is the emphasised one.
+    stacks = sorted(found, key=lambda stack: stack == "ours")
     for number, (key, label) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, 2, number)
-        for stack, points in found.items():
+        for index, stack in enumerate(stacks):
+            points = found[stack]
+            style = line_style(index, len(stacks) if "ours" in found else len(stacks) + 1)
             ran = sorted(length for length, figures in points.items() if figures.get(key) is not None)
-            values = [points[length][key] for length in ran]
             # Of each stack one label for both panels.
-            name = STACKS[stack] if number == 1 else None
-            axes.plot(ran, values, marker="o", markersize=4, label=name, **STYLES[stack])
+            name = STACKS.get(stack, stack) if number == 1 else None
+            axes.plot(ran, [points[length][key] for length in ran], label=name, **style)
+            measured = [(entry["length"], stacks_of(entry).get(stack, {}).get(key)) for entry in entries]
+            each = [(length, value) for length, value in measured if value is not None]
+            unjoined = {**style, "linestyle": "", "markerfacecolor": "none"}
+            axes.plot([length for length, _ in each], [value for _, value in each], **unjoined)
             full = sorted(length for length, figures in points.items() if figures.get("out_of_memory"))
             # Just above the axis, one stack's crosses over another's.
-            height = 0.03 * (1 + list(STYLES).index(stack))
-            at = {"transform": axes.get_xaxis_transform(), "color": STYLES[stack]["color"]}
-            axes.plot(full, [height] * len(full), "x", **at)
-        length_axis(axes, lengths)
+            at = {"transform": axes.get_xaxis_transform(), "color": style["color"]}
+            axes.plot(full, [0.03 * (1 + index)] * len(full), "x", **at)
+        length_axis(axes, sorted({length for points in found.values() for length in points}))
         axes.set_ylim(bottom=0)
         axes.set(xlabel="tokens a row (× : out of memory)", ylabel=label)
         axes.grid(alpha=0.3)
     name, device, devices = group
     figure.suptitle(f"{name}, full fine-tuning step, {devices} × {device}", fontsize=11)
-    figure.legend(loc="outside right upper", fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8, handlelength=4)
     save(figure, path)
 
 
@@ -145,45 +164,82 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def speed_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """Every measurement of a group: each stack at each length, the shortest first."""
-    ratios = {"eager": "ratio_to_eager_peer", "compiled": "ratio_to_compiled_peer"}
+    ratios = {"peer": "ratio_to_strongest_peer", "masters": "ratio_to_strongest_float32_peer"}
     rows = []
-    entries = [entry for report in reports for entry in entries_of(report)]
-    for entry in sorted(entries, key=lambda entry: entry["length"]):
+    measured = [(report, entry) for report in reports for entry in entries_of(report)]
+    for report, entry in sorted(measured, key=lambda pair: pair[1]["length"]):
         for stack, figures in stacks_of(entry).items():
             row = [f"{entry['length']:,}", STACKS[stack]]
             if "tokens_per_second" in figures:
-                first = figures["compile_seconds"] if stack == "ours" else figures["first_step_seconds"]
                 row += [
-                    f"{figures['tokens_per_second']:,.0f}",
+                    spread(figures),
                     number(figures["mfu"], ".1%"),
-                    number(figures["peak_gib"], ".1f"),
+                    peak(figures),
                     number(figures.get("planned_gib"), ".1f"),
                     str(figures["microbatches"]),
-                    f"{first:.1f}",
                 ]
             else:
-                row += ["out of memory" if figures.get("out_of_memory") else "failed", *["–"] * 5]
+                row += ["out of memory" if figures.get("out_of_memory") else "failed", *["–"] * 4]
             row += [settings_of(figures)]
             row += [number(entry[ratios[stack]], ".2f") + " ×" if entry.get(ratios.get(stack, "")) else "–"]
-            rows.append([*row, f"[{entry['file']}](../benchmarks/results/{entry['file']})"])
-    header = (
-        "length",
-        "stack",
-        "tokens/s",
-        "MFU",
-        "peak GiB",
-        "planned GiB",
-        "microbatches",
-        "compile or first step, s",
-    )
+            rows.append([*row, source(report)])
+    header = ("length", "stack", "tokens/s (slowest–fastest step)", "MFU", "peak GiB", "planned GiB", "microbatches")
     return table([*header, "settings", "ours is", "from"], rows)
 
 
+def spread(figures: Mapping[str, Any]) -> str:
+    """Tokens per second of the median step, and of the slowest and the fastest one."""
+    rate, seconds = figures["tokens_per_second"], sorted(figures["seconds"])
+    tokens = rate * statistics.median(seconds)
+    return f"{rate:,.0f} ({tokens / seconds[-1]:,.0f}–{tokens / seconds[0]:,.0f}, {len(seconds)} steps)"
+
+
+def peak(figures: Mapping[str, Any]) -> str:
+    """Peak memory; that the allocator had no more to give is said, for then the figure is a limit and no need."""
+    told = number(figures["peak_gib"], ".1f")
+    return f"{told}, all there is" if figures["peak_gib"] == figures.get("limit_gib") and told != "–" else told
+
+
+def source(report: Mapping[str, Any]) -> str:
+    """Links to a result file, with its date and commit, and says whether the code that it measures has changed."""
+    link = f"[{report['file']}](../benchmarks/results/{report['file']})"
+    told = " ".join(filter(None, (report.get("date", "")[:10], report.get("commit"))))
+    files = changed(report)
+    if files is None:
+        return f"{link} **stale**: from before results told what they measure"
+    return f"{link} {told}" + (f" **stale**: {', '.join(map(short, files))} changed since" if files else "")
+
+
+def short(file: str) -> str:
+    """A file's name without its folders."""
+    return Path(file).name
+
+
+def settings_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every setting of the peer that was tried in a group; none where none was."""
+    rows = [
+        [
+            f"{entry['length']:,}",
+            name,
+            spread(peer) if "tokens_per_second" in peer else "out of memory" if peer.get("out_of_memory") else "failed",
+            number(peer.get("peak_gib"), ".1f"),
+            str(peer["microbatches"]),
+            report["file"],
+        ]
+        for report in reports
+        for entry in entries_of(report)
+        if "strongest_peer" in entry
+        for name, peer in sorted(entry["peers"].items(), key=lambda item: -_rate(item[1]))
+    ]
+    header = ("length", "setting of the peer", "tokens/s (slowest–fastest step)", "peak GiB", "microbatches", "from")
+    return table(header, rows) if rows else []
+
+
 def settings_of(figures: Mapping[str, Any]) -> str:
-    """What a stack was told: we, what to keep and where the optimizer's state lies; a peer, its precision."""
+    """What a stack was told: we, what to keep and where the optimizer's state lies; a peer, its setting."""
     if "compute" in figures:
         return f"keeps {figures['compute']['remat']}, state on {figures['compute']['optimizer_memory']}"
-    return str(figures.get("precision", "–"))
+    return str(figures.get("setting", "–"))
 
 
 def single_figures(
@@ -204,7 +260,7 @@ def single_figures(
       The lines; none where no entry has it.
     """
     rows = [
-        [name, f"{devices} × {device}", f"{entry['length']:,}", *cells(entry[key]), entry["file"]]
+        [name, f"{devices} × {device}", f"{entry['length']:,}", *cells(entry[key]), source(report)]
         for (name, device, devices), reports in groups.items()
         for report in reports
         for entry in entries_of(report)
@@ -249,6 +305,7 @@ def page(groups: Mapping[Group, Sequence[Mapping[str, Any]]], generation: Sequen
     for group, reports in groups.items():
         name, device, devices = group
         lines += [f"### {name}, {devices} × {device}", "", *speed_table(reports)]
+        lines += settings_table(reports)
         lines += [f"![{name} on {devices} × {device}](performance/{picture_name(group)})", ""]
     lines += scaling_table(groups)
     runs = single_figures(

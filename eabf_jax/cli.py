@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from eabf_jax.console import Grid, show
 from eabf_jax.errors import InputError, unknown_name
-from eabf_jax.interop.directory import write_json
+from eabf_jax.interop.directory import read_json_object, write_json
 
 # What a wrong path on the command line ends in, wherever it is first touched.
 _PATH_ERRORS = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)
@@ -119,27 +120,13 @@ def _evaluate(arguments: list[str]) -> None:
 
 
 def _perplexity(arguments: list[str]) -> None:
-    from eabf_jax.analysis import figures
     from eabf_jax.evaluation import perplexity_command as command
 
     parser = ArgumentParser("eabf evaluate perplexity", description=EVALUATIONS["perplexity"].summary)
     command.add_arguments(parser)
     parsed = _parse_evaluation(parser, arguments)
     comparison = command.compare(parsed)
-
-    def draw(path: Path) -> None:
-        documents = f"{comparison.documents} documents"
-        if comparison.windows:
-            figures.perplexity_by_window(comparison.windows, path, title=f"perplexity by window, {documents}")
-        else:
-            figures.loss_by_position(
-                comparison.losses,
-                path,
-                pretrained_window=comparison.pretrained_window,
-                title=f"loss by position, {documents}",
-            )
-
-    _report(parsed, command.table(comparison), command.as_json(comparison, parsed), draw)
+    _report(parsed, command.table(comparison), command.as_json(comparison, parsed), comparison)
 
 
 def _passkey(arguments: list[str]) -> None:
@@ -155,7 +142,6 @@ def _line_retrieval(arguments: list[str]) -> None:
 
 
 def _retrieval(name: str, task: Any, arguments: list[str]) -> None:
-    from eabf_jax.analysis import figures
     from eabf_jax.evaluation import retrieval_command as command
 
     parser = ArgumentParser(f"eabf evaluate {name}", description=EVALUATIONS[name].summary)
@@ -164,15 +150,29 @@ def _retrieval(name: str, task: Any, arguments: list[str]) -> None:
     found = command.run(parsed, task)
     if found.note:
         print(f"note: {found.note}")
+    _report(parsed, command.table(found), command.as_json(found, parsed), found)
 
-    def draw(path: Path) -> None:
-        if task.has_depths:
-            figures.heat_maps(found.cells, path, pretrained_window=found.pretrained_window, title=task.name)
-        else:
-            shares = {label: command.by_length(cells) for label, cells in found.cells.items()}
-            figures.share_by_length(shares, path, pretrained_window=found.pretrained_window, title=task.name)
 
-    _report(parsed, command.table(found), command.as_json(found, parsed), draw)
+def _redraw(arguments: list[str]) -> None:
+    from eabf_jax.evaluation import perplexity_command, retrieval_command
+
+    parser = ArgumentParser("eabf evaluate redraw", description=EVALUATIONS["redraw"].summary)
+    parser.add_argument("report", metavar="FILE", help="what --json of perplexity, passkey or line-retrieval wrote")
+    parser.add_argument("--json", help="write it here, sums and intervals computed anew")
+    parser.add_argument("--figure", help="draw the picture here (.png, .svg or .pdf)")
+    parsed = parser.parse_args(arguments)
+    _check_figures(parsed)
+    report = read_json_object(Path(parsed.report))
+    command: Any = retrieval_command if "cells" in report else perplexity_command
+    try:
+        found = command.read(report)
+        table, figures = command.table(found), command.figures(found)
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{parsed.report} is no report that can be drawn ({type(error).__name__}: {error}); what --json of "
+            "`eabf evaluate perplexity`, `passkey` or `line-retrieval` wrote is needed"
+        ) from error
+    _report(parsed, table, {**report, **figures}, found)
 
 
 def _harness(arguments: list[str]) -> None:
@@ -190,27 +190,27 @@ def _parse_evaluation(parser: ArgumentParser, arguments: list[str]) -> argparse.
     from eabf_jax.parallel.mesh import gpu_memory_defaults, use_every_core
 
     parsed = parser.parse_args(arguments)
-    _check_file("--json", parsed.json)
-    _check_file("--figure", getattr(parsed, "figure", None), (".png", ".svg", ".pdf"))
+    _check_figures(parsed)
     use_every_core()
     gpu_memory_defaults()
     return parsed
 
 
-def _report(
-    parsed: argparse.Namespace, table: Any, figures: dict[str, Any], draw: Callable[[Path], None] | None = None
-) -> None:
+def _check_figures(parsed: argparse.Namespace) -> None:
+    _check_file("--json", parsed.json)
+    _check_file("--figure", getattr(parsed, "figure", None), (".png", ".svg", ".pdf"))
+
+
+def _report(parsed: argparse.Namespace, table: Grid, figures: dict[str, Any], found: Any = None) -> None:
     """Shows an evaluation's table, and writes the files that were asked for."""
-    from rich.console import Console
-
-    from eabf_jax.evaluation.command import shown
-
-    Console().print(table)
+    show(table)
     if parsed.json:
-        write_json(Path(parsed.json), {**figures, "table": shown(table)})
+        write_json(Path(parsed.json), {**figures, "table": table.plain()})
         print(f"figures: {parsed.json}")
-    if draw and parsed.figure:
-        draw(Path(parsed.figure))
+    if getattr(parsed, "figure", None):
+        from eabf_jax.analysis.figures import picture
+
+        picture(found, Path(parsed.figure))
         print(f"picture: {parsed.figure}")
 
 
@@ -229,8 +229,6 @@ def _generate(arguments: list[str]) -> None:
 
 
 def _compile(arguments: list[str]) -> None:
-    from rich.console import Console
-
     from eabf_jax.parallel.mesh import gpu_defaults
     from eabf_jax.training import compile as command
 
@@ -247,7 +245,7 @@ def _compile(arguments: list[str]) -> None:
     _check_file("--json", parsed.json)
     gpu_defaults()
     figures = command.run(parsed, overrides)
-    Console().print(command.table(figures))
+    show(command.table(figures))
     if parsed.json:
         write_json(Path(parsed.json), figures)
         print(f"figures: {parsed.json}")
@@ -258,7 +256,7 @@ COMMANDS = {
     "train": Command("run a training configuration (the same as train.py)", _train),
     "compile": Command("predict a train step's memory, or compile it for a TPU slice without a TPU", _compile),
     "generate": Command("continue texts, or keep a conversation", _generate),
-    "evaluate": Command("measure models: perplexity, passkey, line-retrieval, harness", _evaluate),
+    "evaluate": Command("measure models: perplexity, passkey, line-retrieval, harness; redraw a report", _evaluate),
 }
 
 
@@ -268,6 +266,7 @@ EVALUATIONS = {
     "passkey": Command("find a number in a long text, at any length and depth", _passkey),
     "line-retrieval": Command("find one line's number in a long record of lines", _line_retrieval),
     "harness": Command("tasks of lm-evaluation-harness, LongBench's first", _harness),
+    "redraw": Command("table and picture of a report again, from its JSON file", _redraw),
 }
 
 

@@ -1,53 +1,75 @@
-"""Pictures, drawn without a display."""
+"""Pictures, drawn without a display.
+
+Colours are told apart by colour-blind people and in print: lines by the palette of Okabe and Ito, each with a marker of
+its own as well, heat maps by cividis.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from eabf_jax.evaluation.intervals import Share, student
-from eabf_jax.evaluation.perplexity import WindowPerplexity
+from eabf_jax.evaluation.intervals import Share
+from eabf_jax.evaluation.perplexity import BandLoss, WindowPerplexity
+from eabf_jax.evaluation.perplexity_command import Comparison
 from eabf_jax.evaluation.retrieval import Cell
+from eabf_jax.evaluation.retrieval_command import Retrieval, by_length
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+_LINES = ("-", "--", "-.", ":")
+_MARKERS = "os^DvPX<>p*h"
+
+
+def picture(found: Comparison | Retrieval, path: Path) -> None:
+    """Draws what an evaluation found.
+
+    Args:
+      found: from `eabf evaluate`, or read back from its report.
+      path: the picture; its suffix (.png, .svg, .pdf) says which kind.
+    """
+    if isinstance(found, Comparison):
+        documents = f"{found.documents} documents"
+        if found.windows:
+            perplexity_by_window(found.windows, path, title=f"perplexity by window, {documents}")
+        else:
+            window, title = found.pretrained_window, f"loss by position, {documents}"
+            loss_by_position(found.curves, path, pretrained_window=window, title=title)
+    elif any(cell.depth is not None for row in found.cells.values() for cell in row):
+        heat_maps(found.cells, path, pretrained_window=found.pretrained_window, title=found.task)
+    else:
+        shares = {label: by_length(row) for label, row in found.cells.items()}
+        share_by_length(shares, path, pretrained_window=found.pretrained_window, title=found.task)
 
 
 def loss_by_position(
-    losses: Mapping[str, Float[np.ndarray, "documents T_minus_1"]],
-    path: Path,
-    *,
-    pretrained_window: int | None = None,
-    title: str = "",
-    bins: int = 32,
+    curves: Mapping[str, Sequence[BandLoss]], path: Path, *, pretrained_window: int | None = None, title: str = ""
 ) -> None:
     """Draws the mean loss over documents against the position, one line a model, the last one emphasised.
 
     Around each line, the 95 % confidence interval over documents.
 
     Args:
-      losses: from `evaluation.perplexity.position_losses`, by label.
+      curves: by label, from `evaluation.perplexity.band_losses`: a point a band.
       path: the picture; its suffix (.png, .svg, .pdf) says which kind.
       pretrained_window: position to mark, in tokens.
       title: above the axes.
-      bins: points of each line; the tokens in between are averaged.
     """
     figure, axes = _axes("position (tokens)", "loss (nats per token)", title)
-    for number, (label, table) in enumerate(losses.items(), start=1):
-        found = [student(part.mean(axis=1)) for part in np.array_split(table.astype(np.float64), bins, axis=1)]
-        centres = [part.mean() for part in np.array_split(np.arange(1, table.shape[1] + 1), bins)]
-        _line(
-            axes,
-            centres,
-            [(mean, mean - half_width, mean + half_width) for mean, half_width in found],
-            label=label,
-            **_style(number, len(losses)),
-        )
-    _mark(axes, pretrained_window)
+    for number, (label, row) in enumerate(curves.items()):
+        middles = [(band.start + band.end - 1) / 2 for band in row]
+        points = [(band.mean, band.mean - band.half_width, band.mean + band.half_width) for band in row]
+        # Markers of neighbouring lines stand beside each other.
+        _line(axes, middles, points, label=label, markevery=(number % 4, 4), **line_style(number, len(curves)))
     axes.set_xlim(left=0)
-    figure.legend(loc="outside right upper", fontsize=8)
+    # A model that falls apart would flatten the others.
+    _log_axis(axes)
+    _mark(axes, pretrained_window)
+    _legend(figure, axes)
     save(figure, path)
 
 
@@ -60,21 +82,19 @@ def perplexity_by_window(windows: Mapping[str, Sequence[WindowPerplexity]], path
       title: above the axes.
     """
     figure, axes = _axes("window (tokens)", "perplexity", title)
-    for number, (label, row) in enumerate(windows.items(), start=1):
+    for number, (label, row) in enumerate(windows.items()):
         points = [(w.perplexity, w.low, w.high) for w in row]
-        _line(axes, [w.window for w in row], points, label=label, marker="o", **_style(number, len(windows)))
-    # A model that falls apart would flatten the others.
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _line(axes, [w.window for w in row], points, label=label, **line_style(number, len(windows)))
+    _log_axis(axes)
     length_axis(axes, sorted({w.window for row in windows.values() for w in row}))
-    figure.legend(loc="outside right upper", fontsize=8)
+    _legend(figure, axes)
     save(figure, path)
 
 
 def share_by_length(
     shares: Mapping[str, Mapping[int, Share]], path: Path, *, pretrained_window: int | None = None, title: str = ""
 ) -> None:
-    """Draws the share of prompts answered against their length, one line a model with its 95 % confidence interval.
+    """Draws the share of prompts answered against their length, one line a model with its 95 % confidence intervals.
 
     Args:
       shares: by label and length in tokens.
@@ -83,13 +103,17 @@ def share_by_length(
       title: above the axes.
     """
     figure, axes = _axes("length (tokens)", "answered (percent)", title)
-    for number, (label, row) in enumerate(shares.items(), start=1):
-        points = [(100 * s.hits / s.total, 100 * s.low, 100 * s.high) for s in row.values()]
-        _line(axes, list(row), points, label=label, marker="o", **_style(number, len(shares)))
+    for number, (label, row) in enumerate(shares.items()):
+        # Many models answer all or nothing: side by side, none hides another.
+        beside = 2 ** (0.04 * (number - (len(shares) - 1) / 2))
+        found = 100 * np.array([(s.hits / s.total, s.low, s.high) for s in row.values()])
+        reach = np.maximum(np.abs(found[:, 1:] - found[:, :1]).T, 0)
+        style = line_style(number, len(shares))
+        axes.errorbar([beside * length for length in row], found[:, 0], reach, label=label, elinewidth=1, **style)
     length_axis(axes, sorted({length for row in shares.values() for length in row}))
     axes.set_ylim(-3, 103)
     _mark(axes, pretrained_window)
-    figure.legend(loc="outside right upper", fontsize=8)
+    _legend(figure, axes)
     save(figure, path)
 
 
@@ -110,23 +134,31 @@ def heat_maps(
     panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     for panel in panels.flat[len(cells) :]:
         panel.set_axis_off()
+    colours = matplotlib.colormaps["cividis"]
     image = None
-    for panel, (label, row) in zip(panels.flat, cells.items(), strict=False):
+    for number, (panel, (label, row)) in enumerate(zip(panels.flat, cells.items(), strict=False)):
         lengths = sorted({cell.length for cell in row})
         depths = sorted({cell.depth for cell in row if cell.depth is not None})
         shares = np.full((len(depths), len(lengths)), np.nan)
         for cell in row:
             shares[depths.index(cell.depth or 0), lengths.index(cell.length)] = 100 * cell.hits / cell.total
-        image = panel.imshow(shares, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        image = panel.imshow(shares, vmin=0, vmax=100, cmap=colours, aspect="auto")
         for (y, x), share in np.ndenumerate(shares):
-            panel.text(x, y, f"{share:.0f}", ha="center", va="center", fontsize=7)
+            if not np.isnan(share):
+                ink = ink_on(colours(share / 100)[:3])
+                panel.text(x, y, f"{share:.0f}", ha="center", va="center", fontsize=8, color=ink)
         panel.set_title(label, fontsize=9)
-        panel.set_xticks(range(len(lengths)), [_thousands(length) for length in lengths], fontsize=7)
-        panel.set_yticks(range(len(depths)), [str(depth) for depth in depths], fontsize=7)
+        panel.set_xticks(range(len(lengths)), [_thousands(length) for length in lengths], fontsize=8)
+        panel.set_yticks(range(len(depths)), [str(depth) for depth in depths], fontsize=8)
+        # The last panel of a column has the lengths below it, even where the row below goes on without one.
+        panel.tick_params(labelbottom=number + across >= len(cells))
         within = sum(length <= (pretrained_window or 0) for length in lengths)
         if 0 < within < len(lengths):
-            panel.axvline(within - 0.5, color="black", linestyle="--", linewidth=1)
-    figure.supxlabel("length (tokens)", fontsize=9)
+            # Black and white by turns is seen on any colour.
+            panel.axvline(within - 0.5, color="black", linewidth=2)
+            panel.axvline(within - 0.5, color="white", linestyle="--", linewidth=2)
+    marked = f" (dashed: the pretrained window, {pretrained_window:,})" if pretrained_window else ""
+    figure.supxlabel(f"length (tokens){marked}", fontsize=9)
     figure.supylabel("depth (percent)", fontsize=9)
     figure.suptitle(title, fontsize=10)
     if image is not None:
@@ -134,19 +166,44 @@ def heat_maps(
     save(figure, path)
 
 
+def ink_on(colour: Sequence[float]) -> str:
+    """Black or white, whichever is easier to read on a colour.
+
+    Args:
+      colour: sRGB, from 0 to 1.
+
+    Returns:
+      "black" or "white".
+    Source: contrast ratio and relative luminance of WCAG 2.1.
+    """
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    luminance = float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+    return "black" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "white"
+
+
+def line_style(number: int, count: int) -> dict[str, Any]:
+    """How a line of several looks: up to a dozen differ in colour or dashes, and in the marker.
+
+    Args:
+      number: which line, from 0.
+      count: of how many; the last of several is emphasised, and lies below the others so as not to hide them.
+
+    Returns:
+      Keywords of `Axes.plot`.
+    """
+    marker = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 5}
+    if number == count - 1 > 0:
+        return {**marker, "linewidth": 3, "color": "black", "zorder": 2}
+    dashes = _LINES[number // len(_COLOURS) % len(_LINES)]
+    return {**marker, "linewidth": 1.5, "color": _COLOURS[number % len(_COLOURS)], "linestyle": dashes, "zorder": 3}
+
+
 def _axes(x: str, y: str, title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.3)
     return figure, axes
-
-
-def _style(number: int, count: int) -> dict[str, Any]:
-    if number == count > 1:
-        return {"linewidth": 3, "color": "black"}
-    # There are ten colours: the eleventh model is dashed rather than drawn like the first.
-    return {"linewidth": 1.5, "linestyle": "-" if number <= 10 else "--"}
 
 
 def _line(axes: Axes, x: Sequence[float], points: Sequence[tuple[float, float, float]], **style: Any) -> None:
@@ -156,11 +213,35 @@ def _line(axes: Axes, x: Sequence[float], points: Sequence[tuple[float, float, f
     axes.fill_between(x, low, high, color=drawn.get_color(), alpha=0.08, linewidth=0)
 
 
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Names the lines, from top to bottom as they end on the right."""
+    handles, labels = axes.get_legend_handles_labels()
+    ends = [np.asarray(getattr(handle, "lines", [handle])[0].get_ydata())[-1] for handle in handles]
+    order = sorted(range(len(labels)), key=lambda number: -ends[number])
+    shown = [handles[number] for number in order], [labels[number] for number in order]
+    figure.legend(*shown, loc="outside right upper", fontsize=8, handlelength=4)
+
+
+def _log_axis(axes: Axes) -> None:
+    axes.set_yscale("log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
 def _mark(axes: Axes, pretrained_window: int | None) -> None:
-    if pretrained_window is not None:
-        axes.axvline(pretrained_window, color="grey", linestyle="--", linewidth=1)
-        top = (pretrained_window, axes.get_ylim()[1])
-        axes.annotate("pretrained window", top, (4, -12), textcoords="offset points", color="grey", fontsize=8)
+    """Marks the pretrained window, where the axes, whose limits are set, reach it."""
+    left, right = axes.get_xlim()
+    if pretrained_window is None or not left < pretrained_window < right:
+        return
+    axes.axvline(pretrained_window, color="grey", linestyle="--", linewidth=1)
+    # Beside the line, on the side where there is more room.
+    x = axes.transAxes.inverted().transform(axes.transData.transform((pretrained_window, axes.get_ylim()[1])))[0]
+    side, offset = ("left", 4) if x < 0.5 else ("right", -4)
+    axes.annotate(
+        "pretrained window", (x, 1), (offset, -12), xycoords="axes fraction", textcoords="offset points",
+        ha=side, color="grey", fontsize=8,
+    )  # fmt: skip
+    axes.set_xlim(left, right)
 
 
 def length_axis(axes: Axes, lengths: Sequence[int]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from eabf_jax.console import Grid, show
 from eabf_jax.data import chat
 from eabf_jax.data.cleaning import Copies, clean_conversation, language
 from eabf_jax.data.dataset import DatasetWriter, tokenizer_digest
@@ -319,7 +319,7 @@ def _metadata(options: Options, tokenizer: chat.Tokenizer, report: Report) -> di
     }
 
 
-def tables(report: Report) -> Iterator[Table]:
+def tables(report: Report) -> Iterator[Grid]:
     """Renders a report for people.
 
     Args:
@@ -328,20 +328,17 @@ def tables(report: Report) -> Iterator[Table]:
     Returns:
       The table of stages and the table of splits.
     """
-    stages = Table("stage", title="Conversations")
-    stages.add_column("count", justify="right")
+    stages = Grid(["stage"], ["count"], title="Conversations")
     for name, count in report.stages():
-        stages.add_row(name, f"{count:,}")
+        stages.add([name], [f"{count:,}"])
         if name == "after cleaning":
             for fault, number in report.dropped_in_cleaning.items():
-                stages.add_row(f"  dropped: {fault}", f"{number:,}")
+                stages.add([f"  dropped: {fault}"], [f"{number:,}"])
     yield stages
-    splits = Table("split", title=report.destination)
-    for heading in ("records", "conversations", "tokens", "response tokens"):
-        splits.add_column(heading, justify="right")
+    splits = Grid(["split"], ["records", "conversations", "tokens", "response tokens"], title=report.destination)
     for name, counts in report.splits.items():
         figures = (counts.records, counts.conversations, counts.tokens, counts.response_tokens)
-        splits.add_row(name, *(f"{figure:,}" for figure in figures))
+        splits.add([name], [f"{figure:,}" for figure in figures])
     yield splits
 
 
@@ -460,7 +457,7 @@ def run(arguments: argparse.Namespace, load_tokenizer: Callable[[Path], chat.Tok
     report = prepare(options, load_tokenizer(arguments.tokenizer))
     console = Console()
     for table in tables(report):
-        console.print(table)
+        show(table)
     for note in (*report.broken_files, *report.shortages):
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     return report

@@ -6,14 +6,13 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 from eabf_jax import __version__
 from eabf_jax.data.dataset import tokenizer_digest
@@ -138,12 +137,13 @@ def progress_bar() -> Progress:
 
 
 def measured_on() -> dict[str, Any]:
-    """How figures were made, for whoever wants to make them again: command, device and versions."""
+    """How figures were made, for whoever wants to make them again: command, date, device and versions."""
     packages = ("jax", "jaxlib", "flax", "numpy", "tokenizers", "sentencepiece")
     # Not where it is installed: that says nothing to others.
     program = "eabf" if Path(sys.argv[0]).name in ("eabf", "__main__.py") else sys.argv[0]
     return {
         "command": shlex.join([program, *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "versions": {
@@ -152,21 +152,3 @@ def measured_on() -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in packages},
         },
     }
-
-
-def shown(table: Table) -> dict[str, Any]:
-    """A table as model cards take it.
-
-    Args:
-      table: as it is printed.
-
-    Returns:
-      Its `title`, `header` and `rows` as plain text.
-    """
-    columns = [[_plain(cell) for cell in (column.header, *column.cells)] for column in table.columns]
-    header, *rows = ([*row] for row in zip(*columns, strict=True))
-    return {"title": str(table.title), "header": header, "rows": rows}
-
-
-def _plain(cell: Any) -> str:
-    return Text.from_markup(str(cell)).plain

@@ -18,8 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.table import Column, Table
 
+from eabf_jax.console import Grid
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation import command, longbench
 from eabf_jax.evaluation.command import Entry
@@ -328,11 +328,11 @@ def _write_samples(directory: Path, results: Sequence[dict[str, Any]]) -> None:
             (directory / f"{_file_name(task)}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def table(report: Report) -> Table:
+def table(report: Report) -> Grid:
     """The figures for people: one row a figure, one column a model and window, the paper's below its tasks'."""
     columns = list(dict.fromkeys((score.model, score.window) for score in report.scores))
     heads = (f"{label}\n{window:,}" for label, window in columns)
-    grid = Table(Column("task", no_wrap=True), "metric", *heads, title="tasks of lm-evaluation-harness")
+    grid = Grid(["task", "metric"], heads, title="tasks of lm-evaluation-harness")
     rows: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
     for score in report.scores:
         is_percent = score.task in longbench.TASKS
@@ -341,15 +341,15 @@ def table(report: Report) -> Table:
             text += f" ± {100 * score.standard_error:.1f}" if is_percent else f" ± {score.standard_error:.4f}"
         rows.setdefault((score.task, score.metric), {})[score.model, score.window] = text
     for (task, metric), cells in rows.items():
-        grid.add_row(longbench.TASKS.get(task, task), metric, *(cells.get(column, "") for column in columns))
+        grid.add([longbench.TASKS.get(task, task), metric], [cells.get(column, "") for column in columns])
     if report.macro_averages:
         means = {(score.model, score.window): f"{score.value:.1f}" for score in report.macro_averages}
         grid.add_section()
-        grid.add_row(longbench.GROUP, "macro average", *(means.get(column, "") for column in columns), style="bold")
+        grid.add([longbench.GROUP, "macro average"], [means.get(column, "") for column in columns], style="bold")
         for method, reported in longbench.PAPER.items():
             given = [str(reported.get(window, "")) for _, window in columns]
             if any(given):
-                grid.add_row(f"paper, {method}", "macro average", *given)
+                grid.add([f"paper, {method}", "macro average"], given)
         grid.caption = f"paper: {longbench.SOURCE}"
     return grid
 

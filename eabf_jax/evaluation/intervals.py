@@ -1,6 +1,7 @@
 """Confidence intervals: of a mean over documents, and of a share of hits."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ class Share(NamedTuple):
 
     hits: int
     total: int
-    low: float
+    low: float  # NaN of a single cluster, as is `high`
     high: float
 
 
@@ -42,22 +43,31 @@ def student(values: Float[np.ndarray, "documents"]) -> Mean:
     return Mean(float(values.mean()), float(t * values.std(ddof=1) / math.sqrt(count)))
 
 
-def wilson(hits: int, total: int) -> Share:
-    """A share of hits with Wilson's score interval, which holds near 0 and 1 and for few trials.
+def clustered(clusters: Sequence[tuple[int, int]]) -> Share:
+    """A share of hits with the interval of a bootstrap over clusters of trials that tend to come out alike.
+
+    Each resample draws as many clusters as there are, with replacement, and one trial from each: however many trials a
+    cluster has, it counts once. Two more clusters are among those drawn from, one all hits and one all misses; without
+    them, clusters that all came out alike would leave an interval of no width. The hits of such resamples are binomial,
+    so that their percentiles are known without drawing any.
 
     Args:
-      hits: how many succeeded.
-      total: of how many, at least 1.
+      clusters: hits and trials of each, all of the same number of trials.
 
     Returns:
       The share with its 95 % confidence interval.
-    Source: Wilson, "Probable inference, the law of succession, and statistical inference" (1927).
+    Source: two-stage bootstrap of hierarchical data (Davison and Hinkley, "Bootstrap Methods and their Application",
+    1997, section 3.8); the two clusters are Laplace's rule of succession.
     """
-    z2 = special.ndtri((1 + CONFIDENCE) / 2) ** 2
-    share, scale = hits / total, 1 + z2 / total
-    centre = (share + z2 / (2 * total)) / scale
-    half_width = math.sqrt(z2 * (share * (1 - share) / total + z2 / (4 * total**2))) / scale
-    # Rounding would leave 1e-17 where the interval ends at 0.
-    low = 0.0 if hits == 0 else float(centre - half_width)
-    high = 1.0 if hits == total else float(centre + half_width)
-    return Share(hits, total, low, high)
+    hits, total, count = sum(part[0] for part in clusters), sum(part[1] for part in clusters), len(clusters)
+    if count < 2:
+        return Share(hits, total, math.nan, math.nan)
+    chance = (count * hits / total + 1) / (count + 2)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.searchsorted(special.bdtr(np.arange(count + 1), count, chance), (tail, 1 - tail)) / count
+    return Share(hits, total, float(low), float(high))
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """The values for JSON, which has no NaN: None in its place."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}

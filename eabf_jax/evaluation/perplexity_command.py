@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 from rich.progress import Progress, TaskID
-from rich.table import Table
 
+from eabf_jax.console import Grid
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation.command import (
     Entry,
@@ -24,7 +24,7 @@ from eabf_jax.evaluation.command import (
 )
 from eabf_jax.evaluation.command import add_arguments as add_common_arguments
 from eabf_jax.evaluation.documents import is_text, read_documents
-from eabf_jax.evaluation.intervals import Mean, student
+from eabf_jax.evaluation.intervals import Mean, finite, student
 from eabf_jax.evaluation.perplexity import (
     BandLoss,
     WindowPerplexity,
@@ -77,8 +77,8 @@ def default_edges(length: int) -> list[int]:
 class Comparison(NamedTuple):
     """What `compare` measured, by label: bands of one pass, or sliding windows."""
 
-    losses: dict[str, np.ndarray]  # of one pass: float32 [documents, length - 1], from `position_losses`
     bands: dict[str, list[BandLoss]]
+    curves: dict[str, list[BandLoss]]  # the same pass in bands fine enough for a picture
     windows: dict[str, list[WindowPerplexity]]
     beside_first: dict[str, list[Mean]]  # loss less the first model's, paired by document: a band or window each
     documents: int
@@ -126,8 +126,8 @@ def compare(arguments: argparse.Namespace) -> Comparison:
                 ]
                 means[entry.label] = [part.astype(np.float64).mean(axis=1) for part in losses]
             else:
-                comparison.losses[entry.label] = losses[0]
                 comparison.bands[entry.label] = band_losses(losses[0], edges)
+                comparison.curves[entry.label] = band_losses(losses[0], _fine_edges(documents.shape[1]))
                 means[entry.label] = list(band_means(losses[0], edges).values())
             first = means[entries[0].label]
             comparison.beside_first[entry.label] = [
@@ -195,14 +195,20 @@ def _edges(text: str | None, length: int) -> list[int]:
     return numbers("--bands", text, "positions such as 0,256,512,1024")
 
 
-def table(comparison: Comparison) -> Table:
+def _fine_edges(length: int) -> list[int]:
+    """32 bands of positions, or as many as there are; at the first position, 0, there is no loss."""
+    edges: list[int] = np.linspace(1, length, min(32, length - 1) + 1).round().astype(int).tolist()
+    return edges
+
+
+def table(comparison: Comparison) -> Grid:
     """The comparison for people: one row a model, one column a band or a window."""
     documents = f"{comparison.documents} documents of {comparison.length:,} tokens"
     if comparison.windows:
         first = next(iter(comparison.windows.values()))
-        grid = Table(
-            "model",
-            *(f"{column.window:,}" for column in first),
+        grid = Grid(
+            ["model"],
+            [f"{column.window:,}" for column in first],
             title=f"perplexity by window, stride {first[0].stride:,}, {documents} (95 % interval over documents)",
         )
         perplexities = {label: [w.perplexity for w in row] for label, row in comparison.windows.items()}
@@ -212,15 +218,15 @@ def table(comparison: Comparison) -> Table:
         }
         return _with_rows(grid, perplexities, ends)
     bands = next(iter(comparison.bands.values()))
-    grid = Table(
-        "model",
-        *(f"{band.start:,}-{band.end:,}" for band in bands),
+    grid = Grid(
+        ["model"],
+        [f"{band.start:,}-{band.end:,}" for band in bands],
         title=f"loss by position, nats per token, {documents}",
     )
     return _with_rows(grid, {label: [band.mean for band in row] for label, row in comparison.bands.items()}, {})
 
 
-def _with_rows(grid: Table, values: Mapping[str, list[float]], notes: Mapping[str, list[str]]) -> Table:
+def _with_rows(grid: Grid, values: Mapping[str, list[float]], notes: Mapping[str, list[str]]) -> Grid:
     """A row a model, the best of each column in bold."""
     best = [min(column) for column in zip(*values.values(), strict=True)]
     for label, row in values.items():
@@ -229,30 +235,59 @@ def _with_rows(grid: Table, values: Mapping[str, list[float]], notes: Mapping[st
             f"[bold]{value:.3f}[/bold]{note}" if value == low else f"{value:.3f}{note}"
             for value, note, low in zip(row, notes_of, best, strict=True)
         )
-        grid.add_row(label, *cells)
+        grid.add([label], cells)
     return grid
 
 
 def as_json(comparison: Comparison, arguments: argparse.Namespace) -> dict[str, Any]:
     """The comparison for programs, with what it was measured on."""
-    measured = comparison.windows or comparison.bands
     return {
-        "documents": comparison.documents,
-        "length": comparison.length,
-        "unit": "nats per token",
-        "half_width": "of the 95 % confidence interval over documents (Student's t)",
         "dtype": arguments.dtype,
         "models": list(arguments.model),
         **measured_on(),
-        "windows" if comparison.windows else "bands": {
-            label: [_finite(dataclasses.asdict(part)) for part in parts] for label, parts in measured.items()
+        **figures(comparison),
+    }
+
+
+def figures(comparison: Comparison) -> dict[str, Any]:
+    """What was measured, as JSON values by label."""
+    kinds = {"windows": comparison.windows, "bands": comparison.bands, "curves": comparison.curves}
+    return {
+        "documents": comparison.documents,
+        "length": comparison.length,
+        "pretrained_window": comparison.pretrained_window,
+        "unit": "nats per token",
+        "half_width": "of the 95 % confidence interval over documents (Student's t)",
+        **{
+            kind: {label: [finite(dataclasses.asdict(part)) for part in parts] for label, parts in measured.items()}
+            for kind, measured in kinds.items()
+            if measured
         },
         "beside_first": {
-            label: [_finite(mean._asdict()) for mean in means] for label, means in comparison.beside_first.items()
+            label: [finite(mean._asdict()) for mean in means] for label, means in comparison.beside_first.items()
         },
     }
 
 
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+def read(report: Mapping[str, Any]) -> Comparison:
+    """Reads a report back.
+
+    Args:
+      report: from `as_json`.
+
+    Returns:
+      What `compare` measured.
+    """
+
+    def rows(key: str, kind: Callable[..., Any]) -> dict[str, list[Any]]:
+        # JSON has no NaN.
+        return {
+            label: [kind(**{name: math.nan if x is None else x for name, x in part.items()}) for part in parts]
+            for label, parts in report.get(key, {}).items()
+        }
+
+    windows, bands, curves = rows("windows", WindowPerplexity), rows("bands", BandLoss), rows("curves", BandLoss)
+    if not (windows or curves):
+        raise KeyError("curves")
+    sizes = [report[name] for name in ("documents", "length", "pretrained_window")]
+    return Comparison(bands, curves, windows, rows("beside_first", Mean), *sizes)

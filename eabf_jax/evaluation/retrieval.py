@@ -19,7 +19,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from eabf_jax.data.chat import Turn
 from eabf_jax.errors import InputError
-from eabf_jax.evaluation.intervals import wilson
 from eabf_jax.evaluation.reader import Progress, Reader
 from eabf_jax.inference.chat import render
 from eabf_jax.inference.text import encode_text
@@ -65,8 +64,6 @@ class Cell:
     depth: int | None
     hits: int
     total: int
-    low: float  # ends of Wilson's 95 % confidence interval of hits / total
-    high: float
     loss: float  # of the answers, nats per token, over prompts of equal weight
 
 
@@ -209,6 +206,6 @@ def measure(
         for prompt, hit, loss in zip(group, hits.tolist(), losses.tolist(), strict=True):
             results[prompt.length, prompt.depth].append((hit, loss))
     return [
-        Cell(length, depth, *wilson(sum(hit for hit, _ in found), len(found)), float(np.mean([x for _, x in found])))
+        Cell(length, depth, sum(hit for hit, _ in found), len(found), float(np.mean([x for _, x in found])))
         for (length, depth), found in results.items()
     ]

@@ -3,18 +3,19 @@
 import argparse
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.progress import Progress, TaskID
-from rich.table import Table
 
+from eabf_jax.console import Grid
 from eabf_jax.data.dataset import tokenizer_digest
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation import line_retrieval, passkey
 from eabf_jax.evaluation.command import Entry, check, measured_on, numbers, progress_bar, tokenizer_of
 from eabf_jax.evaluation.command import add_arguments as add_common_arguments
-from eabf_jax.evaluation.intervals import Share, wilson
+from eabf_jax.evaluation.intervals import Share, clustered, finite
 from eabf_jax.evaluation.retrieval import Cell, Prompt, measure
 from eabf_jax.interop.loading import load, read_config
 from eabf_jax.interop.tokenizer import Tokenizer
@@ -201,10 +202,17 @@ def _lengths(cells: Sequence[Cell]) -> list[int]:
 
 
 def _pooled(cells: Sequence[Cell]) -> Share:
-    return wilson(sum(cell.hits for cell in cells), sum(cell.total for cell in cells))
+    return clustered([cluster for cell in cells for cluster in _clusters(cell)])
 
 
-def table(retrieval: Retrieval) -> Table:
+def _clusters(cell: Cell) -> list[tuple[int, int]]:
+    """Prompts that tend to be answered alike: those of one length and depth; where depth is left to chance, each alone."""
+    if cell.depth is not None:
+        return [(cell.hits, cell.total)]
+    return [(1, 1)] * cell.hits + [(0, 1)] * (cell.total - cell.hits)
+
+
+def table(retrieval: Retrieval) -> Grid:
     """The result for people: one row a model, one column a length, and the short and the long lengths together."""
     shares = {
         label: [
@@ -217,16 +225,16 @@ def table(retrieval: Retrieval) -> Table:
     bounds = {"short": f"≤ {retrieval.pretrained_window:,}", "long": f"> {retrieval.pretrained_window:,}"}
     groups = [bounds[name] for name in short_and_long(cells, retrieval.pretrained_window)]
     title = f"{retrieval.task}: percent answered by length (95 % interval)"
-    grid = Table("model", *(f"{length:,}" for length in _lengths(cells)), *groups, title=title)
+    grid = Grid(["model"], [*(f"{length:,}" for length in _lengths(cells)), *groups], title=title)
     best = [max(share.hits for share in column) for column in zip(*shares.values(), strict=True)]
     for label, row in shares.items():
-        grid.add_row(label, *(_shown(share, most) for share, most in zip(row, best, strict=True)))
+        grid.add([label], [_shown(share, most) for share, most in zip(row, best, strict=True)])
     return grid
 
 
 def _shown(share: Share, most: int) -> str:
     text = f"{100 * share.hits / share.total:.0f}"
-    interval = f" ({100 * share.low:.0f}–{100 * share.high:.0f})"
+    interval = "" if math.isnan(share.low) else f" ({100 * share.low:.0f}–{100 * share.high:.0f})"
     return f"[bold]{text}[/bold]{interval}" if 0 < share.hits == most else text + interval
 
 
@@ -238,26 +246,44 @@ def as_json(retrieval: Retrieval, arguments: argparse.Namespace) -> dict[str, An
         "samples": arguments.samples,
         "chat_template": arguments.chat_template,
         "note": retrieval.note,
-        "pretrained_window": retrieval.pretrained_window,
-        "interval": "Wilson, 95 %",
-        "loss": "of the answers, nats per token",
         "dtype": arguments.dtype,
         "models": list(arguments.model),
         **measured_on(),
-        **figures(retrieval.cells, retrieval.pretrained_window),
+        **figures(retrieval),
     }
 
 
-def figures(cells: Mapping[str, Sequence[Cell]], pretrained_window: int) -> dict[str, Any]:
+def figures(retrieval: Retrieval) -> dict[str, Any]:
     """Cells, and their sums by length and by short and long, as JSON values by label."""
     return {
-        "cells": {label: [dataclasses.asdict(cell) for cell in row] for label, row in cells.items()},
+        "pretrained_window": retrieval.pretrained_window,
+        "interval": "95 %, bootstrap over cells of a length and depth; over prompts where depth is left to chance",
+        "loss": "of the answers, nats per token",
+        "cells": {label: [dataclasses.asdict(cell) for cell in row] for label, row in retrieval.cells.items()},
         "by_length": {
-            label: [{"length": length, **share._asdict()} for length, share in by_length(row).items()]
-            for label, row in cells.items()
+            label: [{"length": length, **finite(share._asdict())} for length, share in by_length(row).items()]
+            for label, row in retrieval.cells.items()
         },
         "short_and_long": {
-            label: {name: share._asdict() for name, share in short_and_long(row, pretrained_window).items()}
-            for label, row in cells.items()
+            label: {
+                name: finite(share._asdict()) for name, share in short_and_long(row, retrieval.pretrained_window).items()
+            }
+            for label, row in retrieval.cells.items()
         },
     }
+
+
+def read(report: Mapping[str, Any]) -> Retrieval:
+    """Reads a report back.
+
+    Args:
+      report: from `as_json`; of its sums nothing is needed.
+
+    Returns:
+      What `run` measured.
+    """
+    names = [field.name for field in dataclasses.fields(Cell)]
+    cells = {
+        label: [Cell(**{name: cell[name] for name in names}) for cell in row] for label, row in report["cells"].items()
+    }
+    return Retrieval(report["task"], cells, report["pretrained_window"], report.get("note", ""))

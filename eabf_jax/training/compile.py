@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
-from rich.table import Table
 
+from eabf_jax.console import Grid
 from eabf_jax.errors import InputError
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.parallel.collectives import collective_bytes
@@ -193,7 +193,7 @@ def roofline(predicted: Plan, slice_: Slice, collective: float) -> dict[str, flo
     }
 
 
-def table(figures: Mapping[str, Any]) -> Table:
+def table(figures: Mapping[str, Any]) -> Grid:
     """The figures for people."""
     compiled = "topology" in figures
     where = (
@@ -202,9 +202,7 @@ def table(figures: Mapping[str, Any]) -> Table:
         else f"{figures['devices']} x {figures['device']}"
     )
     mesh = " x ".join(f"{axis} {size}" for axis, size in figures["mesh"].items() if size > 1) or "one device"
-    shown = Table(title=f"train step on {where}: {mesh}, window {figures['window']:,}")
-    shown.add_column("")
-    shown.add_column("", justify="right")
+    shown = Grid([""], [""], title=f"train step on {where}: {mesh}, window {figures['window']:,}")
     by_part, total = ("hbm_gib_by_part", "hbm_gib_per_chip") if compiled else ("gib_by_part", "gib_per_device")
     limit = figures["hbm_gib_available" if compiled else "device_gib"]
     for key in ("microbatch_size", "remat", *(() if compiled else ("optimizer_memory", "gather"))):

@@ -1,0 +1,100 @@
+"""Tables for people: names wrap, figures never break, and what goes to a file or a pipe is whole."""
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+from rich.text import Text
+
+_NAME = 12  # characters that a column of names keeps before figures go into a table of their own
+_SIDES = 3  # of a column: a space on either side and a border
+
+
+class Grid(Table):
+    """A table whose first columns name a row; the others hold its figures."""
+
+    def __init__(self, names: Sequence[str], figures: Iterable[str], *, title: str):
+        """Declares the columns.
+
+        Args:
+          names: heads of the columns that name a row.
+          figures: heads of the others.
+          title: above the table.
+        """
+        heads = [Column(escape(head), overflow="fold") for head in names]
+        heads += [Column(escape(head), justify="right") for head in figures]
+        super().__init__(*heads, title=escape(title))
+        self.names = len(names)
+
+    def add(self, names: Sequence[str], figures: Iterable[str], *, style: str | None = None) -> None:
+        """Adds a row.
+
+        Args:
+          names: one a column of names, as they are.
+          figures: one a column of figures, Rich's markup among them.
+          style: of the whole row.
+        """
+        self.add_row(*map(escape, names), *figures, style=style)
+
+    def plain(self) -> dict[str, Any]:
+        """The table as model cards take it: `title`, `header` and `rows`, all text."""
+        header, *rows = zip(*([_text(cell).plain for cell in _cells(column)] for column in self.columns), strict=True)
+        return {"title": _text(self.title).plain, "header": list(header), "rows": [list(row) for row in rows]}
+
+
+def show(grid: Grid) -> None:
+    """Prints a table on standard output: as wide as it is, unless that is a terminal.
+
+    On a terminal that is too narrow, names wrap; where that is not enough, the figures go into several tables, each of
+    them with the names.
+
+    Args:
+      grid: the table.
+    """
+    console = Console()
+    names, figures = grid.columns[: grid.names], grid.columns[grid.names :]
+    widths = [max(_lines(column)) for column in names]
+    least = 1 + sum(min(width, _NAME) + _SIDES for width in widths)
+    figures = [dataclasses.replace(column, width=_figure_width(column)) for column in figures]
+    whole = 1 + sum(width + _SIDES for width in widths) + sum(map(_across, figures))
+    if not console.is_terminal:
+        console.width = max(console.width, whole)
+    parts: list[list[Column]] = [[]]
+    for column in figures:
+        if parts[-1] and least + sum(map(_across, [*parts[-1], column])) > console.width:
+            parts.append([])
+        parts[-1].append(column)
+    for number, part in enumerate(parts):
+        shown = copy.copy(grid)
+        shown.columns = [dataclasses.replace(column, _index=index) for index, column in enumerate([*names, *part])]
+        shown.title = grid.title if number == 0 else None
+        shown.caption = grid.caption if number == len(parts) - 1 else None
+        # A single column may be wider than the terminal: better that than a figure that is cut.
+        console.width = max(console.width, least + sum(map(_across, part)))
+        console.print(shown)
+
+
+def _figure_width(column: Column) -> int:
+    """Of the widest figure; the head wraps between words."""
+    head, *cells = _cells(column)
+    return max([*(len(word) for word in _text(head).plain.split()), *(_text(cell).cell_len for cell in cells), 1])
+
+
+def _across(column: Column) -> int:
+    return (column.width or 0) + _SIDES
+
+
+def _lines(column: Column) -> list[int]:
+    return [Text(line).cell_len for cell in _cells(column) for line in _text(cell).plain.split("\n")]
+
+
+def _cells(column: Column) -> list[Any]:
+    return [column.header, *column.cells]
+
+
+def _text(cell: Any) -> Text:
+    return Text.from_markup(str(cell))
