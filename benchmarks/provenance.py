@@ -20,19 +20,24 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
+_STEP = (
+    *(f"eabf_jax/model/{name}.py" for name in ("attention", "llama")),
+    *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale")),
+    *(f"eabf_jax/parallel/{name}.py" for name in ("context", "rules")),
+    *(
+        f"eabf_jax/training/{name}.py"
+        for name in ("backward", "host_memory", "layerwise", "loss", "master", "optimizer", "plan", "step")
+    ),
+)
 # What each benchmark measures: the files whose code runs between the first and the last reading of its clock, and those
 # that choose the settings of what runs.
 MEASURED: Mapping[str, tuple[str, ...]] = {
-    "train_step": (
-        "benchmarks/train_step.py",
-        "benchmarks/peer_train_step.py",
-        *(f"eabf_jax/model/{name}.py" for name in ("attention", "llama")),
-        *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale")),
-        *(f"eabf_jax/parallel/{name}.py" for name in ("context", "rules")),
-        *(
-            f"eabf_jax/training/{name}.py"
-            for name in ("backward", "host_memory", "layerwise", "loss", "master", "optimizer", "plan", "step")
-        ),
+    "train_step": ("benchmarks/train_step.py", "benchmarks/peer_train_step.py", *_STEP),
+    "whole_run": (
+        "benchmarks/whole_run.py",
+        *_STEP,
+        *(f"eabf_jax/training/{name}.py" for name in ("checkpoint", "trainer")),
+        *(f"eabf_jax/interop/{name}.py" for name in ("native", "safetensors_stream")),
     ),
     "generate": (
         "benchmarks/generate.py",
