@@ -342,23 +342,41 @@ def generation_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
     rows = []
     for report in (report for report in reports if {"shape", "cache", "runs"} <= report.keys()):
         for name, ours in report["runs"].items():
-            theirs = report.get("peer", {}).get("runs", {}).get(name)
+            # A file without `strongest_peer` holds a peer that was slower than it had to be, or none.
+            setting = report.get("strongest_peer", {}).get(name)
+            theirs = report["peer"][name][setting] if setting else {}
+            ratio = report.get("ratio_to_strongest_peer", {}).get(name)
             rows.append(
                 [
                     f"{report['shape']}, {report['device']}",
                     "bfloat16" if report["cache"] == "model" else report["cache"],
                     f"{ours['batch']} × {ours['prompt']:,}",
-                    f"{ours['first_token_seconds']:.3f}",
+                    number(ours.get("first_token_seconds"), ".3f"),
                     number(report.get("prefill_mfu") if name == "long" else None, ".1%"),
-                    f"{ours['tokens_per_second']:,.1f}",
-                    f"{theirs['tokens_per_second']:,.1f}" if theirs else "–",
-                    f"{ours['tokens_per_second'] / theirs['tokens_per_second']:.2f} ×" if theirs else "–",
-                    f"[{report['file']}](../benchmarks/results/{report['file']})",
+                    decode_rate(ours),
+                    number(ours.get("bandwidth_share"), ".1%"),
+                    f"{decode_rate(theirs)}: {setting}" if setting else "–",
+                    number(theirs.get("bandwidth_share"), ".1%"),
+                    f"{ratio:.2f} ×" if ratio else "–",
+                    source(report) + ("" if "spread" in ours or "error" in ours else "; one figure, of the best run"),
                 ]
             )
-    header = ("shape, device", "cache", "rows × prompt", "first token, s", "its MFU", "tokens/s")
-    found = table([*header, "transformers' tokens/s", "ours is", "from"], rows)
+    header = ("shape, device", "cache", "rows × prompt", "first token, s", "its MFU", "tokens/s (slowest–fastest run)")
+    peer = ("strongest setting of transformers' `generate`, tokens/s", "its share", "ours is")
+    found = table([*header, "share of the memory bandwidth", *peer, "from"], rows)
     return ["### Generation", "", *found] if rows else []
+
+
+def decode_rate(figures: Mapping[str, Any]) -> str:
+    """Tokens per second of the median run, and of the slowest and the fastest one where the file has them."""
+    if "tokens_per_second" not in figures:
+        return "out of memory" if figures.get("out_of_memory") else "failed"
+    told = f"{figures['tokens_per_second']:,.1f}"
+    if "spread" not in figures:
+        return told
+    seconds = figures["seconds"]["decode"]
+    tokens = figures["tokens_per_second"] * statistics.median(seconds)
+    return f"{told} ({tokens / max(seconds):,.1f}–{tokens / min(seconds):,.1f}, {len(seconds)} runs)"
 
 
 def write_page(path: Path, text: str) -> None:

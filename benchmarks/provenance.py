@@ -45,6 +45,13 @@ MEASURED: Mapping[str, tuple[str, ...]] = {
         *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale")),
         *(f"eabf_jax/inference/{name}.py" for name in ("generate", "placement", "sampling")),
     ),
+    "gpu_numerics": (
+        "benchmarks/gpu_numerics.py",
+        *(f"eabf_jax/model/{name}.py" for name in ("attention", "decoder", "kv_cache", "llama")),
+        *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale", "schemes")),
+        *(f"eabf_jax/inference/{name}.py" for name in ("generate", "placement")),
+        "eabf_jax/training/backward.py",
+    ),
 }
 
 PACKAGES = (

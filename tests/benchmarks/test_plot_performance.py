@@ -134,18 +134,41 @@ def test_several_devices_are_held_against_one_of_their_kind(program, results):
     assert "| llama2_7b_eabf_16k | 2 × NVIDIA H200 | 16,384 | 21,471 | 11,300 | 95.0% |" in text
 
 
-def test_generation_is_held_against_the_peer_of_its_run(program):
-    run = {"batch": 1, "prompt": 16_384, "first_token_seconds": 0.4554, "tokens_per_second": 124.04}
-    batch = {**run, "batch": 16, "prompt": 2048, "tokens_per_second": 1381.2}
-    report = {"shape": "llama2_7b", "device": "NVIDIA H100", "cache": "model", "file": "generate.json"}
-    runs = {"long": run, "batch": batch}
-    peer = {"runs": {"long": {**run, "tokens_per_second": 40.0}, "batch": None}}  # out of memory
-    text = "\n".join(program.generation_table([{**report, "prefill_mfu": 0.6277, "runs": runs, "peer": peer}, RUN]))
-    link = "[generate.json](../benchmarks/results/generate.json)"
-    row = "llama2_7b, NVIDIA H100 | bfloat16"
-    assert f"| {row} | 1 × 16,384 | 0.455 | 62.8% | 124.0 | 40.0 | 3.10 × | {link} |" in text
-    assert f"| {row} | 16 × 2,048 | 0.455 | – | 1,381.2 | – | – | {link} |" in text
+def test_generation_is_held_against_the_strongest_peer(program):
+    def timed(rate, *seconds, **more):
+        return {
+            "first_token_seconds": 0.4554,
+            "tokens_per_second": rate,
+            "spread": 0.1,
+            "seconds": {"decode": seconds},
+        } | more
+
+    sizes = {"batch": 1, "prompt": 16_384}, {"batch": 16, "prompt": 2048}, {"batch": 1, "prompt": 128}
+    long = timed(124.04, 2.0, 2.5, 1.6, **sizes[0], bandwidth_share=0.8081)
+    full = {**sizes[1], "out_of_memory": True, "error": "RESOURCE_EXHAUSTED"}
+    peer = {
+        "long": {"static cache": timed(80.0, 4.0, 4.0, 5.0, bandwidth_share=0.5234), "dynamic cache": timed(40.0, 9.0)},
+        "batch": {"static cache": {"out_of_memory": True, "error": "CUDA out of memory."}},
+    }
+    report = {"shape": "llama2_7b", "device": "NVIDIA H100", "cache": "model", "file": "new.json", "sources": {}}
+    report |= {"runs": {"long": long, "batch": full}, "peer": peer, "prefill_mfu": 0.6277}
+    report |= {"strongest_peer": {"long": "static cache", "batch": None}, "ratio_to_strongest_peer": {"long": 1.5505}}
+    text = "\n".join(program.generation_table([{**report, "date": "2024-01-02T10:00", "commit": "abc"}, RUN]))
+    row, link = "llama2_7b, NVIDIA H100 | bfloat16", "[new.json](../benchmarks/results/new.json) 2024-01-02 abc"
+    ours, theirs = "124.0 (99.2–155.1, 3 runs) | 80.8%", "80.0 (64.0–80.0, 3 runs): static cache | 52.3%"
+    assert f"| {row} | 1 × 16,384 | 0.455 | 62.8% | {ours} | {theirs} | 1.55 × | {link} |" in text
+    assert f"| {row} | 16 × 2,048 | – | – | out of memory | – | – | – | – | {link} |" in text
     assert program.generation_table([RUN]) == []
+    # A file from before there was a strongest peer: its ratio is not shown.
+    old = {"first_token_seconds": 0.02, "tokens_per_second": 192.55}
+    before = {"shape": "llama2_7b", "device": "NVIDIA H100", "cache": "int8", "file": "old.json"}
+    before |= {
+        "runs": {"short": sizes[2] | old},
+        "peer": {"runs": {"short": sizes[2] | old | {"tokens_per_second": 36.0}}},
+    }
+    (line,) = [x for x in program.generation_table([before]) if "int8" in x]
+    assert line.startswith("| llama2_7b, NVIDIA H100 | int8 | 1 × 128 | 0.020 | – | 192.6 | – | – | – | – | [old.json]")
+    assert "**stale**" in line and line.endswith("; one figure, of the best run |")
 
 
 @pytest.mark.filterwarnings("error")  # matplotlib warns of a layout that it gave up
