@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-
 from eabf_jax.console import Grid
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation import command, longbench

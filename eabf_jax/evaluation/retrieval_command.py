@@ -206,7 +206,7 @@ def _pooled(cells: Sequence[Cell]) -> Share:
 
 
 def _clusters(cell: Cell) -> list[tuple[int, int]]:
-    """Prompts that tend to be answered alike: those of one length and depth; where depth is left to chance, each alone."""
+    """Prompts that tend to be answered alike: those of a length and depth; each alone where depth is left to chance."""
     if cell.depth is not None:
         return [(cell.hits, cell.total)]
     return [(1, 1)] * cell.hits + [(0, 1)] * (cell.total - cell.hits)
@@ -266,7 +266,8 @@ def figures(retrieval: Retrieval) -> dict[str, Any]:
         },
         "short_and_long": {
             label: {
-                name: finite(share._asdict()) for name, share in short_and_long(row, retrieval.pretrained_window).items()
+                name: finite(share._asdict())
+                for name, share in short_and_long(row, retrieval.pretrained_window).items()
             }
             for label, row in retrieval.cells.items()
         },
