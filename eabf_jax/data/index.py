@@ -40,7 +40,7 @@ class Index:
 
         Args:
           paths: files, or directories of files.
-          form: one of `forms.FORMATS`; `auto` takes, for each file, the form of the first entry that has one.
+          form: one of `forms.FORMATS`; `auto` takes, for each file, that of the first entry that has one.
           keep_complete: go on with the whole entries of a file that is cut off or malformed.
           chunk_bytes: how much to read at a time.
           progress: called with the number of bytes read so far, over all files.
@@ -64,8 +64,10 @@ class Index:
         bytes_before = 0
         for number, path in enumerate(self.paths):
             name = None
-            before = self.entries
+            before, used_before = self.entries, len(self._offset)
             unclaimed = ""
+            reasons: Counter[str] = Counter()
+            others: Counter[str] = Counter()
 
             def report(read: int, before: int = bytes_before) -> None:
                 if progress is not None:
@@ -77,12 +79,13 @@ class Index:
                     name = name or find_form(entry.value, form)
                     if name is None or not FORMS[name].claims(entry.value):
                         unclaimed = unclaimed or _describe(entry, self.entries - before - 1)
-                        self.unusable[f"no {FORMS[name].needs if name else 'known form'}"] += 1
+                        reasons[f"not of the form {name}" if name else "of no known form"] += 1
+                        others[find_form(entry.value, form) or ""] += 1
                         continue
                     try:
                         turns = turn_list(entry.value) if name == SHAREGPT else None
                     except Unusable as fault:
-                        self.unusable[fault.reason] += 1
+                        reasons[fault.reason] += 1
                         continue
                     self.forms[name] += 1
                     parts.add(entry.value, turns)
@@ -95,6 +98,17 @@ class Index:
                 raise InputError(f"{path} holds no whole entry")
             if name is None:
                 raise _unknown(path, form, unclaimed)
+            del others[""]
+            if max(others.values(), default=0) > len(self._offset) - used_before:
+                most = others.most_common(1)[0][0]
+                raise InputError(
+                    f"{path}: the first entry with known keys is of the form {name}, {others[most]} others are of the "
+                    f"form {most}; --format {most} reads those"
+                )
+            if len(self._offset) == used_before:
+                told = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+                raise InputError(f"{path}: none of {self.entries - before} entries can be used ({told})")
+            self.unusable += reasons
             self._forms.append(FORMS[name])
             bytes_before += path.stat().st_size
             report(0, bytes_before)
