@@ -16,7 +16,7 @@ TURN_LIST_KEYS = ("conversations", "conversation", "messages", "items", "turns")
 ROLE_KEYS = ("from", "role", "speaker")
 TEXT_KEYS = ("value", "content", "text")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
-QUESTION_KEYS = ("instruction", "question", "query", "prompt")
+QUESTION_KEYS = ("instruction", "question", "query")
 INPUT_KEYS = ("input", "context")
 ANSWER_KEYS = ("output", "response", "answer", "completion")
 DOCUMENT_KEYS = ("text", "content")
@@ -156,9 +156,15 @@ def holds_entries(key: str | None, first: Any) -> bool:
 
 
 def role_of(turn: Any) -> Role | None:
-    """Who speaks in a turn; None where that is not known."""
-    name = next((turn[key] for key in ROLE_KEYS if isinstance(turn.get(key), str)), "") if is_turn(turn) else ""
-    return ROLES.get(name.strip().lower())
+    """Who speaks in a turn; None where that is not known, or where its keys disagree."""
+    known = {ROLES[name] for name in _names(turn) if name in ROLES}
+    return known.pop() if len(known) == 1 else None
+
+
+def _names(turn: Any) -> list[str]:
+    """What a turn calls its speaker."""
+    found = [turn.get(key) for key in ROLE_KEYS] if isinstance(turn, dict) else []
+    return [name.strip().lower() for name in found if isinstance(name, str)]
 
 
 def text_of(turn: Any) -> str:
@@ -173,7 +179,10 @@ def text_of(turn: Any) -> str:
     Raises:
       Unusable: it has none, or more than text.
     """
-    content = next((turn[key] for key in TEXT_KEYS if turn.get(key) is not None), None)
+    given = [turn[key] for key in TEXT_KEYS if turn.get(key) is not None]
+    content = next(filter(None, given), "" if "" in given else None)
+    if any(other not in ("", content) for other in given):
+        raise Unusable("turn with two texts")
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -210,10 +219,9 @@ def _turn(turn: Any) -> Turn:
     if not isinstance(turn, dict):
         raise Unusable("turn that is no object")
     _check(turn, REFUSED_IN_TURNS)
-    name = next((turn[key] for key in ROLE_KEYS if isinstance(turn.get(key), str)), "").strip().lower()
-    if name in TOOL_ROLES:
+    if not TOOL_ROLES.isdisjoint(_names(turn)):
         raise Unusable(_TOOLS)
-    role = ROLES.get(name)
+    role = role_of(turn)
     if role is None:
         raise Unusable("unknown role")
     for key in LEARNED_KEYS:
@@ -233,10 +241,12 @@ def _instructions(entry: Any) -> list[Turn]:
     """Alpaca's `instruction`, `input`, `output`, with LLaMA-Factory's `system` and `history`, and the like."""
     _check(entry, REFUSED_IN_ENTRIES)
     _check_verdict(entry)
-    question = [_string(entry, keys) for keys in (QUESTION_KEYS, INPUT_KEYS)]
+    # Alpaca's data is also found with the rendered prompt beside what it was made from.
+    question = [_string(entry, QUESTION_KEYS) or _string(entry, ("prompt",)), _string(entry, INPUT_KEYS)]
     answer = _string(entry, ANSWER_KEYS)
     turns = _system_turns(entry)
-    for pair in entry.get("history") or ():
+    history = entry.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise Unusable("history that is no list of pairs")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
@@ -267,11 +277,13 @@ def _has(entry: Any, *alternatives: Sequence[str]) -> bool:
 
 
 def _string(entry: Any, keys: Sequence[str]) -> str:
-    """The first text under one of some keys, empty where all of them are missing or null."""
-    found = next((entry[key] for key in keys if entry.get(key) not in (None, "")), "")
-    if not isinstance(found, str):
+    """The text under one of some keys, empty where all of them are missing or null."""
+    given = [entry[key] for key in keys if entry.get(key) not in (None, "")]
+    if not all(isinstance(text, str) for text in given):
         raise Unusable(f"{' or '.join(keys)} that is no text")
-    return found
+    if len(set(given)) > 1:
+        raise Unusable(f"two texts under {', '.join(keys)}")
+    return given[0] if given else ""
 
 
 def _system_turns(entry: Any) -> list[Turn]:
@@ -305,8 +317,8 @@ FORMS: dict[str, Form] = {
     "completions": Form(_completions, lambda entry: _has(entry, ("prompt",), ("completion",)), "prompt and completion"),
     "instructions": Form(
         _instructions,
-        lambda entry: _has(entry, (*QUESTION_KEYS, *INPUT_KEYS), ANSWER_KEYS),
-        f"a question ({', '.join(QUESTION_KEYS)}) and an answer ({', '.join(ANSWER_KEYS)})",
+        lambda entry: _has(entry, (*QUESTION_KEYS, "prompt", *INPUT_KEYS), ANSWER_KEYS),
+        f"a question ({', '.join(QUESTION_KEYS)}, prompt) and an answer ({', '.join(ANSWER_KEYS)})",
     ),
     TEXT: Form(_document, lambda entry: _has(entry, DOCUMENT_KEYS), f"a text under {' or '.join(DOCUMENT_KEYS)}"),
 }

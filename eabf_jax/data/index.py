@@ -4,7 +4,7 @@ import json
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from eabf_jax.data.forms import AUTO, FORMS, SHAREGPT, Content, Form, Unusable, conversation, find_form, turn_list
@@ -62,58 +62,63 @@ class Index:
         self._copies = tempfile.TemporaryFile(prefix="eabf-prepare-")  # noqa: SIM115
         parts = Parts()
         bytes_before = 0
-        for number, path in enumerate(self.paths):
-            name = None
-            before, used_before = self.entries, len(self._offset)
-            unclaimed = ""
-            reasons: Counter[str] = Counter()
-            others: Counter[str] = Counter()
+        for path in self.paths:
 
             def report(read: int, before: int = bytes_before) -> None:
                 if progress is not None:
                     progress(before + read)
 
-            try:
-                for entry in read_entries(path, form, chunk_bytes, keep_complete, report):
-                    self.entries += 1
-                    name = name or find_form(entry.value, form)
-                    if name is None or not FORMS[name].claims(entry.value):
-                        unclaimed = unclaimed or _describe(entry, self.entries - before - 1)
-                        reasons[f"not of the form {name}" if name else "of no known form"] += 1
-                        others[find_form(entry.value, form) or ""] += 1
-                        continue
-                    try:
-                        turns = turn_list(entry.value) if name == SHAREGPT else None
-                    except Unusable as fault:
-                        reasons[fault.reason] += 1
-                        continue
-                    self.forms[name] += 1
-                    parts.add(entry.value, turns)
-                    self._note(number, entry)
-            except BrokenFile as fault:
-                if not keep_complete:
-                    raise
-                self.broken.append(fault)
-            if self.entries == before:
-                raise InputError(f"{path} holds no whole entry")
-            if name is None:
-                raise _unknown(path, form, unclaimed)
-            del others[""]
-            if max(others.values(), default=0) > len(self._offset) - used_before:
-                most = others.most_common(1)[0][0]
-                raise InputError(
-                    f"{path}: the first entry with known keys is of the form {name}, {others[most]} others are of the "
-                    f"form {most}; --format {most} reads those"
-                )
-            if len(self._offset) == used_before:
-                told = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
-                raise InputError(f"{path}: none of {self.entries - before} entries can be used ({told})")
-            self.unusable += reasons
-            self._forms.append(FORMS[name])
+            entries = read_entries(path, form, chunk_bytes, keep_complete, report)
+            self._add_file(path, entries, form, parts, keep_complete)
             bytes_before += path.stat().st_size
             report(0, bytes_before)
         self.conversations = parts.join()
         self.kept_apart = parts.kept_apart
+
+    def _add_file(self, path: Path, entries: Iterator[Entry], wanted: str, parts: Parts, keep_complete: bool) -> None:
+        """Notes the entries of one file, and refuses a file of which none can be used."""
+        name = None
+        read = used = 0
+        unclaimed = ""
+        reasons: Counter[str] = Counter()
+        claimed_by: Counter[str] = Counter()
+        try:
+            for entry in entries:
+                read += 1
+                found = find_form(entry.value, wanted)
+                name = name or found
+                try:
+                    if name is None or not FORMS[name].claims(entry.value):
+                        claimed_by[found or ""] += 1
+                        unclaimed = unclaimed or _describe(entry, read - 1)
+                        raise Unusable(f"not of the form {name}" if name else "of no known form")
+                    parts.add(entry.value, turn_list(entry.value) if name == SHAREGPT else None)
+                except Unusable as fault:
+                    reasons[fault.reason] += 1
+                else:
+                    used += 1
+                    self._note(len(self._forms), entry)
+        except BrokenFile as fault:
+            if not keep_complete:
+                raise
+            self.broken.append(fault)
+        self.entries += read
+        self.unusable += reasons
+        if read == 0:
+            raise InputError(f"{path} holds no whole entry")
+        if name is None:
+            raise _unknown(path, wanted, unclaimed)
+        for other, count in claimed_by.items():
+            if other and count > used:
+                raise InputError(
+                    f"{path}: the first entry with known keys is of the form {name}, {count} others are of the form "
+                    f"{other}; --format {other} reads those"
+                )
+        if used == 0:
+            told = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+            raise InputError(f"{path}: none of {read} entries can be used ({told})")
+        self.forms[name] += used
+        self._forms.append(FORMS[name])
 
     def read(self, found: Conversation) -> Content:
         """Reads one conversation from its files.

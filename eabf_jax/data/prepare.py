@@ -168,7 +168,7 @@ class Report:
         Returns:
           Sentences, each with its count.
         """
-        apart = {"ids like parts, kept apart": self.kept_apart} if self.kept_apart else {}
+        apart = {"ids that look like parts, kept apart": self.kept_apart} if self.kept_apart else {}
         notes = {
             "entries in the files": _prefixed("read as ", self.forms) | _prefixed("not used: ", self.unusable),
             "conversations, parts joined": apart,

@@ -31,6 +31,7 @@ def why(entry):
         {"items": [QUESTION, ANSWER], "conversations": None},
         [QUESTION, ANSWER],
         {"messages": json.dumps([QUESTION, ANSWER])},
+        {"messages": [{**QUESTION, "speaker": "Alice", "value": ""}, {**ANSWER, "from": "gpt", "text": "a"}]},
         {"messages": [{"role": "prompter", "text": "q"}, {"speaker": "Bot ", "text": "a"}]},
         # What stands there and holds nothing, as tables have it.
         {"messages": [{**QUESTION, "tool_calls": None, "images": []}, {**ANSWER, "function_call": {}}], "tools": "[]"},
@@ -85,7 +86,9 @@ PICTURE = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"
         ({"role": "narrator", "content": "x"}, "unknown role"),
         ({"role": None, "content": ""}, "unknown role"),
         ({"content": "x"}, "unknown role"),
+        ({"role": "user", "from": "gpt", "content": "x"}, "unknown role"),
         ("x", "turn that is no object"),
+        ({**ANSWER, "value": "b"}, "turn with two texts"),
         ({**ANSWER, "reasoning_content": "so"}, "reasoning apart from the answer"),
         ({**QUESTION, "images": ["a.png"]}, "pictures, sound or files"),
         ({**ANSWER, "weight": 0}, "turns that say whether they are learned"),
@@ -125,7 +128,7 @@ def test_an_entry_without_turns_is_none_of_another_form(entry):
     ("entry", "turns"),
     [
         ({"instruction": "i", "input": "", "output": "o"}, [("user", "i"), ("assistant", "o")]),
-        ({"instruction": "i", "input": "x", "output": "o", "text": "r"}, [("user", "i\n\nx"), ("assistant", "o")]),
+        ({"instruction": "i", "input": "x", "output": "o", "prompt": "r"}, [("user", "i\n\nx"), ("assistant", "o")]),
         ({"instruction": "i", "context": None, "response": "o"}, [("user", "i"), ("assistant", "o")]),
         ({"input": "x", "output": "o"}, [("user", "x"), ("assistant", "o")]),
         ({"question": "q", "answer": "a", "system": "s"}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
@@ -158,6 +161,8 @@ def test_documents():
     ("entry", "reason"),
     [
         ({"instruction": "i", "output": ["o"]}, "output or response or answer or completion that is no text"),
+        ({"instruction": "i", "output": "o", "response": "p"}, "two texts under output, response, answer, completion"),
+        ({"instruction": "i", "input": "x", "context": "y", "output": "o"}, "two texts under input, context"),
         ({"instruction": "i", "output": "o", "history": ["q"]}, "history that is no list of pairs"),
         ({"prompt": "p", "completion": 3}, "completion that is no text"),
         ({"text": ["a"]}, "text or content that is no text"),

@@ -115,6 +115,7 @@ def test_every_stage_is_counted(tmp_path):
         "tool use": 1,
         "unknown role": 1,
     }
+    assert report.notes("conversations, parts joined") == []
     assert (report.forms, report.unusable) == ({"sharegpt": 10}, {"not of the form sharegpt": 1})
     counts = report.splits["train"]
     assert (counts.records, counts.conversations) == (2, 2)
@@ -200,6 +201,13 @@ def test_held_out_records_are_full_by_default(tmp_path):
 def test_too_few_records_are_reported(many, tmp_path):
     report = prepare(options(many, tmp_path / "set", num_conversations=100), Words(), quiet())
     assert report.shortages == ["train: 60 records found, 100 asked for"]
+
+
+def test_ids_that_look_like_parts_are_reported(tmp_path):
+    source = write(tmp_path / "identity.json", [entry(f"identity_{i}", 1, 1) for i in (0, 2, 4)])
+    report = prepare(options(source, tmp_path / "set"), Words(), quiet())
+    assert (report.kept_apart, report.splits["train"].conversations) == (3, 3)
+    assert report.notes("conversations, parts joined") == [("ids that look like parts, kept apart", 3)]
 
 
 def test_only_held_out(many, tmp_path):
