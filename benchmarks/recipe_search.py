@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from provenance import commit
+
 from eabf_jax import load
 from eabf_jax.cli import ArgumentParser, run
 from eabf_jax.data.dataset import Records
@@ -173,7 +175,7 @@ def main() -> None:
         "edges": default_edges(documents.shape[1]),
         "unit": "nats per token; the lowest loss over all positions of the validation documents is chosen",
     }
-    report: dict[str, Any] = {**measured_on(), **settings, "cells": []}
+    report: dict[str, Any] = {**measured_on(), "commit": commit(), **settings, "cells": []}
     if arguments.json.is_file():
         report = read_json_object(arguments.json)
         if {name: report.get(name) for name in settings} != settings:

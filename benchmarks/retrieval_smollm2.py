@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from provenance import commit
+
 from eabf_jax.analysis.figures import picture
 from eabf_jax.cli import ArgumentParser, run
 from eabf_jax.console import show
@@ -146,6 +148,7 @@ def evaluate(
         "settings": settings,
         "seconds": time.perf_counter() - begun,
         **measured_on(),
+        "commit": commit(),
         "cells": [dataclasses.asdict(cell) for cell in cells],
     }
     write_json(path, found)
@@ -160,7 +163,8 @@ def report(output: Path, parts: list[dict[str, Any]], pretrained_window: int) ->
       parts: from `evaluate`, one a model.
       pretrained_window: the base's window, in tokens.
     """
-    about = {name: parts[0][name] for name in ("settings", "device", "devices", "versions", "command", "date")}
+    names = ("settings", "device", "devices", "versions", "command", "date", "commit")
+    about = {name: parts[0].get(name) for name in names}
     cells = {part["label"]: [Cell(**cell) for cell in part["cells"]] for part in parts}
     for task in about["settings"]["tasks"]:
         name, title = task.replace("-", "_"), task.replace("-", " ")

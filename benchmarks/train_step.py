@@ -11,37 +11,31 @@ Besides the options below it takes every key of the configuration, as train.py d
 
 import argparse
 import dataclasses
-import importlib.metadata
+import itertools
 import json
 import os
-import platform
 import resource
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from peer_settings import Setting, matching
+from provenance import record
 
 from eabf_jax.cli import ArgumentParser, run
-from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.errors import InputError
 from eabf_jax.interop.directory import write_json
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.training.recipe import RopeConfig, TrainConfig, dump_config, load_config
-from eabf_jax.training.tracking import flops_per_token, parameter_count, peak_flops
+from eabf_jax.training.tracking import flops_per_token, peak_flops
 
-PEERS = ("eager", "compiled")
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
-PEER_PACKAGES = ("torch", "transformers", "triton")
-# Settings from outside that change a measurement.
-ENVIRONMENT = ("XLA_", "JAX_", "LIBTPU_", "CUDA_VISIBLE_DEVICES", "PYTORCH_")
 PAPER_STEPS = 6  # paper: floor(100 / 32) x 2
 GIB = 2**30
 
@@ -67,7 +61,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--lengths", type=integers, default=[], help="measure at these windows, separated by commas", metavar="N,N"
     )
     parser.add_argument("--warmup", type=int, default=1, help="steps before those that are timed")
-    parser.add_argument("--steps", type=int, default=2, help="steps that are timed")
+    parser.add_argument("--steps", type=int, default=3, help="steps that are timed")
     parser.add_argument("--recipe", action="store_true", help="time the paper's whole run: every step, no warm-up")
     parser.add_argument(
         "--multiplier-cost",
@@ -76,16 +70,26 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="PAIRS",
         help="after that, time this many pairs of steps with the configuration's scheme and with `default`",
     )
-    parser.add_argument("--peers", default=",".join(PEERS), help="which to run beside it; '' for none")
-    parser.add_argument("--peer-microbatches", type=int, default=2, help="of the peer's step, at most ours")
-    parser.add_argument("--peer-precision", choices=("bfloat16", "autocast"), help="default: by the model's size")
+    parser.add_argument(
+        "--peers",
+        default="*/*/*/*/bfloat16",
+        metavar="SETTINGS",
+        help="which settings of the peer to try, * for every choice; '' for none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--search-microbatches",
+        type=int,
+        default=2,
+        metavar="N",
+        help="microbatches of a step while settings are tried; the strongest then takes as many as we do",
+    )
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     parser.add_argument("--own-process", action="store_true", help=argparse.SUPPRESS)  # set by this program itself
     options, rest = parser.parse_known_args(arguments)
-    options.peers = [peer for peer in options.peers.split(",") if peer]
-    for peer in options.peers:
-        if peer not in PEERS:
-            raise unknown_name("peer", peer, PEERS)
+    try:
+        options.peers = matching(options.peers)
+    except ValueError as error:
+        raise InputError(f"--peers: {error}") from None
     if options.steps < 1 or options.warmup < 0:
         raise InputError(f"--steps {options.steps}, --warmup {options.warmup}: at least 1 and 0 are needed")
     if not options.json.absolute().parent.is_dir():
@@ -338,8 +342,10 @@ def run_own(arguments: Sequence[str], length: int, scratch: Path) -> dict[str, A
     return _run_process([sys.executable, __file__, *arguments, *own], result)
 
 
-def run_peers(config: TrainConfig, options: argparse.Namespace, own: dict[str, Any], scratch: Path) -> dict[str, Any]:
-    """Runs the peers on the shapes that our step was measured on.
+def run_peers(
+    config: TrainConfig, options: argparse.Namespace, own: dict[str, Any], scratch: Path
+) -> Iterator[dict[str, Any]]:
+    """Tries the settings of the peer on the shapes that our step was measured on, then measures the strongest.
 
     Args:
       config: from `configure`.
@@ -347,37 +353,59 @@ def run_peers(config: TrainConfig, options: argparse.Namespace, own: dict[str, A
       own: our figures, for the microbatches.
       scratch: directory for the process's result.
 
-    Returns:
-      By peer, its figures.
+    Yields:
+      By setting, the figures so far. In the end the strongest has taken as many microbatches a step as we did, and so
+      has the same setting with float32 parameters and moments (`autocast`); the others at most `--search-microbatches`.
     """
+    ours = own.get("microbatches", options.search_microbatches)
+    few = min(options.search_microbatches, ours)
+    peers: dict[str, Any] = {}
+    for kernels in dict.fromkeys(one.kernels for one in options.peers):
+        tried = [one for one in options.peers if one.kernels == kernels]
+        yield (peers := peers | _run_peer(config, options, own, tried, few, scratch))
+    best = strongest(peers, ours)
+    if best is not None:
+        winner = Setting(*best.split("/"))
+        masters = winner._replace(precision="autocast")
+        again = [winner] * (few < ours) + [masters] * (str(masters) not in peers)
+        yield peers | _run_peer(config, options, own, again, ours, scratch)
+
+
+def _run_peer(
+    config: TrainConfig,
+    options: argparse.Namespace,
+    own: dict[str, Any],
+    tried: Sequence[Setting],
+    microbatches: int,
+    scratch: Path,
+) -> dict[str, Any]:
+    """Measures settings of the peer in a process of their own; by setting, the figures."""
     model, result = shape_of(config), scratch / "peers.json"
-    precision = options.peer_precision or ("bfloat16" if parameter_count(model) > 1e9 else "autocast")
     ignored = ("rope", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     shape = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ignored}
-    settings = {
+    arguments = {
         "shape": json.dumps({**shape, "max_position_embeddings": config.window}),
         "rope-theta": rotary_base(config.scheme.to_dict()),
         "length": config.window,
-        "microbatches": min(options.peer_microbatches, own.get("microbatches", options.peer_microbatches)),
+        "microbatches": microbatches,
         "microbatch-size": own.get("microbatch_size", 1),
         "warmup": options.warmup,
+        "warmup-most": options.search_microbatches,
         "steps": options.steps,
-        "variants": ",".join(options.peers),
-        "precision": precision,
+        "settings": ",".join(map(str, tried)),
         "json": result,
     }
     if "platform" in own:
         # Never a peer on another kind of device than ours, were it for want of a build of PyTorch for it.
-        settings["device"] = {"gpu": "cuda"}.get(own["platform"], own["platform"])
+        arguments["device"] = {"gpu": "cuda"}.get(own["platform"], own["platform"])
     command = [sys.executable, str(Path(__file__).with_name("peer_train_step.py"))]
-    found = _run_process([*command, *(f"--{key}={value}" for key, value in settings.items())], result)
+    found = _run_process([*command, *(f"--{key}={value}" for key, value in arguments.items())], result)
     peers = {}
-    for name in options.peers:
+    for name in map(str, tried):
         peer = found.get(name) or {"error": found.get("error", "no result")}
         if "tokens_per_second" in peer:
-            rate = peer["tokens_per_second"]
-            peer["mfu"] = model_flops_utilisation(rate, model, config.window, found["device"])
-        peers[name] = {**peer, "device": found.get("device"), "precision": precision, "cuda": found.get("cuda")}
+            peer["mfu"] = model_flops_utilisation(peer["tokens_per_second"], model, config.window, found["device"])
+        peers[name] = {**peer, "device": found.get("device")}
     return peers
 
 
@@ -389,42 +417,59 @@ def _run_process(command: Sequence[str], result: Path) -> dict[str, Any]:
     return {**found, "error": f"exit status {status}"} if status else found
 
 
-def ratio_to(own: dict[str, Any], peer: dict[str, Any] | None, length: int) -> float | None:
-    """Our tokens per second on each device over the peer's on one.
+def strongest(peers: dict[str, Any], microbatches: int, precision: str = "bfloat16") -> str | None:
+    """Names the fastest setting of the peer.
 
     Args:
-      own: our figures.
-      peer: the peer's.
-      length: tokens of a row.
+      peers: figures by setting.
+      microbatches: of our step. A setting that was measured with fewer is reckoned up to as many, so that it pays for
+        as few updates; one that was measured with as many goes before all that were not.
+      precision: of the settings to choose from.
 
     Returns:
-      The ratio, or None where one of the two did not run. Where the peer took fewer microbatches than we, its time is
-      reckoned up to ours, so that it pays for as few updates.
+      The setting, or None where none of them ran.
     """
-    if "tokens_per_second" not in own or "tokens_per_second" not in (peer or {}):
+    ran = {
+        name: figures
+        for name, figures in peers.items()
+        if "tokens_per_second" in figures and figures["precision"] == precision
+    }
+
+    def rank(name: str) -> tuple[bool, float]:
+        figures = ran[name]
+        if figures["microbatches"] == microbatches:
+            return True, figures["tokens_per_second"]
+        seconds = microbatches * figures["microbatch_seconds"] + figures["update_seconds"]
+        return False, microbatches * figures["microbatch_size"] / seconds
+
+    return max(ran, key=rank, default=None)
+
+
+def ratio_to(own: dict[str, Any], peer: dict[str, Any] | None) -> float | None:
+    """Our tokens per second on each device over the peer's on one, or None where one of the two did not run."""
+    if "tokens_per_second" not in own or peer is None or "tokens_per_second" not in peer:
         return None
-    assert peer is not None
-    rate = peer["tokens_per_second"]
-    if peer["microbatches"] != own["microbatches"]:
-        seconds = own["microbatches"] * peer["microbatch_seconds"] + peer["update_seconds"]
-        rate = own["microbatches"] * peer["microbatch_size"] * length / seconds
-    return own["tokens_per_second_per_device"] / rate
+    return own["tokens_per_second_per_device"] / peer["tokens_per_second"]
 
 
 def measure_at(
     config: TrainConfig, arguments: Sequence[str], options: argparse.Namespace, scratch: Path
-) -> dict[str, Any]:
-    """All figures at one length: ours, then the peers'."""
+) -> Iterator[dict[str, Any]]:
+    """All figures at one length, as they come: ours, then the peer's with them."""
     own = run_own(arguments, config.window, scratch)
-    peers = run_peers(config, options, own, scratch) if options.peers else {}
-    return {
-        "length": config.window,
-        **own,
-        "flops_per_token": flops_per_token(shape_of(config), config.window),
-        "ratio_to_eager_peer": ratio_to(own, peers.get("eager"), config.window),
-        "ratio_to_compiled_peer": ratio_to(own, peers.get("compiled"), config.window),
-        "peers": peers,
-    }
+    microbatches = own.get("microbatches", options.search_microbatches)
+    for peers in itertools.chain([{}], run_peers(config, options, own, scratch)):
+        best, masters = (strongest(peers, microbatches, precision) for precision in ("bfloat16", "autocast"))
+        yield {
+            "length": config.window,
+            **own,
+            "flops_per_token": flops_per_token(shape_of(config), config.window),
+            "strongest_peer": best,
+            "ratio_to_strongest_peer": ratio_to(own, peers.get(best or "")),
+            "strongest_float32_peer": masters,
+            "ratio_to_strongest_float32_peer": ratio_to(own, peers.get(masters or "")),
+            "peers": peers,
+        }
 
 
 def headline(entries: Sequence[dict[str, Any]], window: int) -> dict[str, Any]:
@@ -434,30 +479,21 @@ def headline(entries: Sequence[dict[str, Any]], window: int) -> dict[str, Any]:
 
 
 def summary(entry: dict[str, Any]) -> str:
-    """One line for people."""
-    parts = [f"{entry['length']:,} tokens:"]
+    """A line for us, and one for each setting of the peer."""
+    lines = []
     for name, figures in (("ours", entry), *entry["peers"].items()):
         if "tokens_per_second" in figures:
             mfu, peak = figures["mfu"], figures["peak_gib"]
-            told = f"{figures['tokens_per_second']:,.0f} tokens/s"
+            told = f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['microbatches']} microbatches"
             told += f", MFU {mfu:.1%}" if mfu is not None else ""
             told += f", {peak:.1f} GiB" if peak is not None else ""
         else:
             told = "out of memory" if figures.get("out_of_memory") else figures.get("error", "failed")
-        ratio = entry.get(f"ratio_to_{name}_peer")
-        parts.append(f"{name} {told}" + (f" (ours {ratio:.2f} x)" if ratio else "") + ";")
-    return " ".join(parts).rstrip(";")
-
-
-def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Versions of those packages that are installed."""
-    found = {}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        mark = f" (the strongest; ours {entry['ratio_to_strongest_peer'] or 0:.2f} x)" * (
+            name == entry["strongest_peer"]
+        )
+        lines.append(f"{entry['length']:,} tokens: {name}: {told}{mark}")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -471,22 +507,21 @@ def main() -> None:
     # Every configuration is read before the first one takes its time.
     configs = [configure(rest, options, length) for length in options.lengths or [asked.window]]
     report: dict[str, Any] = {
-        "benchmark": "train_step",
+        **record("train_step"),
         "name": Path(options.config_path).stem,
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **versions([*PACKAGES, *PEER_PACKAGES])},
-        "environment": {key: value for key, value in os.environ.items() if key.startswith(ENVIRONMENT)},
+        "timed_steps": asked.recipe.steps if options.recipe else options.steps,
         "config": yaml.safe_load(dump_config(asked)),
     }
     entries: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for config in configs:
-            entries.append(measure_at(config, arguments, options, Path(scratch)))
+            done = entries
+            for entry in measure_at(config, arguments, options, Path(scratch)):
+                entries = [*done, entry]
+                swept = {"lengths": entries, "longest": longest(entries)} if options.lengths else {}
+                # After each process: a machine that is taken away keeps what it has measured.
+                write_json(options.json, {**report, **headline(entries, asked.window), **swept})
             print(summary(entries[-1]), flush=True)
-            swept = {"lengths": entries, "longest": longest(entries)} if options.lengths else {}
-            # After each: a machine that is taken away keeps what it has measured.
-            write_json(options.json, {**report, **headline(entries, asked.window), **swept})
     print(f"figures: {options.json}")
     failed = [
         f"{name} at {entry['length']}: {figures['error']}"
@@ -499,14 +534,14 @@ def main() -> None:
 
 
 def longest(entries: Sequence[dict[str, Any]]) -> dict[str, int | None]:
-    """The longest window that ran, ours and of each peer."""
-    columns: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for entry in entries:
-        for name, figures in (("ours", entry), *entry["peers"].items()):
-            columns.setdefault(name, []).append((entry["length"], figures))
+    """The longest window that ran, ours and the peer's with any setting."""
+
+    def most(ran: Callable[[dict[str, Any]], bool]) -> int | None:
+        return max((entry["length"] for entry in entries if ran(entry)), default=None)
+
     return {
-        name: max((length for length, figures in column if "tokens_per_second" in figures), default=None)
-        for name, column in columns.items()
+        "ours": most(lambda entry: "tokens_per_second" in entry),
+        "peer": most(lambda entry: any("tokens_per_second" in peer for peer in entry["peers"].values())),
     }
 
 

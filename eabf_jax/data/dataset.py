@@ -1,4 +1,4 @@
-"""Prepared conversations on disk: a TFDS dataset in ArrayRecord files, written and read without TensorFlow."""
+"""Prepared records on disk: a TFDS dataset in ArrayRecord files, written and read without TensorFlow."""
 
 import hashlib
 import json
@@ -158,7 +158,7 @@ class DatasetWriter:
                 features=self._features,
                 split_infos=infos,
                 filename_template=self._template(None),
-                description="Conversations as tokens, with a mask on the assistant's.",
+                description="Conversations or texts as tokens, with a mask on those to be learned.",
                 check_data=False,
             )
             summary = {name: self._summary(name, split) for name, split in self._splits.items()}

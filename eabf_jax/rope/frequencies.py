@@ -134,6 +134,7 @@ def yarn(
     pretrained_window: int,
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
+    truncate: bool = True,
     attention_factor: float | None = None,
 ) -> tuple[Frequencies, float]:
     """Computes the frequencies and the rotation scale of YaRN; with `attention_factor` 1.0, of NTK-by-parts.
@@ -148,7 +149,8 @@ def yarn(
       pretrained_window: c in tokens.
       beta_fast: turns inside the pretrained window from which a frequency is left alone.
       beta_slow: turns inside the pretrained window up to which a frequency is fully interpolated.
-      attention_factor: factor on cos and sin; None means 0.1 ln s + 1.
+      truncate: whether the ramp's ends are rounded outwards to whole indices of frequencies.
+      attention_factor: factor on cos and sin; None means 0.1 ln s + 1, and 1 where s is less than 1.
 
     Returns:
       Inverse frequencies in radians per token, float32 [head_dim // 2], and the rotation scale.
@@ -158,8 +160,8 @@ def yarn(
     Source: Peng et al. 2023 (YaRN), sections 3.2 to 3.4; transformers rope type `yarn`.
     """
     theta = _theta(head_dim, base)
-    interpolated = _interpolated_share(head_dim, base, pretrained_window, beta_fast, beta_slow)
-    scale = 0.1 * math.log(factor) + 1.0 if attention_factor is None else attention_factor
+    interpolated = _interpolated_share(head_dim, base, pretrained_window, beta_fast, beta_slow, truncate)
+    scale = 0.1 * math.log(max(factor, 1.0)) + 1.0 if attention_factor is None else attention_factor
     return _rounded(theta * (1.0 - interpolated) + theta / factor * interpolated), scale
 
 
@@ -172,6 +174,7 @@ def dynamic_yarn(
     pretrained_window: int,
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
+    truncate: bool = True,
 ) -> tuple[Frequencies, float | Float32[Array, ""]]:
     """Computes YaRN with s = max(1, L/c) for the current length L.
 
@@ -183,6 +186,7 @@ def dynamic_yarn(
       pretrained_window: c in tokens.
       beta_fast: turns inside the pretrained window from which a frequency is left alone.
       beta_slow: turns inside the pretrained window up to which a frequency is fully interpolated.
+      truncate: whether the ramp's ends are rounded outwards to whole indices of frequencies.
 
     Returns:
       Inverse frequencies in radians per token, float32 [head_dim // 2], and the rotation scale: a float, or a float32
@@ -201,9 +205,11 @@ def dynamic_yarn(
             pretrained_window=pretrained_window,
             beta_fast=beta_fast,
             beta_slow=beta_slow,
+            truncate=truncate,
         )
     # theta_j (kept + (1 - kept)/s): kept is rounded before it is taken from 1, so that s = 1 leaves theta_j as it is.
-    kept = (1.0 - _interpolated_share(head_dim, base, pretrained_window, beta_fast, beta_slow)).astype(np.float32)
+    interpolated = _interpolated_share(head_dim, base, pretrained_window, beta_fast, beta_slow, truncate)
+    kept = (1.0 - interpolated).astype(np.float32)
     excess = _excess(length, pretrained_window)
     shrink = pretrained_window / (excess + pretrained_window)
     scale = 1.0 + 0.1 * jnp.log1p(excess / pretrained_window)
@@ -248,15 +254,18 @@ def _theta(head_dim: int, base: float) -> Float64[np.ndarray, " head_dim//2"]:
 
 
 def _interpolated_share(
-    head_dim: int, base: float, pretrained_window: int, beta_fast: float, beta_slow: float
+    head_dim: int, base: float, pretrained_window: int, beta_fast: float, beta_slow: float, truncate: bool
 ) -> Float64[np.ndarray, " head_dim//2"]:
     """Returns how much of each frequency is interpolated: 0 for fast ones, 1 for slow ones, a ramp over j between."""
 
     def index_turning(turns: float) -> float:
         return head_dim * math.log(pretrained_window / (turns * 2.0 * math.pi)) / (2.0 * math.log(base))
 
+    low, high = index_turning(beta_fast), index_turning(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
     # The upper clamp is d - 1, not d/2 - 1: so are the paper's code and transformers.
-    low, high = np.clip((math.floor(index_turning(beta_fast)), math.ceil(index_turning(beta_slow))), 0, head_dim - 1)
+    low, high = max(low, 0), min(high, head_dim - 1)
     width = high - low or 0.001
     return np.clip((np.arange(head_dim // 2) - low) / width, 0.0, 1.0)
 

@@ -76,10 +76,30 @@ LOGIT_SCALES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {"none": logit_rules.none, "entropy_aware": logit_rules.entropy_aware, "eabf": logit_rules.entropy_aware}
 )
 
+# What the exported modeling file computes: the parameters that it knows for each type, as `to_dict` writes them. A rule
+# that is added here without being added there would be exported and give other logits.
+_BY_PARTS = ("base", "factor", "pretrained_window", "beta_fast", "beta_slow", "truncate")
+EXPORTED_FREQUENCIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "default": ("base",),
+        "abf": ("base",),
+        "pi": ("base", "factor"),
+        "ntk": ("base", "factor"),
+        "dynamic_ntk": ("base", "factor", "pretrained_window"),
+        "ntk_by_parts": _BY_PARTS,
+        "yarn": (*_BY_PARTS, "attention_factor"),
+        "dynamic_yarn": _BY_PARTS,
+        "llama3": ("base", "factor", "low_freq_factor", "high_freq_factor", "pretrained_window"),
+    }
+)
+EXPORTED_LOGIT_SCALES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    dict.fromkeys(("entropy_aware", "eabf"), ("pretrained_window", "unscaled_layers")) | {"none": ()}
+)
+
 # What the values of parameters must satisfy, by parameter name, whichever rule takes them.
 _REQUIREMENTS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
     (("base",), lambda base: base > 1, "base must be more than 1"),
-    (("factor",), lambda factor: factor >= 1, "factor must be at least 1"),
+    (("factor",), lambda factor: factor > 0, "factor must be more than 0"),
     (("pretrained_window",), lambda window: window >= 2, "pretrained_window must be at least 2 tokens"),
     (("unscaled_layers",), lambda layers: layers >= 0, "unscaled_layers must be at least 0"),
     (("attention_factor",), lambda scale: scale is None or scale > 0, "attention_factor must be more than 0"),
@@ -170,22 +190,18 @@ class Scheme:
         """Returns the scheme as plain values, for config files: `{"type": name, parameter: value, ...}`.
 
         Returns:
-          A dictionary that `Scheme.from_dict` turns back into an equal scheme. Optional parameters at None are absent.
+          A dictionary that `Scheme.from_dict` turns back into an equal scheme. Optional parameters at None and switches
+          at their default are absent.
         """
         if self.name == "compose":
             return {
                 "type": "compose",
                 "frequencies": compose(self).to_dict(),
-                "logit_scale": {
-                    "type": self.logit_multiplier.function.__name__,
-                    **dict(self.logit_multiplier.parameters),
-                },
+                "logit_scale": _logit_scale_told(self.logit_multiplier),
             }
-        bound = {**dict(self.frequencies.parameters), **dict(self.logit_multiplier.parameters)}
+        bound = {**_told(self.frequencies), **_told(self.logit_multiplier)}
         fixed = SCHEMES[self.name].fixed
-        return {"type": self.name} | {
-            name: value for name, value in bound.items() if name not in fixed and value is not None
-        }
+        return {"type": self.name} | {name: value for name, value in bound.items() if name not in fixed}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "Scheme":
@@ -321,7 +337,8 @@ def to_hf(s: Scheme, head_dim: int | None = None, spelling: str = "rope_scaling"
 
     What transformers can express becomes its own keys: `default` and `abf` a base, `pi` linear, `dynamic_ntk` dynamic,
     `ntk_by_parts` yarn with attention factor 1.0, `yarn`, `llama3`, and `ntk` (given `head_dim`) a changed base.
-    Everything else keeps its base and adds `eabf_scheme`, which our exported model code reads (`needs_remote_code`).
+    Everything else keeps its base and adds `eabf_scheme`, which our exported model code reads (`needs_remote_code`);
+    what that code does not know is refused.
 
     Where transformers derives the scheme from `max_position_embeddings`, that key is returned too and must go into the
     file. `dynamic` takes the pretrained window from it, in every release. For yarn it is the extended window: releases
@@ -338,7 +355,8 @@ def to_hf(s: Scheme, head_dim: int | None = None, spelling: str = "rope_scaling"
       Keys and values for config.json, in place of all rotary keys that it had.
 
     Raises:
-      InputError: unknown spelling, or a head_dim that does not suit the scheme.
+      InputError: unknown spelling, a head_dim that does not suit the scheme, or a rule or parameter that the exported
+        model code does not know.
     """
     if spelling not in HF_SPELLINGS:
         raise unknown_name("spelling of the rotary scheme", spelling, HF_SPELLINGS)
@@ -349,7 +367,7 @@ def to_hf(s: Scheme, head_dim: int | None = None, spelling: str = "rope_scaling"
     if s.logit_multiplier.function is logit_rules.none and writer is not None:
         section, outer = writer(parameters, head_dim)
     if section is None:
-        section, outer = {"rope_type": "default", "rope_theta": parameters["base"]}, {OWN_KEY: s.to_dict()}
+        section, outer = {"rope_type": "default", "rope_theta": parameters["base"]}, {OWN_KEY: _exported(s)}
     if spelling == "rope_parameters":
         return {"rope_parameters": section} | outer
     base = section.pop("rope_theta")
@@ -368,6 +386,24 @@ def needs_remote_code(keys: Mapping[str, Any]) -> bool:
     return keys.get(OWN_KEY) is not None
 
 
+def _exported(s: Scheme) -> dict[str, Any]:
+    """The scheme as a dictionary, if the exported modeling file computes all of it."""
+    for known, part in (
+        (EXPORTED_FREQUENCIES, compose(s).to_dict()),
+        (EXPORTED_LOGIT_SCALES, _logit_scale_told(s.logit_multiplier)),
+    ):
+        kind = part.pop("type")
+        if kind not in known:
+            raise InputError(f"the exported model code does not know {kind!r}; it knows {', '.join(known)}")
+        for name in part:
+            if name not in known[kind]:
+                raise InputError(
+                    f"the exported model code does not know the parameter {name!r} of {kind!r}; "
+                    f"it knows {', '.join(known[kind])}"
+                )
+    return s.to_dict()
+
+
 @cache
 def _parameters_of_rule(rule: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     hints = get_type_hints(rule)
@@ -376,6 +412,20 @@ def _parameters_of_rule(rule: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
         for parameter in inspect.signature(rule).parameters.values()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
+
+
+def _told(rule: Rule) -> dict[str, Any]:
+    """The parameters of a rule that are written down: all but optional ones at None and switches at their default."""
+    defaults = {name: default for name, (_, default) in _parameters_of_rule(rule.function).items()}
+    return {
+        name: value
+        for name, value in rule.parameters
+        if value is not None and not (isinstance(value, bool) and value is defaults[name])
+    }
+
+
+def _logit_scale_told(rule: Rule) -> dict[str, Any]:
+    return {"type": next(name for name, known in LOGIT_SCALES.items() if known is rule.function), **_told(rule)}
 
 
 def _bind(rule: Callable[..., Any], values: Mapping[str, Any]) -> Rule:
@@ -399,13 +449,16 @@ def _checked(owner: str, expected: Mapping[str, tuple[Any, Any]], given: Mapping
     return values
 
 
-def _converted(owner: str, name: str, kind: Any, value: Any) -> float | int | None:
+def _converted(owner: str, name: str, kind: Any, value: Any) -> float | int | bool | None:
     if value is None and type(None) in get_args(kind):
         return None
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if kind is int and whole:
+    if kind is bool and isinstance(value, bool):
+        return value
+    number = isinstance(value, int | np.integer | float | np.floating) and not isinstance(value, bool)
+    # Some writers give every number a point: 4096.0 is a whole number too.
+    if kind is int and number and value == value // 1:
         return int(value)
-    if kind is not int and (whole or isinstance(value, float | np.floating)):
+    if kind not in (int, bool) and number:
         if not math.isfinite(value):
             raise InputError(f"{owner}: {name} must be finite, found {value!r}")
         return float(value)
@@ -413,7 +466,7 @@ def _converted(owner: str, name: str, kind: Any, value: Any) -> float | int | No
 
 
 def _described(kind: Any) -> str:
-    return "a whole number" if kind is int else "a number"
+    return {int: "a whole number", bool: "true or false"}.get(kind, "a number")
 
 
 def _number_hint(value: Any) -> str:
@@ -465,8 +518,6 @@ def _refuse_unrepresentable(config: Mapping[str, Any], section: Mapping[str, Any
     partial = section.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1):
         raise InputError(f"config.json: partial_rotary_factor must be 1 (the whole head is rotated), found {partial!r}")
-    if section.get("truncate", True) is not True:
-        raise InputError(f"config.json: truncate must be true or absent for yarn, found {section['truncate']!r}")
     for name, value in section.items():
         if isinstance(value, Mapping):
             raise InputError(f"config.json: one rotary scheme for all layers is supported, found one for {name!r}")
@@ -521,6 +572,8 @@ def _read_yarn(config: Mapping[str, Any], section: Mapping[str, Any], base: Any)
         # transformers takes 0 for "not set" here.
         "beta_fast": section.get("beta_fast") or 32.0,
         "beta_slow": section.get("beta_slow") or 1.0,
+        # And null for false.
+        "truncate": section.get("truncate", True) or False,
     }
     attention_factor = section.get("attention_factor")
     mscale, mscale_all_dim = section.get("mscale"), section.get("mscale_all_dim")
@@ -587,6 +640,8 @@ def _write_yarn(parameters: Mapping[str, Any], head_dim: int | None) -> _HFKeys:
         "beta_fast": parameters["beta_fast"],
         "beta_slow": parameters["beta_slow"],
     }
+    if not parameters["truncate"]:
+        section["truncate"] = False
     if parameters["attention_factor"] is not None:
         section["attention_factor"] = parameters["attention_factor"]
     return section, {"max_position_embeddings": round(parameters["factor"] * parameters["pretrained_window"])}

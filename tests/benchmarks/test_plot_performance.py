@@ -12,24 +12,39 @@ RAN = {
     "tokens_per_second": 11_300.4,
     "mfu": 0.6004,
     "peak_gib": 131.25,
+    "limit_gib": 135.6,
     "planned_gib": 128.04,
+    "seconds": [1.0, 1.02, 0.98],
     "compute": {"remat": "dots:12,qkv", "optimizer_memory": "host"},
     "microbatches": 2,
     "compile_seconds": 31.5,
-    "ratio_to_eager_peer": 1.638,
-    "ratio_to_compiled_peer": 1.387,
+    "strongest_peer": "default/compiled/liger/checkpointed/bfloat16",
+    "ratio_to_strongest_peer": 1.387,
+    "strongest_float32_peer": None,
+    "ratio_to_strongest_float32_peer": None,
 }
 PEER = {
     "out_of_memory": False,
     "tokens_per_second": 8149.0,
     "mfu": 0.433,
     "peak_gib": 60.6,
-    "precision": "bfloat16",
     "microbatches": 2,
-    "first_step_seconds": 13.3,
+    "seconds": [2.0, 2.5],
 }
-FULL = {"out_of_memory": True, "error": "CUDA out of memory."}
-RUN = {"benchmark": "train_step", "name": "llama2_7b_eabf_16k", "device": "NVIDIA H200", "devices": 1}
+FULL = {"out_of_memory": True, "error": "CUDA out of memory.", "microbatches": 2}
+PEERS = {
+    "default/compiled/liger/checkpointed/bfloat16": PEER,
+    "default/eager/none/checkpointed/bfloat16": PEER | {"tokens_per_second": 5000.0},
+    "default/compiled/liger/checkpointed/autocast": FULL,
+}
+RUN = {
+    "benchmark": "train_step",
+    "name": "llama2_7b_eabf_16k",
+    "device": "NVIDIA H200",
+    "devices": 1,
+    "commit": "0123abc",
+    "sources": {},
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +61,10 @@ def results(tmp_path):
     def write(name, report):
         (folder / name).write_text(json.dumps(report))
 
-    write("one.json", {**RUN, **RAN, "date": "2024-01-02", "peers": {"compiled": PEER}})
-    far = {**RAN, "length": 65_536, "tokens_per_second": 5000.0, "ratio_to_compiled_peer": None}
-    sweep = [{**RAN, "tokens_per_second": 9000.0, "peers": {"compiled": PEER}}, {**far, "peers": {"compiled": FULL}}]
+    write("one.json", {**RUN, **RAN, "date": "2024-01-02", "peers": PEERS})
+    far = {**RAN, "length": 65_536, "tokens_per_second": 5000.0, "peak_gib": 135.6}
+    far |= {"strongest_peer": None, "ratio_to_strongest_peer": None, "peers": {next(iter(PEERS)): FULL}}
+    sweep = [{**RAN, "tokens_per_second": 9000.0, "peers": PEERS}, far]
     write("sweep.json", {**RUN, **sweep[0], "date": "2024-01-01", "lengths": sweep})
     whole = {"steps": 6, "total_seconds": 299.6, "total_seconds_without_compile": 268.1}
     cost = {"seconds_with": [1.0, 1.0], "seconds_without": [1.0, 1.0], "ratio": 0.0042}
@@ -66,17 +82,24 @@ def test_page_and_pictures_are_written_from_results(program, results, tmp_path, 
     text = path.read_text()
     assert text.startswith("# Speed\n\nBefore.\n") and text.endswith("\n\nAfter.\n")
     assert "old table" not in text
-    link = "[one.json](../benchmarks/results/one.json)"
-    ours = "11,300 | 60.0% | 131.2 | 128.0 | 2 | 31.5 | keeps dots:12,qkv, state on host"
+    link = "[one.json](../benchmarks/results/one.json) 2024-01-02 0123abc"
+    # The median step takes a second: 11,300 tokens; the slowest 1.02, the fastest 0.98.
+    ours = "11,300 (11,079–11,531, 3 steps) | 60.0% | 131.2 | 128.0 | 2 | keeps dots:12,qkv, state on host"
     assert f"| 16,384 | eabf-jax | {ours} | – | {link} |" in text
-    assert (
-        f"| 16,384 | transformers, compiled | 8,149 | 43.3% | 60.6 | – | 2 | 13.3 | bfloat16 | 1.39 × | {link} |"
-        in text
-    )
-    assert "| 65,536 | transformers, compiled | out of memory | – | – | – | – | – | – | – | [sweep.json]" in text
-    assert "| llama2_7b_eabf_16k | 2 × NVIDIA H100 | 16,384 | 6 | 300 | 268 | recipe.json |" in text
-    assert "| llama2_7b_eabf_16k | 2 × NVIDIA H100 | 16,384 | 2 | +0.42% | recipe.json |" in text
-    assert text.index("| 16,384 | eabf-jax | 9,000 |") < text.index("| 65,536 | eabf-jax | 5,000 |")
+    told = "default/compiled/liger/checkpointed/bfloat16"
+    theirs = f"8,149 (7,334–9,168, 2 steps) | 43.3% | 60.6 | – | 2 | {told} | 1.39 ×"
+    assert f"| 16,384 | strongest peer | {theirs} | {link} |" in text
+    masters = told.replace("bfloat16", "autocast")
+    full = f"out of memory | – | – | – | – | {masters} | –"
+    assert f"| 16,384 | its float32 setting | {full} | {link} |" in text
+    assert f"| 65,536 | strongest peer | out of memory | – | – | – | – | {told} | – | [sweep.json]" in text
+    assert "| 65,536 | eabf-jax | 5,000 (4,902–5,102, 3 steps) | 60.0% | 135.6, all there is |" in text
+    # Every setting, the fastest first.
+    tried = [line for line in text.splitlines() if line.startswith("| 16,384 | default/") and "one.json" in line]
+    assert [line.split(" | ")[1].split("/")[1] for line in tried] == ["compiled", "eager", "compiled"]
+    assert "| llama2_7b_eabf_16k | 2 × NVIDIA H100 | 16,384 | 6 | 300 | 268 | [recipe.json]" in text
+    assert "| llama2_7b_eabf_16k | 2 × NVIDIA H100 | 16,384 | 2 | +0.42% | [recipe.json]" in text
+    assert text.index("| 16,384 | eabf-jax | 9,000 ") < text.index("| 65,536 | eabf-jax | 5,000 ")
     pictures = sorted(picture.name for picture in (tmp_path / "performance").iterdir())
     assert pictures == ["llama2_7b_eabf_16k_1x_nvidia_h200.png", "llama2_7b_eabf_16k_2x_nvidia_h100.png"]
     assert all(f"](performance/{name})" in text for name in pictures)
@@ -94,7 +117,7 @@ def test_the_picture_has_every_measurement_of_the_table_and_its_line_the_fastest
     curves = program.curves(reports)
     rates = {length: figures["tokens_per_second"] for length, figures in curves["ours"].items()}
     assert rates == {16_384: 11_300.4, 65_536: 5000.0} == program.fastest(reports)
-    assert curves["compiled"][65_536]["out_of_memory"]
+    assert curves["peer"][65_536]["out_of_memory"]
     points = set()
     plot = Axes.plot
 
@@ -104,7 +127,18 @@ def test_the_picture_has_every_measurement_of_the_table_and_its_line_the_fastest
 
     monkeypatch.setattr(Axes, "plot", record)
     program.draw(group, reports, tmp_path / "picture.png")
-    assert points >= {(16_384, rate) for rate in (11_300.4, 9000.0, 10_731.0, 8149.0)} | {(65_536, 5000.0)}
+    assert points >= {(16_384, rate) for rate in (11_300.4, 9000.0, 10_731.0)} | {(65_536, 5000.0)}
+
+
+def test_a_figure_whose_code_has_changed_is_marked(program, load_program):
+    report = {"file": "one.json", "date": "2024-01-02T03:04:05+00:00", "commit": "0123abc"}
+    link = "[one.json](../benchmarks/results/one.json)"
+    same = load_program("provenance").digest(program.ROOT / "eabf_jax/model/llama.py")
+    sources = {"eabf_jax/model/llama.py": same}
+    assert program.source({**report, "sources": sources}) == f"{link} 2024-01-02 0123abc"
+    told = program.source({**report, "sources": {**sources, "eabf_jax/model/attention.py": "0" * 16}})
+    assert told == f"{link} 2024-01-02 0123abc **stale**: attention.py changed since"
+    assert "**stale**" in program.source(report)
 
 
 def test_several_devices_are_held_against_one_of_their_kind(program, results):
@@ -116,18 +150,41 @@ def test_several_devices_are_held_against_one_of_their_kind(program, results):
     assert "| llama2_7b_eabf_16k | 2 × NVIDIA H200 | 16,384 | 21,471 | 11,300 | 95.0% |" in text
 
 
-def test_generation_is_held_against_the_peer_of_its_run(program):
-    run = {"batch": 1, "prompt": 16_384, "first_token_seconds": 0.4554, "tokens_per_second": 124.04}
-    batch = {**run, "batch": 16, "prompt": 2048, "tokens_per_second": 1381.2}
-    report = {"shape": "llama2_7b", "device": "NVIDIA H100", "cache": "model", "file": "generate.json"}
-    runs = {"long": run, "batch": batch}
-    peer = {"runs": {"long": {**run, "tokens_per_second": 40.0}, "batch": None}}  # out of memory
-    text = "\n".join(program.generation_table([{**report, "prefill_mfu": 0.6277, "runs": runs, "peer": peer}, RUN]))
-    link = "[generate.json](../benchmarks/results/generate.json)"
-    row = "llama2_7b, NVIDIA H100 | bfloat16"
-    assert f"| {row} | 1 × 16,384 | 0.455 | 62.8% | 124.0 | 40.0 | 3.10 × | {link} |" in text
-    assert f"| {row} | 16 × 2,048 | 0.455 | – | 1,381.2 | – | – | {link} |" in text
+def test_generation_is_held_against_the_strongest_peer(program):
+    def timed(rate, *seconds, **more):
+        return {
+            "first_token_seconds": 0.4554,
+            "tokens_per_second": rate,
+            "spread": 0.1,
+            "seconds": {"decode": seconds},
+        } | more
+
+    sizes = {"batch": 1, "prompt": 16_384}, {"batch": 16, "prompt": 2048}, {"batch": 1, "prompt": 128}
+    long = timed(124.04, 2.0, 2.5, 1.6, **sizes[0], bandwidth_share=0.8081)
+    full = {**sizes[1], "out_of_memory": True, "error": "RESOURCE_EXHAUSTED"}
+    peer = {
+        "long": {"static cache": timed(80.0, 4.0, 4.0, 5.0, bandwidth_share=0.5234), "dynamic cache": timed(40.0, 9.0)},
+        "batch": {"static cache": {"out_of_memory": True, "error": "CUDA out of memory."}},
+    }
+    report = {"shape": "llama2_7b", "device": "NVIDIA H100", "cache": "model", "file": "new.json", "sources": {}}
+    report |= {"runs": {"long": long, "batch": full}, "peer": peer, "prefill_mfu": 0.6277}
+    report |= {"strongest_peer": {"long": "static cache", "batch": None}, "ratio_to_strongest_peer": {"long": 1.5505}}
+    text = "\n".join(program.generation_table([{**report, "date": "2024-01-02T10:00", "commit": "abc"}, RUN]))
+    row, link = "llama2_7b, NVIDIA H100 | bfloat16", "[new.json](../benchmarks/results/new.json) 2024-01-02 abc"
+    ours, theirs = "124.0 (99.2–155.1, 3 runs) | 80.8%", "80.0 (64.0–80.0, 3 runs): static cache | 52.3%"
+    assert f"| {row} | 1 × 16,384 | 0.455 | 62.8% | {ours} | {theirs} | 1.55 × | {link} |" in text
+    assert f"| {row} | 16 × 2,048 | – | – | out of memory | – | – | – | – | {link} |" in text
     assert program.generation_table([RUN]) == []
+    # A file from before there was a strongest peer: its ratio is not shown.
+    old = {"first_token_seconds": 0.02, "tokens_per_second": 192.55}
+    before = {"shape": "llama2_7b", "device": "NVIDIA H100", "cache": "int8", "file": "old.json"}
+    before |= {
+        "runs": {"short": sizes[2] | old},
+        "peer": {"runs": {"short": sizes[2] | old | {"tokens_per_second": 36.0}}},
+    }
+    (line,) = [x for x in program.generation_table([before]) if "int8" in x]
+    assert line.startswith("| llama2_7b, NVIDIA H100 | int8 | 1 × 128 | 0.020 | – | 192.6 | – | – | – | – | [old.json]")
+    assert "**stale**" in line and line.endswith("; one figure, of the best run |")
 
 
 @pytest.mark.filterwarnings("error")  # matplotlib warns of a layout that it gave up
@@ -136,7 +193,7 @@ def test_picture_shows_both_stacks(program, results, tmp_path):
     program.draw(group, reports, tmp_path / "picture.svg")
     text = "".join(ElementTree.parse(tmp_path / "picture.svg").getroot().itertext())
     comments = (tmp_path / "picture.svg").read_text()
-    for word in ("eabf-jax", "transformers, compiled", "16k", "64k", "1 × NVIDIA H200"):
+    for word in ("eabf-jax", "strongest peer", "16k", "64k", "1 × NVIDIA H200"):
         assert word in text + comments
     assert not list(tmp_path.glob(".picture*"))
 
@@ -154,8 +211,12 @@ def test_no_results_is_one_line(program, tmp_path):
         program.read_results(tmp_path)
 
 
-def test_the_committed_page_has_its_markers(program, tmp_path):
-    path = tmp_path / "performance.md"
-    path.write_text((program.ROOT / "docs/performance.md").read_text())
-    program.write_page(path, "tables\n")
-    assert "tables" in path.read_text()
+def test_the_committed_page_is_that_of_the_results_and_of_todays_code(program):
+    """A change of code that a figure measures makes the figure stale, and the page has to say so."""
+    written = (program.ROOT / "docs/performance.md").read_text()
+    _, _, rest = written.partition(program.BEGIN)
+    results = program.ROOT / "benchmarks/results"
+    page = program.page(
+        program.grouped(program.read_results(results)), program.generation_table(program.all_results(results))
+    )
+    assert rest.partition(program.END)[0].strip() == page.strip(), "run python benchmarks/plot_performance.py"

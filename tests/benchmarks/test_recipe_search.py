@@ -72,7 +72,7 @@ def test_a_run_is_the_configuration_with_the_choice_in_it(program, search, tmp_p
     assert trained == [({"type": "abf", "base": 40_000.0}, 1e-3, 1)]
     assert found["training_documents"] == [f"train {number}" for number in range(8)]
     assert found["validation_documents"] == ["held_out 1", "held_out 2"]
-    assert {"command", "date", "device", "versions"} < set(found)
+    assert {"command", "commit", "date", "device", "versions"} < set(found)
     [cell] = found["cells"]
     assert 0 < cell["loss"] == pytest.approx(cell["bands"][0])  # of 32 tokens, one band
 

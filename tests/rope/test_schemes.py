@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from eabf_jax.errors import InputError
@@ -25,6 +26,7 @@ from eabf_jax.rope import (
     parameters_of,
     scheme,
     scheme_names,
+    schemes,
     to_hf,
 )
 
@@ -51,12 +53,16 @@ KNOWN_TO_HF = [
     scheme("yarn", factor=8, pretrained_window=4096),
     scheme("yarn", factor=8, pretrained_window=4096, attention_factor=0.875),
     scheme("yarn", factor=8, pretrained_window=4096, attention_factor=1),
+    scheme("yarn", factor=8, pretrained_window=4096, truncate=False),
+    scheme("ntk_by_parts", factor=4, pretrained_window=4096, truncate=False),
+    *(scheme("pi", factor=0.5), scheme("yarn", factor=0.5, pretrained_window=4096)),
     scheme("llama3", base=500_000, factor=8, pretrained_window=8192),
 ]
 ONLY_OURS = [
     scheme("eabf", pretrained_window=4096),
     scheme("eabf", base=1e6, pretrained_window=8192, unscaled_layers=0),
     scheme("dynamic_yarn", factor=8, pretrained_window=4096),
+    scheme("dynamic_yarn", factor=8, pretrained_window=4096, truncate=False),
     scheme("ntk", factor=4),
     WITHOUT_A_NAME,
     compose(scheme("dynamic_ntk", factor=4, pretrained_window=512), ENTROPY_AWARE),
@@ -66,7 +72,7 @@ ONLY_OURS = [
 
 
 def test_the_contract_names_and_parameters() -> None:
-    by_parts = {"base", "factor", "pretrained_window", "beta_fast", "beta_slow"}
+    by_parts = {"base", "factor", "pretrained_window", "beta_fast", "beta_slow", "truncate"}
     assert {name: set(parameters_of(name)) for name in scheme_names()} == {
         "default": {"base"},
         "pi": {"base", "factor"},
@@ -127,6 +133,8 @@ def test_whole_numbers_stand_for_floats_and_numpy_numbers_for_both() -> None:
     assert s == scheme("yarn", base=np.float32(10_000), factor=np.int64(4), pretrained_window=np.int32(4096))
     assert all(type(value) in (float, int) for key, value in s.to_dict().items() if key != "type")
     assert isinstance(s.to_dict()["factor"], float)
+    assert s == scheme("yarn", factor=4, pretrained_window=4096.0)
+    assert type(scheme("eabf", pretrained_window=np.float32(4096)).to_dict()["pretrained_window"]) is int
 
 
 def test_schemes_are_frozen_and_differ_by_their_parameters() -> None:
@@ -197,14 +205,16 @@ def test_a_composition_by_type() -> None:
         ("pi", {"factor": None}, "factor must be a number, found None"),
         ("pi", {"factor": True}, "factor must be a number, found True"),
         ("pi", {"factor": [4]}, r"factor must be a number, found \[4\]"),
-        ("eabf", {"pretrained_window": 4096.0}, "pretrained_window must be a whole number, found 4096.0"),
+        ("eabf", {"pretrained_window": 4096.5}, "pretrained_window must be a whole number, found 4096.5"),
+        ("eabf", {"pretrained_window": math.inf}, "pretrained_window must be a whole number, found inf"),
         ("eabf", {"pretrained_window": True}, "pretrained_window must be a whole number, found True"),
         ("eabf", {"pretrained_window": 4096, "unscaled_layers": 1.5}, "unscaled_layers must be a whole number"),
         ("pi", {"factor": math.nan}, "factor must be finite, found nan"),
         ("abf", {"base": math.inf}, "base must be finite, found inf"),
         ("default", {"base": 1.0}, "base must be more than 1, found base 1.0"),
         ("default", {"base": -5}, "base must be more than 1, found base -5.0"),
-        ("pi", {"factor": 0.5}, "factor must be at least 1, found factor 0.5"),
+        ("pi", {"factor": 0}, "factor must be more than 0, found factor 0.0"),
+        ("yarn", {"factor": 4, "pretrained_window": 4096, "truncate": 1}, "truncate must be true or false, found 1"),
         ("dynamic_ntk", {"pretrained_window": 1}, "pretrained_window must be at least 2 tokens"),
         ("eabf", {"pretrained_window": 4096, "unscaled_layers": -1}, "unscaled_layers must be at least 0"),
         (
@@ -276,6 +286,25 @@ def test_bad_dictionaries_are_refused(written: Any, message: str) -> None:
 
 
 # --- Hugging Face's config.json
+
+
+def of_a_contributor(positions: Any, layer: Any, *, strength: float = 1.0) -> Any:
+    """A multiplier that the exported model code does not have."""
+    return jnp.ones(jnp.shape(positions)) * strength
+
+
+def test_what_the_exported_code_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schemes, "LOGIT_SCALES", {**schemes.LOGIT_SCALES, "louder": of_a_contributor})
+    s = compose({"type": "abf"}, {"type": "louder", "strength": 2.0})
+    assert Scheme.from_dict(s.to_dict()) == s
+    with pytest.raises(InputError, match="exported model code does not know 'louder'; it knows entropy_aware, eabf"):
+        to_hf(s)
+    monkeypatch.setattr(schemes, "EXPORTED_LOGIT_SCALES", {"louder": ("loudness",)})
+    with pytest.raises(InputError, match="does not know the parameter 'strength' of 'louder'; it knows loudness"):
+        to_hf(s)
+    monkeypatch.setattr(schemes, "EXPORTED_FREQUENCIES", {"pi": ("base", "factor")})
+    with pytest.raises(InputError, match="does not know 'dynamic_yarn'; it knows pi"):
+        to_hf(scheme("dynamic_yarn", pretrained_window=4096))
 
 
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
@@ -486,6 +515,48 @@ def test_mscale_becomes_the_attention_factor_that_transformers_derives() -> None
     assert from_hf(equal).name == "ntk_by_parts"
 
 
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"rope_type": "linear", "factor": 0.5},
+        {"rope_type": "dynamic", "factor": 0.5},
+        {"rope_type": "llama3", "factor": 0.5, "low_freq_factor": 1, "high_freq_factor": 4},
+        *({"rope_type": "yarn", "factor": 0.5}, {"rope_type": "yarn", "factor": 0.5, "mscale": 2, "mscale_all_dim": 1}),
+        *({"rope_type": "yarn", "factor": 4, "truncate": truncate} for truncate in (True, False, None)),
+        {"rope_type": "yarn", "factor": 4, "truncate": False, "original_max_position_embeddings": 32.0},
+    ],
+    ids=str,
+)
+def test_unusual_values_are_read_as_transformers_reads_them(section: dict[str, Any], spelling: str) -> None:
+    given = {"original_max_position_embeddings": 512, **section, "rope_theta": 10_000.0}
+    config = {"max_position_embeddings": 2048, "rope_theta": 10_000.0, spelling: given}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hf = LlamaConfig(hidden_size=64, num_attention_heads=2, **copy.deepcopy(config))
+    length = 8192  # beyond the window: the frequencies of `dynamic` have moved
+    values, scale = ROPE_INIT_FUNCTIONS[section["rope_type"]](hf, "cpu", seq_len=length)
+    s = from_hf(config)
+    # transformers works in float32: see test_frequencies.py for this bound.
+    np.testing.assert_allclose(s.inverse_frequencies(32, length), values.numpy(), rtol=5 * 32 * 2.0**-24)
+    assert s.rotation_scale(length) == pytest.approx(scale, rel=1e-15)
+
+
+def test_a_window_with_a_point_is_a_whole_number() -> None:
+    section = {"type": "dynamic", "factor": 2}
+    assert from_hf({"max_position_embeddings": 32.0, "rope_scaling": section}) == scheme(
+        "dynamic_ntk", factor=2, pretrained_window=32
+    )
+
+
+def test_dynamic_yarn_reached_a_factor_is_yarn_of_that_factor() -> None:
+    dynamic = scheme("dynamic_yarn", pretrained_window=512, truncate=False)
+    yarn = scheme("yarn", factor=4, pretrained_window=512, truncate=False)
+    np.testing.assert_array_equal(dynamic.inverse_frequencies(64, 2048), yarn.inverse_frequencies(64))
+    traced = dynamic.inverse_frequencies(64, jnp.int32(2048))
+    np.testing.assert_allclose(traced, yarn.inverse_frequencies(64), rtol=6 * 2.0**-24)  # as in test_frequencies.py
+
+
 def test_our_own_key_is_read_first() -> None:
     assert from_hf({**LLAMA_3_1, "eabf_scheme": EABF}) == Scheme.from_dict(EABF)
     assert needs_remote_code({**LLAMA_3_1, "eabf_scheme": EABF})
@@ -515,7 +586,7 @@ def yarn_config(**section: Any) -> dict[str, Any]:
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
             "partial_rotary_factor must be 1 .*found 0.25",
         ),
-        (yarn_config(truncate=False), "truncate must be true or absent for yarn, found False"),
+        (yarn_config(truncate="no"), "truncate must be true or false, found 'no'"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
             "one rotary scheme for all layers is supported, found one for 'full_attention'",
@@ -531,7 +602,7 @@ def yarn_config(**section: Any) -> dict[str, Any]:
         (yarn_config(factor="4", mscale=1.0, mscale_all_dim=0.5), "factor must be a number above 0, found '4'"),
         (yarn_config(mscale="x", mscale_all_dim=0.5), "mscale must be a number above 0, found 'x'"),
         (yarn_config(original_max_position_embeddings="2k"), "original_max_position_embeddings must be a number above"),
-        (yarn_config(factor=0.5), "factor must be at least 1, found factor 0.5"),
+        (yarn_config(factor=0), "factor must be more than 0, found factor 0.0"),
         ({"rope_theta": "10000"}, "base must be a number, found '10000'"),
         ({"eabf_scheme": "eabf"}, "expected an object with a 'type', found 'eabf'"),
         ({"eabf_scheme": {"type": "eabf"}}, "parameter 'pretrained_window' is missing"),

@@ -1,0 +1,555 @@
+"""Compares what a GPU computes with float32 references: training, prefill and decoding, under every rotary scheme.
+
+python benchmarks/gpu_numerics.py --json benchmarks/results/gpu_numerics_h100.json
+python benchmarks/gpu_numerics.py --device cpu --schemes eabf --json OUT.json
+
+Attention kernels are compared with NumPy in float64. Models of three layers are compared with the same model in float32
+with dense attention, whose gradients are JAX's own: the loss, the gradient of every kind of parameter and hidden states
+of the programs that the layerwise step runs, logits of prompts read in chunks, and logits of tokens decoded from a
+cache by rows of different lengths, in bfloat16 and with an int8 cache.
+
+An error is |a - b| / |b| in the Euclidean norm. It may be at most twice that of the plain way to compute the same in
+bfloat16: dense attention, every weight of it written out. Both round the same numbers to 8 bits, in different order, so
+that their errors are of the same size; a wrong mask, scale or position is many times as large. Where keys and values
+are rounded to int8, the plain way rounds them too. Exit status 1: an error is beyond its limit.
+"""
+
+import argparse
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from provenance import record
+
+from eabf_jax.cli import run
+from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.interop.directory import write_json
+
+LENIENCE = 2.0
+# Values of the schemes' parameters that have no default; `pretrained_window` is within the text, so that it matters.
+FACTOR, LOW, HIGH = 4.0, 1.0, 4.0
+
+
+class Sizes(NamedTuple):
+    """How large the comparisons are.
+
+    Attributes:
+      length: tokens of a row in training, and of a text and what continues it.
+      chunk: tokens of a prompt read at a time.
+      window: pretrained, of the schemes.
+      decoded: tokens decoded.
+      hidden: of the model, in which a head has `head_dim`.
+      head_dim: of the model that every scheme is tried on; `wide` of another one.
+      wide: head size of that.
+      lengths: of the attention kernels.
+      slots: of the caches that a token attends to: XLA's products read the few, cuDNN the many.
+    """
+
+    length: int
+    chunk: int
+    window: int
+    decoded: int
+    hidden: int
+    head_dim: int
+    wide: int
+    lengths: tuple[int, ...]
+    slots: tuple[int, ...]
+
+
+# On the GPU the caches hold more than the 1,024 slots from where on cuDNN's kernel attends to them.
+SIZES = {
+    "gpu": Sizes(1200, 448, 256, 5, 256, 64, 128, (64, 128, 200, 257, 1000), (512, 1536)),
+    "cpu": Sizes(40, 16, 12, 3, 32, 8, 16, (16, 33), (48,)),
+}
+HEADS, KV_HEADS, LAYERS, VOCABULARY = 4, 2, 3, 256  # the multiplier of EABF begins with the third layer
+POLICIES = ("dots", "full", "attention", "qkv", "none")
+
+
+def distance(found: Any, expected: Any) -> float:
+    """|found - expected| / |expected|, in float64."""
+    found, expected = (np.asarray(x, np.float64) for x in (found, expected))
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def comparison(path: str, what: str, found: Any, plain: Any, expected: Any, **where: Any) -> dict[str, Any]:
+    """Holds a result against its reference.
+
+    Args:
+      path: what computed it.
+      what: it is.
+      found: the result.
+      plain: the same as bfloat16 gives it in the plain way.
+      expected: the reference.
+      **where: scheme and shape.
+
+    Returns:
+      Both errors, the limit, and whether the result is within it.
+    """
+    error, usual = distance(found, expected), distance(plain, expected)
+    limit = LENIENCE * usual
+    # A comparison with NaN is false.
+    return {"path": path, **where, "what": what, "error": error, "plain_error": usual, "limit": limit,
+            "within": error <= limit}  # fmt: skip
+
+
+# Attention alone, against float64.
+
+
+def dense(q: Any, k: Any, v: Any, mask: Any, d_out: Any) -> dict[str, np.ndarray]:
+    """Attention and its gradients, written out in float64.
+
+    Args:
+      q: [batch, length, heads, head_dim].
+      k: [batch, keys, kv_heads, head_dim].
+      v: likewise.
+      mask: [batch, length, keys], true where a query sees a key.
+      d_out: gradient by the output.
+
+    Returns:
+      `out`, `d_q`, `d_k` and `d_v`.
+    """
+    # [batch, kv_heads, heads of each, tokens, head_dim]: products of the last two.
+    rows, kv_heads, head_dim = k.shape[0], k.shape[2], k.shape[3]
+
+    def by_head(x: Any) -> np.ndarray:
+        return np.asarray(x, np.float64).reshape(rows, x.shape[1], kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+
+    def by_token(x: np.ndarray) -> np.ndarray:
+        return x.transpose(0, 3, 1, 2, 4).reshape(rows, x.shape[3], -1, head_dim)
+
+    q, k, v, d_out = (by_head(x) for x in (q, k, v, d_out))
+    logits = np.where(mask[:, None, None], q @ k.mT, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    d_weights = d_out @ v.mT
+    d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
+    # A key serves all heads of its group.
+    d_k, d_v = ((x.mT @ y).sum(2, keepdims=True) for x, y in ((d_logits, q), (weights, d_out)))
+    found = {"out": weights @ v, "d_q": d_logits @ k, "d_k": d_k, "d_v": d_v}
+    return {name: by_token(x) for name, x in found.items()}
+
+
+def drawn(seed: int, *shapes: tuple[int, ...]) -> list[Any]:
+    """Normal numbers in bfloat16; those of the first shape, the queries, make logits of unit variance."""
+    import jax.numpy as jnp
+
+    random = np.random.default_rng(seed)
+    scales = [shapes[0][-1] ** -0.5, *[1.0] * (len(shapes) - 1)]
+    return [jnp.asarray(random.normal(0, s, shape), jnp.bfloat16) for s, shape in zip(scales, shapes, strict=True)]
+
+
+def attention_case(backend: str, length: int, kv_heads: int, head_dim: int, packed: bool) -> list[dict[str, Any]]:
+    """A training kernel, forward and backward, on rows of one length."""
+    import jax
+    import jax.numpy as jnp
+
+    from eabf_jax.model.attention import BACKENDS
+
+    rows = 2
+    q, k, v, d_out = drawn(length, *[(rows, length, n, head_dim) for n in (HEADS, kv_heads, kv_heads, HEADS)])
+    index = np.arange(length)
+    ids = np.stack([index >= length // 3, index >= length // 2]).astype(np.int32)
+    mask = np.broadcast_to(index[:, None] >= index, (rows, length, length))
+    if packed:
+        mask = mask & (ids[:, :, None] == ids[:, None])
+
+    def results(name: str) -> dict[str, Any]:
+        @jax.jit
+        def both(q: Any, k: Any, v: Any, d_out: Any) -> Any:
+            attend = functools.partial(BACKENDS[name], segment_ids=jnp.asarray(ids) if packed else None)
+            out, pullback = jax.vjp(attend, q, k, v)
+            return out, *pullback(d_out)
+
+        return dict(zip(("out", "d_q", "d_k", "d_v"), both(q, k, v, d_out), strict=True))
+
+    found, plain, expected = results(backend), results("reference"), dense(q, k, v, mask, d_out)
+    where = {"length": length, "kv_heads": kv_heads, "head_dim": head_dim, "packed": packed}
+    return [comparison(f"attention, {backend}", x, found[x], plain[x], expected[x], **where) for x in expected]
+
+
+def int8_rounded(x: Any) -> Any:
+    """Keys or values rounded to 8 bits with a scale of their own for each token and head."""
+    import jax.numpy as jnp
+
+    wide = x.astype(jnp.float32)
+    scale = jnp.abs(wide).max(-1, keepdims=True) / 127
+    return (jnp.round(wide / scale) * scale).astype(x.dtype)
+
+
+def token_case(backend: str, slots: int, kv_heads: int, head_dim: int, kind: str) -> list[dict[str, Any]]:
+    """One query a row against a cache that rows of different lengths fill in part."""
+    import jax
+    import jax.numpy as jnp
+
+    from eabf_jax.model.attention import reference_at
+    from eabf_jax.model.kv_cache import attend_chunk, attend_token, empty_cache
+
+    lengths = np.array([slots, slots // 2 + 1, 7])
+    rows = len(lengths)
+    q, k, v = drawn(slots, (rows, slots, HEADS, head_dim), *[(rows, slots, kv_heads, head_dim)] * 2)
+    last = lengths - 1
+    newest = [np.take_along_axis(np.asarray(x), last[:, None, None, None], 1)[:, 0] for x in (q, k, v)]
+
+    @jax.jit
+    def found(q: Any, k: Any, v: Any, newest: Any, positions: Any) -> Any:
+        cache = empty_cache(rows, kv_heads, slots, head_dim, jnp.bfloat16, kind)
+        _, cache = attend_chunk(q, k, v, cache, start=0, backend=backend)
+        # What lies beyond a row's end must not be seen.
+        beyond = jnp.arange(slots) >= positions[:, None, None]
+        cache = cache._replace(
+            k=jnp.where(beyond[..., None], 100, cache.k).astype(cache.k.dtype),
+            v=jnp.where(beyond[..., None], 100, cache.v).astype(cache.v.dtype),
+        )
+        return attend_token(*newest, cache, positions, backend=backend)[0]
+
+    rounded = int8_rounded if kind == "int8" else lambda x: x
+
+    @jax.jit
+    def plain(q: Any, k: Any, v: Any) -> Any:
+        return reference_at(jnp.arange(slots), q, rounded(k), rounded(v))
+
+    seen = np.arange(slots) < lengths[:, None, None]
+    alone = newest[0][:, None]
+    expected = dense(alone, np.asarray(k), np.asarray(v), seen, alone)["out"][:, 0]
+    usual = np.take_along_axis(np.asarray(plain(q, k, v), np.float32), last[:, None, None, None], 1)[:, 0]
+    got = found(q, k, v, [jnp.asarray(x) for x in newest], jnp.asarray(last, jnp.int32))
+    where = {"slots": slots, "kv_heads": kv_heads, "head_dim": head_dim, "cache": kind}
+    return [comparison(f"a token's attention, {backend}", "out", got, usual, expected, **where)]
+
+
+# Whole models, against float32.
+
+
+def scheme_of(name: str, window: int) -> Any:
+    """A scheme by its name, extended beyond a pretrained window."""
+    from eabf_jax.rope import parameters_of, scheme
+
+    values = {"base": 10_000.0, "factor": FACTOR, "pretrained_window": window, "low_freq_factor": LOW,
+              "high_freq_factor": HIGH}  # fmt: skip
+    needed = {key for key, (_, default) in parameters_of(name).items() if default is MISSING}
+    return scheme(name, **{key: values[key] for key in needed})
+
+
+def configuration(sizes: Sizes, rope: Any, head_dim: int) -> Any:
+    """A model whose attention and gradients depend on what is compared: weights that keep activations near 1."""
+    from eabf_jax.model import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=sizes.hidden,
+        intermediate_size=2 * sizes.hidden,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=head_dim,
+        max_position_embeddings=sizes.window,
+        initializer_range=sizes.hidden**-0.5,
+        eos_token_id=None,
+        rope=rope,
+    )
+
+
+class Dense:
+    """A model with dense attention: in float32 the reference, in bfloat16 the plain way."""
+
+    def __init__(self, config: Any, parameters: Any, dtype: str, rounded: Callable[[Any], Any] = lambda x: x):
+        """Compiles nothing yet; `rounded` is applied to keys and values."""
+        import jax
+        import jax.numpy as jnp
+
+        from eabf_jax.model import Llama
+        from eabf_jax.model.attention import reference
+
+        def attention(q: Any, k: Any, v: Any, ids: Any) -> Any:
+            return reference(q, rounded(k), rounded(v), ids)
+
+        model = Llama.abstract(config, dtype=dtype, param_dtype=dtype, attention=attention)
+        self._parameters = jax.tree.map(lambda x: x.astype(dtype), parameters)
+
+        def loss(parameters: Any, tokens: Any, targets: Any) -> Any:
+            logits = model.with_parameters(parameters)(tokens)
+            chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+            return (jax.nn.logsumexp(logits, -1) - chosen).sum(), logits
+
+        def logits(parameters: Any, tokens: Any, segment_ids: Any) -> Any:
+            return model.with_parameters(parameters)(tokens, segment_ids=segment_ids)
+
+        self._both, self._logits = jax.jit(jax.value_and_grad(loss, has_aux=True)), jax.jit(logits)
+
+    def loss_and_gradients(self, tokens: Any, targets: Any) -> tuple[Any, Any]:
+        """Sum of the losses, and its gradients."""
+        (total, _), gradients = self._both(self._parameters, tokens, targets)
+        return total, gradients
+
+    def logits_after(self, texts: Sequence[Sequence[int]], width: int) -> np.ndarray:
+        """Logits of the token after each text; texts are padded to one width with another segment."""
+        tokens = np.zeros((len(texts), width), np.int32)
+        ids = np.ones((len(texts), width), np.int32)
+        for row, text in enumerate(texts):
+            tokens[row, : len(text)], ids[row, : len(text)] = text, 0
+        found = np.asarray(self._logits(self._parameters, tokens, ids))
+        return np.stack([found[row, len(text) - 1] for row, text in enumerate(texts)])
+
+
+def as_in_training(
+    config: Any, parameters: Any, backend: str, policy: str, tokens: Any, targets: Any
+) -> tuple[Any, Any]:
+    """Loss and gradients as the layerwise step has them: a program for each piece, bfloat16, gradients in float32."""
+    import jax
+    import jax.numpy as jnp
+
+    from eabf_jax.model import Llama
+    from eabf_jax.training.backward import Microbatch, Pieces, add, head_parameters, zeros
+
+    model = Llama.abstract(config, dtype="bfloat16", param_dtype="float32", attention=backend)
+    pieces = Pieces(model, tokens.shape[1] // 2 + 1, wide=True)
+    parameters = jax.tree.map(lambda x: x.astype(jnp.bfloat16), parameters)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    rows = Microbatch(jnp.asarray(tokens), jnp.asarray(targets), jnp.ones(tokens.shape, bool), positions, None)
+    layers = [jax.tree.map(lambda x, i=i: x[i], parameters["layers"]) for i in range(LAYERS)]
+    numbers = [jnp.int32(i) for i in range(LAYERS)]
+    row = jax.jit(pieces.row)(rows)
+    x = jax.jit(pieces.embed)(parameters["embed_tokens"], rows.tokens)
+    forward = jax.jit(functools.partial(pieces.forward, policy))
+    backward = jax.jit(functools.partial(pieces.backward, policy))
+    kept = []
+    for number, layer in zip(numbers, layers, strict=True):
+        y, saved = forward(layer, {}, number, x, row)
+        kept.append((x, saved))
+        x = y
+    gradients = {name: zeros(tree) for name, tree in parameters.items() if name != "layers"}
+    trained, sums = (head_parameters(tree, tied=False) for tree in (parameters, gradients))
+    total, sums, d_x = jax.jit(pieces.head)(trained, {}, x, rows, sums)
+    gradients.update(sums)
+    by_layer: list[Any] = []
+    for number in reversed(range(LAYERS)):
+        x, saved = kept[number]
+        found, d_x = backward(layers[number], {}, numbers[number], x, row, saved, d_x)
+        by_layer.insert(0, add(zeros(found), found))
+    gradients["embed_tokens"] = jax.jit(pieces.embed_backward)(gradients["embed_tokens"], rows.tokens, d_x)
+    gradients["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *by_layer)
+    return total, gradients
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """Leaves by dotted name."""
+    import jax
+
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+class Case:
+    """One model and one text, on which everything is compared."""
+
+    def __init__(self, sizes: Sizes, backend: str, name: str, head_dim: int):
+        """Draws weights and tokens; nothing is computed yet."""
+        import jax
+        import jax.numpy as jnp
+        from flax import nnx
+
+        from eabf_jax.model import Llama
+
+        self._sizes, self._backend = sizes, backend
+        self._where = {"scheme": name, "head_dim": head_dim}
+        self._config = configuration(sizes, scheme_of(name, sizes.window), head_dim)
+        drawn = Llama(self._config, rngs=nnx.Rngs(0)).parameters()
+        # What bfloat16 holds: the references begin with the same weights.
+        self._parameters = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), drawn)
+        self._exact = Dense(self._config, self._parameters, "float32")
+        self._plain = Dense(self._config, self._parameters, "bfloat16")
+        random = np.random.default_rng(1)
+        self._tokens, self._targets = random.integers(0, VOCABULARY, (2, 2, sizes.length)).astype(np.int32)
+
+    def training(self, policies: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Loss and gradients."""
+        texts = self._tokens, self._targets
+        loss, gradients = self._exact.loss_and_gradients(*texts)
+        plain_loss, plain_gradients = self._plain.loss_and_gradients(*texts)
+        for policy in policies:
+            total, found = as_in_training(self._config, self._parameters, self._backend, policy, *texts)
+            where, path = {**self._where, "remat": policy}, f"training, {self._backend}"
+            # In one number the plain way's roundings may cancel out by chance. The limit is twice the most by which
+            # rounding to 8 bits changes a number.
+            error, limit = distance(total, loss), LENIENCE * 2.0**-9
+            yield {"path": path, **where, "what": "loss", "error": error, "limit": limit,
+                   "plain_error": distance(plain_loss, loss), "within": error <= limit}  # fmt: skip
+            exact, plain = named(gradients), named(plain_gradients)
+            for name, gradient in named(found).items():
+                yield comparison(path, f"gradient of {name}", gradient, plain[name], exact[name], **where)
+
+    def generation(self, kind: str) -> Iterator[dict[str, Any]]:
+        """Logits after prompts of different lengths, read in chunks, and after each of some tokens decoded."""
+        import jax.numpy as jnp
+
+        from eabf_jax.inference import Generator
+        from eabf_jax.model import Llama
+
+        sizes, config = self._sizes, self._config
+        model = Llama.from_params(
+            config, self._parameters, dtype="bfloat16", param_dtype="float32", attention=self._backend
+        )
+        generator = Generator(model, cache=kind, prefill_chunk=sizes.chunk, attention=self._backend)
+        plain = self._plain
+        if kind == "int8":
+            plain = Dense(config, self._parameters, "bfloat16", int8_rounded)
+        longest = sizes.length - sizes.decoded
+        prompts = [self._tokens[row, : longest - 37 * row * sizes.length // 400].tolist() for row in range(2)]
+        where = {**self._where, "cache": kind}
+
+        def compared(path: str, found: Any, texts: list[list[int]]) -> dict[str, Any]:
+            logits = (model.logits_after(texts, sizes.length) for model in (plain, self._exact))
+            return comparison(f"{path}, {self._backend}", "logits", found, *logits, **where)
+
+        yield compared("prefill", generator.next_token_logits(prompts), prompts)
+        texts = [list(prompt) for prompt in prompts]
+        completions = generator.generate(prompts, sizes.decoded + 1)
+        if not config.rope.depends_on_length:  # else every token has the texts read again, as prompts are
+            decode = decoding(generator, prompts, longest + sizes.decoded)
+            for step in range(sizes.decoded):
+                for text, completion in zip(texts, completions, strict=True):
+                    text.append(completion.tokens[step])
+                newest = jnp.asarray([text[-1] for text in texts], jnp.int32)
+                found = decode(newest, jnp.asarray([len(text) - 1 for text in texts], jnp.int32))
+                yield compared(f"decode, token {step + 1}", found, texts)
+        yield self._choices(prompts, completions, plain, where)
+
+    def _choices(self, prompts: Any, completions: Any, plain: Dense, where: dict[str, Any]) -> dict[str, Any]:
+        """How far the tokens of the compiled loop are below the reference's likeliest, in logits."""
+        worst = limit = 0.0
+        for made in range(self._sizes.decoded + 1):
+            texts = [p + c.tokens[:made] for p, c in zip(prompts, completions, strict=True)]
+            exact, rounded = (model.logits_after(texts, self._sizes.length) for model in (self._exact, plain))
+            chosen = np.array([c.tokens[made] for c in completions])
+            worst = max(worst, float((exact.max(-1) - exact[np.arange(len(chosen)), chosen]).max()))
+            # Of two tokens each may be wrong by as much as a logit may.
+            limit = max(limit, 2 * LENIENCE * float(np.abs(rounded - exact).max()))
+        return {"path": f"generate, {self._backend}", **where, "what": "logits of greedy tokens below the likeliest",
+                "error": worst, "plain_error": limit / (2 * LENIENCE), "limit": limit,
+                "within": worst <= limit}  # fmt: skip
+
+
+def decoding(generator: Any, prompts: Any, total: int) -> Callable[[Any, Any], Any]:
+    """The step of the generator's loop up to the logits, on caches into which it has read the prompts."""
+    import jax
+    import jax.numpy as jnp
+
+    from eabf_jax.inference import placement
+    from eabf_jax.model import decoder
+
+    setup, weights = generator._setup, generator._weights
+    caches = list(generator._hidden(prompts, total)[1])
+
+    @jax.jit
+    def step(weights: Any, caches: Any, token: Any, position: Any) -> Any:
+        caches = list(caches)
+
+        def attend(q: Any, k: Any, v: Any, cache: Any) -> Any:
+            out, cache = placement.token_attention(
+                None, *(y[:, 0] for y in (q, k, v)), cache, position, backend=setup.backend
+            )
+            return out[:, None], cache
+
+        row = decoder.rows(setup.config.rope, setup.config.head_dim, position[:, None], None)
+        x = jnp.take(weights.embedding, token, axis=0)[:, None]
+        for number, layer in enumerate(weights.layers):
+            x, caches[number] = decoder.layer(setup.config, layer, number, x, row, caches[number], attend)
+        return decoder.next_token_logits(setup.config, weights, x[:, 0]), caches
+
+    def decode(token: Any, position: Any) -> Any:
+        logits, caches[:] = step(weights, caches, token, position)
+        return logits
+
+    return decode
+
+
+def jobs(sizes: Sizes, backend: str, schemes: Sequence[str]) -> list[Callable[[], list[dict[str, Any]]]]:
+    """What is compared, each part for itself."""
+
+    def model(name: str, head_dim: int, policies: Sequence[str]) -> list[dict[str, Any]]:
+        case = Case(sizes, backend, name, head_dim)
+        return [*case.training(policies), *case.generation("model"), *case.generation("int8")]
+
+    wide, narrow = sizes.wide, sizes.head_dim
+    found: list[Callable[[], list[dict[str, Any]]]] = [
+        functools.partial(model, name, narrow, POLICIES if name == "eabf" else POLICIES[:1]) for name in schemes
+    ]
+    if "eabf" in schemes:
+        found.append(functools.partial(model, "eabf", wide, POLICIES[:1]))
+    for length in sizes.lengths:
+        found.append(functools.partial(attention_case, backend, length, KV_HEADS, narrow, False))
+    found.append(functools.partial(attention_case, backend, sizes.lengths[-1], HEADS, wide, False))
+    found += [
+        functools.partial(attention_case, backend, sizes.lengths[1], KV_HEADS, dim, True) for dim in (narrow, wide)
+    ]
+    for slots in sizes.slots:
+        for kind in ("model", "int8"):
+            found += [
+                functools.partial(token_case, backend, slots, kv_heads, dim, kind)
+                for kv_heads, dim in ((KV_HEADS, narrow), (HEADS, wide))
+            ]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="gpu", help="gpu, or cpu: small shapes and XLA's attention (default: gpu)")
+    parser.add_argument("--schemes", help="rotary schemes, separated by commas (default: every one)")
+    parser.add_argument("--workers", type=int, default=8, help="parts that are compiled at a time (default: 8)")
+    parser.add_argument("--json", type=Path, help="write every comparison here")
+    options = parser.parse_args()
+    if options.device not in SIZES:
+        raise unknown_name("device", options.device, SIZES)
+    os.environ.setdefault("JAX_PLATFORMS", {"gpu": "cuda", "cpu": "cpu"}[options.device])
+    import jax
+    import jax.numpy as jnp
+
+    from eabf_jax.model.attention import select
+    from eabf_jax.rope import scheme_names
+
+    schemes = options.schemes.split(",") if options.schemes else list(scheme_names())
+    for name in schemes:
+        if name not in scheme_names():
+            raise unknown_name("rotary scheme", name, scheme_names())
+    begun, sizes = time.perf_counter(), SIZES[options.device]
+    try:
+        kind = jax.devices()[0].device_kind
+    except RuntimeError as error:
+        raise InputError(f"--device {options.device}: {error}; --device cpu runs small shapes anywhere") from error
+    backend = select("auto", jnp.dtype("bfloat16"), sizes.head_dim)
+    figures = {
+        **record("gpu_numerics"),
+        "device": kind,
+        "backend": backend,
+        "lenience": LENIENCE,
+    }
+    with ThreadPoolExecutor(options.workers) as pool:
+        running = [pool.submit(job) for job in jobs(sizes, backend, schemes)]
+        found = [comparison for job in running for comparison in job.result()]
+    beyond = [x for x in found if not x["within"]]
+    figures |= {"seconds": time.perf_counter() - begun, "beyond": len(beyond), "comparisons": found}
+    if options.json:
+        write_json(options.json, figures)
+    for x in beyond:
+        where = ", ".join(
+            str(value) for key, value in x.items() if key not in ("error", "plain_error", "limit", "within")
+        )
+        print(f"beyond the limit: {where}: {x['error']:.2e}, at most {x['limit']:.2e}", file=sys.stderr)
+    worst = max(found, key=lambda x: x["error"] / x["limit"])
+    print(
+        f"{len(found)} comparisons on {kind}, {backend} attention: {len(beyond)} beyond their limits; the "
+        f"nearest at {worst['error'] / worst['limit']:.0%} of it ({worst['path']}, {worst['what']})"
+    )
+    if beyond:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,162 @@
+"""Where a figure comes from, and whether the code that it measures has changed since.
+
+Every benchmark puts `record(...)` into its result file. `changed(report)` names the measured files that are different
+now: plot_performance.py marks such a figure as stale. A digest is of the code alone: comments, docstrings and layout
+do not count.
+"""
+
+import ast
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+_STEP = (
+    *(f"eabf_jax/model/{name}.py" for name in ("attention", "llama")),
+    *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale")),
+    *(f"eabf_jax/parallel/{name}.py" for name in ("context", "rules")),
+    *(
+        f"eabf_jax/training/{name}.py"
+        for name in ("backward", "host_memory", "layerwise", "loss", "master", "optimizer", "plan", "step")
+    ),
+)
+# What each benchmark measures: the files whose code runs between the first and the last reading of its clock, and those
+# that choose the settings of what runs.
+MEASURED: Mapping[str, tuple[str, ...]] = {
+    "train_step": ("benchmarks/train_step.py", "benchmarks/peer_train_step.py", *_STEP),
+    "whole_run": (
+        "benchmarks/whole_run.py",
+        *_STEP,
+        *(f"eabf_jax/training/{name}.py" for name in ("checkpoint", "trainer")),
+        *(f"eabf_jax/interop/{name}.py" for name in ("native", "safetensors_stream")),
+    ),
+    "generate": (
+        "benchmarks/generate.py",
+        *(f"eabf_jax/model/{name}.py" for name in ("attention", "decoder", "kv_cache", "llama")),
+        *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale")),
+        *(f"eabf_jax/inference/{name}.py" for name in ("generate", "placement", "sampling")),
+    ),
+    "gpu_numerics": (
+        "benchmarks/gpu_numerics.py",
+        *(f"eabf_jax/model/{name}.py" for name in ("attention", "decoder", "kv_cache", "llama")),
+        *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale", "schemes")),
+        *(f"eabf_jax/inference/{name}.py" for name in ("generate", "placement")),
+        "eabf_jax/training/backward.py",
+    ),
+}
+
+PACKAGES = (
+    *("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12"),
+    *("torch", "transformers", "triton", "liger-kernel"),
+)
+# Settings from outside that change a measurement.
+ENVIRONMENT = ("XLA_", "JAX_", "LIBTPU_", "CUDA_VISIBLE_DEVICES", "PYTORCH_", "TORCH", "NCCL_")
+COMMIT = "BENCHMARK_COMMIT"
+
+
+def record(benchmark: str) -> dict[str, Any]:
+    """What every result file says of its origin.
+
+    Args:
+      benchmark: a key of MEASURED.
+
+    Returns:
+      `benchmark`, `command`, `date`, `commit` (null where the files are no git checkout and BENCHMARK_COMMIT does not
+      tell), `versions`, `environment`, `card` (null without an NVIDIA driver) and `sources`, the digests by file.
+    """
+    return {
+        "benchmark": benchmark,
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), **versions()},
+        "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(ENVIRONMENT)},
+        "card": card(),
+        "sources": {name: digest(ROOT / name) for name in MEASURED[benchmark]},
+    }
+
+
+def changed(report: Mapping[str, Any]) -> list[str] | None:
+    """Names the measured files whose code is not what it was.
+
+    Args:
+      report: a result file.
+
+    Returns:
+      The files, none where the figure is of today's code; None where the file does not say what it measured.
+    """
+    sources = report.get("sources")
+    if sources is None:
+        return None
+    return [name for name, found in sources.items() if digest(ROOT / name) != found]
+
+
+def digest(path: Path) -> str | None:
+    """Digest of a Python file's code, without comments, docstrings and layout; None where there is no such file."""
+    if not path.is_file():
+        return None
+    return hashlib.sha256(_canonical(ast.parse(path.read_text(encoding="utf-8"))).encode()).hexdigest()[:16]
+
+
+def _canonical(node: Any) -> str:
+    """A syntax tree as text that no release of Python writes differently, as ast.dump and ast.unparse do."""
+    if isinstance(node, list):
+        # A string that stands alone is a docstring, or does nothing either.
+        return "[" + " ".join(_canonical(item) for item in node if not _is_text(item)) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 adds empty strings
+        return "f[" + " ".join(_canonical(part) for part in node.values if getattr(part, "value", None) != "") + "]"
+    # What is empty is left out: later releases have fields that earlier ones lack.
+    fields = [
+        f"{name}={_canonical(value)}" for name, value in ast.iter_fields(node) if value is not None and value != []
+    ]
+    return f"{type(node).__name__}({' '.join(fields)})"
+
+
+def _is_text(node: Any) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def commit() -> str | None:
+    """The commit that is checked out, `-dirty` where tracked files differ from it."""
+    told = os.environ.get(COMMIT)
+    if told:
+        return told
+    found = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return found or None
+
+
+def card() -> str | None:
+    """Name, memory, power limit and driver of the first card."""
+    fields = "name,memory.total,power.limit,driver_version"
+    found = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
+    return found.splitlines()[0] if found else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of those of PACKAGES that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _output(*command: str) -> str:
+    """What a program prints; nothing where it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
