@@ -164,7 +164,7 @@ def report(output: Path, parts: list[dict[str, Any]], pretrained_window: int) ->
       pretrained_window: the base's window, in tokens.
     """
     names = ("settings", "device", "devices", "versions", "command", "date", "commit")
-    about = {name: parts[0].get(name) for name in names}
+    about: dict[str, Any] = {name: parts[0].get(name) for name in names}
     cells = {part["label"]: [Cell(**cell) for cell in part["cells"]] for part in parts}
     for task in about["settings"]["tasks"]:
         name, title = task.replace("-", "_"), task.replace("-", " ")
