@@ -81,7 +81,7 @@ def test_a_layer_keeps_what_the_step_keeps(policy):
 
 
 def measured_peaks():
-    """Every entry of the committed results of train_step.py, but where memory ran out or the allocator's limit cut in."""
+    """The committed results of train_step.py, but where memory ran out or the allocator had no more to give."""
     for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
         report = json.loads(path.read_text())
         for entry in report.get("lengths", [report]) if report.get("benchmark") == "train_step" else ():
