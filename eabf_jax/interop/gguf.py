@@ -29,16 +29,18 @@ ROTARY_FACTORS = "rope_freqs.weight"
 # The window and bands of every Llama 3 release that has rotary factors; GGUF keeps only the factors themselves.
 LLAMA3_WINDOW, LLAMA3_LOW, LLAMA3_HIGH = 8192, 1.0, 4.0
 
-# The keys of the model's shape, below `llama.`, by the field of the config that each is read into.
-SHAPE: Mapping[str, str] = MappingProxyType(
+Shape = dict[str, int]
+
+# The sizes in the config: the key of each below `llama.`, and its value where the file has no such key.
+SHAPE: Mapping[str, tuple[str, Callable[[Shape], int] | None]] = MappingProxyType(
     {
-        "max_position_embeddings": "context_length",
-        "hidden_size": "embedding_length",
-        "num_hidden_layers": "block_count",
-        "intermediate_size": "feed_forward_length",
-        "num_attention_heads": "attention.head_count",
-        "num_key_value_heads": "attention.head_count_kv",
-        "head_dim": "attention.key_length",
+        "num_hidden_layers": ("block_count", None),
+        "max_position_embeddings": ("context_length", None),
+        "hidden_size": ("embedding_length", None),
+        "intermediate_size": ("feed_forward_length", None),
+        "num_attention_heads": ("attention.head_count", None),
+        "num_key_value_heads": ("attention.head_count_kv", lambda shape: shape["num_attention_heads"]),
+        "head_dim": ("attention.key_length", lambda shape: shape["hidden_size"] // shape["num_attention_heads"]),
     }
 )
 EPSILON = "attention.layer_norm_rms_epsilon"
@@ -57,6 +59,8 @@ ROPE: Mapping[str, tuple[Kind, Any]] = MappingProxyType(
         "scaling.yarn_attn_factor": (NUMBER, None),
     }
 )
+
+_POSITIVE = Kind("a number above 0", lambda value: NUMBER.fits(value) and value > 0)
 
 SCALING_TYPES = ("none", "linear", "yarn")
 
@@ -123,7 +127,7 @@ FIXED: Mapping[str, Fixed] = MappingProxyType(
     }
 )
 
-KEYS = (*SHAPE.values(), EPSILON, *(f"rope.{key}" for key in ROPE), *HARMLESS, *FIXED)
+KEYS = (*(key for key, _ in SHAPE.values()), EPSILON, *(f"rope.{key}" for key in ROPE), *HARMLESS, *FIXED)
 
 # The same for the keys that every architecture has.
 GENERAL: Mapping[str, tuple[Any, str]] = MappingProxyType(
@@ -210,24 +214,22 @@ def config_from_gguf(file: GgufFile, vocabulary: Vocabulary | None) -> LlamaConf
       InputError: a key that is missing, not understood or has a value that there is no code for.
     """
     file.refuse_unknown(PREFIX, {PREFIX + key for key in KEYS})
-    layers = file.value(PREFIX + SHAPE["num_hidden_layers"], COUNT)
-    hidden, heads = _count(file, "hidden_size", layers), _count(file, "num_attention_heads", layers)
-    sizes = {
-        "num_key_value_heads": _count(file, "num_key_value_heads", layers, default=heads),
-        "head_dim": _count(file, "head_dim", layers, default=hidden // heads),
-    }
-    shape = {name: sizes[name] if name in sizes else _count(file, name, layers) for name in SHAPE}
+    shape: Shape = {}
+    for field in SHAPE:
+        shape[field] = _size(file, field, shape)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         found = "is missing" if embedding is None else f"has shape {embedding.shape[::-1].tolist()}"
-        raise file.error(f"tensor token_embd.weight {found}, expected [tokens, {hidden}] ({len(file.tensors)} tensors)")
+        raise file.error(
+            f"tensor token_embd.weight {found}, expected [tokens, {shape['hidden_size']}] ({len(file.tensors)} tensors)"
+        )
     ids: Mapping[str, int] = {} if vocabulary is None else vocabulary.ids
     ends = () if vocabulary is None else vocabulary.ends
     try:
         config = LlamaConfig(
             **shape,
             vocab_size=int(embedding.shape[1]),
-            rms_norm_eps=shortest(file.value(PREFIX + EPSILON, NUMBER)),
+            rms_norm_eps=shortest(file.value(PREFIX + EPSILON, _POSITIVE)),
             tie_word_embeddings="output.weight" not in file.tensors,
             attention_bias="blk.0.attn_q.bias" in file.tensors,
             mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
@@ -255,14 +257,24 @@ def _check_model(file: GgufFile) -> None:
     file.refuse_other_values((key, file.metadata[key] == GENERAL[key][0], GENERAL[key][1]) for key in present)
 
 
-def _count(file: GgufFile, field: str, layers: int, default: int | None = None) -> int:
-    """A size of the model; a file may give it once or once a layer."""
-    key = PREFIX + SHAPE[field]
+def _size(file: GgufFile, field: str, shape: Shape) -> int:
+    """One size of the model, after those that come before it in the table; a file may give it once a layer."""
+    name, default = SHAPE[field]
+    key = PREFIX + name
     found = file.metadata.get(key)
+    if found is None and default is not None:
+        return default(shape)
     if not isinstance(found, list):
-        return int(file.value(key, COUNT, **({} if default is None else {"default": default})))
+        found = int(file.value(key, COUNT))
+        # Else every name of a tensor would be made up before one is missed.
+        if field == "num_hidden_layers" and file.tensors and found > len(file.tensors):
+            raise file.error(f"{key} is {found}, expected no more than there are tensors, {len(file.tensors)}")
+        return found
+    layers = shape.get("num_hidden_layers")
     if len(found) != layers or len(set(found)) != 1 or not COUNT.fits(found[0]):
-        raise file.error(f"{key} is {shown(found)}, expected one whole number above 0 for all {layers} layers alike")
+        raise file.error(
+            f"{key} is {shown(found)}, expected one whole number above 0, the same for all {layers} layers"
+        )
     return int(found[0])
 
 

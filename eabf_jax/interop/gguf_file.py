@@ -129,8 +129,8 @@ def read_gguf(src: Path | str) -> GgufFile:
       The file.
 
     Raises:
-      InputError: not a whole GGUF file, a part that is missing or belongs elsewhere, quantised weights in the byte order
-        of another machine.
+      InputError: not a whole GGUF file, a part that is missing or belongs elsewhere, quantised weights in another
+        machine's byte order.
     """
     path = Path(src)
     metadata, tensors = _read_part(path)
@@ -189,13 +189,22 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
+class _Reader(gguf.GGUFReader):
+    """The package's reader, which takes what lies behind the end of a file for empty and may then read on for ever."""
+
+    def _get(self, offset: int, dtype: Any, count: Any = 1, *rest: Any, **named: Any) -> Any:
+        if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError(f"it ends at byte {len(self.data):,}, before what should follow at {int(offset):,}")
+        return super()._get(offset, dtype, count, *rest, **named)
+
+
 def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if path.is_dir():
         raise InputError(f"{path}: a directory; expected a .gguf file")
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a .gguf file")
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _Reader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error

@@ -238,6 +238,12 @@ def write_tokenizer(directory: Path, vocabulary: Vocabulary) -> None:
     write_json(directory / "generation_config.json", generation)
 
 
+def pre_tokenizer(splitting: Splitting) -> Any:
+    """Builds the part of a tokenizer that cuts text before byte-pair merging."""
+    splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated") for pattern in splitting.patterns]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 def _per_token(file: GgufFile, key: str, kind: Kind, pieces: list[str]) -> list[Any]:
     found: list[Any] = file.value(key, kind)
     if len(found) != len(pieces):
@@ -277,10 +283,7 @@ def _write_byte_pair(directory: Path, vocabulary: Vocabulary) -> str:
     except Exception as error:  # the library raises a bare Exception
         raise file.error(f"{MERGES} makes no tokenizer: {error}") from error
     tokenizer = tokenizers.Tokenizer(model)
-    splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated") for pattern in splitting.patterns]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizer(splitting)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(_added(vocabulary, (PIECE_KINDS.CONTROL, PIECE_KINDS.UNKNOWN), special=True))
     tokenizer.add_tokens(_added(vocabulary, (PIECE_KINDS.USER_DEFINED,), special=False))
