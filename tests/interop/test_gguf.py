@@ -285,11 +285,8 @@ def test_sentencepiece_tokenizer_comes_back(tmp_path: Path, sentencepiece_direct
         "tokenizer.ggml.tokens": [piece.piece for piece in proto.pieces],
         "tokenizer.ggml.scores": [piece.score for piece in proto.pieces],
         "tokenizer.ggml.token_type": [piece.type for piece in proto.pieces],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
         "tokenizer.chat_template": "{{ messages }}",
-    }
+    }  # no ids: llama.cpp takes 1, 2 and 0 then
     from_gguf(write(tmp_path / "m.gguf", values, as_gguf(model())), tmp_path / "hf")
     found = load_tokenizer(tmp_path / "hf")
     library = sentencepiece.SentencePieceProcessor(model_file=str(source))
