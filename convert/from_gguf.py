@@ -8,7 +8,7 @@ from eabf_jax.interop.gguf import from_gguf
 
 def main() -> None:
     parser = ArgumentParser(description="Converts a GGUF file of the LLaMA architecture to Hugging Face.")
-    parser.add_argument("--src", required=True, help="the .gguf file")
+    parser.add_argument("--src", required=True, help="the .gguf file, or any part of a split one")
     parser.add_argument("--dst", required=True, help="Hugging Face directory to make")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     parser.add_argument("--overwrite", action="store_true", help="replace --dst if it is not empty")
