@@ -220,6 +220,7 @@ def _before_backward(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+@jax.named_scope("keys_values")
 def _gather(x: Array, mesh: Mesh) -> Array:
     """The device's two chunks -> the whole row in its own order: [B, 2c, ...] -> [B, T, ...]."""
     early, late = (jax.lax.all_gather(half, _AXIS, axis=1) for half in jnp.split(x, 2, axis=1))
@@ -227,6 +228,7 @@ def _gather(x: Array, mesh: Mesh) -> Array:
     return chunks.reshape(x.shape[0], -1, *x.shape[2:])
 
 
+@jax.named_scope("key_value_gradients")
 def _scatter(x: Array, mesh: Mesh) -> Array:
     """The transpose of `_gather`: sums over the devices, of which each keeps its two chunks."""
     early, late = jnp.split(x.reshape(x.shape[0], 2 * mesh.shape[_AXIS], -1, *x.shape[2:]), 2, axis=1)

@@ -52,6 +52,7 @@ def _without_tensor(spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*(None if axes == "tensor" else axes for axes in spec))
 
 
+@jax.named_scope("parameters")
 def gathered(mesh: Mesh, part: Array, spec: PartitionSpec) -> Array:
     """Within `by_device`: the whole of a parameter of which a device has its part."""
     dimension = _split(spec)
@@ -62,6 +63,7 @@ def gathered(mesh: Mesh, part: Array, spec: PartitionSpec) -> Array:
     return part
 
 
+@jax.named_scope("parameter_gradients")
 def scattered(mesh: Mesh, partial: Array, spec: PartitionSpec) -> Array:
     """Within `by_device`: a device's part of the sum of all devices' arrays.
 
@@ -114,7 +116,9 @@ def _split(spec: PartitionSpec) -> int | None:
     return next((number for number, axes in enumerate(spec) if axes == _PARTS), None)
 
 
-def sharded_product(mesh: Mesh, tokens: PartitionSpec, *, whole: bool) -> Callable[[Array, Array, PartitionSpec], Array]:
+def sharded_product(
+    mesh: Mesh, tokens: PartitionSpec, *, whole: bool
+) -> Callable[[Array, Array, PartitionSpec], Array]:
     """Products of activations with parameters that lie in parts.
 
     Args:
@@ -174,6 +178,7 @@ def lookup(mesh: Mesh, tokens: PartitionSpec, spec: PartitionSpec) -> Callable[[
       A function of the embedding and tokens to vectors [batch, length, hidden_size].
     """
 
+    @jax.named_scope("embedding")
     def local(embedding: Array, tokens: Array) -> Array:
         if _split(spec) is None:
             return jnp.take(embedding, tokens, axis=0)
@@ -197,6 +202,7 @@ def lookup_backward(mesh: Mesh, tokens: PartitionSpec, spec: PartitionSpec) -> C
       A function of the float32 sum [vocab, hidden_size], tokens and the gradient by the vectors, to the new sum.
     """
 
+    @jax.named_scope("embedding")
     def local(total: Array, tokens: Array, d_x: Array) -> Array:
         columns, ids = d_x[None, None], _everyones(tokens)
         for place, axis in enumerate(_PARTS):

@@ -81,7 +81,9 @@ class Pieces:
     the model's. Gradient trees have the trained trees' structure.
     """
 
-    def __init__(self, model: Llama, loss_chunk: int, mesh: Mesh | None = None, *, wide: bool = False, whole: bool = False):
+    def __init__(
+        self, model: Llama, loss_chunk: int, mesh: Mesh | None = None, *, wide: bool = False, whole: bool = False
+    ):
         """Holds what is static.
 
         Args:
@@ -197,7 +199,7 @@ class Pieces:
             return rms_norm(x, scale, self._model.config.rms_norm_eps)
 
         def run(
-            scale: Array, kernel: Array, x: Array, targets: Array, mask: Array, gradients: Tree
+            gradients: Tree, scale: Array, kernel: Array, x: Array, targets: Array, mask: Array
         ) -> tuple[Array, Tree, Array]:
             def chunk(carry: tuple[Array, Tree], part: tuple[Array, ...]) -> tuple[tuple[Array, Tree], Array]:
                 (total, gradients), (x, targets, mask) = carry, part
@@ -224,20 +226,20 @@ class Pieces:
             return total, gradients, d_x[:, : x.shape[1]]
 
         arrays = (params["norm"]["scale"], kernel, x, rows.targets, rows.mask)
-        if self._mesh is None:
-            return run(*arrays, gradients)
+        mesh = self._mesh
+        if mesh is None:
+            return run(gradients, *arrays)
         specs = jax.tree.map_with_path(lambda path, _: spec(*parameter_axes(tuple(k.key for k in path))), gradients)
 
-        def share(*inputs: Any) -> tuple[Array, Tree, Array]:
+        def share(sums: Tree, *arrays: Array) -> tuple[Array, Tree, Array]:
             """A device's own tokens; what they give is summed up over all chunks before it is over the devices."""
-            *arrays, sums = inputs
-            total, found, d_x = run(*arrays, zeros(gradients))
-            found = jax.tree.map(functools.partial(scattered, self._mesh), found, specs)
+            total, found, d_x = run(zeros(gradients), *arrays)
+            found = jax.tree.map(functools.partial(scattered, mesh), found, specs)
             return jax.lax.psum(total, TOKEN_AXES), add(sums, found), d_x
 
         hidden = PartitionSpec(*_TOKENS, None)
-        in_specs = (PartitionSpec(), PartitionSpec(), hidden, _TOKENS, _TOKENS, specs)
-        return by_device(self._mesh, share, in_specs, (PartitionSpec(), specs, hidden))(*arrays, gradients)
+        in_specs = (specs, PartitionSpec(), PartitionSpec(), hidden, _TOKENS, _TOKENS)
+        return by_device(mesh, share, in_specs, (PartitionSpec(), specs, hidden))(gradients, *arrays)
 
     def _laid_out(self, x: Array) -> Array:
         """Hidden states, or their gradients, as the mesh shares them."""
