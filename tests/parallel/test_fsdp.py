@@ -28,7 +28,7 @@ def test_the_tpu_compiler_gathers_weights_and_scatters_gradients(name: str, size
         MeshConfig(fsdp=sizes.get("fsdp", 1), context=sizes["context"]), compile_only_devices(tpu_slice(name))
     )
     multiply = sharded_product(mesh, TOKENS, whole=False)
-    rows, times, width = mesh.shape["fsdp"], 3, 8192
+    rows, times, width = mesh.shape["fsdp"], 3, 4096
 
     def step(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
         y, pullback = jax.vjp(lambda x, kernel: multiply(x, kernel, ROW), x, kernel)
@@ -100,3 +100,14 @@ def test_parts_are_the_whole(sizes: tuple[int, int, int, int]) -> None:
         np.testing.assert_array_equal(found, expected)
     np.add.at(table, tokens, d_rows)
     np.testing.assert_array_equal(total, table)
+
+
+def test_a_frozen_parameter_has_no_gradient_to_scatter() -> None:
+    mesh = make_mesh(MeshConfig(fsdp=4, context=2))
+    multiply = sharded_product(mesh, TOKENS, whole=False)
+
+    def gradient_by_x(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.grad(lambda x: (multiply(x, jax.lax.stop_gradient(kernel), COLUMN) ** 2).sum())(x)
+
+    text = jax.jit(gradient_by_x).lower(jnp.ones((4, 4, 16)), jnp.ones((16, 8))).compile().as_text()
+    assert "reduce-scatter" not in collective_bytes(text or "")
