@@ -2,20 +2,22 @@
 
     python benchmarks/tpu_table.py            # compiles what results/tpu_table.json lacks and writes docs/tpu.md
     python benchmarks/tpu_table.py --afresh   # compiles everything again: about an hour on two cores
+    python benchmarks/tpu_table.py --afresh 70b --afresh 131072   # only commands with one of these words
 
 No TPU is needed, only its compiler (pip install libtpu). The planner names the smallest slice and the mesh on it; the
 compiler then has to accept that one and refuse the next smaller. Every compilation is an `eabf compile` command, which
-is kept with its figures.
+is kept with its figures, the day, and the commit that was compiled.
 """
 
 import argparse
 import dataclasses
+import datetime
 import json
 import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -97,10 +99,13 @@ def command(model: str, window: int, slice_name: str, mesh: Mapping[str, int]) -
 class Cells:
     """What has been compiled, by command; every new cell is written at once."""
 
-    def __init__(self, path: Path, afresh: bool):
+    def __init__(self, path: Path, afresh: Sequence[str] = ()):
+        """Reads what is known, but for commands with one of the texts of `afresh` in them."""
         self.path = path
-        known = json.loads(path.read_text()) if path.exists() and not afresh else {}
-        self.cells: dict[str, dict[str, Any]] = known.get("cells", {})
+        known = json.loads(path.read_text()).get("cells", {}) if path.exists() else {}
+        self.cells: dict[str, dict[str, Any]] = {
+            line: cell for line, cell in known.items() if not any(text in line for text in afresh)
+        }
 
     def compile(self, arguments: list[str]) -> dict[str, Any]:
         """Figures of the command, or its `error`, from the file where it has them."""
@@ -122,9 +127,15 @@ class Cells:
                     cell = {"error": done.stderr.strip().splitlines()[-1].removeprefix("error: ")}
                 else:
                     raise RuntimeError(f"{line}: {done.stderr[-2000:]}")
-            self.cells[line] = cell
+            self.cells[line] = {**cell, "date": datetime.date.today().isoformat(), "commit": _commit()}
             print(f"  {cell.get('error') or cell['hbm_gib_per_chip']}", flush=True)
         return self.cells[line]
+
+
+def _commit() -> str:
+    """The commit of the working tree; with "-dirty" where files differ from it."""
+    described = ["git", "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=7"]
+    return subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def fill(cells: Cells) -> dict[str, Any]:
@@ -175,7 +186,7 @@ def tables(results: Mapping[str, Any]) -> str:
     cells, names = results["cells"], [slice_.name for slice_ in V4]
     columns = (
         *("model", "window", "smallest slice", "mesh", "GiB a chip", "compute", "links", "a step, at least"),
-        *("tokens/s, at most", "command"),
+        *("tokens/s, at most", "compiled", "command"),
     )
     lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
     for row in results["rows"]:
@@ -192,6 +203,7 @@ def tables(results: Mapping[str, Any]) -> str:
             f"{estimate['ici_seconds']:.0f} s",
             f"{estimate['step_seconds_at_least']:.0f} s",
             f"{estimate['tokens_per_second_at_most']:,.0f}",
+            f"{found['date']}, {found['commit']}",
             f"`{told['command']}`",
         )
         lines.append(f"| {' | '.join(shown)} |")
@@ -221,7 +233,15 @@ def write_page(results: Mapping[str, Any], page: Path) -> None:
 def main() -> None:
     """Fills the table and writes the page."""
     parser = ArgumentParser("tpu_table.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--afresh", action="store_true", help="compile what is known already, too")
+    parser.add_argument(
+        "--afresh",
+        nargs="?",
+        const="eabf",
+        default=[],
+        action="append",
+        metavar="TEXT",
+        help="compile what is known already, too: all of it, or commands with this text in them (may be given again)",
+    )
     parsed = parser.parse_args()
     write_page(fill(Cells(RESULTS, parsed.afresh)), PAGE)
     print(f"{RESULTS.relative_to(ROOT)}, {PAGE.relative_to(ROOT)}")

@@ -132,7 +132,8 @@ def compile_for(config: TrainConfig, slice_: Slice) -> dict[str, Any]:
     # Small ones may lie in faster memory than HBM.
     parts["kept activations"] = min(predicted.parts["kept activations"], rest)
     parts["workspace"] = rest - parts["kept activations"]
-    traffic = collective_bytes(compiled.as_text() or "")
+    text = compiled.as_text() or ""
+    traffic = collective_bytes(text)
     estimate = roofline(predicted, slice_, sum(traffic.values()))
     tokens = config.recipe.batch_size * config.window
     return {
@@ -153,6 +154,7 @@ def compile_for(config: TrainConfig, slice_: Slice) -> dict[str, Any]:
         # The compiler counts the body of a loop once, however often it runs.
         "compiler_flops_loops_once": (compiled.cost_analysis() or {}).get("flops", 0.0),
         "collective_bytes_per_chip": traffic,
+        "collective_bytes_by_what_they_carry": collective_bytes(text, by="carries"),
         "estimate": {**estimate, "tokens_per_second_at_most": tokens / estimate["step_seconds_at_least"]},
         "compile_seconds": round(seconds, 1),
         "versions": {"jax": jax.__version__, "libtpu": _libtpu_version()},
