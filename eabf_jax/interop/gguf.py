@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from eabf_jax.errors import InputError, unknown_name
-from eabf_jax.interop.directory import new_directory, write_json
+from eabf_jax.interop.directory import EXPORT, new_directory, write_json
 from eabf_jax.interop.huggingface import MAX_SHARD_BYTES, Summary, write_config
 from eabf_jax.interop.layout import parameters
 from eabf_jax.interop.safetensors_stream import PlannedTensor, write_sharded
@@ -93,7 +93,7 @@ def from_gguf(src: Path | str, dst: Path | str, dtype: str = "float32", overwrit
                 count = heads.get(entry.path[-2])
                 yield (array if count is None else unpermuted(array, count)).astype(element, copy=False)
 
-    with new_directory(dst, overwrite) as partial:
+    with new_directory(dst, EXPORT, overwrite=overwrite, sources=[path]) as partial:
         write_sharded(partial, planned, tensors(), MAX_SHARD_BYTES)
         write_config(partial, config, dtype)
         _write_tokenizer(partial, metadata, path)

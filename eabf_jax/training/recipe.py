@@ -196,6 +196,15 @@ def config_differences(written: Path, config: TrainConfig) -> list[str]:
     return [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not _is_free(key)]
 
 
+def is_written_config(path: Path) -> bool:
+    """Whether a file is what `dump_config` gave, and so a run's own: it has every section, as nobody writes by hand."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(found, dict) and {field.name for field in dataclasses.fields(TrainConfig)} <= found.keys()
+
+
 def _is_free(key: str) -> bool:
     """Whether a run may go on with another value."""
     section = key.partition(".")[0]

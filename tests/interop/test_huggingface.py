@@ -374,12 +374,18 @@ def test_destination_must_be_free(good: Path, tmp_path: Path) -> None:
     target = tmp_path / "native"
     target.mkdir()
     (target / "precious").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="is not empty, and no model.json marks it as a native model directory"):
+            from_hf(good, target, overwrite=overwrite)
+    assert [path.name for path in target.iterdir()] == ["precious"]
+    (target / "precious").unlink()
+    from_hf(good, target)
     with pytest.raises(InputError, match="is not empty; pass --overwrite"):
         from_hf(good, target)
-    assert (target / "precious").read_text() == "x"
+    (target / "tokenizer.json").write_text("{}")
     from_hf(good, target, overwrite=True)
-    assert not (target / "precious").exists() and native.is_native(target)
-    with pytest.raises(InputError, match="holds the source"):
+    assert native.is_native(target) and not (target / "tokenizer.json").exists()
+    with pytest.raises(InputError, match="is the source"):
         to_hf(target, target, overwrite=True)
     with pytest.raises(InputError, match="holds the source"):
         to_hf(target, tmp_path, overwrite=True)
