@@ -16,7 +16,10 @@ from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.interop.directory import write_json
 
 # What a wrong path on the command line ends in, wherever it is first touched.
-_PATH_ERRORS = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)
+_PATH_ERRORS = (
+    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY),
+)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -98,7 +101,8 @@ def _train(arguments: list[str]) -> None:
     from eabf_jax.training.recipe import load_config
 
     config = load_config(arguments, prog="train.py")
-    devices = math.prod(config.mesh.sizes)  # negative: an axis takes all that are left
+    # Negative: an axis takes all that are left.
+    devices = -1 if config.mesh == "auto" else math.prod(config.mesh.sizes)
     rows = 1 if config.compute.microbatch_size == "auto" else config.compute.microbatch_size
     use_every_core(devices if devices > 0 else config.recipe.batch_size // rows)
     gpu_defaults()

@@ -64,8 +64,8 @@ def check_destination(
       sources: files and directories that the result is made from.
 
     Raises:
-      InputError: it is a file or a symbolic link; it is, holds or lies in a source; it is not empty, and `overwrite`
-        is not given or what it holds is not known for ours.
+      InputError: it is a file or a symbolic link; its parent cannot be written; it is, holds or lies in a source; it
+        is not empty, and `overwrite` is not given or what it holds is not known for ours.
     """
     target = Path(destination)
     if target.is_symlink():
@@ -74,6 +74,11 @@ def check_destination(
         raise InputError(f"{target} is a file: name a directory, or something that is not there yet")
     check_apart(target, sources)
     target = target.absolute()  # through the parent, so that "." has a name
+    above = next((parent for parent in target.parents if parent.exists()), target)
+    if not above.is_dir():
+        raise InputError(f"{destination}: {above} is a file, so nothing can be made in it")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{destination}: nothing can be written in {above}; name another directory")
     if mark is not None and not target.exists():
         whole = [old for old in _set_aside(target) if mark.fault(old) is None]
         if whole:

@@ -53,8 +53,17 @@ def test_only_what_carries_the_mark_is_replaced(tmp_path, content, reason):
 
 @pytest.mark.parametrize("place", ["/", "~"])
 def test_root_and_home_are_never_replaced(place):
-    with pytest.raises(InputError, match="no thing.json marks it"):
+    with pytest.raises(InputError, match=r"no thing\.json marks it as a thing"):
         check_destination(Path(place).expanduser(), THING, overwrite=True)
+
+
+def test_a_parent_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/a/b: .*/file is a file, so nothing can be made in it"):
+        replace(tmp_path / "file" / "a" / "b")
+    monkeypatch.setattr(destination.os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    with pytest.raises(InputError, match=f"a/b: nothing can be written in {tmp_path}; name another directory"):
+        replace(tmp_path / "a" / "b")
 
 
 def test_an_earlier_result_is_replaced_whole(tmp_path):
@@ -99,7 +108,6 @@ def test_a_symbolic_link_is_not_replaced(tmp_path, there):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "x").exists() == there
 
 
-
 @pytest.mark.parametrize("step", [0, 1])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_failure_at_any_step_keeps_the_old_result(tmp_path, monkeypatch, step, error):
@@ -138,13 +146,14 @@ def test_what_a_killed_process_set_aside_is_put_back(tmp_path, monkeypatch, step
 
 
 def test_what_appears_meanwhile_is_not_replaced(tmp_path):
-    with (
-        pytest.raises(InputError, match="is not empty, and no thing.json"),
-        new_directory(tmp_path / "x", THING, overwrite=True) as partial,
-    ):
-        write(partial, "new")
-        (tmp_path / "x").mkdir()
-        (tmp_path / "x" / "letter.txt").write_text("dear")
+    def meanwhile():
+        with new_directory(tmp_path / "x", THING, overwrite=True) as partial:
+            write(partial, "new")
+            (tmp_path / "x").mkdir()
+            (tmp_path / "x" / "letter.txt").write_text("dear")
+
+    with pytest.raises(InputError, match=r"is not empty, and no thing\.json"):
+        meanwhile()
     assert (tmp_path / "x" / "letter.txt").read_text() == "dear"
 
 
@@ -175,10 +184,15 @@ def test_an_export_is_replaced_while_it_is_as_it_was_written(tmp_path, change, r
 def test_entries_are_replaced_together_or_not_at_all(tmp_path):
     write(tmp_path / "inner")
     write(tmp_path, letter="dear", note="old")
-    with pytest.raises(KeyboardInterrupt), replacing(tmp_path, ("inner", "note", "absent")):
-        write(tmp_path / "inner", "new")
-        (tmp_path / "absent").write_text("new")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with replacing(tmp_path, ("inner", "note", "absent")):
+            write(tmp_path / "inner", "new")
+            (tmp_path / "absent").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert size(tmp_path / "inner") == (tmp_path / "note").read_text() == "old"
     with replacing(tmp_path, ("inner", "note")):
         (tmp_path / "note").write_text("new")

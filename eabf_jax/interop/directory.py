@@ -12,7 +12,6 @@ from eabf_jax import __version__
 from eabf_jax.destination import Mark, check_destination, file_sizes, make_partial, put_in_place
 from eabf_jax.errors import InputError
 
-
 # A model that was exported for transformers. Its own mark, which lists what was written: config.json is like any other
 # model's, and what somebody has trained further or added to is no longer ours.
 EXPORT = Mark("a model that eabf-jax exported", "eabf_jax.json", ("eabf_jax", "files"))

@@ -49,7 +49,7 @@ from eabf_jax.training.layerwise import Layerwise
 from eabf_jax.training.lock import LOCK_FILE, locked
 from eabf_jax.training.loss import next_tokens
 from eabf_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from eabf_jax.training.plan import Device, check, choose, device_at_hand
+from eabf_jax.training.plan import Device, check, choose, device_at_hand, settle_mesh
 from eabf_jax.training.recipe import (
     TrainConfig,
     check_window,
@@ -88,9 +88,10 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
     with all_or_none():
         base = base_config(config)
         check_window(config, base)
-        mesh = make_mesh(config.mesh)
         model_config = dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
-        settled, planned = choose(config, model_config, mesh.shape, _least_device())
+        device = _least_device()
+        mesh = make_mesh(settle_mesh(config, model_config, jax.device_count(), device))
+        settled, planned = choose(config, model_config, mesh.shape, device)
         check(planned, settled, model_config)
         if config.checkpoint.every_steps and not planned.can_checkpoint:
             raise InputError(
@@ -211,7 +212,9 @@ class Preempted(InputError):
 
 
 def base_config(config: TrainConfig) -> LlamaConfig:
-    """Shape, window and scheme of the model that a run starts from, without reading its parameters.
+    """Shape, window (`model.window` where that is set) and scheme of the model that a run starts from.
+
+    Its parameters are not read.
 
     Args:
       config: the run.
@@ -219,7 +222,7 @@ def base_config(config: TrainConfig) -> LlamaConfig:
     Returns:
       The model's configuration before the run changes its window and scheme.
     Raises:
-      InputError: neither a path nor a shape, or the two disagree.
+      InputError: neither a path nor a shape, or the two disagree; a `model.window` that is larger than the model's.
     """
     if config.model.path is None:
         return shape_config(config)
@@ -232,7 +235,7 @@ def base_config(config: TrainConfig) -> LlamaConfig:
                 f"model.shape says {name} {getattr(told, name)}; the model in {config.model.path} has "
                 f"{getattr(found, name)}"
             )
-    return found
+    return _with_window(config, found)
 
 
 def shape_config(config: TrainConfig) -> LlamaConfig:
@@ -241,7 +244,14 @@ def shape_config(config: TrainConfig) -> LlamaConfig:
         raise InputError(
             "the configuration names no model: set model.path (a directory) or model.shape (to start anew)"
         )
-    return LlamaConfig.from_fields(config.model.shape)
+    return _with_window(config, LlamaConfig.from_fields(config.model.shape))
+
+
+def _with_window(config: TrainConfig, base: LlamaConfig) -> LlamaConfig:
+    window, own = config.model.window, base.max_position_embeddings
+    if window is not None and window > own:
+        raise InputError(f"model.window {window} is larger than the model's own window {own}: a smaller one is needed")
+    return base if window is None else dataclasses.replace(base, max_position_embeddings=window)
 
 
 def microbatch_count(config: TrainConfig, mesh: Mesh) -> int:

@@ -107,7 +107,7 @@ def test_what_is_no_dataset_is_never_replaced(tmp_path):
     folder = tmp_path / "home"
     folder.mkdir()
     (folder / "letter.txt").write_text("dear")
-    with pytest.raises(InputError, match="is not empty, and no eabf_dataset.json marks it as a prepared dataset"):
+    with pytest.raises(InputError, match=r"is not empty, and no eabf_dataset\.json marks it as a prepared dataset"):
         DatasetWriter(folder, overwrite=True)
     with pytest.raises(InputError, match="is a file: name a directory"):
         DatasetWriter(folder / "letter.txt", overwrite=True)
