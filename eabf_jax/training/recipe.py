@@ -133,7 +133,6 @@ class TrainConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     recipe: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
-    # auto: the simplest that the step fits on, one axis of devices (fsdp) before two (context, tensor)
     mesh: MeshConfig | Literal["auto"] = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     overwrite: bool = False  # start afresh: replace a run that is in the output directory, and leave other files there
@@ -229,8 +228,8 @@ def _print_help(prog: str | None) -> NoReturn:
     parser = draccus.argparsing.ArgumentParser(config_class=TrainConfig, prog=prog).parser
     parser.usage = "%(prog)s --config_path FILE [--dotted.key VALUE ...]"
     text = "\n".join(line for line in parser.format_help().splitlines() if "Config file for" not in line)
-    # A section that may be null is told twice, the first time without its keys.
-    print(re.sub(r"^Optional \[.*\n.*\n\n", "", text, flags=re.MULTILINE))
+    # A section that may be null, or a word, is told twice, the first time without its keys.
+    print(re.sub(r"^(?:Optional|Union) \[.*\n\n?.*\n\n", "", text, flags=re.MULTILINE))
     raise SystemExit(0)
 
 
