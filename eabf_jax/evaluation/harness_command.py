@@ -231,7 +231,7 @@ def _measure(
 ) -> None:
     from eabf_jax.evaluation.harness import EabfLM
 
-    for (label, directory, rope), lengths in zip(entries, windows, strict=True):
+    for (label, directory, rope, _), lengths in zip(entries, windows, strict=True):
         model = EabfLM(
             directory,
             rope=rope,

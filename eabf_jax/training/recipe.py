@@ -253,7 +253,7 @@ def _overrides(arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
-class _Loader(SafeLoaderWithInclusion):  # type: ignore[misc]  # draccus has no types
+class _Loader(SafeLoaderWithInclusion):
     """YAML whose `!include FILE` means a file beside it, or else one that this package has."""
 
 
