@@ -78,6 +78,8 @@ def _check_file(option: str, path: str | None, suffixes: Sequence[str] = ()) -> 
         raise InputError(f"{option} {path} is a directory; expected a file to write")
     if not target.parent.is_dir():
         raise InputError(f"{option} {path}: there is no directory {target.parent}; make it, or name another file")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{option} {path}: nothing can be written in {target.parent}; name another file")
     if suffixes and target.suffix not in suffixes:
         raise InputError(f"{option} {path} ends in {target.suffix!r}; expected one of {', '.join(suffixes)}")
 

@@ -79,8 +79,8 @@ def split_scheme(text: str) -> tuple[str, dict[str, Any] | None, int | None]:
         raise InputError(
             f"--model: after @ a scheme such as {{type: yarn, factor: 4}}, or {{window: 512}}, is needed, not {told!r}"
         )
-    window = values.pop("window", None)
-    if window is not None and (type(window) is not int or window < 1):
+    window = None
+    if "window" in values and (type(window := values.pop("window")) is not int or window < 1):
         raise InputError(f"--model: window is {window!r} in {told!r}; a positive number of tokens is needed")
     if values and "type" not in values:
         raise InputError(f"--model: a scheme such as {{type: yarn, factor: 4}} has a type; {told!r} has none")

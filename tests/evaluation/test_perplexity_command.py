@@ -166,10 +166,10 @@ def test_entries_are_labelled() -> None:
     for wrong in ("a@", "a@pi", "a@{factor: 4}", "a@{type: ["):
         with pytest.raises(InputError, match="after @ a scheme"):
             parse_entry(wrong)
-    for wrong in ("0", "-1", "4.5", "true", "long"):
+    for wrong in ("0", "-1", "4.5", "true", "long", "null"):
         with pytest.raises(InputError, match="a positive number of tokens is needed"):
             parse_entry(f"a@{{window: {wrong}}}")
-    with pytest.raises(InputError, match="has a type; .* has none"):
+    with pytest.raises(InputError, match=r"has a type; .* has none"):
         parse_entry("a@{window: 64, factor: 4}")
 
 
