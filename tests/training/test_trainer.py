@@ -240,7 +240,10 @@ def test_a_pretraining_run_from_nothing_packs_and_keeps_the_tokenizer(run_config
         ({"window": 32}, "window 32 is not larger than the model's own window 32: nothing to extend; model.window"),
         ({"model": {"window": 64}}, "model.window 64 is larger than the model's own window 32"),
         ({"model": {"window": 16}}, "rope.pretrained_window 32 is larger than the model's own window 16"),
-        ({"mesh": "auto", "recipe": {"batch_size": 9}}, "mesh auto: no mesh of 8 devices divides recipe.batch_size 9"),
+        (
+            {"mesh": "auto", "recipe": {"batch_size": 9, "objective": "pretrain"}},
+            "mesh auto: no mesh of 8 devices divides recipe.batch_size 9",
+        ),
         ({"window": 48}, "has records of 64 tokens, rows have 48"),
         ({"data": {"directory": "nowhere"}}, "nowhere is not a prepared dataset"),
         ({"data": {"split": "trian"}}, "did you mean 'train'"),
@@ -340,7 +343,7 @@ def test_a_checkpoint_that_host_memory_has_no_room_for(run_config, tmp_path, mon
     config = run_config(tmp_path / "run", recipe={"steps": 1})
     refuse(config, "host memory has no room for a checkpoint .* set checkpoint.every_steps null")
     assert not (tmp_path / "run").exists()
-    run = train(run_config(tmp_path / "run", recipe={"steps": 1}, checkpoint={"every_steps": None}))
+    run = train(run_config(tmp_path / "run", recipe={"steps": 1}, checkpoint={"every_steps": None}, mesh="auto"))
     assert load_native(run)
 
 
