@@ -82,6 +82,11 @@ def _check_file(option: str, path: str | None, suffixes: Sequence[str] = ()) -> 
         raise InputError(f"{option} {path}: nothing can be written in {target.parent}; name another file")
     if suffixes and target.suffix not in suffixes:
         raise InputError(f"{option} {path} ends in {target.suffix!r}; expected one of {', '.join(suffixes)}")
+    if not suffixes and target.is_file() and target.stat().st_size:
+        # Figures of an earlier call are replaced; a file that a slip of the fingers names is not.
+        with target.open("rb") as file:
+            if file.read(1) != b"{":
+                raise InputError(f"{option} {path} is there, and holds no figures (a JSON object): name another file")
 
 
 def _prepare(arguments: list[str]) -> None:
