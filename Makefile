@@ -132,5 +132,8 @@ lint: .venv/tested
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# What can be made again; data, models and runs stay.
 clean:
-	rm -rf .venv demo runs
+	rm -rf .venv demo build *.egg-info .coverage .coverage.* htmlcov
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find assets benchmarks convert eabf_jax tests -name __pycache__ -prune -exec rm -rf {} +

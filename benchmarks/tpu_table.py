@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from eabf_jax.errors import InputError
 from eabf_jax.interop.directory import write_json
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.parallel.topology import SLICES
-from eabf_jax.training.plan import DEVICES, GIB, Plan, plan
+from eabf_jax.training.plan import DEVICES, GIB, Plan, preferred_meshes
 from eabf_jax.training.recipe import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -43,50 +43,18 @@ WINDOWS = (16_384, 65_536, 131_072)
 V4 = [slice_ for name, slice_ in SLICES.items() if name.startswith("v4-")]
 # What fits in the least memory: nothing of a layer is kept but its input.
 SETTINGS = {"compute.remat": "full", "compute.optimizer_memory": "device", "compute.microbatch_size": "1"}
-# The prediction is good to a few per cent; a mesh is preferred where it leaves as much.
-MARGIN = 0.04
 # Larger slices than the smallest that are compiled as well.
 ALSO = [("7B", 16_384, "v4-16"), ("7B", 16_384, "v4-32"), ("7B", 131_072, "v4-32")]
 
-Mesh = tuple[tuple[str, int], ...]
-
-
-def meshes(chips: int) -> Iterator[Mesh]:
-    """Every way to arrange the chips of a slice, without replicas."""
-    for tensor in (1, 2, 4, 8):
-        for context in (2**power for power in range(9)):
-            if chips % (tensor * context) == 0:
-                yield tuple(
-                    {"data": 1, "fsdp": chips // (tensor * context), "context": context, "tensor": tensor}.items()
-                )
-
 
 @cache
-def plans(model: str, window: int, chips: int) -> list[Plan]:
-    """Predictions for every mesh that divides the model and the batch; the simplest first."""
+def preferred(model: str, window: int, chips: int) -> list[Plan]:
+    """Meshes to try, in order; see `preferred_meshes`."""
     overrides = [text for name, value in SETTINGS.items() for text in (f"--{name}", value)]
     config = load_config(["--config_path", str(ROOT / MODELS[model]), "--window", str(window), *overrides])
     shape = LlamaConfig.from_fields(config.model.shape or {})
     shape = dataclasses.replace(shape, max_position_embeddings=window, rope=config.scheme)
-    found = []
-    for mesh in meshes(chips):
-        sizes = dict(mesh)
-        # Splash takes two chunks of whole half lanes on each device of a row.
-        if shape.num_key_value_heads % sizes["tensor"] or window % (128 * sizes["context"]):
-            continue
-        try:
-            found.append(plan(config, shape, sizes, DEVICES["v4"]))
-        except InputError:  # a dimension, or the batch, does not divide
-            continue
-    return sorted(found, key=lambda entry: (entry.mesh["tensor"], entry.mesh["context"]))
-
-
-def preferred(model: str, window: int, chips: int) -> list[Plan]:
-    """Meshes to try, in order: the simplest that fits with a margin, then the one that needs least."""
-    found = plans(model, window, chips)
-    roomy = [entry for entry in found if entry.total <= (1 - MARGIN) * entry.device.memory]
-    least = min(found, key=lambda entry: entry.total)
-    return [*roomy[:1], *([least] if least not in roomy[:1] else [])]
+    return list(preferred_meshes(config, shape, chips, DEVICES["v4"]))
 
 
 def command(model: str, window: int, slice_name: str, mesh: Mapping[str, int]) -> list[str]:

@@ -70,6 +70,10 @@ def test_every_kind_of_evaluation_is_listed_and_has_a_help(name, capsys):
         (("prepare", "--src", "a.json"), "--dst, --tokenizer; `eabf prepare --help` lists what is right"),
         (("evaluate", "perplexity", "--model", "a", "--data", "b", "--json", "."), "--json . is a directory"),
         (("evaluate", "perplexity", "--model", "a", "--data", "b", "--json", "no/x.json"), "no directory no"),
+        (
+            ("evaluate", "perplexity", "--model", "a", "--data", "b", "--json", "README.md"),
+            "README.md is there, and holds",
+        ),
         (("evaluate", "perplexity", "--model", "a", "--data", "b", "--figure", "x.doc"), "expected one of .png"),
         (("evaluate", "perplexity", "--model", "nowhere", "--data", "nowhere"), "nowhere"),
     ],

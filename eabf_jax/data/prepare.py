@@ -204,7 +204,7 @@ def prepare(options: Options, tokenizer: TextTokenizer, console: Console | None 
     options.check()
     console = console or Console(stderr=True)
     report = Report(destination=str(options.destination))
-    with DatasetWriter(options.destination, overwrite=options.overwrite) as writer:
+    with DatasetWriter(options.destination, overwrite=options.overwrite, sources=options.sources) as writer:
         index = _index(options, console)
         report.broken_files = [str(fault) for fault in index.broken]
         report.skipped_files = index.skipped

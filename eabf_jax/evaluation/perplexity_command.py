@@ -37,7 +37,7 @@ from eabf_jax.evaluation.perplexity import (
     window_ends,
     window_perplexity,
 )
-from eabf_jax.interop.loading import load, read_config
+from eabf_jax.interop.loading import load
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 
@@ -101,7 +101,7 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     entries = check(arguments, ("length", "documents", "stride"))
     if arguments.windows and arguments.bands:
         raise InputError("--bands are of one pass over a document, --windows slide over it: give one of the two")
-    configs = [read_config(entry.directory) for entry in entries]
+    configs = [entry.config for entry in entries]
     documents = _documents(arguments, entries, configs)
     edges = _edges(arguments.bands, documents.shape[1])
     check_edges(edges, documents.shape[1])

@@ -106,13 +106,13 @@ class Session:
         """
         self.sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.repetition_penalty)
         _check(arguments)
-        directory, scheme = split_scheme(arguments.model)
+        directory, scheme, window = split_scheme(arguments.model)
         rope = None if scheme is None else Scheme.from_dict(scheme)
         model, tokenizer = load(directory, rope=rope, dtype=arguments.dtype)
         if tokenizer is None:
             raise InputError(f"{directory} has no tokenizer: copy tokenizer.json or tokenizer.model into it")
         self.tokenizer: Tokenizer = tokenizer
-        self.window: int = arguments.window or model.config.max_position_embeddings
+        self.window: int = arguments.window or window or model.config.max_position_embeddings
         self.format: Format | None = chat_format(tokenizer, arguments.template) if arguments.chat else None
         self.seed: int = arguments.seed
         self._arguments = arguments

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eabf_jax.errors import InputError
-from eabf_jax.interop.directory import new_directory
+from eabf_jax.interop.directory import EXPORT, new_directory
 from eabf_jax.interop.gguf_file import COUNT, NUMBER, TEXT, GgufFile, Kind, dequantised, read_gguf, shortest, shown
 from eabf_jax.interop.gguf_tokenizer import Vocabulary, read_vocabulary, write_tokenizer
 from eabf_jax.interop.huggingface import MAX_SHARD_BYTES, Summary, write_config
@@ -179,7 +179,7 @@ def from_gguf(src: Path | str, dst: Path | str, dtype: str = "float32", overwrit
                 count = heads.get(entry.path[-2])
                 yield (array if count is None else unpermuted(array, count)).astype(element, copy=False)
 
-    with new_directory(dst, overwrite) as partial:
+    with new_directory(dst, EXPORT, overwrite=overwrite, sources=[path]) as partial:
         if vocabulary is not None:
             write_tokenizer(partial, vocabulary)
         write_config(partial, config, dtype)

@@ -13,7 +13,7 @@ import numpy as np
 from eabf_jax.errors import InputError
 from eabf_jax.interop import native
 from eabf_jax.interop.adapter import Leaves, merged, read_adapter
-from eabf_jax.interop.directory import new_directory, read_json_object, write_json
+from eabf_jax.interop.directory import EXPORT, new_directory, read_json_object, write_json
 from eabf_jax.interop.layout import Parameter, nest, parameters, shapes
 from eabf_jax.interop.model_card import model_card
 from eabf_jax.interop.safetensors_stream import (
@@ -274,12 +274,11 @@ def from_hf(src: Path | str, dst: Path | str, overwrite: bool = False) -> Summar
       InputError: anything missing, damaged, or not of the config's shape; nothing is written then.
     """
     source = Path(src)
-    _different(source, dst)
     config = read_config(source)
     found = find_tensors(source, config)
     if has_tokenizer(source):
         native.check_vocabulary(load_tokenizer(source), config, source)
-    with new_directory(dst, overwrite) as partial:
+    with new_directory(dst, native.NATIVE, overwrite=overwrite, sources=[source]) as partial:
         leaves = {entry.path: _stack(entry, found, None) for entry in parameters(config)}
         native.save_params(partial, nest(leaves))
         copy_tokenizer_files(source, partial)
@@ -318,7 +317,6 @@ def to_hf(
       InputError: no such checkpoint, a damaged one, or one that is not of the config's shape.
     """
     source = Path(src)
-    _different(source, dst)
     if not native.is_native(source):
         raise InputError(f"{source}: no {native.MODEL_FILE} there; expected a native model directory or a run's")
     config, stored, read = open_leaves(source, step, base)
@@ -337,7 +335,7 @@ def to_hf(
                 yield (own.T if entry.transposed else own).astype(dtypes[entry.path], copy=False)
 
     card = model_card(source, config, int(native.checkpoint_path(source, step).parent.name))
-    with new_directory(dst, overwrite) as partial:
+    with new_directory(dst, EXPORT, overwrite=overwrite, sources=[source]) as partial:
         write_sharded(partial, planned, tensors(), max_shard_bytes)
         widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
         write_config(partial, config, widest.name)
@@ -472,9 +470,3 @@ def _common(stored: list[StoredTensor]) -> np.dtype[Any]:
             raise InputError(f"{stored[0].path}: {stored[0].name} and its like mix dtypes that no float dtype holds")
         return widest
     return dtypes.pop()
-
-
-def _different(source: Path, destination: Path | str) -> None:
-    target = Path(destination).resolve()
-    if target == source.resolve() or target in source.resolve().parents:
-        raise InputError(f"{destination}: the destination holds the source; name another directory")

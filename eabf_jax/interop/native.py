@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from eabf_jax.destination import Mark
 from eabf_jax.errors import InputError
 from eabf_jax.interop.directory import read_json_object, write_json
 from eabf_jax.interop.layout import check_shapes, flatten, nest, parameters, shapes
@@ -29,6 +30,7 @@ from eabf_jax.model.config import LlamaConfig
 from eabf_jax.rope import Scheme
 
 MODEL_FILE = "model.json"
+NATIVE = Mark("a native model directory", MODEL_FILE, ("hidden_size", "rope"))
 ADAPTER = "adapter"  # the object in it that adapters are told by; see `adapter`
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE, DATASET_FILE, METRICS_FILE, EVALUATION = "config.yaml", "dataset.json", "metrics.jsonl", "evaluation"

@@ -173,11 +173,23 @@ def test_default_bands_double_up_to_the_length() -> None:
 
 
 def test_entries_are_labelled() -> None:
-    assert parse_entry("models/a") == ("models/a", "models/a", None)
-    assert parse_entry("x=models/a@{type: pi, factor: 4}") == ("x", "models/a", {"type": "pi", "factor": 4})
+    pi = {"type": "pi", "factor": 4}
+    assert parse_entry("models/a") == ("models/a", "models/a", None, None)
+    assert parse_entry("x=models/a@{type: pi, factor: 4}") == ("x", "models/a", pi, None)
+    assert parse_entry("x=models/a@{type: pi, factor: 4, window: 64}") == ("x", "models/a", pi, 64)
     for wrong in ("a@", "a@pi", "a@{factor: 4}", "a@{type: ["):
         with pytest.raises(InputError, match="after @ a scheme"):
             parse_entry(wrong)
+    for wrong in ("0", "-1", "4.5", "true", "long", "null"):
+        with pytest.raises(InputError, match="a positive number of tokens is needed"):
+            parse_entry(f"a@{{window: {wrong}}}")
+    with pytest.raises(InputError, match=r"has a type; .* has none"):
+        parse_entry("a@{window: 64, factor: 4}")
+
+
+def test_a_model_may_be_taken_for_one_with_a_smaller_window() -> None:
+    own, taken = (parse_entry(f"{TINY}{told}").config for told in ("", "@{window: 64}"))
+    assert taken == dataclasses.replace(own, max_position_embeddings=64) and own.max_position_embeddings == 512
 
 
 @pytest.mark.parametrize(

@@ -374,12 +374,18 @@ def test_destination_must_be_free(good: Path, tmp_path: Path) -> None:
     target = tmp_path / "native"
     target.mkdir()
     (target / "precious").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"is not empty, and no model\.json marks it as a native model directory"):
+            from_hf(good, target, overwrite=overwrite)
+    assert [path.name for path in target.iterdir()] == ["precious"]
+    (target / "precious").unlink()
+    from_hf(good, target)
     with pytest.raises(InputError, match="is not empty; pass --overwrite"):
         from_hf(good, target)
-    assert (target / "precious").read_text() == "x"
+    (target / "tokenizer.json").write_text("{}")
     from_hf(good, target, overwrite=True)
-    assert not (target / "precious").exists() and native.is_native(target)
-    with pytest.raises(InputError, match="holds the source"):
+    assert native.is_native(target) and not (target / "tokenizer.json").exists()
+    with pytest.raises(InputError, match="is the source"):
         to_hf(target, target, overwrite=True)
     with pytest.raises(InputError, match="holds the source"):
         to_hf(target, tmp_path, overwrite=True)
@@ -413,12 +419,6 @@ def test_interruption_leaves_nothing(good: Path, tmp_path: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         from_hf(good, tmp_path / "native")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_other_errors_pass_through(good: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="Not a directory"):
-        from_hf(good, tmp_path / "file" / "native")
 
 
 def edit_model(**changes: object) -> Callable[[Path], None]:

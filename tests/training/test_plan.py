@@ -13,7 +13,7 @@ from eabf_jax.model.lora import Lora
 from eabf_jax.parallel.mesh import MeshConfig, axis_sizes, make_mesh
 from eabf_jax.training import plan as planner
 from eabf_jax.training.backward import REMAT_POLICIES, Pieces
-from eabf_jax.training.plan import DEVICES, GIB, check, choose, device_at_hand, device_named, plan
+from eabf_jax.training.plan import DEVICES, GIB, check, choose, device_at_hand, device_named, plan, settle_mesh
 from eabf_jax.training.recipe import load_config
 from eabf_jax.training.step import build_model
 
@@ -162,6 +162,39 @@ def test_a_run_that_cannot_fit_is_refused_with_the_numbers_and_what_would_fit():
     assert "what fits: compute.optimizer_memory host" in text
     host, _ = llama_7b(optimizer_memory="host")
     check(plan(host, model, ONE, DEVICES["h100"]), host, model)
+
+
+@pytest.mark.parametrize(
+    ("devices", "device", "changes", "mesh"),
+    [
+        (16, "v4", {}, {"fsdp": 16}),  # one axis of devices is enough
+        (4, "v4", {}, {"fsdp": 2, "context": 2}),  # benchmarks/results/tpu_table.json: 29.4 GiB
+        (8, "v4", {"batch_size": 2}, {"fsdp": 2, "context": 4}),  # two rows split no further
+        (8, "h100", {"objective": "pretrain"}, {"fsdp": 8}),
+        (1, "h200", {}, {"fsdp": 1}),
+    ],
+)
+def test_mesh_auto(devices, device, changes, mesh):
+    config, model = llama_7b(remat="full")
+    config = dataclasses.replace(config, mesh="auto", recipe=dataclasses.replace(config.recipe, **changes))
+    found = settle_mesh(config, model, devices, DEVICES[device])
+    assert found == MeshConfig(**{"fsdp": 1, **mesh})
+    assert settle_mesh(dataclasses.replace(config, mesh=MeshConfig(tensor=2)), model, 1, DEVICES[device]).tensor == 2
+
+
+def test_mesh_auto_where_nothing_divides():
+    config, model = llama_7b()
+    config = dataclasses.replace(config, mesh="auto", recipe=dataclasses.replace(config.recipe, objective="pretrain"))
+    with pytest.raises(
+        InputError, match=r"mesh auto: no mesh of 3 devices divides recipe\.batch_size 32, window 16384"
+    ):
+        settle_mesh(config, model, 3, DEVICES["h100"])
+
+
+def test_a_refusal_names_a_mesh_that_fits():
+    config, model = llama_7b(optimizer_memory="device", remat="full", executor="program")
+    with pytest.raises(InputError, match=r"what fits: mesh.fsdp 2, mesh.context 2, compute.remat full"):
+        check(plan(config, model, {**ONE, "fsdp": 4}, DEVICES["v4"]), config, model)
 
 
 def test_a_refusal_names_more_devices_where_no_setting_helps():
