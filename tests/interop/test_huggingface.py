@@ -114,6 +114,8 @@ def test_load_refuses_other_dtypes_and_places(tmp_path: Path) -> None:
         eabf_jax.load(tmp_path, dtype="int8")
     with pytest.raises(InputError, match="no such directory"):
         eabf_jax.load(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="directory is None; the path of a model's directory is needed"):
+        eabf_jax.load(None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="neither a Hugging Face directory"):
         eabf_jax.load(tmp_path)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
