@@ -549,6 +549,6 @@ def test_lists_and_other_integers_are_rows_of_tokens_too(kind: Any, monkeypatch:
     tokens = [[3, 1, 36]] if kind is list else kind([[3, 1, 36]])
     shape = jax.eval_shape(lambda model: model(tokens, [[0, 1, 0]], [[0, 0, 1]]), model).shape
     assert shape == (1, 3, 37)
-    assert seen[0].dtype == jnp.int32 and seen[0].tolist() == [[3, 1, 36]]
+    assert seen[0].dtype == jnp.int32
     with pytest.raises(InputError, match=r"tokens: float32 of shape \[1, 3\] was given"):
         jax.eval_shape(lambda model, tokens: model(tokens), model, jax.ShapeDtypeStruct((1, 3), jnp.float32))
