@@ -15,7 +15,7 @@ from eabf_jax.interop import native
 from eabf_jax.interop.adapter import Leaves, merged, read_adapter
 from eabf_jax.interop.directory import new_directory, read_json_object, write_json
 from eabf_jax.interop.layout import Parameter, nest, parameters, shapes
-from eabf_jax.interop.model_card import model_card
+from eabf_jax.interop.model_card import CARD_FILE, model_card, write_origin
 from eabf_jax.interop.safetensors_stream import (
     NAMES,
     PlannedTensor,
@@ -308,6 +308,7 @@ def from_hf(src: Path | str, dst: Path | str, overwrite: bool = False) -> Summar
         leaves = {entry.path: _stack(entry, found, None) for entry in parameters(config)}
         native.save_params(partial, nest(leaves))
         copy_tokenizer_files(source, partial)
+        write_origin(source, partial)
         widest = max((leaf.dtype for leaf in leaves.values()), key=lambda dtype: dtype.itemsize)
         native.write_model_json(partial, config, dtype=widest.name)
     return Summary(sum(entry.layers or 1 for entry in parameters(config)), sum(x.nbytes for x in leaves.values()))
@@ -361,14 +362,14 @@ def to_hf(
             for own in leaf[None] if entry.layers is None else leaf:
                 yield (own.T if entry.transposed else own).astype(dtypes[entry.path], copy=False)
 
-    card = model_card(source, config, int(native.checkpoint_path(source, step).parent.name))
+    card = model_card(source, Path(dst).absolute().name, config, int(native.checkpoint_path(source, step).parent.name))
     with new_directory(dst, overwrite) as partial:
         write_sharded(partial, planned, tensors(), max_shard_bytes)
         widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
         write_config(partial, config, widest.name)
         copy_tokenizer_files(source, partial)
         _widen_tokenizer(partial / "tokenizer_config.json", config.max_position_embeddings)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
     return Summary(len(planned), sum(tensor.nbytes for tensor in planned))
 
 
