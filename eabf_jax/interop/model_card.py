@@ -39,9 +39,14 @@ def origin(directory: Path) -> dict[str, Any]:
         told = metadata_load(directory / CARD_FILE) or {}
     except (OSError, ValueError, yaml.YAMLError):
         told = {}  # no card, or a README that is something else
-    cached = re.search(r"models--([^/]+)--([^/]+)", directory.absolute().as_posix())
-    known = {"base_model": f"{cached[1]}/{cached[2]}"} if cached else {}
-    return {name: told[name] for name in _PASSED_ON if told.get(name)} | known
+    name = _hub_name(directory)
+    return {key: told[key] for key in _PASSED_ON if told.get(key)} | ({"base_model": name} if name else {})
+
+
+def _hub_name(directory: Path) -> str | None:
+    """The name of a model on the Hub, if this is its directory in the Hub's cache."""
+    found = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/[^/]+$", directory.absolute().as_posix())
+    return f"{found[1]}/{found[2]}" if found else None
 
 
 def write_origin(source: Path, destination: Path) -> None:
@@ -151,7 +156,7 @@ def _training(run: Path, step: int) -> tuple[dict[str, str], dict[str, Any]]:
 
 def _name(path: str) -> str:
     """A directory's own name: where it was on the machine that trained is nobody's business."""
-    return Path(os.path.abspath(path)).name
+    return _hub_name(Path(path)) or Path(os.path.abspath(path)).name
 
 
 def _count(number: int, noun: str) -> str:
@@ -166,7 +171,9 @@ def _dataset(path: Path, split: str) -> tuple[str, dict[str, Any]]:
         values = read_json_object(path)
         found = values["splits"][split]
         size = f": {_count(found['records'], 'record')} of {_count(found['tokens'], 'token')} in all"
-        size += f", from {', '.join(values['sources'])}" if values.get("sources") else ""
+        sources = values.get("sources") or []
+        more = f" and {_count(len(sources) - 3, 'other')}" if len(sources) > 3 else ""
+        size += f", from {', '.join(sources[:3])}{more}" if sources else ""
         language = values.get("language", "any")
         return size, {} if language == "any" else {"language": language}
     except (KeyError, TypeError, ValueError) as error:

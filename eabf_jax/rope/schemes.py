@@ -367,7 +367,7 @@ def to_hf(s: Scheme, head_dim: int | None = None, spelling: str = "rope_scaling"
     file. `dynamic` takes the pretrained window from it, in every release. For yarn it is the extended window: releases
     4.51 to 4.55 take the factor as its ratio to `original_max_position_embeddings` (later ones take `factor`). Up to
     4.50, `original_max_position_embeddings` is not read and the ramp is laid over the extended window: a yarn export
-    needs transformers 4.51 or later.
+    needs transformers 4.51 or later. `truncate` false is written for the releases that read it; older ones round.
 
     Args:
       s: the scheme.
