@@ -1,6 +1,7 @@
 """One function that loads a model and its tokenizer from either kind of directory."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -145,5 +146,7 @@ def _load_merged(
 
 
 def _check_exists(directory: Path | str) -> None:
+    if not isinstance(directory, str | os.PathLike):
+        raise InputError(f"directory is {directory!r:.80}; the path of a model's directory is needed")
     if not Path(directory).is_dir():
         raise InputError(f"{directory}: no such directory")

@@ -2,6 +2,7 @@
 
 model.json                  the config, the rotary scheme included; `adapter` where there are adapters alone
 tokenizer.json, …           as in a Hugging Face directory
+README.md                   of a converted model: front matter with what is known of its licence and origin
 checkpoints/<step>/params   what the trainer writes; a converted model is a run at step 0 with parameters only
 config.yaml, dataset.json   of a run: its configuration, and what the dataset tells of itself
 metrics.jsonl               of a run: one object a step

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -445,13 +446,22 @@ class Llama(nnx.Module):
         """Everything but the output projection.
 
         Args:
-          tokens: int32 [batch, length].
-          positions: int32 [batch, length], 0-based; None counts from 0, anew in each segment.
-          segment_ids: int32 [batch, length]; tokens see only their own segment. None is one segment a row.
+          tokens: integers [batch, length], below vocab_size. Under `jax.jit` their values are not known and cannot be
+            checked: what comes of an id beyond the vocabulary is NaN there.
+          positions: integers [batch, length], 0-based; None counts from 0, anew in each segment.
+          segment_ids: integers [batch, length]; tokens see only their own segment. None is one segment a row.
 
         Returns:
           Final normed hidden states [batch, length, hidden_size], in the compute dtype.
+
+        Raises:
+          InputError: an argument of another shape or dtype, or (outside of `jax.jit`) a value out of range.
         """
+        tokens = _checked("tokens", tokens, 0, self.config.vocab_size)
+        if positions is not None:
+            positions = _checked("positions", positions, 0, 2**31, tokens.shape)
+        if segment_ids is not None:
+            segment_ids = _checked("segment_ids", segment_ids, -(2**31), 2**31, tokens.shape)
         row = self.row(tokens, positions, segment_ids)
         stacked = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param))
 
@@ -520,12 +530,15 @@ class Llama(nnx.Module):
         """Logits of the next token at every position.
 
         Args:
-          tokens: int32 [batch, length].
+          tokens: as for `hidden_states`.
           positions: as for `hidden_states`.
           segment_ids: as for `hidden_states`.
 
         Returns:
           float32 [batch, length, vocab_size].
+
+        Raises:
+          InputError: as `hidden_states`.
         """
         return logits(self.hidden_states(tokens, positions, segment_ids), self.output_kernel())
 
@@ -543,6 +556,28 @@ def logits(hidden: Float[Array, "... D"], kernel: Float[Array, "D V"]) -> Float[
     return jnp.matmul(
         hidden, kernel.astype(hidden.dtype), precision=precision_of(hidden.dtype), preferred_element_type=jnp.float32
     )
+
+
+def _checked(name: str, given: Any, low: int, end: int, shape: tuple[int, ...] | None = None) -> Int[Array, "B T"]:
+    """What a caller gave for an array of integers [batch, length], looked at as far as it is known before tracing."""
+    try:
+        values = given if isinstance(given, jax.Array) else np.asarray(given)
+    except ValueError as error:
+        raise InputError(f"{name}: rows of different lengths; integers of shape [batch, length] are needed") from error
+    if values.ndim != 2 or not values.size or not jnp.issubdtype(values.dtype, jnp.integer):
+        raise InputError(
+            f"{name}: {values.dtype} of shape {list(values.shape)} was given; integers of shape [batch, length] are "
+            "needed, both at least 1"
+        )
+    if shape is not None and values.shape != shape:
+        raise InputError(f"{name}: shape {list(values.shape)} was given; that of the tokens, {list(shape)}, is needed")
+    if not isinstance(values, jax.Array) or (not isinstance(values, jax.core.Tracer) and values.is_fully_addressable):
+        known = np.asarray(values)
+        if known.min() < low or known.max() >= end:
+            raise InputError(
+                f"{name}: values from {known.min()} to {known.max()} were given; {low} to {end - 1} are possible"
+            )
+    return jnp.asarray(values, jnp.int32)
 
 
 def _named_leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
