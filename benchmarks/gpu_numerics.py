@@ -16,6 +16,7 @@ are rounded to int8, the plain way rounds them too. Exit status 1: an error is b
 
 import argparse
 import functools
+import itertools
 import os
 import sys
 import time
@@ -46,8 +47,9 @@ class Sizes(NamedTuple):
       window: pretrained, of the schemes.
       decoded: tokens decoded.
       hidden: of the model, in which a head has `head_dim`.
-      head_dim: of the model that every scheme is tried on; `wide` of another one.
-      wide: head size of that.
+      head_dim: of the model that every scheme is tried on.
+      wide: head size of one more model; None for no such.
+      policies: of remat, for EABF; other schemes have the first one.
       lengths: of the attention kernels.
       slots: of the caches that a token attends to: XLA's products read the few, cuDNN the many.
     """
@@ -58,18 +60,29 @@ class Sizes(NamedTuple):
     decoded: int
     hidden: int
     head_dim: int
-    wide: int
+    wide: int | None
+    policies: tuple[str, ...]
     lengths: tuple[int, ...]
     slots: tuple[int, ...]
 
 
 # On the GPU the caches hold more than the 1,024 slots from where on cuDNN's kernel attends to them.
 SIZES = {
-    "gpu": Sizes(1200, 448, 256, 5, 256, 64, 128, (64, 128, 200, 257, 1000), (512, 1536)),
-    "cpu": Sizes(40, 16, 12, 3, 32, 8, 16, (16, 33), (48,)),
+    "gpu": Sizes(
+        1200,
+        448,
+        256,
+        5,
+        256,
+        64,
+        128,
+        ("dots", "full", "attention", "qkv", "none"),
+        (64, 128, 200, 257, 1000),
+        (512, 1536),
+    ),
+    "cpu": Sizes(40, 16, 12, 2, 32, 8, None, ("dots",), (33,), (48,)),
 }
 HEADS, KV_HEADS, LAYERS, VOCABULARY = 4, 2, 3, 256  # the multiplier of EABF begins with the third layer
-POLICIES = ("dots", "full", "attention", "qkv", "none")
 
 
 def distance(found: Any, expected: Any) -> float:
@@ -473,28 +486,26 @@ def decoding(generator: Any, prompts: Any, total: int) -> Callable[[Any, Any], A
 def jobs(sizes: Sizes, backend: str, schemes: Sequence[str]) -> list[Callable[[], list[dict[str, Any]]]]:
     """What is compared, each part for itself."""
 
+    from eabf_jax.model.kv_cache import CACHE_DTYPES
+
     def model(name: str, head_dim: int, policies: Sequence[str]) -> list[dict[str, Any]]:
         case = Case(sizes, backend, name, head_dim)
-        return [*case.training(policies), *case.generation("model"), *case.generation("int8")]
+        return [*case.training(policies), *(x for kind in CACHE_DTYPES for x in case.generation(kind))]
 
-    wide, narrow = sizes.wide, sizes.head_dim
+    first = sizes.policies[:1]
     found: list[Callable[[], list[dict[str, Any]]]] = [
-        functools.partial(model, name, narrow, POLICIES if name == "eabf" else POLICIES[:1]) for name in schemes
+        functools.partial(model, name, sizes.head_dim, sizes.policies if name == "eabf" else first) for name in schemes
     ]
-    if "eabf" in schemes:
-        found.append(functools.partial(model, "eabf", wide, POLICIES[:1]))
-    for length in sizes.lengths:
-        found.append(functools.partial(attention_case, backend, length, KV_HEADS, narrow, False))
-    found.append(functools.partial(attention_case, backend, sizes.lengths[-1], HEADS, wide, False))
-    found += [
-        functools.partial(attention_case, backend, sizes.lengths[1], KV_HEADS, dim, True) for dim in (narrow, wide)
-    ]
-    for slots in sizes.slots:
-        for kind in ("model", "int8"):
-            found += [
-                functools.partial(token_case, backend, slots, kv_heads, dim, kind)
-                for kv_heads, dim in ((KV_HEADS, narrow), (HEADS, wide))
-            ]
+    heads = [(KV_HEADS, sizes.head_dim)]
+    if sizes.wide is not None:
+        heads.append((HEADS, sizes.wide))
+        found += [functools.partial(model, name, sizes.wide, first) for name in schemes if name == "eabf"]
+    for kv_heads, head_dim in heads:
+        for length in sizes.lengths:
+            found.append(functools.partial(attention_case, backend, length, kv_heads, head_dim, False))
+        found.append(functools.partial(attention_case, backend, sizes.lengths[-1], kv_heads, head_dim, True))
+        for slots, kind in itertools.product(sizes.slots, CACHE_DTYPES):
+            found.append(functools.partial(token_case, backend, slots, kv_heads, head_dim, kind))
     return found
 
 
