@@ -52,6 +52,7 @@ class Sizes(NamedTuple):
       policies: of remat, for EABF; other schemes have the first one.
       lengths: of the attention kernels.
       slots: of the caches that a token attends to: XLA's products read the few, cuDNN the many.
+      caches: kinds of them.
     """
 
     length: int
@@ -64,24 +65,21 @@ class Sizes(NamedTuple):
     policies: tuple[str, ...]
     lengths: tuple[int, ...]
     slots: tuple[int, ...]
+    caches: tuple[str, ...]
 
 
 # On the GPU the caches hold more than the 1,024 slots from where on cuDNN's kernel attends to them.
 SIZES = {
     "gpu": Sizes(
-        1200,
-        448,
-        256,
-        5,
-        256,
-        64,
-        128,
-        ("dots", "full", "attention", "qkv", "none"),
-        (64, 128, 200, 257, 1000),
-        (512, 1536),
+        length=1200, chunk=600, window=256, decoded=5, hidden=256, head_dim=64, wide=128,
+        policies=("dots", "full", "attention", "qkv", "none"), lengths=(64, 128, 200, 257, 1000), slots=(512, 1536),
+        caches=("model", "int8"),
     ),
-    "cpu": Sizes(40, 24, 12, 2, 32, 8, None, ("dots",), (33,), (48,)),
-}
+    "cpu": Sizes(
+        length=40, chunk=24, window=12, decoded=2, hidden=32, head_dim=8, wide=None, policies=("dots",), lengths=(33,),
+        slots=(48,), caches=("int8",),
+    ),
+}  # fmt: skip
 # XLA has no bfloat16 products for CPUs that the backward pass of `chunked` could use.
 BACKENDS = {"gpu": "auto", "cpu": "reference"}
 HEADS, KV_HEADS, LAYERS, VOCABULARY = 4, 2, 3, 256  # the multiplier of EABF begins with the third layer
@@ -178,8 +176,8 @@ def attention_case(backend: str, length: int, kv_heads: int, head_dim: int, pack
     def results(name: str) -> dict[str, Any]:
         @jax.jit
         def both(q: Any, k: Any, v: Any, d_out: Any) -> Any:
-            attend = functools.partial(attention.BACKENDS[name], segment_ids=jnp.asarray(ids) if packed else None)
-            out, pullback = jax.vjp(attend, q, k, v)
+            segments = jnp.asarray(ids) if packed else None
+            out, pullback = jax.vjp(lambda q, k, v: attention.BACKENDS[name](q, k, v, segments), q, k, v)
             return out, *pullback(d_out)
 
         return dict(zip(("out", "d_q", "d_k", "d_v"), both(q, k, v, d_out), strict=True))
@@ -222,7 +220,8 @@ def token_case(backend: str, slots: int, kv_heads: int, head_dim: int, kind: str
             k=jnp.where(beyond[..., None], 100, cache.k).astype(cache.k.dtype),
             v=jnp.where(beyond[..., None], 100, cache.v).astype(cache.v.dtype),
         )
-        return attend_token(*newest, cache, positions, backend=backend)[0]
+        one_q, one_k, one_v = newest
+        return attend_token(one_q, one_k, one_v, cache, positions, backend=backend)[0]
 
     rounded = int8_rounded if kind == "int8" else lambda x: x
 
@@ -469,9 +468,8 @@ def decoding(generator: Any, prompts: Any, total: int) -> Callable[[Any, Any], A
         caches = list(caches)
 
         def attend(q: Any, k: Any, v: Any, cache: Any) -> Any:
-            out, cache = placement.token_attention(
-                None, *(y[:, 0] for y in (q, k, v)), cache, position, backend=setup.backend
-            )
+            q, k, v = (y[:, 0] for y in (q, k, v))
+            out, cache = placement.token_attention(None, q, k, v, cache, position, backend=setup.backend)
             return out[:, None], cache
 
         row = decoder.rows(setup.config.rope, setup.config.head_dim, position[:, None], None)
@@ -490,11 +488,9 @@ def decoding(generator: Any, prompts: Any, total: int) -> Callable[[Any, Any], A
 def jobs(sizes: Sizes, backend: str, schemes: Sequence[str]) -> list[Callable[[], list[dict[str, Any]]]]:
     """What is compared, each part for itself."""
 
-    from eabf_jax.model.kv_cache import CACHE_DTYPES
-
     def model(name: str, head_dim: int, policies: Sequence[str]) -> list[dict[str, Any]]:
         case = Case(sizes, backend, name, head_dim)
-        return [*case.training(policies), *(x for kind in CACHE_DTYPES for x in case.generation(kind))]
+        return [*case.training(policies), *(x for kind in sizes.caches for x in case.generation(kind))]
 
     first = sizes.policies[:1]
     found: list[Callable[[], list[dict[str, Any]]]] = [
@@ -505,10 +501,10 @@ def jobs(sizes: Sizes, backend: str, schemes: Sequence[str]) -> list[Callable[[]
         heads.append((HEADS, sizes.wide))
         found += [functools.partial(model, name, sizes.wide, first) for name in schemes if name == "eabf"]
     for kv_heads, head_dim in heads:
-        for length in sizes.lengths:
-            found.append(functools.partial(attention_case, backend, length, kv_heads, head_dim, False))
-        found.append(functools.partial(attention_case, backend, sizes.lengths[-1], kv_heads, head_dim, True))
-        for slots, kind in itertools.product(sizes.slots, CACHE_DTYPES):
+        kernels = [(length, False) for length in sizes.lengths] + [(length, True) for length in sizes.lengths[-1:]]
+        for length, packed in kernels:
+            found.append(functools.partial(attention_case, backend, length, kv_heads, head_dim, packed))
+        for slots, kind in itertools.product(sizes.slots, sizes.caches):
             found.append(functools.partial(token_case, backend, slots, kv_heads, head_dim, kind))
     return found
 

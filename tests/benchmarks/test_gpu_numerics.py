@@ -62,13 +62,12 @@ def test_a_result_may_be_twice_as_wrong_as_the_plain_one(program):
 
 
 BROKEN = {
-    "a scale that is wrong by a tenth": lambda q, k, v, ids: attention.reference(1.1 * q, k, v, ids),
     "no causal mask": lambda q, k, v, ids: attention.reference_at(jnp.full(q.shape[1], q.shape[1]), q, k, v, ids),
-    "segments that see each other": lambda q, k, v, ids: attention.reference(q, k, v, None),
-    "the wrong head of the keys": lambda q, k, v, ids: attention.reference(q, k[:, :, ::-1], v, ids),
+    "a scale that is wrong by a tenth": lambda q, k, v, ids: attention.reference(1.1 * q, k, v, ids),
 }
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_wrong_kernel_is_found(program, monkeypatch, broken):
     def kernel(q, k, v, segment_ids=None):
@@ -80,8 +79,7 @@ def test_a_wrong_kernel_is_found(program, monkeypatch, broken):
     assert not any(x["within"] for x in found)
 
 
-@pytest.mark.parametrize("kind", ["model", "int8"])
-@pytest.mark.parametrize("off", [0, 1])
+@pytest.mark.parametrize(("kind", "off"), [("model", 0), ("model", 1), ("int8", 1)])
 def test_a_token_that_sees_beyond_its_rows_end_is_found(program, monkeypatch, kind, off):
     from eabf_jax.model import kv_cache
 
@@ -98,18 +96,17 @@ def test_a_token_that_sees_beyond_its_rows_end_is_found(program, monkeypatch, ki
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_everything_is_compared(program, call):
+def test_a_model_is_compared_in_training_and_in_generation(program, call, monkeypatch):
+    monkeypatch.setitem(program.SIZES, "cpu", program.SIZES["cpu"]._replace(lengths=(), slots=()))  # tested above
     status, figures = call("--schemes", "eabf", "--workers", "2")
     found = figures["comparisons"]
     assert [x for x in found if not x["within"]] == [] and figures["beyond"] == 0 and status == 0
-    assert {x["path"].partition(",")[0] for x in found} == {
-        *("attention", "a token's attention", "training", "prefill", "decode", "generate")
-    }
-    assert {x.get("cache") for x in found} == {None, "model", "int8"}
+    assert {x["path"].partition(",")[0] for x in found} == {"training", "prefill", "decode", "generate"}
+    assert {x.get("cache") for x in found} == {None, "int8"}
     gradients = {x["what"] for x in found if x["what"].startswith("gradient")}
     assert len(gradients) == 12 and "gradient of layers.self_attn.q_proj.kernel" in gradients
     # The plain way's errors are those of 8 bits.
-    assert all(2.0**-12 < x["plain_error"] < 2.0**-4 for x in found if x["path"] != "generate" and x["what"] != "loss")
+    assert all(2.0**-12 < x["plain_error"] < 2.0**-4 for x in found if x["what"] != "loss")
     assert {"commit", "card", "versions", "sources", "device"} <= figures.keys()
     assert "eabf_jax/training/backward.py" in figures["sources"]
 
