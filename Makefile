@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation --requirement
 
-.PHONY: demo demo-all test test-newest test-oldest test-transformers-4.46 locks lint venv clean FORCE
+.PHONY: demo demo-all test test-gpu test-newest test-oldest test-transformers-4.46 locks lint venv clean FORCE
 .DELETE_ON_ERROR:
 
 .venv/python:
@@ -96,6 +96,14 @@ demo-all: demo runs/tiny_pi_2k runs/tiny_yarn_2k runs/tiny_abf_2k
 
 test: .venv/tested
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term
+
+# On a machine with an NVIDIA GPU: what it computes, against float32.
+.venv/cuda: .venv/installed
+	$(PIP) --no-build-isolation --editable '.[cuda]'
+	@touch $@
+
+test-gpu: .venv/cuda
+	$(BIN)/python benchmarks/gpu_numerics.py --json benchmarks/results/gpu_numerics.json
 
 # The suite with other releases than those in locks/: the newest that the ranges allow, and the oldest.
 test-newest: .venv/tested .venv/uv/installed

@@ -16,6 +16,7 @@ are rounded to int8, the plain way rounds them too. Exit status 1: an error is b
 
 import argparse
 import functools
+import itertools
 import os
 import sys
 import time
@@ -46,10 +47,12 @@ class Sizes(NamedTuple):
       window: pretrained, of the schemes.
       decoded: tokens decoded.
       hidden: of the model, in which a head has `head_dim`.
-      head_dim: of the model that every scheme is tried on; `wide` of another one.
-      wide: head size of that.
+      head_dim: of the model that every scheme is tried on.
+      wide: head size of one more model; None for no such.
+      policies: of remat, for EABF; other schemes have the first one.
       lengths: of the attention kernels.
       slots: of the caches that a token attends to: XLA's products read the few, cuDNN the many.
+      caches: kinds of them.
     """
 
     length: int
@@ -58,18 +61,28 @@ class Sizes(NamedTuple):
     decoded: int
     hidden: int
     head_dim: int
-    wide: int
+    wide: int | None
+    policies: tuple[str, ...]
     lengths: tuple[int, ...]
     slots: tuple[int, ...]
+    caches: tuple[str, ...]
 
 
 # On the GPU the caches hold more than the 1,024 slots from where on cuDNN's kernel attends to them.
 SIZES = {
-    "gpu": Sizes(1200, 448, 256, 5, 256, 64, 128, (64, 128, 200, 257, 1000), (512, 1536)),
-    "cpu": Sizes(40, 16, 12, 3, 32, 8, 16, (16, 33), (48,)),
-}
+    "gpu": Sizes(
+        length=1200, chunk=600, window=256, decoded=5, hidden=256, head_dim=64, wide=128,
+        policies=("dots", "full", "attention", "qkv", "none"), lengths=(64, 128, 200, 257, 1000), slots=(512, 1536),
+        caches=("model", "int8"),
+    ),
+    "cpu": Sizes(
+        length=40, chunk=24, window=12, decoded=2, hidden=32, head_dim=8, wide=None, policies=("dots",), lengths=(33,),
+        slots=(48,), caches=("int8",),
+    ),
+}  # fmt: skip
+# XLA has no bfloat16 products for CPUs that the backward pass of `chunked` could use.
+BACKENDS = {"gpu": "auto", "cpu": "reference"}
 HEADS, KV_HEADS, LAYERS, VOCABULARY = 4, 2, 3, 256  # the multiplier of EABF begins with the third layer
-POLICIES = ("dots", "full", "attention", "qkv", "none")
 
 
 def distance(found: Any, expected: Any) -> float:
@@ -150,7 +163,7 @@ def attention_case(backend: str, length: int, kv_heads: int, head_dim: int, pack
     import jax
     import jax.numpy as jnp
 
-    from eabf_jax.model.attention import BACKENDS
+    from eabf_jax.model import attention
 
     rows = 2
     q, k, v, d_out = drawn(length, *[(rows, length, n, head_dim) for n in (HEADS, kv_heads, kv_heads, HEADS)])
@@ -163,8 +176,8 @@ def attention_case(backend: str, length: int, kv_heads: int, head_dim: int, pack
     def results(name: str) -> dict[str, Any]:
         @jax.jit
         def both(q: Any, k: Any, v: Any, d_out: Any) -> Any:
-            attend = functools.partial(BACKENDS[name], segment_ids=jnp.asarray(ids) if packed else None)
-            out, pullback = jax.vjp(attend, q, k, v)
+            segments = jnp.asarray(ids) if packed else None
+            out, pullback = jax.vjp(lambda q, k, v: attention.BACKENDS[name](q, k, v, segments), q, k, v)
             return out, *pullback(d_out)
 
         return dict(zip(("out", "d_q", "d_k", "d_v"), both(q, k, v, d_out), strict=True))
@@ -207,7 +220,8 @@ def token_case(backend: str, slots: int, kv_heads: int, head_dim: int, kind: str
             k=jnp.where(beyond[..., None], 100, cache.k).astype(cache.k.dtype),
             v=jnp.where(beyond[..., None], 100, cache.v).astype(cache.v.dtype),
         )
-        return attend_token(*newest, cache, positions, backend=backend)[0]
+        one_q, one_k, one_v = newest
+        return attend_token(one_q, one_k, one_v, cache, positions, backend=backend)[0]
 
     rounded = int8_rounded if kind == "int8" else lambda x: x
 
@@ -238,7 +252,7 @@ def scheme_of(name: str, window: int) -> Any:
 
 
 def configuration(sizes: Sizes, rope: Any, head_dim: int) -> Any:
-    """A model whose attention and gradients depend on what is compared: weights that keep activations near 1."""
+    """A small model of a shape."""
     from eabf_jax.model import LlamaConfig
 
     return LlamaConfig(
@@ -250,7 +264,6 @@ def configuration(sizes: Sizes, rope: Any, head_dim: int) -> Any:
         num_key_value_heads=KV_HEADS,
         head_dim=head_dim,
         max_position_embeddings=sizes.window,
-        initializer_range=sizes.hidden**-0.5,
         eos_token_id=None,
         rope=rope,
     )
@@ -353,19 +366,22 @@ class Case:
         """Draws weights and tokens; nothing is computed yet."""
         import jax
         import jax.numpy as jnp
-        from flax import nnx
 
         from eabf_jax.model import Llama
 
         self._sizes, self._backend = sizes, backend
         self._where = {"scheme": name, "head_dim": head_dim}
         self._config = configuration(sizes, scheme_of(name, sizes.window), head_dim)
-        drawn = Llama(self._config, rngs=nnx.Rngs(0)).parameters()
-        # What bfloat16 holds: the references begin with the same weights.
-        self._parameters = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), drawn)
+        random = np.random.default_rng(1)
+
+        def draw(path: Any, leaf: Any) -> Any:
+            # Sizes with which activations stay near 1; what bfloat16 holds, as the references begin with the same.
+            sizes = {"scale": (1.0, 0.1), "embedding": (0.0, 1.0), "kernel": (0.0, leaf.shape[-2:][0] ** -0.5)}
+            return jnp.asarray(random.normal(*sizes[path[-1].key], leaf.shape), jnp.bfloat16).astype(jnp.float32)
+
+        self._parameters = jax.tree_util.tree_map_with_path(draw, Llama.abstract(self._config).parameters())
         self._exact = Dense(self._config, self._parameters, "float32")
         self._plain = Dense(self._config, self._parameters, "bfloat16")
-        random = np.random.default_rng(1)
         self._tokens, self._targets = random.integers(0, VOCABULARY, (2, 2, sizes.length)).astype(np.int32)
 
     def training(self, policies: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -452,9 +468,8 @@ def decoding(generator: Any, prompts: Any, total: int) -> Callable[[Any, Any], A
         caches = list(caches)
 
         def attend(q: Any, k: Any, v: Any, cache: Any) -> Any:
-            out, cache = placement.token_attention(
-                None, *(y[:, 0] for y in (q, k, v)), cache, position, backend=setup.backend
-            )
+            q, k, v = (y[:, 0] for y in (q, k, v))
+            out, cache = placement.token_attention(None, q, k, v, cache, position, backend=setup.backend)
             return out[:, None], cache
 
         row = decoder.rows(setup.config.rope, setup.config.head_dim, position[:, None], None)
@@ -475,26 +490,22 @@ def jobs(sizes: Sizes, backend: str, schemes: Sequence[str]) -> list[Callable[[]
 
     def model(name: str, head_dim: int, policies: Sequence[str]) -> list[dict[str, Any]]:
         case = Case(sizes, backend, name, head_dim)
-        return [*case.training(policies), *case.generation("model"), *case.generation("int8")]
+        return [*case.training(policies), *(x for kind in sizes.caches for x in case.generation(kind))]
 
-    wide, narrow = sizes.wide, sizes.head_dim
+    first = sizes.policies[:1]
     found: list[Callable[[], list[dict[str, Any]]]] = [
-        functools.partial(model, name, narrow, POLICIES if name == "eabf" else POLICIES[:1]) for name in schemes
+        functools.partial(model, name, sizes.head_dim, sizes.policies if name == "eabf" else first) for name in schemes
     ]
-    if "eabf" in schemes:
-        found.append(functools.partial(model, "eabf", wide, POLICIES[:1]))
-    for length in sizes.lengths:
-        found.append(functools.partial(attention_case, backend, length, KV_HEADS, narrow, False))
-    found.append(functools.partial(attention_case, backend, sizes.lengths[-1], HEADS, wide, False))
-    found += [
-        functools.partial(attention_case, backend, sizes.lengths[1], KV_HEADS, dim, True) for dim in (narrow, wide)
-    ]
-    for slots in sizes.slots:
-        for kind in ("model", "int8"):
-            found += [
-                functools.partial(token_case, backend, slots, kv_heads, dim, kind)
-                for kv_heads, dim in ((KV_HEADS, narrow), (HEADS, wide))
-            ]
+    heads = [(KV_HEADS, sizes.head_dim)]
+    if sizes.wide is not None:
+        heads.append((HEADS, sizes.wide))
+        found += [functools.partial(model, name, sizes.wide, first) for name in schemes if name == "eabf"]
+    for kv_heads, head_dim in heads:
+        kernels = [(length, False) for length in sizes.lengths] + [(length, True) for length in sizes.lengths[-1:]]
+        for length, packed in kernels:
+            found.append(functools.partial(attention_case, backend, length, kv_heads, head_dim, packed))
+        for slots, kind in itertools.product(sizes.slots, sizes.caches):
+            found.append(functools.partial(token_case, backend, slots, kv_heads, head_dim, kind))
     return found
 
 
@@ -523,7 +534,7 @@ def main() -> None:
         kind = jax.devices()[0].device_kind
     except RuntimeError as error:
         raise InputError(f"--device {options.device}: {error}; --device cpu runs small shapes anywhere") from error
-    backend = select("auto", jnp.dtype("bfloat16"), sizes.head_dim)
+    backend = select(BACKENDS[options.device], jnp.dtype("bfloat16"), sizes.head_dim)
     figures = {
         **record("gpu_numerics"),
         "device": kind,
