@@ -37,6 +37,12 @@ _TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 # transformers' classes that make their own rules around a vocabulary, whatever file it comes from.
 _LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")
+# The special tokens that a class has where the files name none; only those that the vocabulary holds count.
+_CLASS_TOKENS = {
+    **{kind: {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} for kind in _LLAMA_CLASSES},
+    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
+}
 # What a tokenizer.model may be named as besides: these follow the file.
 _GENERIC_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")
 _SPACE = "▁"
@@ -69,29 +75,26 @@ class Tokenizer:
         """
         self._directory = Path(directory)
         settings = _read_settings(self._directory)
-        built = _build(self._directory, settings)
-        backend = built.backend
+        backend, self.special_tokens = _build(self._directory, settings)
         self._parsing = backend
-        self._literal = tokenizers.Tokenizer.from_str(backend.to_str())
-        self._literal.encode_special_tokens = True
+        self._literal = _without_markup(backend)
         # A tokenizer may be told to take even the names of its special tokens for text.
         self._parsing.encode_special_tokens = bool(settings.values.get("split_special_tokens", False))
         self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self.added_ids = frozenset(backend.get_added_tokens_decoder())
-        self.special_tokens = built.special_tokens
         generation = {
             **_read_json(self._directory / "config.json"),
             **_read_json(self._directory / "generation_config.json"),
         }
-        self.bos_id = self._special_id("bos", settings, generation)
+        # Where no file names the token, what is set before each text tells.
+        opening = backend.encode("").ids[:1]
+        self.bos_id = self._special_id("bos", settings, {"bos_token_id": opening, **generation})
         self.eos_id = self._special_id("eos", settings, generation)
         self.pad_id = self._special_id("pad", settings, generation)
-        self.unk_id = self._special_id("unk", settings, {"unk_token_id": built.unk_id})
+        self.unk_id = self._special_id("unk", settings, {})
         ends = _as_ids(generation.get("eos_token_id"))
         self.eos_ids: tuple[int, ...] = ends or (() if self.eos_id is None else (self.eos_id,))
-        self.adds_bos: bool = self.bos_id is not None and (
-            built.adds_bos if built.adds_bos is not None else self.bos_id in backend.encode("").ids[:1]
-        )
+        self.adds_bos: bool = self.bos_id in opening
         self.chat_templates = _chat_templates(self._directory, settings)
         self.chat_template = self.chat_templates.get("default")
 
@@ -100,6 +103,8 @@ class Tokenizer:
         named = self.special_tokens.get(f"{role}_token")
         if named is not None:
             return self._parsing.token_to_id(named)
+        if f"{role}_token" in settings.values:
+            return None
         ids = _as_ids(model.get(f"{role}_token_id"))
         return ids[0] if ids else None
 
@@ -209,9 +214,9 @@ def copy_tokenizer_files(source: Path, destination: Path) -> None:
 def export_tokenizer(source: Path, destination: Path, window: int) -> None:
     """Copies a tokenizer's files into an exported model's directory, so that every transformers reads them alike.
 
-    What releases take for granted differently is spelled out: the class, without which they ask for leave to run the
-    model's code, and whether a text begins with BOS. A tokenizer.model without a class is written as a tokenizer.json
-    too. `model_max_length` grows to the model's window.
+    What releases take for granted differently is spelled out: the class, without which transformers 4 asks for leave to
+    run the model's code, and whether a text begins with BOS. A tokenizer.model without a class of its own is written as
+    a tokenizer.json too. `model_max_length` grows to the model's window.
 
     Args:
       source: folder that holds the files, or no tokenizer at all.
@@ -228,23 +233,16 @@ def export_tokenizer(source: Path, destination: Path, window: int) -> None:
     if isinstance(length, int) and length < window:
         settings["model_max_length"] = window
     tokenizer = Tokenizer(destination)
-    if not settings.get("tokenizer_class"):
+    kind = str(settings.get("tokenizer_class") or _GENERIC_CLASSES[0]).removesuffix("Fast")
+    if kind in _GENERIC_CLASSES:  # transformers 4 knows only one of their names
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         if not (destination / "tokenizer.json").is_file():
-            backend = tokenizer._parsing
-            _begin_with(backend, tokenizer.bos_id if tokenizer.adds_bos else None)
-            backend.save(str(destination / "tokenizer.json"))
+            tokenizer._parsing.save(str(destination / "tokenizer.json"))
             settings = {**tokenizer.special_tokens, **settings}
     elif not (destination / "tokenizer.json").is_file():
         settings.setdefault("add_bos_token", tokenizer.adds_bos)
     if settings != found:
         write_json(path, settings)
-
-
-def _begin_with(backend: tokenizers.Tokenizer, bos_id: int | None) -> None:
-    if bos_id is not None:
-        name = backend.id_to_token(bos_id)
-        backend.post_processor = processors.TemplateProcessing(single=f"{name} $A", special_tokens=[(name, bos_id)])
 
 
 # --- the files of settings --------------------------------------------------------------------------------------------
@@ -383,43 +381,29 @@ def _one_line(error: Exception) -> str:
 # --- the vocabulary and its rules -------------------------------------------------------------------------------------
 
 
-class _Built(NamedTuple):
-    """A tokenizer with all its tokens.
+def _build(directory: Path, settings: _Settings) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """Makes the tokenizer of a directory: its vocabulary and rules, and the tokens beside them.
 
-    Attributes:
-      backend: what runs it.
-      special_tokens: text of each special token that has a name.
-      unk_id: the vocabulary's own token for what it does not know.
-      adds_bos: whether a text begins with BOS; None where the backend's own post-processor says it.
+    Returns:
+      The tokenizer, and the text of each special token that has a name.
     """
-
-    backend: tokenizers.Tokenizer
-    special_tokens: dict[str, str]
-    unk_id: int | None
-    adds_bos: bool | None
-
-
-def _build(directory: Path, settings: _Settings) -> _Built:
-    """Makes the tokenizer of a directory: its vocabulary and rules, and the tokens beside them."""
     values = settings.values
     kind = str(values.get("tokenizer_class") or "").removesuffix("Fast")
-    defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} if kind in _LLAMA_CLASSES else {}
-    adds_bos: bool | None = None
+    begins = False
     if (directory / "tokenizer.json").is_file():
-        backend = _from_json(directory / "tokenizer.json", kind, values)
+        backend, kind = _from_json(directory / "tokenizer.json", kind, values)
+        defaults = dict(_CLASS_TOKENS.get(kind, {}))
         if backend.padding is not None:
             defaults["pad_token"] = backend.padding["pad_token"]
         backend.no_truncation()
         backend.no_padding()
-        unknown = getattr(backend.model, "unk_token", None)
     elif (directory / "tokenizer.model").is_file():
         proto = _read_sentencepiece(directory / "tokenizer.model")
         backend, settings = _from_sentencepiece(proto, directory, kind, settings)
         roles = {role: getattr(proto.trainer_spec, f"{role}_id") for role in ("bos", "eos", "unk")}
-        defaults |= {f"{role}_token": proto.pieces[i].piece for role, i in roles.items() if 0 <= i < len(proto.pieces)}
-        unknown = defaults.get("unk_token")
+        defaults = {f"{role}_token": proto.pieces[i].piece for role, i in roles.items() if 0 <= i < len(proto.pieces)}
         # Meta's code begins every text with BOS, and so did transformers until release 5, which wants to be told.
-        adds_bos = bool(values.get("add_bos_token", True))
+        begins = bool(values.get("add_bos_token", True))
     else:
         raise InputError(f"no tokenizer in {directory}: neither tokenizer.json nor tokenizer.model is there")
     named = {
@@ -428,8 +412,12 @@ def _build(directory: Path, settings: _Settings) -> _Built:
         if role not in values and backend.token_to_id(text) is not None
     } | settings.named
     _add_tokens(backend, settings._replace(named=named))
-    special_tokens = {role: token.content for role, token in named.items()}
-    return _Built(backend, special_tokens, None if unknown is None else backend.token_to_id(unknown), adds_bos)
+    if begins and "bos_token" in named:
+        name = named["bos_token"].content
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{name} $A", special_tokens=[(name, backend.token_to_id(name))]
+        )
+    return backend, {role: token.content for role, token in named.items()}
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, settings: _Settings) -> None:
@@ -453,7 +441,32 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: _Settings) -> None:
             )
 
 
-def _from_json(path: Path, kind: str, values: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def _without_markup(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer, to which the name of a special token is text like any other."""
+    source = backend.to_str()
+    literal = tokenizers.Tokenizer.from_str(source)
+    literal.encode_special_tokens = True
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    # A vocabulary may spell such a name out all the same, as the best piece or as the sum of its merges.
+    spelt = {
+        text for text in special if backend.token_to_id(text) in literal.encode(text, add_special_tokens=False).ids
+    }
+    if not spelt:
+        return literal
+    contents = json.loads(source)
+    model = contents["model"]
+    if model["type"] == "Unigram":
+        floor = min(score for _, score in model["vocab"]) - 1000.0
+        model["vocab"] = [[text, floor if text in spelt else score] for text, score in model["vocab"]]
+    else:
+        model["merges"] = [pair for pair in model.get("merges", []) if "".join(pair) not in spelt]
+    literal = tokenizers.Tokenizer.from_str(json.dumps(contents))
+    literal.encode_special_tokens = True
+    return literal
+
+
+def _from_json(path: Path, kind: str, values: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, str]:
+    """The tokenizer of a tokenizer.json, and the class that it is of."""
     text = _read_text(path)
     try:
         backend = tokenizers.Tokenizer.from_str(text)
@@ -462,9 +475,12 @@ def _from_json(path: Path, kind: str, values: Mapping[str, Any]) -> tokenizers.T
             f"{path}: not a tokenizer.json that the tokenizers library reads: {_one_line(error)}"
         ) from error
     # LLaMA's class makes its rules anew, except for a byte-level vocabulary (Llama 3's), which it was not made for.
-    if kind in _LLAMA_CLASSES and isinstance(backend.model, models.BPE) and '"ByteLevel"' not in text:
-        _set_llama_rules(backend, kind, values)
-    return backend
+    if kind in _LLAMA_CLASSES:
+        if isinstance(backend.model, models.BPE) and '"ByteLevel"' not in text:
+            _set_llama_rules(backend, kind, values)
+        else:
+            kind = ""
+    return backend, kind
 
 
 def _set_llama_rules(backend: tokenizers.Tokenizer, kind: str, values: Mapping[str, Any]) -> None:
