@@ -212,11 +212,11 @@ def copy_tokenizer_files(source: Path, destination: Path) -> None:
 
 
 def export_tokenizer(source: Path, destination: Path, window: int) -> None:
-    """Copies a tokenizer's files into an exported model's directory, so that every transformers reads them alike.
+    """Copies a tokenizer's files into an exported model's directory, so that every release of transformers reads them.
 
-    What releases take for granted differently is spelled out: the class, without which transformers 4 asks for leave to
-    run the model's code, and whether a text begins with BOS. A tokenizer.model without a class of its own is written as
-    a tokenizer.json too. `model_max_length` grows to the model's window.
+    What the releases take for granted differently is spelled out: the class, without which transformers 4 asks for
+    leave to run the model's code; whether a text begins with BOS; and the rules of LLaMA's class, which go into a
+    tokenizer.json. `model_max_length` grows to the model's window.
 
     Args:
       source: folder that holds the files, or no tokenizer at all.
@@ -224,25 +224,30 @@ def export_tokenizer(source: Path, destination: Path, window: int) -> None:
       window: the model's, in tokens.
     """
     copy_tokenizer_files(source, destination)
-    if not has_tokenizer(destination):
-        return
     path = destination / "tokenizer_config.json"
     found = _read_json(path)
     settings = dict(found)
     length = settings.get("model_max_length")
     if isinstance(length, int) and length < window:
         settings["model_max_length"] = window
-    tokenizer = Tokenizer(destination)
-    kind = str(settings.get("tokenizer_class") or _GENERIC_CLASSES[0]).removesuffix("Fast")
-    if kind in _GENERIC_CLASSES:  # transformers 4 knows only one of their names
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if not (destination / "tokenizer.json").is_file():
-            tokenizer._parsing.save(str(destination / "tokenizer.json"))
-            settings = {**tokenizer.special_tokens, **settings}
-    elif not (destination / "tokenizer.json").is_file():
-        settings.setdefault("add_bos_token", tokenizer.adds_bos)
+    if has_tokenizer(destination):
+        settings |= _spelled_out(settings, destination)
     if settings != found:
         write_json(path, settings)
+
+
+def _spelled_out(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """Writes a tokenizer.json that holds the rules in force, and returns the settings that belong to it."""
+    tokenizer = Tokenizer(directory)
+    kind = str(settings.get("tokenizer_class") or _GENERIC_CLASSES[0]).removesuffix("Fast")
+    # transformers 4 knows only one of their names.
+    spelled: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"} if kind in _GENERIC_CLASSES else {}
+    if kind in _LLAMA_CLASSES:
+        spelled |= {"add_bos_token": tokenizer.adds_bos, "legacy": bool(settings.get("legacy", False))}
+    if kind in _LLAMA_CLASSES or not (directory / "tokenizer.json").is_file():
+        tokenizer._parsing.save(str(directory / "tokenizer.json"))
+        spelled |= {role: text for role, text in tokenizer.special_tokens.items() if role not in settings}
+    return spelled
 
 
 # --- the files of settings --------------------------------------------------------------------------------------------
