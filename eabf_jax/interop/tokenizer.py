@@ -239,7 +239,7 @@ def export_tokenizer(source: Path, destination: Path, window: int) -> None:
 def _spelled_out(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """Writes a tokenizer.json that holds the rules in force, and returns the settings that belong to it."""
     tokenizer = Tokenizer(directory)
-    kind = str(settings.get("tokenizer_class") or _GENERIC_CLASSES[0]).removesuffix("Fast")
+    kind = _class(settings, directory) or _GENERIC_CLASSES[0]
     # transformers 4 knows only one of their names.
     spelled: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"} if kind in _GENERIC_CLASSES else {}
     if kind in _LLAMA_CLASSES:
@@ -393,7 +393,7 @@ def _build(directory: Path, settings: _Settings) -> tuple[tokenizers.Tokenizer, 
       The tokenizer, and the text of each special token that has a name.
     """
     values = settings.values
-    kind = str(values.get("tokenizer_class") or "").removesuffix("Fast")
+    kind = _class(values, directory)
     begins = False
     if (directory / "tokenizer.json").is_file():
         backend, kind = _from_json(directory / "tokenizer.json", kind, values)
@@ -423,6 +423,26 @@ def _build(directory: Path, settings: _Settings) -> tuple[tokenizers.Tokenizer, 
             single=f"{name} $A", special_tokens=[(name, backend.token_to_id(name))]
         )
     return backend, {role: token.content for role, token in named.items()}
+
+
+def _class(values: Mapping[str, Any], directory: Path) -> str:
+    """The name of the tokenizer's class, empty where no file names one."""
+    named = values.get("tokenizer_class") or _read_json(directory / "config.json").get("tokenizer_class")
+    kind = str(named or "").removesuffix("Fast")
+    code = values.get("auto_map")
+    code = code.get("AutoTokenizer") if isinstance(code, dict) else code
+    if code and kind not in (*_GENERIC_CLASSES, *_CLASS_TOKENS):
+        raise InputError(
+            f"{directory}: the tokenizer is code of the model's own (auto_map: {_short(code)}), which is not run; "
+            "save it with transformers as a tokenizer.json whose class is PreTrainedTokenizerFast"
+        )
+    versions = values.get("fast_tokenizer_files") or ["tokenizer.json"]
+    if versions != ["tokenizer.json"]:
+        raise InputError(
+            f"{directory}: fast_tokenizer_files names a tokenizer for each release ({_short(versions)}); expected "
+            "tokenizer.json alone: copy the one that is meant there, and take the key out"
+        )
+    return kind
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, settings: _Settings) -> None:

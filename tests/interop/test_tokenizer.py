@@ -134,6 +134,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "a name of its own": {CONFIG: {"new_token": "<new>", "mask_token": "<extra>"}},
     "bos_token as an object": {CONFIG: {"bos_token": typed("<s>", lstrip=True, rstrip=True)}},
     "no bos_token": {CONFIG: {"bos_token": None}},
+    "the class in config.json": {"config.json": {"model_type": "llama", **LLAMA}, CONFIG: {"legacy": True}},
     "split_special_tokens": {CONFIG: {"split_special_tokens": True}},
     "clean_up_tokenization_spaces": {CONFIG: {"clean_up_tokenization_spaces": True}},
     **{
@@ -423,6 +424,9 @@ def test_bad_files(tmp_path: Path, name: str | None, content: bytes, message: st
         ({ADDED_FILE: {"<new>": None}}, "id of an added token is None"),
         ({CONFIG: {"chat_template": [{"name": "default"}]}}, "chat_template is .*, expected a string or a list"),
         ({CONFIG: {"tokenizer_class": "T5Tokenizer"}}, "tokenizer_class is 'T5Tokenizer'"),
+        ({"config.json": {"tokenizer_class": "T5Tokenizer"}}, "tokenizer_class is 'T5Tokenizer'"),
+        ({CONFIG: {"auto_map": {"AutoTokenizer": ["own.Own", None]}}}, r"code of the model's own \(auto_map: \['own"),
+        ({CONFIG: {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}}, "fast_tokenizer_files names a tokenizer"),
         ({"generation_config.json": {"eos_token_id": "2"}}, "special token id '2'"),
     ],
 )
