@@ -67,8 +67,7 @@ class Options:
         Raises:
           InputError: naming the first one that is wrong.
         """
-        if self.template not in chat.TEMPLATES:
-            raise unknown_name("chat template", self.template, chat.TEMPLATES)
+        chat.check_template(self.template)
         if self.format not in FORMATS:
             raise unknown_name("format", self.format, FORMATS)
         if self.language not in LANGUAGES:
@@ -316,10 +315,9 @@ def _assign(
     """Decides which split a conversation belongs to, and cuts it into that split's records."""
     if HELD_OUT in open_splits:
         needed = options.max_tokens if options.held_out_min_tokens is None else options.held_out_min_tokens
-        beginning = _beginning(content, options, tokenizer)
-        whole = sum(len(part.tokens) for part in beginning)
-        document = chat.truncate(chat.concatenate(beginning), options.max_tokens)
-        if whole >= needed and document.loss_mask.any():
+        beginning = _beginning(content, options, tokenizer, max(options.max_tokens, needed))
+        document = chat.truncate(beginning, options.max_tokens)
+        if len(beginning.tokens) >= needed and document.loss_mask.any():
             return HELD_OUT, [document]
     if TRAIN not in open_splits:
         return TRAIN, []
@@ -329,19 +327,11 @@ def _assign(
     return TRAIN, chat.split_conversation(content, options.template, tokenizer, **limits)
 
 
-def _beginning(content: Content, options: Options, tokenizer: TextTokenizer) -> list[chat.Encoded]:
+def _beginning(content: Content, options: Options, tokenizer: TextTokenizer, enough: int) -> chat.Encoded:
     """Encodes as many exchanges as decide whether a conversation can be held out, which is most often not all."""
     if isinstance(content, Passage):
-        return [encode_passage(content, tokenizer)]
-    enough = max(options.max_tokens, options.held_out_min_tokens or 0)
-    encoded: list[chat.Encoded] = []
-    length = 0
-    for exchange in chat.exchanges(content):
-        encoded.append(chat.encode_exchange(exchange, options.template, tokenizer))
-        length += len(encoded[-1].tokens)
-        if length >= enough:
-            break
-    return encoded
+        return encode_passage(content, tokenizer)
+    return chat.encode_beginning(content, options.template, tokenizer, enough)
 
 
 def _check_filled(options: Options, report: Report) -> None:
@@ -428,7 +418,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template",
         default=Options.template,
-        help=f"chat template: {', '.join(chat.TEMPLATES)} (default: %(default)s)",
+        help=f"chat template: {', '.join(chat.TEMPLATES)}, or {chat.OWN}: the model's, where it marks with "
+        "{%% generation %%} what is to be learned (default: %(default)s)",
     )
     parser.add_argument(
         "--min-tokens",

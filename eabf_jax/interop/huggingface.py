@@ -23,7 +23,7 @@ from eabf_jax.interop.safetensors_stream import (
     read_header,
     write_sharded,
 )
-from eabf_jax.interop.tokenizer import copy_tokenizer_files, has_tokenizer, load_tokenizer
+from eabf_jax.interop.tokenizer import copy_tokenizer_files, export_tokenizer, has_tokenizer, load_tokenizer
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.rope import from_hf as rope_from_hf
 from eabf_jax.rope import needs_remote_code
@@ -365,18 +365,9 @@ def to_hf(
         write_sharded(partial, planned, tensors(), max_shard_bytes)
         widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
         write_config(partial, config, widest.name)
-        copy_tokenizer_files(source, partial)
-        _widen_tokenizer(partial / "tokenizer_config.json", config.max_position_embeddings)
+        export_tokenizer(source, partial, config.max_position_embeddings)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
     return Summary(len(planned), sum(tensor.nbytes for tensor in planned))
-
-
-def _widen_tokenizer(path: Path, window: int) -> None:
-    """Lets an extended model's tokenizer truncate at the new window, not at the one before."""
-    settings = read_json_object(path) if path.is_file() else {}
-    length = settings.get("model_max_length")
-    if isinstance(length, int) and length < window:
-        write_json(path, {**settings, "model_max_length": window})
 
 
 def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor]:
