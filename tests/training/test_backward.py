@@ -13,6 +13,7 @@ from jax.interpreters import partial_eval as pe
 from eabf_jax.errors import InputError
 from eabf_jax.model import attention
 from eabf_jax.model.llama import Llama, logits
+from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.rope import scheme
 from eabf_jax.training.backward import (
     REMAT_POLICIES,
@@ -292,12 +293,12 @@ def test_chunks_of_the_loss_do_not_change_it(model_config, quick):
     rows, trained = jax.tree.map(lambda array: array[0], batch), head_parameters(params, tied=False)
 
     @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=quick)
-    def run(chunk, ways):
-        return Pieces(model, chunk, ways).head(trained, {}, x, rows, zeros(trained))
+    def run(chunk, mesh):
+        return Pieces(model, chunk, mesh).head(trained, {}, x, rows, zeros(trained))
 
-    expected = run(LENGTH, 1)
+    expected = run(LENGTH, None)
     for chunk, ways in ((1, 1), (7, 1), (1024, 1), (3, 2), (5, 4)):
-        loss, gradients, d_x = run(chunk, ways)
+        loss, gradients, d_x = run(chunk, make_mesh(MeshConfig(context=ways, fsdp=1), jax.devices()[:ways]))
         np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
         assert_near((gradients, d_x), expected[1:], 3e-6)  # sums of 40 terms in another order
 
