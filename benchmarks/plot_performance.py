@@ -1,4 +1,4 @@
-"""Draws docs/performance/*.png and writes the tables of docs/performance.md.
+"""Draws docs/performance/*.png and writes the tables of docs/performance.md and the tables of speed in README.md.
 
     python benchmarks/plot_performance.py
 
@@ -22,7 +22,8 @@ from eabf_jax.cli import run
 from eabf_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- begin: written by benchmarks/plot_performance.py -->", "<!-- end -->"
+BEGIN, END = "<!-- begin: {}, written by benchmarks/plot_performance.py -->", "<!-- end -->"
+
 STACKS = {"ours": "eabf-jax", "peer": "strongest peer", "masters": "its float32 setting"}
 Group = tuple[str, str, int]  # configuration, device, number of devices
 
@@ -136,6 +137,7 @@ def draw(group: Group, reports: Sequence[Mapping[str, Any]], path: Path) -> None
             at = {"transform": axes.get_xaxis_transform(), "color": style["color"]}
             axes.plot(full, [0.03 * (1 + index)] * len(full), "x", **at)
         length_axis(axes, sorted({length for points in found.values() for length in points}))
+        axes.margins(y=0.1)
         axes.set_ylim(bottom=0)
         axes.set(xlabel="tokens a row (× : out of memory)", ylabel=label)
         axes.grid(alpha=0.3)
@@ -379,36 +381,129 @@ def decode_rate(figures: Mapping[str, Any]) -> str:
     return f"{told} ({tokens / max(seconds):,.1f}–{tokens / min(seconds):,.1f}, {len(seconds)} runs)"
 
 
-def write_page(path: Path, text: str) -> None:
-    """Replaces what stands between the markers of the page.
+def readme_training(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """The README's table of optimizer steps: of each length our fastest measurement, the strongest peer beside it."""
+    rows = []
+    for (name, device, devices), reports in groups.items():
+        measured = [(report, entry) for report in reports for entry in entries_of(report)]
+        for length in sorted({entry["length"] for _, entry in measured}):
+            report, entry = max(
+                (pair for pair in measured if pair[1]["length"] == length), key=lambda pair: _rate(pair[1])
+            )
+            if "tokens_per_second" not in entry:
+                continue
+            cells = [
+                name,
+                f"{devices} × {device}",
+                f"{length:,}",
+                f"{entry['tokens_per_second']:,.0f}{stale_mark(report)}",
+            ]
+            cells.append(number(entry["mfu"], ".1%"))
+            rows.append([*cells, *(against(entry, *keys) for keys in (PEER_KEYS, MASTERS_KEYS))])
+    header = ("configuration", "devices", "row", "tokens/s", "MFU", "strongest peer", "the same, float32 state")
+    return table(header, rows)
+
+
+PEER_KEYS = ("strongest_peer", "ratio_to_strongest_peer", "bfloat16")
+MASTERS_KEYS = ("strongest_float32_peer", "ratio_to_strongest_float32_peer", "autocast")
+
+
+def against(entry: Mapping[str, Any], setting: str, ratio: str, precision: str) -> str:
+    """The strongest peer at a length: its speed, its setting, and how many times as fast we are."""
+    name = entry.get(setting)
+    if name is not None:
+        return (
+            f"{entry['peers'][name]['tokens_per_second']:,.0f} with {short_setting(name)}: ours is {entry[ratio]:.2f} ×"
+        )
+    tried = [peer for name, peer in entry["peers"].items() if name.endswith(precision)] if setting in entry else []
+    return "out of memory" if tried and all(peer.get("out_of_memory") for peer in tried) else "–"
+
+
+def short_setting(name: str) -> str:
+    """A setting of the training peer for people: what is not as it comes."""
+    attention, layers, kernels, checkpointing, _ = name.split("/")
+    told = [
+        "compiled layers" if layers == "compiled" else "eager layers",
+        {"liger": "Liger kernels"}.get(kernels),
+        None if attention == "default" else f"{attention} attention",
+        "no checkpointing" if checkpointing == "kept" else None,
+    ]
+    return ", ".join(filter(None, told))
+
+
+def readme_generation(reports: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The README's table of generation: tokens per second, share of the memory bandwidth, strongest peer."""
+    rows = []
+    for report in (report for report in reports if {"shape", "cache", "runs"} <= report.keys()):
+        for name, ours in report["runs"].items():
+            if "tokens_per_second" not in ours:
+                continue
+            setting = report.get("strongest_peer", {}).get(name)
+            theirs = f"{report['peer'][name][setting]['tokens_per_second']:,.1f} with {setting}" if setting else "–"
+            ratio = f": ours is {report['ratio_to_strongest_peer'][name]:.2f} ×" if setting else ""
+            rows.append(
+                [
+                    f"{report['shape']}, {report['device']}",
+                    "bfloat16" if report["cache"] == "model" else report["cache"],
+                    f"{ours['batch']} × {ours['prompt']:,}",
+                    f"{ours['tokens_per_second']:,.1f}{stale_mark(report)}",
+                    number(ours.get("bandwidth_share"), ".0%"),
+                    theirs + ratio,
+                ]
+            )
+    header = ("shape, device", "cache", "rows × prompt", "tokens/s", "of the memory bandwidth", "strongest `generate`")
+    return table(header, rows)
+
+
+def stale_mark(report: Mapping[str, Any]) -> str:
+    """A dagger behind a figure whose code has changed since."""
+    return "" if changed(report) == [] else " †"
+
+
+def write_part(path: Path, part: str, text: str) -> None:
+    """Replaces what stands between a pair of markers.
 
     Args:
-      path: docs/performance.md.
-      text: from `page`.
+      path: a Markdown file.
+      part: which of its parts.
+      text: what goes there.
 
     Raises:
-      InputError: the page has not one pair of markers.
+      InputError: the file has not one such pair of markers.
     """
     written = path.read_text(encoding="utf-8")
-    if written.count(BEGIN) != 1 or END not in written.partition(BEGIN)[2]:
-        raise InputError(f"{path} has no part between {BEGIN!r} and {END!r}, into which the tables would go")
-    before, _, rest = written.partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    begin = BEGIN.format(part)
+    if written.count(begin) != 1 or END not in written.partition(begin)[2]:
+        raise InputError(f"{path} has no part between {begin!r} and {END!r}, into which the tables would go")
+    before, _, rest = written.partition(begin)
+    path.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+def parts(results: Path) -> dict[str, str]:
+    """Everything that is written from a directory of results, by part."""
+    groups, reports = grouped(read_results(results)), all_results(results)
+    return {
+        "performance": page(groups, generation_table(reports)),
+        "training": "\n".join(readme_training(groups)),
+        "generation": "\n".join(readme_generation(reports)),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="directory of the results")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/performance.md", help="the page with the markers")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="likewise")
     options = parser.parse_args()
-    groups = grouped(read_results(options.results))
     pictures = options.page.parent / "performance"
     pictures.mkdir(exist_ok=True)
-    for group, reports in groups.items():
+    for group, reports in grouped(read_results(options.results)).items():
         draw(group, reports, pictures / picture_name(group))
         print(f"picture: {pictures / picture_name(group)}")
-    write_page(options.page, page(groups, generation_table(all_results(options.results))))
-    print(f"tables: {options.page}")
+    for part, text in parts(options.results).items():
+        path = options.page if part == "performance" else options.readme
+        write_part(path, part, text)
+        print(f"{part}: {path}")
 
 
 if __name__ == "__main__":

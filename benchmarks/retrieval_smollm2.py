@@ -21,15 +21,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from provenance import commit
 
-from eabf_jax.analysis.figures import heat_maps, share_by_length
+from eabf_jax.analysis.figures import picture
 from eabf_jax.cli import ArgumentParser, run
+from eabf_jax.console import show
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation import line_retrieval, passkey
 from eabf_jax.evaluation.command import measured_on, numbers, progress_bar, tokenizer_of
 from eabf_jax.evaluation.retrieval import Cell, Prompt, measure
-from eabf_jax.evaluation.retrieval_command import Retrieval, by_length, figures, table
+from eabf_jax.evaluation.retrieval_command import Retrieval, figures, table
 from eabf_jax.interop.directory import read_json_object, write_json
 from eabf_jax.interop.loading import load, read_config
 from eabf_jax.parallel.mesh import gpu_defaults
@@ -147,6 +148,7 @@ def evaluate(
         "settings": settings,
         "seconds": time.perf_counter() - begun,
         **measured_on(),
+        "commit": commit(),
         "cells": [dataclasses.asdict(cell) for cell in cells],
     }
     write_json(path, found)
@@ -161,8 +163,8 @@ def report(output: Path, parts: list[dict[str, Any]], pretrained_window: int) ->
       parts: from `evaluate`, one a model.
       pretrained_window: the base's window, in tokens.
     """
-    about = {name: parts[0][name] for name in ("settings", "device", "devices", "versions", "command")}
-    about |= {"pretrained_window": pretrained_window, "interval": "Wilson, 95 %", "loss": "of the answers, nats/token"}
+    names = ("settings", "device", "devices", "versions", "command", "date", "commit")
+    about: dict[str, Any] = {name: parts[0].get(name) for name in names}
     cells = {part["label"]: [Cell(**cell) for cell in part["cells"]] for part in parts}
     for task in about["settings"]["tasks"]:
         name, title = task.replace("-", "_"), task.replace("-", " ")
@@ -170,14 +172,11 @@ def report(output: Path, parts: list[dict[str, Any]], pretrained_window: int) ->
             label: [cell for cell in row if (cell.depth is None) == (task == "line-retrieval")]
             for label, row in cells.items()
         }
-        Console().print(table(Retrieval(title, rows, pretrained_window, "")))
-        write_json(output / f"{name}.json", {"task": title, **about, **figures(rows, pretrained_window)})
-        picture = output / f"{name}.png"
-        if task == "passkey":
-            heat_maps(rows, picture, pretrained_window=pretrained_window, title=title)
-        else:
-            shares = {label: by_length(row) for label, row in rows.items()}
-            share_by_length(shares, picture, pretrained_window=pretrained_window, title=title)
+        found = Retrieval(title, rows, pretrained_window, "")
+        grid = table(found)
+        show(grid)
+        write_json(output / f"{name}.json", {"task": title, **about, **figures(found), "table": grid.plain()})
+        picture(found, output / f"{name}.png")
         print(f"figures and picture: {output / name}.{{json,png}}")
 
 

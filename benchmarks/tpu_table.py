@@ -2,20 +2,22 @@
 
     python benchmarks/tpu_table.py            # compiles what results/tpu_table.json lacks and writes docs/tpu.md
     python benchmarks/tpu_table.py --afresh   # compiles everything again: about an hour on two cores
+    python benchmarks/tpu_table.py --afresh 70b --afresh 131072   # only commands with one of these words
 
 No TPU is needed, only its compiler (pip install libtpu). The planner names the smallest slice and the mesh on it; the
 compiler then has to accept that one and refuse the next smaller. Every compilation is an `eabf compile` command, which
-is kept with its figures.
+is kept with its figures, the day, and the commit that was compiled.
 """
 
 import argparse
 import dataclasses
+import datetime
 import json
 import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from eabf_jax.errors import InputError
 from eabf_jax.interop.directory import write_json
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.parallel.topology import SLICES
-from eabf_jax.training.plan import DEVICES, GIB, Plan, plan
+from eabf_jax.training.plan import DEVICES, GIB, Plan, preferred_meshes
 from eabf_jax.training.recipe import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -41,50 +43,18 @@ WINDOWS = (16_384, 65_536, 131_072)
 V4 = [slice_ for name, slice_ in SLICES.items() if name.startswith("v4-")]
 # What fits in the least memory: nothing of a layer is kept but its input.
 SETTINGS = {"compute.remat": "full", "compute.optimizer_memory": "device", "compute.microbatch_size": "1"}
-# The prediction is good to a few per cent; a mesh is preferred where it leaves as much.
-MARGIN = 0.04
 # Larger slices than the smallest that are compiled as well.
 ALSO = [("7B", 16_384, "v4-16"), ("7B", 16_384, "v4-32"), ("7B", 131_072, "v4-32")]
 
-Mesh = tuple[tuple[str, int], ...]
-
-
-def meshes(chips: int) -> Iterator[Mesh]:
-    """Every way to arrange the chips of a slice, without replicas."""
-    for tensor in (1, 2, 4, 8):
-        for context in (2**power for power in range(9)):
-            if chips % (tensor * context) == 0:
-                yield tuple(
-                    {"data": 1, "fsdp": chips // (tensor * context), "context": context, "tensor": tensor}.items()
-                )
-
 
 @cache
-def plans(model: str, window: int, chips: int) -> list[Plan]:
-    """Predictions for every mesh that divides the model and the batch; the simplest first."""
+def preferred(model: str, window: int, chips: int) -> list[Plan]:
+    """Meshes to try, in order; see `preferred_meshes`."""
     overrides = [text for name, value in SETTINGS.items() for text in (f"--{name}", value)]
     config = load_config(["--config_path", str(ROOT / MODELS[model]), "--window", str(window), *overrides])
     shape = LlamaConfig.from_fields(config.model.shape or {})
     shape = dataclasses.replace(shape, max_position_embeddings=window, rope=config.scheme)
-    found = []
-    for mesh in meshes(chips):
-        sizes = dict(mesh)
-        # Splash takes two chunks of whole half lanes on each device of a row.
-        if shape.num_key_value_heads % sizes["tensor"] or window % (128 * sizes["context"]):
-            continue
-        try:
-            found.append(plan(config, shape, sizes, DEVICES["v4"]))
-        except InputError:  # a dimension, or the batch, does not divide
-            continue
-    return sorted(found, key=lambda entry: (entry.mesh["tensor"], entry.mesh["context"]))
-
-
-def preferred(model: str, window: int, chips: int) -> list[Plan]:
-    """Meshes to try, in order: the simplest that fits with a margin, then the one that needs least."""
-    found = plans(model, window, chips)
-    roomy = [entry for entry in found if entry.total <= (1 - MARGIN) * entry.device.memory]
-    least = min(found, key=lambda entry: entry.total)
-    return [*roomy[:1], *([least] if least not in roomy[:1] else [])]
+    return list(preferred_meshes(config, shape, chips, DEVICES["v4"]))
 
 
 def command(model: str, window: int, slice_name: str, mesh: Mapping[str, int]) -> list[str]:
@@ -97,10 +67,13 @@ def command(model: str, window: int, slice_name: str, mesh: Mapping[str, int]) -
 class Cells:
     """What has been compiled, by command; every new cell is written at once."""
 
-    def __init__(self, path: Path, afresh: bool):
+    def __init__(self, path: Path, afresh: Sequence[str] = ()):
+        """Reads what is known, but for commands with one of the texts of `afresh` in them."""
         self.path = path
-        known = json.loads(path.read_text()) if path.exists() and not afresh else {}
-        self.cells: dict[str, dict[str, Any]] = known.get("cells", {})
+        known = json.loads(path.read_text()).get("cells", {}) if path.exists() else {}
+        self.cells: dict[str, dict[str, Any]] = {
+            line: cell for line, cell in known.items() if not any(text in line for text in afresh)
+        }
 
     def compile(self, arguments: list[str]) -> dict[str, Any]:
         """Figures of the command, or its `error`, from the file where it has them."""
@@ -122,9 +95,15 @@ class Cells:
                     cell = {"error": done.stderr.strip().splitlines()[-1].removeprefix("error: ")}
                 else:
                     raise RuntimeError(f"{line}: {done.stderr[-2000:]}")
-            self.cells[line] = cell
+            self.cells[line] = {**cell, "date": datetime.date.today().isoformat(), "commit": _commit()}
             print(f"  {cell.get('error') or cell['hbm_gib_per_chip']}", flush=True)
         return self.cells[line]
+
+
+def _commit() -> str:
+    """The commit of the working tree; with "-dirty" where files differ from it."""
+    described = ["git", "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=7"]
+    return subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def fill(cells: Cells) -> dict[str, Any]:
@@ -175,7 +154,7 @@ def tables(results: Mapping[str, Any]) -> str:
     cells, names = results["cells"], [slice_.name for slice_ in V4]
     columns = (
         *("model", "window", "smallest slice", "mesh", "GiB a chip", "compute", "links", "a step, at least"),
-        *("tokens/s, at most", "command"),
+        *("tokens/s, at most", "compiled", "command"),
     )
     lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
     for row in results["rows"]:
@@ -192,6 +171,7 @@ def tables(results: Mapping[str, Any]) -> str:
             f"{estimate['ici_seconds']:.0f} s",
             f"{estimate['step_seconds_at_least']:.0f} s",
             f"{estimate['tokens_per_second_at_most']:,.0f}",
+            f"{found['date']}, {found['commit']}",
             f"`{told['command']}`",
         )
         lines.append(f"| {' | '.join(shown)} |")
@@ -221,7 +201,15 @@ def write_page(results: Mapping[str, Any], page: Path) -> None:
 def main() -> None:
     """Fills the table and writes the page."""
     parser = ArgumentParser("tpu_table.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--afresh", action="store_true", help="compile what is known already, too")
+    parser.add_argument(
+        "--afresh",
+        nargs="?",
+        const="eabf",
+        default=[],
+        action="append",
+        metavar="TEXT",
+        help="compile what is known already, too: all of it, or commands with this text in them (may be given again)",
+    )
     parsed = parser.parse_args()
     write_page(fill(Cells(RESULTS, parsed.afresh)), PAGE)
     print(f"{RESULTS.relative_to(ROOT)}, {PAGE.relative_to(ROOT)}")

@@ -208,9 +208,9 @@ def own_figures(config: TrainConfig, options: argparse.Namespace) -> dict[str, A
     gpu_defaults()
     import jax
 
-    from eabf_jax.training.plan import choose, device_at_hand
+    from eabf_jax.training.plan import choose, device_at_hand, settle_mesh
 
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(settle_mesh(config, shape_of(config), jax.device_count(), device_at_hand()))
     device = mesh.devices.flat[0]
     figures: dict[str, Any] = {"device": device.device_kind, "platform": device.platform, "devices": mesh.size}
     try:

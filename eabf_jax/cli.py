@@ -17,7 +17,10 @@ from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.interop.directory import read_json_object, write_json
 
 # What a wrong path on the command line ends in, wherever it is first touched.
-_PATH_ERRORS = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)
+_PATH_ERRORS = (
+    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY),
+)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -76,8 +79,15 @@ def _check_file(option: str, path: str | None, suffixes: Sequence[str] = ()) -> 
         raise InputError(f"{option} {path} is a directory; expected a file to write")
     if not target.parent.is_dir():
         raise InputError(f"{option} {path}: there is no directory {target.parent}; make it, or name another file")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{option} {path}: nothing can be written in {target.parent}; name another file")
     if suffixes and target.suffix not in suffixes:
         raise InputError(f"{option} {path} ends in {target.suffix!r}; expected one of {', '.join(suffixes)}")
+    if not suffixes and target.is_file() and target.stat().st_size:
+        # Figures of an earlier call are replaced; a file that a slip of the fingers names is not.
+        with target.open("rb") as file:
+            if file.read(1) != b"{":
+                raise InputError(f"{option} {path} is there, and holds no figures (a JSON object): name another file")
 
 
 def _prepare(arguments: list[str]) -> None:
@@ -99,7 +109,8 @@ def _train(arguments: list[str]) -> None:
     from eabf_jax.training.recipe import load_config
 
     config = load_config(arguments, prog="train.py")
-    devices = math.prod(config.mesh.sizes)  # negative: an axis takes all that are left
+    # Negative: an axis takes all that are left.
+    devices = -1 if config.mesh == "auto" else math.prod(config.mesh.sizes)
     rows = 1 if config.compute.microbatch_size == "auto" else config.compute.microbatch_size
     use_every_core(devices if devices > 0 else config.recipe.batch_size // rows)
     gpu_defaults()

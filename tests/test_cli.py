@@ -54,7 +54,7 @@ def test_every_kind_of_evaluation_is_listed_and_has_a_help(name, capsys):
     assert exit_code("evaluate", name, "--help") == 0
     text = capsys.readouterr().out
     assert f"usage: eabf evaluate {name}" in text
-    options = ["--model", "--json", "--output" if name == "harness" else "--figure"]
+    options = ["FILE" if name == "redraw" else "--model", "--json", "--output" if name == "harness" else "--figure"]
     assert all(option in text for option in options)
 
 
@@ -70,6 +70,10 @@ def test_every_kind_of_evaluation_is_listed_and_has_a_help(name, capsys):
         (("prepare", "--src", "a.json"), "--dst, --tokenizer; `eabf prepare --help` lists what is right"),
         (("evaluate", "perplexity", "--model", "a", "--data", "b", "--json", "."), "--json . is a directory"),
         (("evaluate", "perplexity", "--model", "a", "--data", "b", "--json", "no/x.json"), "no directory no"),
+        (
+            ("evaluate", "perplexity", "--model", "a", "--data", "b", "--json", "README.md"),
+            "README.md is there, and holds",
+        ),
         (("evaluate", "perplexity", "--model", "a", "--data", "b", "--figure", "x.doc"), "expected one of .png"),
         (("evaluate", "perplexity", "--model", "nowhere", "--data", "nowhere"), "nowhere"),
     ],

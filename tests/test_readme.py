@@ -1,39 +1,56 @@
-"""The README's table is the file that `make demo` wrote."""
+"""The README's figures are those of the files that the demo and the benchmarks wrote."""
 
 import json
+import operator
 from pathlib import Path
+
+import pytest
+
+from eabf_jax.evaluation.retrieval_command import figures, read
 
 ROOT = Path(__file__).parents[1]
 WHEN = ("trained", "untrained")
+METHODS = ("PI", "YaRN", "ABF", "EABF")
 
 
-def test_table_is_that_of_the_committed_demo() -> None:
-    bands = json.loads((ROOT / "docs/demo/loss_by_position.json").read_text())["bands"]
+def one_line(path: str) -> str:
+    """A page as one line, so that sentences are found wherever they break."""
+    return " ".join((ROOT / path).read_text().split())
+
+
+def demo(name: str) -> dict[str, list[float]]:
+    bands = json.loads((ROOT / f"docs/demo/{name}.json").read_text())["bands"]
+    return {label: [band["mean"] for band in row] for label, row in bands.items()}
+
+
+def test_the_demos_table_has_every_method_before_and_after_training() -> None:
+    means = demo("all_methods")
     lines = (ROOT / "README.md").read_text().splitlines()
-    for label, row in bands.items():
-        assert f"| {label} | " + " | ".join(f"{band['mean']:.3f}" for band in row) + " |" in lines
+    rows = {"untouched": [f"{mean:.3f}" for mean in means["untouched"]]}
+    for name in METHODS:
+        pairs = zip(means[f"{name}, 6 steps"], means[f"{name}, no training"], strict=True)
+        rows[name] = [f"{trained:.3f} ({plain:.3f})" for trained, plain in pairs]
+    for label, cells in rows.items():
+        assert f"| {label} | " + " | ".join(cells) + " |" in lines
 
 
-def test_the_negative_result_is_that_of_the_committed_figures() -> None:
-    bands = json.loads((ROOT / "docs/demo/all_methods.json").read_text())["bands"]
-    yarn, ours = ([band["mean"] for band in bands[f"{name}, 6 steps"]] for name in ("YaRN", "EABF"))
-    assert f"({yarn[3]:.3f} against {ours[3]:.3f}," in (ROOT / "README.md").read_text()
-    assert yarn[3] < ours[3]
-    assert all(theirs > mine for theirs, mine in zip(yarn[:3], ours[:3], strict=True))
+def test_what_the_readme_says_of_the_demo_is_in_its_figures() -> None:
+    means = demo("all_methods")
+    untouched, yarn, abf, ours = (means[name] for name in ("untouched", *(f"{name}, 6 steps" for name in METHODS[1:])))
+    text = one_line("README.md")
+    assert "At 1,024–2,048, YaRN is better than EABF, and EABF better than ABF" in text
+    assert yarn[3] < ours[3] < abf[3]
+    assert "up to 1,024, EABF and ABF are better than YaRN" in text
+    assert all(map(operator.lt, ours[:3], yarn[:3])) and all(map(operator.lt, abf[:3], yarn[:3]))
+    prices = {round(a - b, 2) for a, b in zip(ours[:2], untouched[:2], strict=True)}
+    assert prices == {0.06} and "a price of 0.06 nats inside the old window for EABF" in text
 
 
-def test_speeds_of_generation_are_those_of_the_committed_run() -> None:
-    files = [f"benchmarks/results/llama2_7b_generate{kind}_h100.json" for kind in ("", "_int8")]
-    plain, int8 = (json.loads((ROOT / file).read_text()) for file in files)
-    lines = (ROOT / "README.md").read_text().splitlines()
-    for name, told, form in (("short", "128 tokens", ".1f"), ("long", "16,384", ".1f"), ("batch", "2,048", ",.0f")):
-        ours, other, theirs = (
-            report["runs"][name]["tokens_per_second"] for report in (plain, int8, plain["peer"])
-        )  # fmt: skip
-        cells = f" | {ours:{form}} | {other:{form}} | {theirs:{form}} (ours {ours / theirs:.2f} ×) |"
-        assert [line for line in lines if line.endswith(cells) and told in line], cells
-    first, mfu = plain["runs"]["long"]["first_token_seconds"], plain["prefill_mfu"]
-    assert any(f"(the first token in {first:.2f} s, {100 * mfu:.1f} % MFU)" in line for line in lines)
+def test_both_reports_of_the_demo_agree() -> None:
+    """Of the same models, in two runs: what differs is rounding."""
+    whole, short = demo("all_methods"), demo("loss_by_position")
+    for label, row in short.items():
+        assert row == pytest.approx(whole[label], abs=1e-3)
 
 
 def test_retrieval_is_that_of_the_committed_files() -> None:
@@ -44,13 +61,48 @@ def test_retrieval_is_that_of_the_committed_files() -> None:
         cells = [f"{c['hits'] / c['total']:.0%} ({c['low']:.0%}–{c['high']:.0%})".replace("%", "") for c in found]
         assert " | ".join([f"| {label}", *cells]) + " |" in table
     long = {label: both["long"]["hits"] for label, both in tasks[0]["short_and_long"].items()}
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = one_line("README.md")
     trained, untrained = ([long[f"{name}, {when}"] for name in ("EABF", "ABF", "YaRN", "PI")] for when in WHEN)
     assert (long["untouched"], trained[3], untrained[3]) == (0, 0, 0)
     assert "it answers 0 of 100 passkey questions untouched" in text
     assert "{} with EABF, {} with ABF, {} with YaRN and none with PI".format(*trained) in text
     assert "no training at all, {}, {} and {}, and none".format(*untrained) in text
     assert max(cell["hits"] for row in tasks[1]["cells"].values() for cell in row) == 2
+    intervals = {
+        label: (100 * both["long"]["low"], 100 * both["long"]["high"])
+        for label, both in tasks[0]["short_and_long"].items()
+    }
+    assert intervals["EABF, trained"] == intervals["ABF, trained"]
+    ours, yarn, untouched = (
+        "{:.0f}–{:.0f} %".format(*intervals[name]) for name in ("EABF, trained", "YaRN, trained", "untouched")
+    )
+    assert f"intervals are {ours} for EABF and ABF, {yarn} for YaRN, and {untouched} untouched" in text
+
+
+def test_committed_retrieval_has_the_intervals_of_its_cells() -> None:
+    """As `eabf evaluate redraw` computes them."""
+    for task in ("passkey", "line_retrieval"):
+        report = json.loads((ROOT / f"docs/retrieval/{task}.json").read_text())
+        assert report.items() >= figures(read(report)).items()
+
+
+def test_losses_of_lines_are_those_of_the_committed_file() -> None:
+    cells = json.loads((ROOT / "docs/retrieval/line_retrieval.json").read_text())["cells"]
+    ends: dict[str, list[float]] = {"ABF, EABF and YaRN": [], "PI": [], "untouched": []}
+    for label, row in cells.items():
+        kind = next((name for name in ("PI", "untouched") if label.startswith(name)), "ABF, EABF and YaRN")
+        ends[kind] += [cell["loss"] for cell in row if cell["length"] > 8192]
+    told = [f"{min(losses):.1f} to {max(losses):.1f}" for losses in ends.values()]
+    sentence = "{} nats per token for ABF, EABF and YaRN, {} for PI and {} untouched".format(*told)
+    assert sentence in one_line("docs/evaluation.md")
+
+
+def test_the_tiny_models_log_is_what_its_page_says() -> None:
+    log = [json.loads(line) for line in (ROOT / "assets/tiny_pretrain_512.jsonl").read_text().splitlines()]
+    text = one_line("assets/README.md")
+    assert f"{len(log):,} steps of 262,144 tokens ({len(log) * 262_144 / 1e9:.2f} billion)" in text
+    assert f"which took {sum(step['seconds'] for step in log):.0f} seconds" in text
+    assert f"loss is {sum(step['loss'] for step in log[-100:]) / 100:.2f} nats per token at the end" in text
 
 
 def test_files_that_the_readme_links_to_exist() -> None:

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogFormatter, NullLocator
 
 from eabf_jax.evaluation.intervals import Share
 from eabf_jax.evaluation.perplexity import BandLoss, WindowPerplexity
@@ -38,7 +38,8 @@ def picture(found: Comparison | Retrieval, path: Path) -> None:
             perplexity_by_window(found.windows, path, title=f"perplexity by window, {documents}")
         else:
             window, title = found.pretrained_window, f"loss by position, {documents}"
-            loss_by_position(found.curves, path, pretrained_window=window, title=title)
+            # A report from before there were curves is drawn by its bands.
+            loss_by_position(found.curves or found.bands, path, pretrained_window=window, title=title)
     elif any(cell.depth is not None for row in found.cells.values() for cell in row):
         heat_maps(found.cells, path, pretrained_window=found.pretrained_window, title=found.task)
     else:
@@ -49,22 +50,26 @@ def picture(found: Comparison | Retrieval, path: Path) -> None:
 def loss_by_position(
     curves: Mapping[str, Sequence[BandLoss]], path: Path, *, pretrained_window: int | None = None, title: str = ""
 ) -> None:
-    """Draws the mean loss over documents against the position, one line a model, the last one emphasised.
+    """Draws the mean loss over documents in bands of positions, one line a model, the last one emphasised.
 
     Around each line, the 95 % confidence interval over documents.
 
     Args:
-      curves: by label, from `evaluation.perplexity.band_losses`: a point a band.
+      curves: by label, from `evaluation.perplexity.band_losses`.
       path: the picture; its suffix (.png, .svg, .pdf) says which kind.
       pretrained_window: position to mark, in tokens.
       title: above the axes.
     """
     figure, axes = _axes("position (tokens)", "loss (nats per token)", title)
     for number, (label, row) in enumerate(curves.items()):
-        middles = [(band.start + band.end - 1) / 2 for band in row]
-        points = [(band.mean, band.mean - band.half_width, band.mean + band.half_width) for band in row]
-        # Markers of neighbouring lines stand beside each other.
-        _line(axes, middles, points, label=label, markevery=(number % 4, 4), **line_style(number, len(curves)))
+        # A mean over a band is as long as the band. Its marker stands at another place for each line.
+        share = (number + 1) / (len(curves) + 1)
+        places = [at for band in row for at in (band.start, (1 - share) * band.start + share * band.end, band.end)]
+        points = [
+            (band.mean, band.mean - band.half_width, band.mean + band.half_width) for band in row for _ in range(3)
+        ]
+        markers = (1, 3 * max(1, len(row) // 8))
+        _line(axes, places, points, label=label, markevery=markers, **line_style(number, len(curves)))
     axes.set_xlim(left=0)
     # A model that falls apart would flatten the others.
     _log_axis(axes)
@@ -191,11 +196,18 @@ def line_style(number: int, count: int) -> dict[str, Any]:
     Returns:
       Keywords of `Axes.plot`.
     """
-    marker = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 5}
+    marker = _MARKERS[number % len(_MARKERS)]
     if number == count - 1 > 0:
-        return {**marker, "linewidth": 3, "color": "black", "zorder": 2}
-    dashes = _LINES[number // len(_COLOURS) % len(_LINES)]
-    return {**marker, "linewidth": 1.5, "color": _COLOURS[number % len(_COLOURS)], "linestyle": dashes, "zorder": 3}
+        return {"marker": marker, "markersize": 8, "linewidth": 3, "color": "black", "zorder": 2}
+    return {
+        "marker": marker,
+        "markersize": 6,
+        "markerfacecolor": "none",  # of two in one place, both are seen
+        "linewidth": 1.5,
+        "color": _COLOURS[number % len(_COLOURS)],
+        "linestyle": _LINES[number // len(_COLOURS) % len(_LINES)],
+        "zorder": 3,
+    }
 
 
 def _axes(x: str, y: str, title: str) -> tuple[Figure, Axes]:
@@ -224,8 +236,10 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 def _log_axis(axes: Axes) -> None:
     axes.set_yscale("log")
-    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    # Between powers of ten there are labels where the axis spans less than one.
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 1)))
+    axes.grid(which="minor", alpha=0.3)
 
 
 def _mark(axes: Axes, pretrained_window: int | None) -> None:

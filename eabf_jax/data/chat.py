@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from eabf_jax.data.chat_template import Rendered, render
 from eabf_jax.errors import InputError, unknown_name
 
 Role = Literal["system", "user", "assistant"]
@@ -25,9 +26,17 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    special_tokens: dict[str, str]
+    added_ids: frozenset[int]
+    chat_templates: dict[str, str]
+    chat_template: str | None
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Turns text into ids, without adding any of its own."""
+        ...
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Turns text with special tokens into ids, and says which characters each is of."""
         ...
 
     def token_id(self, piece: str) -> int | None:
@@ -106,11 +115,46 @@ def _chatml(exchange: Exchange) -> Iterator[Segment]:
     yield from (end._replace(is_response=True), Segment("\n"))
 
 
+def _llama_3(exchange: Exchange) -> Iterator[Segment]:
+    """Llama 3 Instruct as Meta's code renders it: a header before each message, <|eot_id|> behind it."""
+    end = Segment("<|eot_id|>", is_special=True)
+
+    def header(role: str) -> Iterator[Segment]:
+        yield Segment("<|start_header_id|>", is_special=True)
+        yield Segment(role)
+        yield Segment("<|end_header_id|>", is_special=True)
+
+    if exchange.is_first:
+        yield Segment("<|begin_of_text|>", is_special=True)
+    if exchange.system is not None:
+        yield from (*header("system"), Segment(f"\n\n{exchange.system.strip()}"), end)
+    yield from (*header("user"), Segment(f"\n\n{exchange.user.strip()}"), end)
+    yield from (*header("assistant"), Segment("\n\n"), Segment(exchange.assistant.strip(), is_response=True))
+    yield end._replace(is_response=True)
+
+
 TEMPLATES: dict[str, Callable[[Exchange], Iterable[Segment]]] = {
     "llama-2": _llama_2,
+    "llama-3": _llama_3,
     "vicuna": _vicuna,
     "chatml": _chatml,
 }
+
+# The template that comes with the model's tokenizer, in place of one by name.
+OWN = "own"
+
+
+def check_template(template: str) -> None:
+    """Refuses a name that is no template's.
+
+    Args:
+      template: a name in `TEMPLATES`, or `OWN`.
+
+    Raises:
+      InputError: another name.
+    """
+    if template != OWN and template not in TEMPLATES:
+        raise unknown_name("chat template", template, (*TEMPLATES, OWN))
 
 
 def exchanges(turns: Sequence[Turn]) -> list[Exchange]:
@@ -165,8 +209,9 @@ def encode_prompt(turns: Sequence[Turn], template: str, tokenizer: Tokenizer) ->
     """Renders and tokenizes a conversation up to where the assistant is to answer.
 
     Args:
-      turns: at most one system turn, then user and assistant in alternation, the user last.
-      template: a name in `TEMPLATES`.
+      turns: at most one system turn, then user and assistant in alternation, the user last; `OWN` takes what the
+        model's template does.
+      template: a name in `TEMPLATES`, or `OWN`.
       tokenizer: the model's tokenizer.
 
     Returns:
@@ -175,10 +220,11 @@ def encode_prompt(turns: Sequence[Turn], template: str, tokenizer: Tokenizer) ->
     Raises:
       InputError: as `encode_conversation`.
     """
+    check_template(template)
+    if template == OWN:
+        return tokenizer.encode(_render_own(turns, tokenizer, add_generation_prompt=True).text, special=True)
     *before, last = exchanges([*turns, Turn("assistant", "")])
     encoded = [encode_exchange(exchange, template, tokenizer) for exchange in before]
-    if template not in TEMPLATES:
-        raise unknown_name("chat template", template, TEMPLATES)
     opening = takewhile(lambda segment: not segment.is_response, TEMPLATES[template](last))
     return concatenate([*encoded, _encode_segments(opening, template, tokenizer)]).tokens.tolist()
 
@@ -187,7 +233,8 @@ def answer_ends(template: str, tokenizer: Tokenizer) -> list[int]:
     """The tokens that end an answer.
 
     Args:
-      template: a name in `TEMPLATES`.
+      template: a name in `TEMPLATES`, or `OWN`: then the special token that the model's template writes behind an
+        answer, if it writes one.
       tokenizer: the model's tokenizer.
 
     Returns:
@@ -196,8 +243,9 @@ def answer_ends(template: str, tokenizer: Tokenizer) -> list[int]:
     Raises:
       InputError: as `encode_conversation`.
     """
-    if template not in TEMPLATES:
-        raise unknown_name("chat template", template, TEMPLATES)
+    check_template(template)
+    if template == OWN:
+        return _own_ends(tokenizer)
     segments = TEMPLATES[template](Exchange("", "", None, True))
     return [
         _special_id(segment.text, template, tokenizer)
@@ -211,16 +259,49 @@ def encode_conversation(turns: Sequence[Turn], template: str, tokenizer: Tokeniz
 
     Args:
       turns: at most one system turn, then user and assistant in alternation, the assistant last.
-      template: a name in `TEMPLATES`.
+      template: a name in `TEMPLATES`, or `OWN`.
       tokenizer: the model's tokenizer.
 
     Returns:
-      int32 tokens [length] and bool mask [length]: true on the assistant's tokens and on the token that ends its turn.
+      int32 tokens [length] and bool mask [length]: true on the assistant's tokens and on the token that ends its turn;
+      with `OWN` on what the model's template marks with `{% generation %}`.
 
     Raises:
-      InputError: turns that do not alternate, an unknown template, or a special token that the tokenizer lacks.
+      InputError: turns that do not alternate, an unknown template, a special token that the tokenizer lacks, or a
+        template of the model's that marks nothing.
     """
-    return concatenate([encode_exchange(exchange, template, tokenizer) for exchange in exchanges(turns)])
+    check_template(template)
+    paired = exchanges(turns)
+    if template == OWN:
+        return _encode_own(turns, tokenizer)
+    return concatenate([encode_exchange(exchange, template, tokenizer) for exchange in paired])
+
+
+def encode_beginning(turns: Sequence[Turn], template: str, tokenizer: Tokenizer, enough: int) -> Encoded:
+    """Renders and tokenizes as many exchanges of a conversation as make `enough` tokens, which may not be all.
+
+    Args:
+      turns: as in `encode_conversation`.
+      template: a name in `TEMPLATES`, or `OWN`, which is rendered as a whole.
+      tokenizer: the model's tokenizer.
+      enough: the tokens that are wanted.
+
+    Returns:
+      The tokens of the exchanges, and their mask; not cut.
+
+    Raises:
+      InputError: as `encode_conversation`.
+    """
+    if template == OWN:
+        return encode_conversation(turns, template, tokenizer)
+    encoded: list[Encoded] = []
+    length = 0
+    for exchange in exchanges(turns):
+        encoded.append(encode_exchange(exchange, template, tokenizer))
+        length += len(encoded[-1].tokens)
+        if length >= enough:
+            break
+    return concatenate(encoded)
 
 
 def split_conversation(
@@ -233,7 +314,7 @@ def split_conversation(
 
     Args:
       turns: as in `encode_conversation`.
-      template: a name in `TEMPLATES`.
+      template: a name in `TEMPLATES`, or `OWN`.
       tokenizer: the model's tokenizer.
       min_tokens: fewest tokens of a piece.
       max_tokens: most tokens of a piece.
@@ -244,10 +325,21 @@ def split_conversation(
     Raises:
       InputError: as `encode_conversation`.
     """
+    check_template(template)
+    pieces = (
+        _own_pieces(turns, tokenizer, max_tokens)
+        if template == OWN
+        else _named_pieces(exchanges(turns), template, tokenizer, max_tokens)
+    )
+    cut = [truncate(piece, max_tokens) for piece in pieces]
+    return [piece for piece in cut if len(piece.tokens) >= min_tokens and piece.loss_mask.any()]
+
+
+def _named_pieces(paired: Sequence[Exchange], template: str, tokenizer: Tokenizer, max_tokens: int) -> list[Encoded]:
+    """The pieces of a conversation, made of exchanges that are encoded one by one."""
     pieces: list[Encoded] = []
     current: list[Encoded] = []
     length = 0
-    paired = exchanges(turns)
     for exchange in paired:
         encoded = encode_exchange(exchange, template, tokenizer)
         if current and length + len(encoded.tokens) > max_tokens:
@@ -258,9 +350,25 @@ def split_conversation(
         else:
             current.append(encoded)
             length += len(encoded.tokens)
-    pieces.append(concatenate(current))
-    cut = [truncate(piece, max_tokens) for piece in pieces]
-    return [piece for piece in cut if len(piece.tokens) >= min_tokens and piece.loss_mask.any()]
+    return [*pieces, concatenate(current)]
+
+
+def _own_pieces(turns: Sequence[Turn], tokenizer: Tokenizer, max_tokens: int) -> list[Encoded]:
+    """The pieces of a conversation by the model's template, which only renders whole ones."""
+    count = len(exchanges(turns))
+    system = turns[: len(turns) - 2 * count]
+    spoken = turns[len(system) :]
+    pieces: list[Encoded] = []
+    begin = 0
+    current: Encoded | None = None
+    for end in range(1, count + 1):
+        longer = _encode_own([*system, *spoken[2 * begin : 2 * end]], tokenizer)
+        if current is not None and len(longer.tokens) > max_tokens:
+            pieces.append(current)
+            begin = end - 1
+            longer = _encode_own([*system, *spoken[2 * begin : 2 * end]], tokenizer)
+        current = longer
+    return pieces if current is None else [*pieces, current]
 
 
 def concatenate(encoded: Sequence[Encoded]) -> Encoded:
@@ -288,6 +396,56 @@ def _encode_segments(segments: Iterable[Segment], template: str, tokenizer: Toke
             tokens += ids
             mask += learned
     return Encoded(np.asarray(tokens, np.int32), np.asarray(mask, np.bool_))
+
+
+def _own_template(tokenizer: Tokenizer) -> str:
+    """The source of the model's own template."""
+    if tokenizer.chat_template is None:
+        unnamed = f"none that is called default ({', '.join(sorted(tokenizer.chat_templates))})"
+        raise InputError(
+            f"the model's tokenizer has {unnamed if tokenizer.chat_templates else 'no chat template'}: name the one "
+            f"that it was trained with, --template {', '.join(sorted(TEMPLATES))}"
+        )
+    return tokenizer.chat_template
+
+
+def _render_own(turns: Sequence[Turn], tokenizer: Tokenizer, *, add_generation_prompt: bool) -> Rendered:
+    """The conversation by the model's own template."""
+    source = _own_template(tokenizer)
+    return render(source, turns, tokenizer.special_tokens, add_generation_prompt=add_generation_prompt)
+
+
+def _encode_own(turns: Sequence[Turn], tokenizer: Tokenizer) -> Encoded:
+    """Tokens by the model's own template, and those of them that it marks: each that reaches into a marked stretch."""
+    rendered = _render_own(turns, tokenizer, add_generation_prompt=False)
+    if not rendered.is_marked:
+        raise InputError(
+            "the model's chat template does not say what is to be learned ({% generation %} marks it): name a "
+            f"template that does, --template {', '.join(sorted(TEMPLATES))}"
+        )
+    ids, offsets = tokenizer.encode_with_offsets(rendered.text)
+    mask = np.zeros(len(ids), np.bool_)
+    stretches = iter(rendered.learned)
+    stretch = next(stretches, None)
+    for i, (begin, end) in enumerate(offsets):
+        while stretch is not None and begin >= stretch[1]:
+            stretch = next(stretches, None)
+        mask[i] = stretch is not None and end > stretch[0]
+    return Encoded(np.asarray(ids, np.int32), mask)
+
+
+def _own_ends(tokenizer: Tokenizer) -> list[int]:
+    """The token that the model's own template writes behind an answer, where it is one that text cannot spell."""
+    _own_template(tokenizer)
+    answer = "The-answer-is-this."
+    try:
+        turns = [Turn("user", "A question."), Turn("assistant", answer)]
+        text = _render_own(turns, tokenizer, add_generation_prompt=False).text
+    except InputError:  # it may want something else to be said, which is for the conversation itself to find out
+        return []
+    behind = text.rpartition(answer)[2].lstrip() if answer in text else ""
+    first = tokenizer.encode(behind, special=True)[:1]
+    return [i for i in first if i in tokenizer.added_ids]
 
 
 def _special_id(name: str, template: str, tokenizer: Tokenizer) -> int:

@@ -9,19 +9,8 @@ import bs4
 import markdownify
 import py3langid
 
-from eabf_jax.data.chat import Role, Turn
-from eabf_jax.data.sharegpt import RawTurn
-
-ROLES: dict[str, Role] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+from eabf_jax.data.chat import Turn
+from eabf_jax.data.forms import Passage, Unusable
 
 # Two conversations that share a first exchange of this many characters are the same one, shared twice at different
 # lengths; shorter openings ("hi" - "Hello! How can I help you?") are shared by strangers.
@@ -57,34 +46,33 @@ class Cleaned(NamedTuple):
     """
 
     turns: list[Turn]
-    fault: Literal["unknown role", "no turns", "no answer"] | None
+    fault: Literal["no turns", "no answer", "system turn further on"] | None
 
 
-def clean_conversation(raw: Sequence[RawTurn]) -> Cleaned:
+def clean_conversation(raw: Sequence[Turn], *, from_pages: bool = True) -> Cleaned:
     """Cleans every turn and repairs the alternation.
 
-    Turns that are empty (or no text at all) go; two turns in a row of one speaker become one, once if they are equal;
-    what precedes the first user turn goes, save a system turn at the very beginning; system turns further on go; an
-    unanswered last question goes. A conversation with a role that nobody knows is given up: who speaks decides what
-    is trained on.
+    Turns that are empty go; two turns in a row of one speaker become one, once if they are equal; what precedes the
+    first user turn goes, save system turns; an unanswered last question goes. A conversation with a system turn
+    further on is given up: a template has one place for it, and the answers after it follow it.
 
     Args:
       raw: the turns as the file has them.
+      from_pages: whether the texts may be HTML, or hold what a web page left; else they are only stripped.
 
     Returns:
       The turns left, or the reason why none is.
     """
     turns: list[Turn] = []
-    system: Turn | None = None
-    for position, (name, value) in enumerate(raw):
-        text = clean_text(value or "")
+    system: list[str] = []
+    for role, value in raw:
+        text = clean_text(value) if from_pages else without_surrogates(value).strip()
         if not text:
             continue
-        role = ROLES.get((name or "").strip().lower())
-        if role is None:
-            return Cleaned([], "unknown role")
         if role == "system":
-            system = Turn("system", text) if position == 0 else system
+            if turns:
+                return Cleaned([], "system turn further on")
+            system += [] if text in system else [text]
         elif turns and turns[-1].role == role:
             if turns[-1].text != text:
                 turns[-1] = Turn(role, f"{turns[-1].text}\n\n{text}")
@@ -96,7 +84,37 @@ def clean_conversation(raw: Sequence[RawTurn]) -> Cleaned:
         turns.pop()
     if not turns:
         return Cleaned([], "no answer")
-    return Cleaned(turns if system is None else [system, *turns], None)
+    return Cleaned([Turn("system", "\n\n".join(system)), *turns] if system else turns, None)
+
+
+def without_surrogates(text: str) -> str:
+    """Replaces what is no character; JSON may hold it, UTF-8 may not."""
+    return _LONE_SURROGATE.sub("\ufffd", text)
+
+
+def clean_passage(passage: Passage) -> Passage:
+    """Leaves a passage as it is, save what is no character.
+
+    Args:
+      passage: the passage as the file has it.
+
+    Returns:
+      The passage.
+
+    Raises:
+      Unusable: there is nothing to learn.
+    """
+    if not passage.text.strip():
+        raise Unusable("no answer" if passage.prompt else "no text")
+    return Passage(*map(without_surrogates, passage))
+
+
+def passage_turns(passage: Passage) -> list[Turn]:
+    """A passage as turns, by which `Copies` and `language` look at it: a prompt, and its text in slices."""
+    slices = [
+        passage.text[begin : begin + _SAMPLED_CHARACTERS] for begin in range(0, len(passage.text), _SAMPLED_CHARACTERS)
+    ]
+    return [Turn("user", passage.prompt), *(Turn("assistant", part) for part in slices)]
 
 
 def clean_text(text: str) -> str:
@@ -108,7 +126,7 @@ def clean_text(text: str) -> str:
     Returns:
       Its text, stripped; empty where nothing but furniture was there.
     """
-    text = _LONE_SURROGATE.sub("\ufffd", text.replace("\r\n", "\n"))
+    text = without_surrogates(text.replace("\r\n", "\n"))
     if is_html(text):
         text = html_to_markdown(text)
     text = _INVISIBLE.sub("", text)

@@ -1,11 +1,9 @@
-"""Prepared conversations on disk: a TFDS dataset in ArrayRecord files, written and read without TensorFlow."""
+"""Prepared records on disk: a TFDS dataset in ArrayRecord files, written and read without TensorFlow."""
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +16,12 @@ from jaxtyping import Int32
 from tensorflow_datasets.core import example_serializer, naming, splits
 
 from eabf_jax.data.chat import Encoded, Tokenizer
+from eabf_jax.destination import Mark, check_destination, make_partial, put_in_place
 from eabf_jax.errors import InputError, unknown_name
 
 NAME = "sharegpt"
 METADATA_FILE = "eabf_dataset.json"
+DATASET = Mark("a prepared dataset", METADATA_FILE, ("format", "splits"))
 FORMAT = 1
 SHARD_BYTES = 1 << 28
 
@@ -73,16 +73,24 @@ class DatasetWriter:
     Use as a context manager: what is not finished when it ends leaves nothing behind.
     """
 
-    def __init__(self, directory: Path | str, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES):
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        overwrite: bool = False,
+        sources: Iterable[Path | str] = (),
+        shard_bytes: int = SHARD_BYTES,
+    ):
         """Checks that the destination may be written.
 
         Args:
           directory: where the dataset is to be.
           overwrite: replace a dataset that is there.
+          sources: what it is made from.
           shard_bytes: begin another file when one has reached this size.
 
         Raises:
-          InputError: the destination is not empty, or holds something other than a dataset, which is never replaced.
+          InputError: as `check_destination`: something other than a dataset is never replaced.
         """
         self.directory = Path(directory)
         self._shard_bytes = shard_bytes
@@ -90,14 +98,13 @@ class DatasetWriter:
         self._features = _features()
         self._serialize = example_serializer.ExampleSerializer(self._features.get_serialized_info()).serialize_example
         self._partial: Path | None = None
-        check_destination(self.directory, overwrite)
+        self._overwrite, self._sources = overwrite, tuple(sources)
+        self._check_destination()
 
     def __enter__(self) -> "DatasetWriter":
         """Makes the folder to write into."""
         with self._as_input_error():
-            self.directory.parent.mkdir(parents=True, exist_ok=True)
-            partial = tempfile.mkdtemp(prefix=f".{self.directory.name}.partial-", dir=self.directory.parent)
-            self._partial = Path(partial)
+            self._partial = make_partial(self.directory)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -158,13 +165,15 @@ class DatasetWriter:
                 features=self._features,
                 split_infos=infos,
                 filename_template=self._template(None),
-                description="Conversations as tokens, with a mask on the assistant's.",
+                description="Conversations or texts as tokens, with a mask on those to be learned.",
                 check_data=False,
             )
             summary = {name: self._summary(name, split) for name, split in self._splits.items()}
             content = {"format": FORMAT, **metadata, "splits": summary}
             (self._partial / METADATA_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            self._move()
+            self._check_destination()  # much may have happened since
+            put_in_place(self._partial, self.directory)
+            self._partial = None
 
     def _close_shard(self, split: _Split) -> None:
         if split.writer is not None:
@@ -205,20 +214,8 @@ class DatasetWriter:
         assert self._partial is not None
         return self._partial / f"{split}-{number}"
 
-    def _move(self) -> None:
-        """Puts the finished folder in place of what is there."""
-        assert self._partial is not None
-        mask = os.umask(0)
-        os.umask(mask)
-        self._partial.chmod(0o777 & ~mask)
-        if self.directory.exists():
-            old = self._partial.with_name(self._partial.name + "-old")
-            self.directory.rename(old)
-            self._partial.rename(self.directory)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            self._partial.rename(self.directory)
-        self._partial = None
+    def _check_destination(self) -> None:
+        check_destination(self.directory, DATASET, overwrite=self._overwrite, sources=self._sources)
 
     @contextmanager
     def _as_input_error(self) -> Iterator[None]:
@@ -231,29 +228,6 @@ class DatasetWriter:
                 f"cannot write the dataset {self.directory}: {reason}; nothing was left there: "
                 "free some space or name another destination"
             ) from None
-
-
-def check_destination(directory: Path, overwrite: bool) -> None:
-    """Refuses a destination that a dataset must not be written to.
-
-    Args:
-      directory: where the dataset is to be.
-      overwrite: whether a dataset that is there may be replaced.
-
-    Raises:
-      InputError: it is a file, not empty without `overwrite`, or holds something other than a prepared dataset.
-    """
-    if directory.is_file() or directory.is_symlink():
-        raise InputError(f"{directory} is not a directory: name a new or empty one")
-    if not directory.is_dir() or not any(directory.iterdir()):
-        return
-    if not overwrite:
-        raise InputError(f"{directory} is not empty: --overwrite replaces the dataset there, or name another directory")
-    if not (directory / METADATA_FILE).is_file():
-        raise InputError(
-            f"{directory} holds something other than a prepared dataset (no {METADATA_FILE}), which --overwrite does "
-            "not replace: name another directory"
-        )
 
 
 def _lengths_file(split: str) -> str:

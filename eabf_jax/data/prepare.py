@@ -1,4 +1,4 @@
-"""`eabf prepare`: ShareGPT files to a dataset of tokens and loss masks, with the counts of every stage."""
+"""`eabf prepare`: files of conversations or texts to a dataset of tokens and loss masks, counting every stage."""
 
 import argparse
 from collections import Counter
@@ -11,9 +11,12 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 
 from eabf_jax.console import Grid, show
 from eabf_jax.data import chat
-from eabf_jax.data.cleaning import Copies, clean_conversation, language
+from eabf_jax.data.cleaning import Copies, clean_conversation, clean_passage, language, passage_turns
 from eabf_jax.data.dataset import DatasetWriter, tokenizer_digest
-from eabf_jax.data.sharegpt import Conversation, Index, fraction, order_key
+from eabf_jax.data.forms import AUTO, FORMATS, Content, Passage, Unusable
+from eabf_jax.data.index import Index
+from eabf_jax.data.passage import TextTokenizer, encode_passage, split_passage
+from eabf_jax.data.sharegpt import Conversation, fraction, order_key
 from eabf_jax.errors import InputError, unknown_name
 
 TRAIN = "train"
@@ -26,8 +29,9 @@ class Options:
     """What to prepare.
 
     Attributes:
-      sources: ShareGPT files, JSON or JSONL.
+      sources: files, or directories of files.
       destination: directory of the dataset.
+      format: the form of their entries, a name in `forms.FORMATS`.
       template: chat template, a name in `chat.TEMPLATES`.
       min_tokens: fewest tokens of a training record.
       max_tokens: most tokens of a record; longer conversations are split at turn borders.
@@ -44,6 +48,7 @@ class Options:
 
     sources: tuple[Path, ...]
     destination: Path
+    format: str = AUTO
     template: str = "llama-2"
     min_tokens: int = 10_000
     max_tokens: int = 16_384
@@ -62,12 +67,13 @@ class Options:
         Raises:
           InputError: naming the first one that is wrong.
         """
-        if self.template not in chat.TEMPLATES:
-            raise unknown_name("chat template", self.template, chat.TEMPLATES)
+        chat.check_template(self.template)
+        if self.format not in FORMATS:
+            raise unknown_name("format", self.format, FORMATS)
         if self.language not in LANGUAGES:
             raise unknown_name("language filter", self.language, LANGUAGES)
         if not self.sources:
-            raise InputError("no source file given: name at least one ShareGPT JSON or JSONL file with --src")
+            raise InputError("no source file given: name at least one file or directory with --src")
         if not 1 <= self.min_tokens <= self.max_tokens:
             raise InputError(
                 f"--min-tokens {self.min_tokens} --max-tokens {self.max_tokens}: 1 <= minimum <= maximum is needed"
@@ -103,16 +109,20 @@ class Report:
 
     Attributes:
       entries: whole entries of the files.
-      conversations: after joining the parts of one conversation.
+      conversations: after joining the parts of one conversation; prompt and answer, or a document, count as one.
       in_portion: of those, in the portion asked for.
       examined: read and cleaned.
       cleaned: with at least one question and its answer left.
       distinct: not a copy of an earlier one.
       in_language: in the language asked for.
       long_enough: with enough tokens, in a piece of their own, for one of the splits.
-      dropped_in_cleaning: why cleaning dropped the others.
+      forms: how many entries have which form.
+      unusable: why the other entries have none.
+      kept_apart: conversations whose ids look like parts of one, which is not proved (see `sharegpt.Parts`).
+      dropped_in_cleaning: why reading or cleaning dropped conversations.
       splits: records, conversations, tokens and response tokens of each split.
       broken_files: what was wrong with files of which only the whole entries were used.
+      skipped_files: files in the directories given that are of no kind that is read.
       shortages: splits for which fewer records were found than asked for.
       destination: where the dataset is.
     """
@@ -125,9 +135,13 @@ class Report:
     distinct: int = 0
     in_language: int = 0
     long_enough: int = 0
+    forms: dict[str, int] = field(default_factory=dict)
+    unusable: dict[str, int] = field(default_factory=dict)
+    kept_apart: int = 0
     dropped_in_cleaning: dict[str, int] = field(default_factory=dict)
     splits: dict[str, SplitCounts] = field(default_factory=dict)
     broken_files: list[str] = field(default_factory=list)
+    skipped_files: list[str] = field(default_factory=list)
     shortages: list[str] = field(default_factory=list)
     destination: str = ""
 
@@ -144,9 +158,30 @@ class Report:
             ("long enough", self.long_enough),
         ]
 
+    def notes(self, stage: str) -> list[tuple[str, int]]:
+        """What else there is to say of a stage.
 
-def prepare(options: Options, tokenizer: chat.Tokenizer, console: Console | None = None) -> Report:
-    """Makes a dataset of tokens and loss masks from ShareGPT files.
+        Args:
+          stage: its name in `stages`.
+
+        Returns:
+          Sentences, each with its count.
+        """
+        apart = {"ids that look like parts, kept apart": self.kept_apart} if self.kept_apart else {}
+        notes = {
+            "entries in the files": _prefixed("read as ", self.forms) | _prefixed("not used: ", self.unusable),
+            "conversations, parts joined": apart,
+            "after cleaning": _prefixed("dropped: ", self.dropped_in_cleaning),
+        }
+        return list(notes.get(stage, {}).items())
+
+
+def _prefixed(prefix: str, counts: dict[str, int]) -> dict[str, int]:
+    return {f"{prefix}{name}": count for name, count in counts.items()}
+
+
+def prepare(options: Options, tokenizer: TextTokenizer, console: Console | None = None) -> Report:
+    """Makes a dataset of tokens and loss masks from files of conversations or texts.
 
     Conversations are taken in an order that depends on the seed and their ids only. The first `held_out` of them that
     are long enough for it are held out, whatever number is wanted for training; the others are for training,
@@ -168,18 +203,21 @@ def prepare(options: Options, tokenizer: chat.Tokenizer, console: Console | None
     options.check()
     console = console or Console(stderr=True)
     report = Report(destination=str(options.destination))
-    with DatasetWriter(options.destination, overwrite=options.overwrite) as writer:
+    with DatasetWriter(options.destination, overwrite=options.overwrite, sources=options.sources) as writer:
         index = _index(options, console)
         report.broken_files = [str(fault) for fault in index.broken]
+        report.skipped_files = index.skipped
         report.entries = index.entries
+        report.forms, report.unusable = dict(index.forms), dict(index.unusable)
+        report.kept_apart = index.kept_apart
         report.conversations = len(index.conversations)
         start, end = options.portion
-        chosen = [c for c in index.conversations if start <= fraction(c.id) < end]
+        chosen = [c for c in index.conversations if start <= fraction(c.place) < end]
         chosen.sort(key=lambda conversation: order_key(options.seed, conversation))
         report.in_portion = len(chosen)
-        _fill(options, tokenizer, console, report, writer, index, chosen)
+        used_template = _fill(options, tokenizer, console, report, writer, index, chosen)
         _check_filled(options, report)
-        writer.finish(_metadata(options, tokenizer, report))
+        writer.finish(_metadata(options, tokenizer, report, used_template))
     return report
 
 
@@ -191,6 +229,7 @@ def _index(options: Options, console: Console) -> Index:
         task = progress.add_task("", total=size)
         return Index(
             options.sources,
+            form=options.format,
             keep_complete=options.keep_complete,
             progress=lambda read: progress.update(task, completed=read),
         )
@@ -198,14 +237,15 @@ def _index(options: Options, console: Console) -> Index:
 
 def _fill(
     options: Options,
-    tokenizer: chat.Tokenizer,
+    tokenizer: TextTokenizer,
     console: Console,
     report: Report,
     writer: DatasetWriter,
     index: Index,
     chosen: list[Conversation],
-) -> None:
-    """Pass two: takes conversations one by one until both splits have their records."""
+) -> bool:
+    """Pass two: takes conversations one by one until both splits have their records; tells if a template was used."""
+    used_template = False
     wanted = {HELD_OUT: options.held_out, TRAIN: options.num_conversations}
     dropped: Counter[str] = Counter()
     copies = Copies()
@@ -223,9 +263,10 @@ def _fill(
             if not open_splits:
                 break
             report.examined += 1
-            turns, fault = clean_conversation(index.read(conversation))
-            if fault is not None:
-                dropped[fault] += 1
+            try:
+                content, turns = _clean(index, conversation)
+            except Unusable as fault:
+                dropped[fault.reason] += 1
                 continue
             report.cleaned += 1
             if not copies.is_new(turns):
@@ -234,9 +275,10 @@ def _fill(
             if options.language != "any" and language(turns) != options.language:
                 continue
             report.in_language += 1
-            split, pieces = _assign(turns, options, tokenizer, open_splits)
+            split, pieces = _assign(content, options, tokenizer, open_splits)
             if pieces:
                 report.long_enough += 1
+                used_template |= not isinstance(content, Passage)
                 counts = report.splits.setdefault(split, SplitCounts())
                 counts.conversations += 1
                 limit = wanted[split]
@@ -248,6 +290,19 @@ def _fill(
             done = report.examined if records_wanted is None else _records(report, TRAIN) + _records(report, HELD_OUT)
             progress.update(task, completed=done)
     report.dropped_in_cleaning = dict(sorted(dropped.items()))
+    return used_template
+
+
+def _clean(index: Index, conversation: Conversation) -> tuple[Content, list[chat.Turn]]:
+    """Reads and cleans one; also as turns, by which copies and languages are told. Unusable: nothing is left."""
+    content = index.read(conversation)
+    if isinstance(content, Passage):
+        passage = clean_passage(content)
+        return passage, passage_turns(passage)
+    turns, fault = clean_conversation(content, from_pages=index.form_of(conversation).from_pages)
+    if fault is not None:
+        raise Unusable(fault)
+    return turns, turns
 
 
 def _records(report: Report, split: str) -> int:
@@ -255,35 +310,28 @@ def _records(report: Report, split: str) -> int:
 
 
 def _assign(
-    turns: list[chat.Turn], options: Options, tokenizer: chat.Tokenizer, open_splits: set[str]
+    content: Content, options: Options, tokenizer: TextTokenizer, open_splits: set[str]
 ) -> tuple[str, list[chat.Encoded]]:
     """Decides which split a conversation belongs to, and cuts it into that split's records."""
     if HELD_OUT in open_splits:
         needed = options.max_tokens if options.held_out_min_tokens is None else options.held_out_min_tokens
-        beginning = _beginning(turns, options, tokenizer)
-        whole = sum(len(part.tokens) for part in beginning)
-        document = chat.truncate(chat.concatenate(beginning), options.max_tokens)
-        if whole >= needed and document.loss_mask.any():
+        beginning = _beginning(content, options, tokenizer, max(options.max_tokens, needed))
+        document = chat.truncate(beginning, options.max_tokens)
+        if len(beginning.tokens) >= needed and document.loss_mask.any():
             return HELD_OUT, [document]
     if TRAIN not in open_splits:
         return TRAIN, []
-    pieces = chat.split_conversation(
-        turns, options.template, tokenizer, min_tokens=options.min_tokens, max_tokens=options.max_tokens
-    )
-    return TRAIN, pieces
+    limits = {"min_tokens": options.min_tokens, "max_tokens": options.max_tokens}
+    if isinstance(content, Passage):
+        return TRAIN, split_passage(content, tokenizer, **limits)
+    return TRAIN, chat.split_conversation(content, options.template, tokenizer, **limits)
 
 
-def _beginning(turns: list[chat.Turn], options: Options, tokenizer: chat.Tokenizer) -> list[chat.Encoded]:
+def _beginning(content: Content, options: Options, tokenizer: TextTokenizer, enough: int) -> chat.Encoded:
     """Encodes as many exchanges as decide whether a conversation can be held out, which is most often not all."""
-    enough = max(options.max_tokens, options.held_out_min_tokens or 0)
-    encoded: list[chat.Encoded] = []
-    length = 0
-    for exchange in chat.exchanges(turns):
-        encoded.append(chat.encode_exchange(exchange, options.template, tokenizer))
-        length += len(encoded[-1].tokens)
-        if length >= enough:
-            break
-    return encoded
+    if isinstance(content, Passage):
+        return encode_passage(content, tokenizer)
+    return chat.encode_beginning(content, options.template, tokenizer, enough)
 
 
 def _check_filled(options: Options, report: Report) -> None:
@@ -293,19 +341,20 @@ def _check_filled(options: Options, report: Report) -> None:
         if wanted == 0 or (wanted is not None and found >= wanted):
             continue
         if found == 0:
-            stages = [*report.stages(), *((f"dropped: {why}", n) for why, n in report.dropped_in_cleaning.items())]
+            stages = [line for stage in report.stages() for line in (stage, *report.notes(stage[0]))]
             raise InputError(
                 f"no conversation is left for split {split!r} ({', '.join(f'{name} {n}' for name, n in stages)}): "
-                "lower --min-tokens, widen --portion, or give more files"
+                "lower --min-tokens, widen --portion, set --language any, or give more files"
             )
         if wanted is not None:
             report.shortages.append(f"{split}: {found} records found, {wanted} asked for")
 
 
-def _metadata(options: Options, tokenizer: chat.Tokenizer, report: Report) -> dict[str, object]:
+def _metadata(options: Options, tokenizer: TextTokenizer, report: Report, used_template: bool) -> dict[str, object]:
     """What the dataset says about how it was made."""
     return {
-        "template": options.template,
+        "forms": report.forms,
+        "template": options.template if used_template else None,
         "min_tokens": options.min_tokens,
         "max_tokens": options.max_tokens,
         "language": options.language,
@@ -331,9 +380,8 @@ def tables(report: Report) -> Iterator[Grid]:
     stages = Grid(["stage"], ["count"], title="Conversations")
     for name, count in report.stages():
         stages.add([name], [f"{count:,}"])
-        if name == "after cleaning":
-            for fault, number in report.dropped_in_cleaning.items():
-                stages.add([f"  dropped: {fault}"], [f"{number:,}"])
+        for note, number in report.notes(name):
+            stages.add([f"  {note}"], [f"{number:,}"])
     yield stages
     splits = Grid(["split"], ["records", "conversations", "tokens", "response tokens"], title=report.destination)
     for name, counts in report.splits.items():
@@ -349,7 +397,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
       parser: the command's parser.
     """
     parser.add_argument(
-        "--src", nargs="+", type=Path, required=True, metavar="FILE", help="ShareGPT files, JSON array or JSONL"
+        "--src",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="files of conversations, prompts and answers, or texts (JSON, JSONL, CSV, Parquet, Arrow, .txt), "
+        "directories of such, or saved by Hugging Face datasets",
+    )
+    parser.add_argument(
+        "--format",
+        default=Options.format,
+        help=f"what an entry is: {', '.join(FORMATS)}; {AUTO} goes by the keys of each file's first known entry "
+        "(default: %(default)s)",
     )
     parser.add_argument("--dst", type=Path, required=True, metavar="DIR", help="directory of the dataset to write")
     parser.add_argument(
@@ -358,7 +418,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template",
         default=Options.template,
-        help=f"chat template: {', '.join(chat.TEMPLATES)} (default: %(default)s)",
+        help=f"chat template: {', '.join(chat.TEMPLATES)}, or {chat.OWN}: the model's, where it marks with "
+        "{%% generation %%} what is to be learned (default: %(default)s)",
     )
     parser.add_argument(
         "--min-tokens",
@@ -411,7 +472,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-complete",
         action="store_true",
-        help="go on with the whole entries of a file that is cut off or malformed",
+        help="go on with the whole entries of a file that is cut off or malformed, and read past trailing commas",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset at --dst")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts to this file")
@@ -425,7 +486,7 @@ def _portion(text: str) -> tuple[float, float]:
         raise InputError(f"--portion {text!r}: two numbers START:END are needed, such as 0.9:1.0") from None
 
 
-def run(arguments: argparse.Namespace, load_tokenizer: Callable[[Path], chat.Tokenizer]) -> Report:
+def run(arguments: argparse.Namespace, load_tokenizer: Callable[[Path], TextTokenizer]) -> Report:
     """Runs `eabf prepare`.
 
     Args:
@@ -441,6 +502,7 @@ def run(arguments: argparse.Namespace, load_tokenizer: Callable[[Path], chat.Tok
     options = Options(
         sources=tuple(arguments.src),
         destination=arguments.dst,
+        format=arguments.format,
         template=arguments.template,
         min_tokens=arguments.min_tokens,
         max_tokens=arguments.max_tokens,
@@ -458,6 +520,7 @@ def run(arguments: argparse.Namespace, load_tokenizer: Callable[[Path], chat.Tok
     console = Console()
     for table in tables(report):
         show(table)
-    for note in (*report.broken_files, *report.shortages):
+    skipped = [f"{path} was not read" for path in report.skipped_files]
+    for note in (*report.broken_files, *skipped, *report.shortages):
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     return report

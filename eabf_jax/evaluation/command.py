@@ -1,6 +1,7 @@
 """What the commands of `eabf evaluate` share: several models side by side, and a record of how figures were made."""
 
 import argparse
+import dataclasses
 import importlib.metadata
 import platform
 import shlex
@@ -17,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from eabf_jax import __version__
 from eabf_jax.data.dataset import tokenizer_digest
 from eabf_jax.errors import InputError, unknown_name
-from eabf_jax.interop.loading import DTYPES, split_scheme
+from eabf_jax.interop.loading import DTYPES, read_config, split_scheme
 from eabf_jax.interop.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from eabf_jax.model.config import LlamaConfig
 from eabf_jax.rope import Scheme
 
 
@@ -27,23 +29,30 @@ class Entry(NamedTuple):
 
     label: str
     directory: str
-    rope: dict[str, Any] | None  # None: the model's own scheme
+    rope: dict[str, Any] | None = None  # None: the model's own scheme
+    window: int | None = None  # tokens to take for its window; None: its own
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The model's shape, with the window that it is taken for."""
+        config = read_config(self.directory)
+        return config if self.window is None else dataclasses.replace(config, max_position_embeddings=self.window)
 
 
 def parse_entry(text: str) -> Entry:
-    """Reads `[LABEL=]DIR[@{type: ..., ...}]`.
+    """Reads `[LABEL=]DIR[@{type: ..., window: ...}]`.
 
     Args:
       text: from the command line.
 
     Returns:
-      The label (the directory where none is given), the directory, and the scheme to use in place of its own.
+      The label (the directory where none is given), the directory, and scheme and window to use in place of its own.
     Raises:
       InputError: what follows @ is not a mapping.
     """
-    model, rope = split_scheme(text)
+    model, rope, window = split_scheme(text)
     label, equals, directory = model.partition("=")
-    return Entry(label if equals else model, directory if equals else model, rope)
+    return Entry(label if equals else model, directory if equals else model, rope, window)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="[LABEL=]DIR[@SCHEME]",
         help="a Hugging Face or native directory; after @ a rotary scheme to use instead of its own, as YAML: "
-        "'yarn=models/tiny@{type: yarn, factor: 4, pretrained_window: 512}'. Repeat for more lines",
+        "'yarn=models/tiny@{type: yarn, factor: 4, pretrained_window: 512}'; `window: 512` there takes the model for "
+        "one with a smaller window. Repeat for more lines",
     )
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
     parser.add_argument("--batch-size", type=int, default=1, help="rows that each device reads at a time (default: 1)")

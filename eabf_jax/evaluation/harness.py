@@ -36,7 +36,7 @@ from eabf_jax.evaluation.command import parse_entry
 from eabf_jax.inference import Generator, Sampling, placement
 from eabf_jax.inference.chat import render
 from eabf_jax.inference.command import TRUNCATIONS
-from eabf_jax.interop.loading import load, read_config
+from eabf_jax.interop.loading import load
 from eabf_jax.interop.tokenizer import load_tokenizer
 from eabf_jax.model.llama import Llama, logits
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh, use_every_core
@@ -107,7 +107,7 @@ class EabfLM(TemplateLM):
         self._prefix = prefix_token_id
         if self.prefix_token_id is None or self.eot_token_id is None:
             raise InputError(f"{self._directory}: its tokenizer names no token that ends a text, which scoring needs")
-        config = read_config(self._directory)
+        config = entry.config
         self.window: int = config.max_position_embeddings if window is None else _positive("window", window)
         self.max_gen_toks = _positive("max_gen_toks", max_gen_toks)
         self._seed = int(seed)

@@ -18,14 +18,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-
 from eabf_jax.console import Grid
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation import command, longbench
 from eabf_jax.evaluation.command import Entry
 from eabf_jax.inference.command import TRUNCATIONS
 from eabf_jax.interop.directory import new_directory
-from eabf_jax.interop.loading import read_config
 from eabf_jax.interop.tokenizer import load_tokenizer
 
 # Resamples for the error of figures without a formula for it, such as perplexity.
@@ -124,7 +122,7 @@ def _check(arguments: argparse.Namespace, entries: Sequence[Entry]) -> list[list
             raise InputError(f"--{option.replace('_', '-')} {value}: no such directory")
     own = []
     for entry in entries:
-        own.append(read_config(entry.directory).max_position_embeddings)
+        own.append(entry.config.max_position_embeddings)
         if arguments.apply_chat_template and load_tokenizer(entry.directory).chat_template is None:
             raise InputError(f"{entry.directory} has no chat template; leave --apply-chat-template out")
     if arguments.windows is None:
@@ -232,7 +230,7 @@ def _measure(
 ) -> None:
     from eabf_jax.evaluation.harness import EabfLM
 
-    for (label, directory, rope), lengths in zip(entries, windows, strict=True):
+    for (label, directory, rope, _), lengths in zip(entries, windows, strict=True):
         model = EabfLM(
             directory,
             rope=rope,

@@ -70,4 +70,6 @@ def clustered(clusters: Sequence[tuple[int, int]]) -> Share:
 
 def finite(values: Mapping[str, float]) -> dict[str, float | None]:
     """The values for JSON, which has no NaN: None in its place."""
-    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }

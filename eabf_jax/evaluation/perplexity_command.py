@@ -37,7 +37,7 @@ from eabf_jax.evaluation.perplexity import (
     window_ends,
     window_perplexity,
 )
-from eabf_jax.interop.loading import load, read_config
+from eabf_jax.interop.loading import load
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 
@@ -101,7 +101,7 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     entries = check(arguments, ("length", "documents", "stride"))
     if arguments.windows and arguments.bands:
         raise InputError("--bands are of one pass over a document, --windows slide over it: give one of the two")
-    configs = [read_config(entry.directory) for entry in entries]
+    configs = [entry.config for entry in entries]
     documents = _documents(arguments, entries, configs)
     edges = _edges(arguments.bands, documents.shape[1])
     check_edges(edges, documents.shape[1])
@@ -251,7 +251,11 @@ def as_json(comparison: Comparison, arguments: argparse.Namespace) -> dict[str, 
 
 def figures(comparison: Comparison) -> dict[str, Any]:
     """What was measured, as JSON values by label."""
-    kinds = {"windows": comparison.windows, "bands": comparison.bands, "curves": comparison.curves}
+    kinds: dict[str, Mapping[str, Sequence[Any]]] = {
+        "windows": comparison.windows,
+        "bands": comparison.bands,
+        "curves": comparison.curves,
+    }
     return {
         "documents": comparison.documents,
         "length": comparison.length,
@@ -286,8 +290,8 @@ def read(report: Mapping[str, Any]) -> Comparison:
             for label, parts in report.get(key, {}).items()
         }
 
-    windows, bands, curves = rows("windows", WindowPerplexity), rows("bands", BandLoss), rows("curves", BandLoss)
-    if not (windows or curves):
-        raise KeyError("curves")
+    windows, bands = rows("windows", WindowPerplexity), rows("bands", BandLoss)
+    if not (windows or bands):
+        raise KeyError("bands")
     sizes = [report[name] for name in ("documents", "length", "pretrained_window")]
-    return Comparison(bands, curves, windows, rows("beside_first", Mean), *sizes)
+    return Comparison(bands, rows("curves", BandLoss), windows, rows("beside_first", Mean), *sizes)

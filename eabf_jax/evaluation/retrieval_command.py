@@ -17,7 +17,7 @@ from eabf_jax.evaluation.command import Entry, check, measured_on, numbers, prog
 from eabf_jax.evaluation.command import add_arguments as add_common_arguments
 from eabf_jax.evaluation.intervals import Share, clustered, finite
 from eabf_jax.evaluation.retrieval import Cell, Prompt, measure
-from eabf_jax.interop.loading import load, read_config
+from eabf_jax.interop.loading import load
 from eabf_jax.interop.tokenizer import Tokenizer
 
 
@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace, task: Task) -> Retrieval:
     depths = _ascending("--depths", arguments.depths, 0, 100) if task.has_depths else []
     if arguments.seed < 0:
         raise InputError(f"--seed {arguments.seed}: a number from 0 is needed")
-    window = min(read_config(entry.directory).max_position_embeddings for entry in entries)
+    window = min(entry.config.max_position_embeddings for entry in entries)
     by_model, note = _prompts(entries, arguments, task, lengths, depths)
     cells: dict[str, list[Cell]] = {}
     with progress_bar() as progress:
@@ -206,7 +206,7 @@ def _pooled(cells: Sequence[Cell]) -> Share:
 
 
 def _clusters(cell: Cell) -> list[tuple[int, int]]:
-    """Prompts that tend to be answered alike: those of one length and depth; where depth is left to chance, each alone."""
+    """Prompts that tend to be answered alike: those of a length and depth; each alone where depth is left to chance."""
     if cell.depth is not None:
         return [(cell.hits, cell.total)]
     return [(1, 1)] * cell.hits + [(0, 1)] * (cell.total - cell.hits)
@@ -266,7 +266,8 @@ def figures(retrieval: Retrieval) -> dict[str, Any]:
         },
         "short_and_long": {
             label: {
-                name: finite(share._asdict()) for name, share in short_and_long(row, retrieval.pretrained_window).items()
+                name: finite(share._asdict())
+                for name, share in short_and_long(row, retrieval.pretrained_window).items()
             }
             for label, row in retrieval.cells.items()
         },

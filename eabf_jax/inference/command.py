@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from eabf_jax.data.chat import Turn
+from eabf_jax.data.chat import TEMPLATES, Turn
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.inference.chat import Format, chat_format
 from eabf_jax.inference.generate import Completion, Generator
@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--file", action="append", default=[], help="a text to continue; repeat for more")
     parser.add_argument("--chat", action="store_true", help="keep a conversation; PROMPT is the first thing said")
-    parser.add_argument("--template", help="chat template: llama-2, vicuna or chatml (default: the tokenizer's own)")
+    names = ", ".join(TEMPLATES)
+    parser.add_argument("--template", help=f"chat template: {names}, or own (default): the tokenizer's")
     parser.add_argument("--system", help="system prompt of the conversation")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="most tokens to add (default: 256)")
     parser.add_argument(
@@ -106,13 +107,13 @@ class Session:
         """
         self.sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.repetition_penalty)
         _check(arguments)
-        directory, scheme = split_scheme(arguments.model)
+        directory, scheme, window = split_scheme(arguments.model)
         rope = None if scheme is None else Scheme.from_dict(scheme)
         model, tokenizer = load(directory, rope=rope, dtype=arguments.dtype)
         if tokenizer is None:
             raise InputError(f"{directory} has no tokenizer: copy tokenizer.json or tokenizer.model into it")
         self.tokenizer: Tokenizer = tokenizer
-        self.window: int = arguments.window or model.config.max_position_embeddings
+        self.window: int = arguments.window or window or model.config.max_position_embeddings
         self.format: Format | None = chat_format(tokenizer, arguments.template) if arguments.chat else None
         self.seed: int = arguments.seed
         self._arguments = arguments

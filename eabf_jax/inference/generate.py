@@ -10,7 +10,7 @@ is what the scheme means, unless `rope_length` fixes the length that it follows.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -116,9 +116,9 @@ class Generator:
           InputError: an unknown name, a number that is not positive, a mesh that does not fit, or a model with
             adapters.
         """
-        for name, number in (("prefill_chunk", prefill_chunk), ("rope_length", rope_length)):
-            if number is not None and number < 1:
-                raise InputError(f"{name} is {number}; a positive number of tokens is needed")
+        _check_count("prefill_chunk", prefill_chunk)
+        if rope_length is not None:
+            _check_count("rope_length", rope_length)
         empty_cache(1, 1, 1, 1, model.dtype, cache)  # tells of an unknown kind
         backend = select(attention, model.dtype, model.config.head_dim)
         if mesh is not None:
@@ -172,13 +172,39 @@ class Generator:
         Yields:
           The completions so far, one a prompt in their order; in the last ones, none has `finish` None.
         Raises:
-          InputError: no prompts, an empty one, ids that the model does not have, stop strings without a tokenizer, or
-            numbers that make no sense.
+          InputError: no prompts, an empty one, text in place of ids, ids that the model does not have, stop strings
+            without a tokenizer, or numbers that make no sense.
         """
-        sampling = sampling or Sampling()
-        seeds = [seeds] * len(prompts) if isinstance(seeds, int) else list(seeds)
-        self._check(prompts, max_new_tokens, seeds, stop_strings)
-        stops = self._stop_tokens() if stop_tokens is None else tuple(stop_tokens)
+        rows = self._checked(prompts)
+        _check_count("max_new_tokens", max_new_tokens)
+        sampling = Sampling() if sampling is None else sampling
+        if not isinstance(sampling, Sampling):
+            raise InputError(f"sampling is {sampling!r:.80}; a Sampling is needed")
+        each = _whole_numbers("seeds", [seeds] * len(rows) if _is_whole(seeds) else seeds, 2**32)
+        if len(each) != len(rows):
+            raise InputError(f"{len(each)} seeds for {len(rows)} prompts; one for each, or one for all, is needed")
+        if isinstance(stop_strings, str) or not all(isinstance(text, str) for text in stop_strings):
+            raise InputError(f"stop_strings is {stop_strings!r:.80}; a list of strings is needed")
+        if stop_strings and self.tokenizer is None:
+            raise InputError("stop strings need a tokenizer, and this model came without one")
+        if "" in stop_strings:
+            raise InputError("a stop string is empty; it would end every text at once")
+        stops = (
+            self._stop_tokens()
+            if stop_tokens is None
+            else tuple(_whole_numbers("stop_tokens", stop_tokens, self.config.vocab_size))
+        )
+        return self._stream(rows, max_new_tokens, sampling, each, stops, stop_strings)
+
+    def _stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        stops: Sequence[int],
+        stop_strings: Sequence[str],
+    ) -> Iterator[list[Completion]]:
         made: list[list[int]] = [[] for _ in prompts]
         current = [Completion([], "", None) for _ in prompts]
         for tokens in self._tokens(prompts, max_new_tokens, sampling, seeds, stops):
@@ -201,34 +227,21 @@ class Generator:
         Raises:
           InputError: no prompts, an empty one, or ids that the model does not have.
         """
-        self._check(prompts, 1, [0] * len(prompts), ())
-        padded = self._padded(prompts)
-        hidden, *_ = self._hidden(padded, max(map(len, prompts)))
-        return np.asarray(_logits(self._setup, self._ends(), hidden))[: len(prompts)]
+        rows = self._checked(prompts)
+        padded = self._padded(rows)
+        hidden, *_ = self._hidden(padded, max(map(len, rows)))
+        return np.asarray(_logits(self._setup, self._ends(), hidden))[: len(rows)]
 
-    def _check(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int], stop_strings: Sequence[str]
-    ) -> None:
-        if not prompts:
+    def _checked(self, prompts: Any) -> list[list[int]]:
+        """The prompts as lists of ids that the model has."""
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise InputError(f"prompts is {prompts!r:.80}; a list of prompts is needed, each a list of token ids")
+        rows = [_whole_numbers(f"prompt {number}", row, self.config.vocab_size) for number, row in enumerate(prompts)]
+        if not rows:
             raise InputError("no prompts; at least one is needed")
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {max_new_tokens}; a positive number is needed")
-        if len(seeds) != len(prompts):
-            raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts; one for each, or one for all, is needed")
-        if not 0 <= min(seeds) <= max(seeds) < 2**32:
-            raise InputError(f"seeds are {min(seeds)} to {max(seeds)}; numbers from 0 to {2**32 - 1} are needed")
-        if stop_strings and self.tokenizer is None:
-            raise InputError("stop strings need a tokenizer, and this model came without one")
-        if "" in stop_strings:
-            raise InputError("a stop string is empty; it would end every text at once")
-        for number, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise InputError(f"prompt {number} is empty; at least one token is needed")
-            if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
-                raise InputError(
-                    f"prompt {number} holds ids from {min(prompt)} to {max(prompt)}; the model's are from 0 to "
-                    f"{self.config.vocab_size - 1}"
-                )
+        if not all(rows):
+            raise InputError(f"prompt {rows.index([])} is empty; at least one token is needed")
+        return rows
 
     def _stop_tokens(self) -> tuple[int, ...]:
         if self.tokenizer is not None:
@@ -382,6 +395,28 @@ class Generator:
         config, mesh = self.config, self._setup.mesh
         shape = (batch, config.num_key_value_heads, slots, config.head_dim)
         return [_empty(shape, self._setup.dtype, self._cache_kind, mesh) for _ in range(config.num_hidden_layers)]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not _is_whole(value) or value < 1:
+        raise InputError(f"{name} is {value!r}; a positive whole number is needed")
+
+
+def _whole_numbers(name: str, values: Any, end: int) -> list[int]:
+    """A list of whole numbers from 0 up to `end`."""
+    if isinstance(values, str):
+        raise InputError(f"{name} is the text {values!r:.80}; token ids are needed, as tokenizer.encode gives them")
+    found = values.tolist() if isinstance(values, np.ndarray | jax.Array) else values
+    found = list(found) if isinstance(found, Iterable) else found
+    if not isinstance(found, list) or not all(map(_is_whole, found)):
+        raise InputError(f"{name} is {values!r:.80}; a list of whole numbers is needed")
+    if found and not 0 <= min(found) <= max(found) < end:
+        raise InputError(f"{name} holds numbers from {min(found)} to {max(found)}; they are to be from 0 to {end - 1}")
+    return [int(number) for number in found]
 
 
 def _extend(texts: list[list[int]], tokens: np.ndarray) -> None:

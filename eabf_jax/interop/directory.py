@@ -2,53 +2,62 @@
 
 import errno
 import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from eabf_jax import __version__
+from eabf_jax.destination import Mark, check_destination, file_sizes, make_partial, put_in_place
 from eabf_jax.errors import InputError
+
+# A model that was exported for transformers. Its own mark, which lists what was written: config.json is like any other
+# model's, and what somebody has trained further or added to is no longer ours.
+EXPORT = Mark("a model that eabf-jax exported", "eabf_jax.json", ("eabf_jax", "files"))
 
 
 @contextmanager
-def new_directory(destination: Path | str, overwrite: bool = False) -> Iterator[Path]:
+def new_directory(
+    destination: Path | str,
+    mark: Mark | None = None,
+    *,
+    overwrite: bool = False,
+    sources: Iterable[Path | str] = (),
+) -> Iterator[Path]:
     """Gives a directory to fill, which takes the destination's name once the block ends without an error.
 
     Args:
       destination: the directory to make; its parents are made too.
-      overwrite: whether it may replace a directory that is not empty.
+      mark: what an earlier result is known by, which alone may be replaced; None where none is. `EXPORT` is written
+        here.
+      overwrite: whether an earlier result may be replaced.
+      sources: what the result is made from.
 
     Yields:
       A directory beside the destination.
 
     Raises:
-      InputError: the destination is a file, or not empty without `overwrite`, or the disk is full. What was written
-        is removed on any error.
+      InputError: as `check_destination`, or the disk is full. What was written is removed on any error, and what was
+        to be replaced stays.
     """
-    target = Path(destination)
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{target} is a file; expected a directory to write, or a name that is free")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise InputError(f"{target} is not empty; pass --overwrite to replace it, or name another directory")
-    # Absolute because Orbax wants that, through the parent so that "." has a name.
-    target = target.absolute()
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+
+    def check() -> None:
+        check_destination(destination, mark, overwrite=overwrite, sources=sources)
+
+    check()
+    partial = make_partial(destination)
     try:
-        partial.mkdir(parents=True)
         yield partial
-        if target.exists():
-            shutil.rmtree(target)
-        partial.replace(target)
-    except Exception as error:
+        if mark is EXPORT:
+            write_json(partial / mark.file, {"eabf_jax": __version__, "files": file_sizes(partial)})
+        check()  # much may have happened since
+        put_in_place(partial, destination)
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         # Tensorstore reports a full disk through a ValueError whose text is all there is.
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
-            raise InputError(f"no space left on device while writing {target}; nothing was kept") from error
-        raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+            raise InputError(f"no space left on device while writing {destination}; nothing was kept") from error
         raise
 
 
@@ -65,7 +74,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
       InputError: no such file, not JSON, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark first
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ import numpy as np
 from eabf_jax.errors import InputError
 from eabf_jax.interop import native
 from eabf_jax.interop.adapter import Leaves, merged, read_adapter
-from eabf_jax.interop.directory import new_directory, read_json_object, write_json
+from eabf_jax.interop.directory import EXPORT, new_directory, read_json_object, write_json
 from eabf_jax.interop.layout import Parameter, nest, parameters, shapes
-from eabf_jax.interop.model_card import model_card
+from eabf_jax.interop.model_card import CARD_FILE, model_card, write_origin
 from eabf_jax.interop.safetensors_stream import (
     NAMES,
     PlannedTensor,
@@ -23,7 +23,7 @@ from eabf_jax.interop.safetensors_stream import (
     read_header,
     write_sharded,
 )
-from eabf_jax.interop.tokenizer import copy_tokenizer_files, has_tokenizer, load_tokenizer
+from eabf_jax.interop.tokenizer import copy_tokenizer_files, export_tokenizer, has_tokenizer, load_tokenizer
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.rope import from_hf as rope_from_hf
 from eabf_jax.rope import needs_remote_code
@@ -39,6 +39,28 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TIED_NAME = "lm_head.weight"
+
+# Keys whose other values give other logits in transformers' LLaMA, or other weights, and are not followed here: what is
+# accepted, and how to say it. docs/config_json.md has every key.
+_NULL: tuple[Callable[[Any], bool], str] = (lambda value: value is None, "null")
+FIXED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "hidden_act": (lambda value: value in ("silu", "swish"), "'silu'"),
+    "quantization_config": (lambda value: value is None, "null (weights that are not quantised)"),
+    "transformers_weights": (lambda value: value in (None, SINGLE_FILE, INDEX_FILE), f"{SINGLE_FILE!r}"),
+    "is_causal": (lambda value: value is True, "true"),
+    "is_encoder_decoder": (lambda value: value in (None, False), "false"),
+    # Without a cache transformers attends to everything, with one to the last tokens only.
+    "sliding_window": _NULL,
+    "attention_chunk_size": _NULL,
+    "layer_types": (
+        lambda value: value is None or (isinstance(value, list) and set(map(str, value)) <= {"full_attention"}),
+        "'full_attention' in every layer",
+    ),
+    "kv_sharing_modes": _NULL,
+    "per_layer_config": _NULL,
+    # The shape of a model inside another one.
+    **dict.fromkeys(("text_config", "decoder", "generator"), _NULL),
+}
 
 _INTEGERS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -60,29 +82,30 @@ def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
       The config; what the file leaves out is Hugging Face's default.
 
     Raises:
-      InputError: another architecture, a missing or ill-typed field, an activation other than SiLU.
+      InputError: another architecture, a missing or ill-typed field, or a value that changes the model in a way that is
+        not followed here (`FIXED`).
     Source: transformers, `LlamaConfig`.
     """
     kind = values.get("model_type")
     if kind not in ("llama", "eabf_llama"):
         raise InputError(f"config.json: model_type is {kind!r}, expected 'llama' (the LLaMA architecture)")
-    activation = values.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise InputError(f"config.json: hidden_act is {activation!r}, expected 'silu'")
-    if values.get("quantization_config") is not None:
-        raise InputError("config.json: the weights are quantised (quantization_config); expected plain float weights")
-    for name in _INTEGERS:
-        _positive(name, values.get(name))
-    heads = values["num_attention_heads"]
+    for name, (accepts, expected) in FIXED.items():
+        if name in values and not accepts(values[name]):
+            raise InputError(f"config.json: {name} is {values[name]!r:.80}, expected {expected}")
+    for name in ("bos_token_id", "pad_token_id"):
+        if not isinstance(values.get(name), int | None) or isinstance(values.get(name), bool):
+            raise InputError(f"config.json: {name} is {values[name]!r}, expected an integer or null")
+    sizes = {name: _positive(name, values.get(name)) for name in _INTEGERS}
+    heads = sizes["num_attention_heads"]
     key_heads = values.get("num_key_value_heads")
     head_dim = values.get("head_dim")
     end = values.get("eos_token_id", 2)
     if not all(isinstance(i, int) for i in (end if isinstance(end, list) else () if end is None else (end,))):
         raise InputError(f"config.json: eos_token_id is {end!r}, expected an integer or a list of them")
     return LlamaConfig(
-        **{name: values[name] for name in _INTEGERS},
+        **sizes,
         num_key_value_heads=_positive("num_key_value_heads", heads if key_heads is None else key_heads),
-        head_dim=_positive("head_dim", values["hidden_size"] // heads if head_dim is None else head_dim),
+        head_dim=_positive("head_dim", sizes["hidden_size"] // heads if head_dim is None else head_dim),
         max_position_embeddings=_positive("max_position_embeddings", values.get("max_position_embeddings", 2048)),
         rms_norm_eps=_positive_number("rms_norm_eps", values.get("rms_norm_eps", 1e-6)),
         tie_word_embeddings=_flag("tie_word_embeddings", values.get("tie_word_embeddings", False)),
@@ -97,9 +120,11 @@ def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
 
 
 def _positive(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    # Some writers give every number a point: 4096.0 is a whole number too.
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+    if not whole or value < 1:
         raise InputError(f"config.json: {name} is {value!r}, expected a positive integer")
-    return value
+    return int(value)
 
 
 def _positive_number(name: str, value: Any) -> float:
@@ -157,7 +182,7 @@ def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(end) if isinstance(end, tuple) else end,
         "pad_token_id": config.pad_token_id,
-        "torch_dtype": dtype,
+        "torch_dtype": dtype,  # read by every release; `dtype` from 4.56 on
         **rope,
     }
 
@@ -274,15 +299,15 @@ def from_hf(src: Path | str, dst: Path | str, overwrite: bool = False) -> Summar
       InputError: anything missing, damaged, or not of the config's shape; nothing is written then.
     """
     source = Path(src)
-    _different(source, dst)
     config = read_config(source)
     found = find_tensors(source, config)
     if has_tokenizer(source):
         native.check_vocabulary(load_tokenizer(source), config, source)
-    with new_directory(dst, overwrite) as partial:
+    with new_directory(dst, native.NATIVE, overwrite=overwrite, sources=[source]) as partial:
         leaves = {entry.path: _stack(entry, found, None) for entry in parameters(config)}
         native.save_params(partial, nest(leaves))
         copy_tokenizer_files(source, partial)
+        write_origin(source, partial)
         widest = max((leaf.dtype for leaf in leaves.values()), key=lambda dtype: dtype.itemsize)
         native.write_model_json(partial, config, dtype=widest.name)
     return Summary(sum(entry.layers or 1 for entry in parameters(config)), sum(x.nbytes for x in leaves.values()))
@@ -318,7 +343,6 @@ def to_hf(
       InputError: no such checkpoint, a damaged one, or one that is not of the config's shape.
     """
     source = Path(src)
-    _different(source, dst)
     if not native.is_native(source):
         raise InputError(f"{source}: no {native.MODEL_FILE} there; expected a native model directory or a run's")
     config, stored, read = open_leaves(source, step, base)
@@ -336,23 +360,14 @@ def to_hf(
             for own in leaf[None] if entry.layers is None else leaf:
                 yield (own.T if entry.transposed else own).astype(dtypes[entry.path], copy=False)
 
-    card = model_card(source, config, int(native.checkpoint_path(source, step).parent.name))
-    with new_directory(dst, overwrite) as partial:
+    card = model_card(source, Path(dst).absolute().name, config, int(native.checkpoint_path(source, step).parent.name))
+    with new_directory(dst, EXPORT, overwrite=overwrite, sources=[source]) as partial:
         write_sharded(partial, planned, tensors(), max_shard_bytes)
         widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
         write_config(partial, config, widest.name)
-        copy_tokenizer_files(source, partial)
-        _widen_tokenizer(partial / "tokenizer_config.json", config.max_position_embeddings)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        export_tokenizer(source, partial, config.max_position_embeddings)
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
     return Summary(len(planned), sum(tensor.nbytes for tensor in planned))
-
-
-def _widen_tokenizer(path: Path, window: int) -> None:
-    """Lets an extended model's tokenizer truncate at the new window, not at the one before."""
-    settings = read_json_object(path) if path.is_file() else {}
-    length = settings.get("model_max_length")
-    if isinstance(length, int) and length < window:
-        write_json(path, {**settings, "model_max_length": window})
 
 
 def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor]:
@@ -444,7 +459,7 @@ def _no_weights(directory: Path) -> InputError:
         return InputError(f"{directory}: no weights; expected {SINGLE_FILE} or {INDEX_FILE} with its shards")
     command = (
         'python -c "from transformers import AutoModelForCausalLM as M; '
-        f"M.from_pretrained('{directory}', torch_dtype='auto').save_pretrained('{directory}-safetensors')\""
+        f"M.from_pretrained('{directory}').save_pretrained('{directory}-safetensors')\""
     )
     return InputError(
         f"{directory}: pickled weights ({pickled[0]}) are not read, because loading them can run code; "
@@ -472,9 +487,3 @@ def _common(stored: list[StoredTensor]) -> np.dtype[Any]:
             raise InputError(f"{stored[0].path}: {stored[0].name} and its like mix dtypes that no float dtype holds")
         return widest
     return dtypes.pop()
-
-
-def _different(source: Path, destination: Path | str) -> None:
-    target = Path(destination).resolve()
-    if target == source.resolve() or target in source.resolve().parents:
-        raise InputError(f"{destination}: the destination holds the source; name another directory")

@@ -1,6 +1,7 @@
 """One function that loads a model and its tokenizer from either kind of directory."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,28 +56,36 @@ def load(
     return Llama.from_params(config, params, dtype=element, param_dtype=element), tokenizer
 
 
-def split_scheme(text: str) -> tuple[str, dict[str, Any] | None]:
-    """Reads `DIR[@SCHEME]`, as models are named on the command line.
+def split_scheme(text: str) -> tuple[str, dict[str, Any] | None, int | None]:
+    """Reads `DIR[@{…}]`, as models are named on the command line.
 
     Args:
-      text: a directory; after @ the rotary scheme to use in place of its own, in YAML.
+      text: a directory; after @, in YAML, the rotary scheme to use in place of its own, or `window`, the number of
+        tokens to take for its window, or both.
 
     Returns:
-      The directory, and the scheme's mapping or None.
+      The directory, the scheme's mapping or None, and the window or None.
 
     Raises:
-      InputError: what follows @ is not a mapping with a type.
+      InputError: what follows @ is not a mapping with a type or a window, or the window no positive number.
     """
-    directory, at, scheme_text = text.partition("@")
+    directory, at, told = text.partition("@")
     if not at:
-        return directory, None
+        return directory, None, None
     try:
-        values = yaml.safe_load(scheme_text)
+        values = yaml.safe_load(told)
     except yaml.YAMLError:
         values = None
-    if not isinstance(values, dict) or "type" not in values:
-        raise InputError(f"--model: after @ a scheme such as {{type: yarn, factor: 4}} is needed, not {scheme_text!r}")
-    return directory, values
+    if not isinstance(values, dict) or not {"type", "window"} & values.keys():
+        raise InputError(
+            f"--model: after @ a scheme such as {{type: yarn, factor: 4}}, or {{window: 512}}, is needed, not {told!r}"
+        )
+    window = None
+    if "window" in values and (type(window := values.pop("window")) is not int or window < 1):
+        raise InputError(f"--model: window is {window!r} in {told!r}; a positive number of tokens is needed")
+    if values and "type" not in values:
+        raise InputError(f"--model: a scheme such as {{type: yarn, factor: 4}} has a type; {told!r} has none")
+    return directory, values or None, window
 
 
 def read_config(directory: Path | str) -> LlamaConfig:
@@ -137,5 +146,7 @@ def _load_merged(
 
 
 def _check_exists(directory: Path | str) -> None:
+    if not isinstance(directory, str | os.PathLike):
+        raise InputError(f"directory is {directory!r:.80}; the path of a model's directory is needed")
     if not Path(directory).is_dir():
         raise InputError(f"{directory}: no such directory")

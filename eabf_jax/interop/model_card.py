@@ -2,25 +2,73 @@
 
 import json
 import math
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
 
 from eabf_jax.errors import InputError
 from eabf_jax.interop.directory import read_json_object
 from eabf_jax.interop.layout import shapes
 from eabf_jax.interop.native import CONFIG_FILE, DATASET_FILE, EVALUATION, METRICS_FILE
+from eabf_jax.interop.tokenizer import has_tokenizer
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.rope import needs_remote_code, to_hf
 
+CARD_FILE = "README.md"
 
-def model_card(source: Path, config: LlamaConfig, step: int) -> str:
+# What a card passes on of the card of the model that it was made from; base_model also comes from the hub's cache.
+_PASSED_ON = ("license", "license_name", "license_link", "language", "datasets", "base_model")
+
+
+def origin(directory: Path) -> dict[str, Any]:
+    """What a model's directory tells of where it comes from, in the words of a card's front matter.
+
+    Args:
+      directory: of a Hugging Face or a native model.
+
+    Returns:
+      License, languages, datasets and base model as far as its README.md names them; as base model, before that, the
+      name on the Hub where the directory lies in the Hub's cache.
+    """
+    try:
+        told = metadata_load(directory / CARD_FILE) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        told = {}  # no card, or a README that is something else
+    name = _hub_name(directory)
+    return {key: told[key] for key in _PASSED_ON if told.get(key)} | ({"base_model": name} if name else {})
+
+
+def _hub_name(directory: Path) -> str | None:
+    """The name of a model on the Hub, if this is its directory in the Hub's cache."""
+    found = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/[^/]+$", directory.absolute().as_posix())
+    return f"{found[1]}/{found[2]}" if found else None
+
+
+def write_origin(source: Path, destination: Path) -> None:
+    """Keeps what `origin` tells of a model beside what was made of it, as the front matter of a README.md.
+
+    Args:
+      source: the model's directory.
+      destination: an existing folder.
+    """
+    known = origin(source)
+    if known:
+        text = f"---\n{ModelCardData(**known).to_yaml()}\n---\n"
+        (destination / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def model_card(source: Path, name: str, config: LlamaConfig, step: int) -> str:
     """Writes the card of a model.
 
     Args:
       source: the native directory or run that it comes from. Of a run, `config.yaml`, `dataset.json` and
         `metrics.jsonl` tell of the training, and `evaluation/*.json` (reports of `eabf evaluate --json`) of the result.
+      name: of the exported directory.
       config: its shape and rotary scheme.
       step: the checkpoint that it is of.
 
@@ -35,20 +83,24 @@ def model_card(source: Path, config: LlamaConfig, step: int) -> str:
         "context window": f"{config.max_position_embeddings:,} tokens",
         "rotary scheme": _settings(config.rope.to_dict()),
     }
+    known = origin(source)
     # A converted model's only checkpoint is step 0, and it has no run's configuration beside it.
     if step and (source / CONFIG_FILE).is_file():
-        facts |= _training(source, step)
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["long-context", "llama"]}
-    if own_code:
-        front["tags"].append("custom_code")  # type: ignore[attr-defined]  # the values are not of one type
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", f"# {source.absolute().name}", ""]
-    lines += _table(["", ""], [[name, value] for name, value in facts.items()])
+        told, known = _training(source, step)
+        facts |= told
+    tags = ["long-context", "llama", config.rope.name, *(["custom_code"] if own_code else [])]
+    front = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **known)
+    lines = ["---", front.to_yaml(), "---", "", f"# {name}", ""]
+    lines += _table(["", ""], [[fact, value] for fact, value in facts.items()])
     code = ", trust_remote_code=True" if own_code else ""
     lines += ["## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines += [f'model = AutoModelForCausalLM.from_pretrained("DIRECTORY"{code})']
-    lines += ['tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")']
-    lines += ['inputs = tokenizer("The history of", return_tensors="pt")']
-    lines += ["print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))", "```", ""]
+    lines += [f"directory = {json.dumps(name)}  # the path of this directory, or its name on the Hub"]
+    lines += [f"model = AutoModelForCausalLM.from_pretrained(directory{code})"]
+    if has_tokenizer(source):
+        lines += [f"tokenizer = AutoTokenizer.from_pretrained(directory{code})"]
+        lines += ['inputs = tokenizer("The history of", return_tensors="pt")']
+        lines += ["print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"]
+    lines += ["```", ""]
     if own_code:
         lines += [
             "The directory brings the code of its rotary scheme, which transformers does not have. Software that knows",
@@ -71,15 +123,18 @@ def _evaluation(path: Path) -> list[str]:
         raise InputError(f"{path}: its table is not that of a report of `eabf evaluate` ({error!r:.100})") from error
 
 
-def _training(run: Path, step: int) -> dict[str, str]:
-    """What a run's files tell of how the model was made."""
+def _training(run: Path, step: int) -> tuple[dict[str, str], dict[str, Any]]:
+    """What a run's files tell of how the model was made, and the front matter that follows from it."""
     try:
         config = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
         model, data, recipe = config["model"], config["data"], config["recipe"]
+        known = {} if model["path"] is None else origin(Path(model["path"]))
+        rows = step * recipe["batch_size"]
         facts = {
-            "made from": str(model["path"]),
-            "data": str(data["directory"]),
-            "training": f"{step} optimizer steps, batch {recipe['batch_size']}, AdamW "
+            "made from": "random parameters" if model["path"] is None else _name(model["path"]),
+            "data": _name(data["directory"]),
+            "trained on": f"{_count(rows, 'row')} of at most {config['window']:,} tokens",
+            "training": f"{_count(step, 'optimizer step')}, batch {recipe['batch_size']}, AdamW "
             f"({recipe['beta1']}, {recipe['beta2']}), weight decay {recipe['weight_decay']}, peak learning rate "
             f"{recipe['learning_rate']:g}, {recipe['schedule']}",
         }
@@ -88,36 +143,56 @@ def _training(run: Path, step: int) -> dict[str, str]:
         split = data["split"]
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{run / CONFIG_FILE}: not the configuration of a run ({error!r:.100})") from error
-    facts["data"] += _counts(run / DATASET_FILE, split)
-    loss = _loss(run / METRICS_FILE, step)
-    if loss is not None:
-        facts["loss of the last step"] = f"{loss:.3f} nats per token"
-    return facts
+    size, language = _dataset(run / DATASET_FILE, split)
+    facts["data"] += size
+    steps = _steps(run / METRICS_FILE, step)
+    trained = [found["trained_tokens"] for found in steps.values() if "trained_tokens" in found]
+    if len(trained) == step:
+        facts["trained on"] += f", the loss on {_count(sum(trained), 'token')} of them"
+    if step in steps:
+        facts["loss of the last step"] = f"{steps[step]['loss']:.3f} nats per token"
+    return facts, language | known
 
 
-def _counts(path: Path, split: str) -> str:
-    """What a dataset tells of the split that was trained on; runs from before it was kept tell nothing."""
+def _name(path: str) -> str:
+    """A directory's own name: where it was on the machine that trained is nobody's business."""
+    return _hub_name(Path(path)) or Path(os.path.abspath(path)).name
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _dataset(path: Path, split: str) -> tuple[str, dict[str, Any]]:
+    """What a dataset tells of the split that was trained on, and its language; nothing where it was not kept."""
     if not path.is_file():
-        return ""
+        return "", {}
     try:
-        found = read_json_object(path)["splits"][split]
-        return f": {found['records']:,} conversations, {found['tokens']:,} tokens, loss on {found['response_tokens']:,}"
+        values = read_json_object(path)
+        found = values["splits"][split]
+        size = f": {_count(found['records'], 'record')} of {_count(found['tokens'], 'token')} in all"
+        sources = values.get("sources") or []
+        more = f" and {_count(len(sources) - 3, 'other')}" if len(sources) > 3 else ""
+        size += f", from {', '.join(sources[:3])}{more}" if sources else ""
+        language = values.get("language", "any")
+        return size, {} if language == "any" else {"language": language}
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not what a dataset tells of its split {split!r} ({error!r:.100})") from error
 
 
-def _loss(path: Path, step: int) -> float | None:
-    """The loss that a run's metrics have for a step."""
+def _steps(path: Path, last: int) -> dict[int, dict[str, Any]]:
+    """What a run's metrics have for each step up to the last."""
     if not path.is_file():
-        return None
+        return {}
+    steps = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
             continue  # the last line of a run that was cut off
-        if entry.get("step") == step:
-            return float(entry["loss"])
-    return None
+        if 1 <= entry.get("step", 0) <= last:
+            steps[entry["step"]] = entry
+    return steps
 
 
 def _settings(values: dict[str, Any]) -> str:
@@ -126,6 +201,8 @@ def _settings(values: dict[str, Any]) -> str:
     def shown(value: Any) -> str:
         if isinstance(value, dict):
             return f"({_settings(value)})"
+        if isinstance(value, bool):
+            return "yes" if value else "no"
         return f"{int(value) if value == int(value) else value:,}"
 
     rest = (f"{name} {shown(value)}" for name, value in values.items() if name != "type" and value is not None)

@@ -2,6 +2,7 @@
 
 model.json                  the config, the rotary scheme included; `adapter` where there are adapters alone
 tokenizer.json, …           as in a Hugging Face directory
+README.md                   of a converted model: front matter with what is known of its licence and origin
 checkpoints/<step>/params   what the trainer writes; a converted model is a run at step 0 with parameters only
 config.yaml, dataset.json   of a run: its configuration, and what the dataset tells of itself
 metrics.jsonl               of a run: one object a step
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from eabf_jax.destination import Mark
 from eabf_jax.errors import InputError
 from eabf_jax.interop.directory import read_json_object, write_json
 from eabf_jax.interop.layout import check_shapes, flatten, nest, parameters, shapes
@@ -29,6 +31,7 @@ from eabf_jax.model.config import LlamaConfig
 from eabf_jax.rope import Scheme
 
 MODEL_FILE = "model.json"
+NATIVE = Mark("a native model directory", MODEL_FILE, ("hidden_size", "rope"))
 ADAPTER = "adapter"  # the object in it that adapters are told by; see `adapter`
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE, DATASET_FILE, METRICS_FILE, EVALUATION = "config.yaml", "dataset.json", "metrics.jsonl", "evaluation"

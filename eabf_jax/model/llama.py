@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -21,6 +22,8 @@ from eabf_jax.model.lora import Lora
 from eabf_jax.rope import Scheme
 
 Constrain = Callable[..., Array]
+# x [..., in], a parameter [in, out], and which of a layer's it is, e.g. ("q_proj", "kernel"), to x @ parameter.
+Product = Callable[[Array, Array, tuple[str, str]], Array]
 
 
 class Row(NamedTuple):
@@ -110,39 +113,9 @@ def rotate(x: Float[Array, "B T heads H"], cos: Array, sin: Array) -> Float[Arra
     return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
 
 
-class Linear(nnx.Module):
-    """y = x @ kernel (+ the adapters' part) (+ bias), computed in the dtype of x."""
-
-    def __init__(
-        self,
-        stack: tuple[int, ...],
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool,
-        stddev: float,
-        rngs: nnx.Rngs,
-        param_dtype: Any,
-        lora: Lora | None = None,
-    ):
-        init = jax.nn.initializers.normal(stddev)
-        self.kernel = nnx.Param(init(rngs.params(), (*stack, in_features, out_features), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((*stack, out_features), param_dtype)) if bias else None
-        self.lora_scale = 0.0 if lora is None else lora.scale
-        lora_a = lora_b = None
-        if lora is not None:
-            init = jax.nn.initializers.normal(in_features**-0.5)
-            lora_a = nnx.Param(init(rngs.params(), (*stack, in_features, lora.rank), param_dtype))
-            # Zero: the model starts as the one that the adapters belong to.
-            lora_b = nnx.Param(jnp.zeros((*stack, lora.rank, out_features), param_dtype))
-        # Once each: NNX takes an attribute that has been None for one that holds no parameter.
-        self.lora_a, self.lora_b = lora_a, lora_b
-
-    def __call__(self, x: Array) -> Array:
-        y = _product(x, self.kernel[...])
-        if self.lora_a is not None and self.lora_b is not None:
-            y += _product(_product(x, self.lora_a[...]) * self.lora_scale, self.lora_b[...])
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+def product(x: Array, kernel: Array, name: tuple[str, str]) -> Array:
+    """x @ kernel on the devices as the compiler likes; `parallel.rules` has the one that knows a mesh."""
+    return _product(x, kernel)
 
 
 @jax.custom_vjp
@@ -165,8 +138,54 @@ def _product_backward(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Ar
 _product.defvjp(_product_forward, _product_backward)
 
 
+class Linear(nnx.Module):
+    """y = x @ kernel (+ the adapters' part) (+ bias), computed in the dtype of x."""
+
+    def __init__(
+        self,
+        stack: tuple[int, ...],
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        stddev: float,
+        rngs: nnx.Rngs,
+        param_dtype: Any,
+        lora: Lora | None = None,
+        name: str = "",
+        product: Product = product,
+    ):
+        init = jax.nn.initializers.normal(stddev)
+        self.name, self.product = name, product
+        self.kernel = nnx.Param(init(rngs.params(), (*stack, in_features, out_features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((*stack, out_features), param_dtype)) if bias else None
+        self.lora_scale = 0.0 if lora is None else lora.scale
+        lora_a = lora_b = None
+        if lora is not None:
+            init = jax.nn.initializers.normal(in_features**-0.5)
+            lora_a = nnx.Param(init(rngs.params(), (*stack, in_features, lora.rank), param_dtype))
+            # Zero: the model starts as the one that the adapters belong to.
+            lora_b = nnx.Param(jnp.zeros((*stack, lora.rank, out_features), param_dtype))
+        # Once each: NNX takes an attribute that has been None for one that holds no parameter.
+        self.lora_a, self.lora_b = lora_a, lora_b
+
+    def __call__(self, x: Array) -> Array:
+        y = self.product(x, self.kernel[...], (self.name, "kernel"))
+        if self.lora_a is not None and self.lora_b is not None:
+            narrow = self.product(x, self.lora_a[...], (self.name, "lora_a")) * self.lora_scale
+            y += self.product(narrow, self.lora_b[...], (self.name, "lora_b"))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
 def _linears(
-    stack: tuple[int, ...], config: LlamaConfig, lora: Lora | None, *, bias: bool, rngs: nnx.Rngs, param_dtype: Any
+    stack: tuple[int, ...],
+    config: LlamaConfig,
+    lora: Lora | None,
+    *,
+    bias: bool,
+    rngs: nnx.Rngs,
+    param_dtype: Any,
+    product: Product,
 ) -> Callable[[str, int, int], Linear]:
     """What the projections of one module have in common; their names and sizes are left to be given."""
 
@@ -180,6 +199,8 @@ def _linears(
             rngs=rngs,
             param_dtype=param_dtype,
             lora=lora if lora is not None and name in lora.targets else None,
+            name=name,
+            product=product,
         )
 
     return linear
@@ -215,10 +236,8 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> 
 class SelfAttention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(
-        self, stack: tuple[int, ...], config: LlamaConfig, lora: Lora | None, *, rngs: nnx.Rngs, param_dtype: Any
-    ):
-        linear = _linears(stack, config, lora, bias=config.attention_bias, rngs=rngs, param_dtype=param_dtype)
+    def __init__(self, stack: tuple[int, ...], config: LlamaConfig, lora: Lora | None, **options: Any):
+        linear = _linears(stack, config, lora, bias=config.attention_bias, **options)
         self.head_dim = config.head_dim
         self.q_proj = linear("q_proj", config.hidden_size, config.num_attention_heads * config.head_dim)
         self.k_proj = linear("k_proj", config.hidden_size, config.num_key_value_heads * config.head_dim)
@@ -248,10 +267,8 @@ class SelfAttention(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(
-        self, stack: tuple[int, ...], config: LlamaConfig, lora: Lora | None, *, rngs: nnx.Rngs, param_dtype: Any
-    ):
-        linear = _linears(stack, config, lora, bias=config.mlp_bias, rngs=rngs, param_dtype=param_dtype)
+    def __init__(self, stack: tuple[int, ...], config: LlamaConfig, lora: Lora | None, **options: Any):
+        linear = _linears(stack, config, lora, bias=config.mlp_bias, **options)
         self.gate_proj = linear("gate_proj", config.hidden_size, config.intermediate_size)
         self.up_proj = linear("up_proj", config.hidden_size, config.intermediate_size)
         self.down_proj = linear("down_proj", config.intermediate_size, config.hidden_size)
@@ -265,15 +282,24 @@ class Block(nnx.Module):
     """One decoder layer, or, with a non-empty `stack`, the parameters of many."""
 
     def __init__(
-        self, stack: tuple[int, ...], config: LlamaConfig, lora: Lora | None, *, rngs: nnx.Rngs, param_dtype: Any
+        self,
+        stack: tuple[int, ...],
+        config: LlamaConfig,
+        lora: Lora | None,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any,
+        product: Product,
     ):
+        options = {"rngs": rngs, "param_dtype": param_dtype, "product": product}
+
         def norm() -> RMSNorm:
             return RMSNorm(stack, config.hidden_size, eps=config.rms_norm_eps, param_dtype=param_dtype)
 
         self.input_layernorm = norm()
-        self.self_attn = SelfAttention(stack, config, lora, rngs=rngs, param_dtype=param_dtype)
+        self.self_attn = SelfAttention(stack, config, lora, **options)
         self.post_attention_layernorm = norm()
-        self.mlp = SwiGLU(stack, config, lora, rngs=rngs, param_dtype=param_dtype)
+        self.mlp = SwiGLU(stack, config, lora, **options)
 
     def __call__(
         self,
@@ -309,6 +335,7 @@ class Llama(nnx.Module):
         param_dtype: Any = jnp.float32,
         attention: str | Attention = "auto",
         constrain: Constrain = unconstrained,
+        product: Product = product,
         lora: Lora | None = None,
     ):
         """Initialises the parameters at random.
@@ -320,6 +347,7 @@ class Llama(nnx.Module):
           param_dtype: dtype of the parameters.
           attention: a backend's name, "auto", or a function with the signature of `attention.reference`.
           constrain: called with each large activation and its logical axes, to lay it out on a mesh.
+          product: multiplies activations with the layers' kernels and adapters.
           lora: adapters beside the projections that it names.
 
         Raises:
@@ -333,7 +361,9 @@ class Llama(nnx.Module):
             BACKENDS[select(attention, self.dtype, config.head_dim)] if isinstance(attention, str) else attention
         )
         self.embed_tokens = Embedding(config, rngs=rngs, param_dtype=param_dtype)
-        self.layers = Block((config.num_hidden_layers,), config, lora, rngs=rngs, param_dtype=param_dtype)
+        self.layers = Block(
+            (config.num_hidden_layers,), config, lora, rngs=rngs, param_dtype=param_dtype, product=product
+        )
         self.norm = RMSNorm((), config.hidden_size, eps=config.rms_norm_eps, param_dtype=param_dtype)
         self.lm_head = (
             None
@@ -416,13 +446,22 @@ class Llama(nnx.Module):
         """Everything but the output projection.
 
         Args:
-          tokens: int32 [batch, length].
-          positions: int32 [batch, length], 0-based; None counts from 0, anew in each segment.
-          segment_ids: int32 [batch, length]; tokens see only their own segment. None is one segment a row.
+          tokens: integers [batch, length], below vocab_size. Under `jax.jit` their values are not known and cannot be
+            checked: what comes of an id beyond the vocabulary is NaN there.
+          positions: integers [batch, length], 0-based; None counts from 0, anew in each segment.
+          segment_ids: integers [batch, length]; tokens see only their own segment. None is one segment a row.
 
         Returns:
           Final normed hidden states [batch, length, hidden_size], in the compute dtype.
+
+        Raises:
+          InputError: an argument of another shape or dtype, or (outside of `jax.jit`) a value out of range.
         """
+        tokens = _checked("tokens", tokens, 0, self.config.vocab_size)
+        if positions is not None:
+            positions = _checked("positions", positions, 0, 2**31, tokens.shape)
+        if segment_ids is not None:
+            segment_ids = _checked("segment_ids", segment_ids, -(2**31), 2**31, tokens.shape)
         row = self.row(tokens, positions, segment_ids)
         stacked = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param))
 
@@ -491,12 +530,15 @@ class Llama(nnx.Module):
         """Logits of the next token at every position.
 
         Args:
-          tokens: int32 [batch, length].
+          tokens: as for `hidden_states`.
           positions: as for `hidden_states`.
           segment_ids: as for `hidden_states`.
 
         Returns:
           float32 [batch, length, vocab_size].
+
+        Raises:
+          InputError: as `hidden_states`.
         """
         return logits(self.hidden_states(tokens, positions, segment_ids), self.output_kernel())
 
@@ -514,6 +556,28 @@ def logits(hidden: Float[Array, "... D"], kernel: Float[Array, "D V"]) -> Float[
     return jnp.matmul(
         hidden, kernel.astype(hidden.dtype), precision=precision_of(hidden.dtype), preferred_element_type=jnp.float32
     )
+
+
+def _checked(name: str, given: Any, low: int, end: int, shape: tuple[int, ...] | None = None) -> Int[Array, "B T"]:
+    """What a caller gave for an array of integers [batch, length], looked at as far as it is known before tracing."""
+    try:
+        values = given if isinstance(given, jax.Array) else np.asarray(given)
+    except ValueError as error:
+        raise InputError(f"{name}: rows of different lengths; integers of shape [batch, length] are needed") from error
+    if values.ndim != 2 or not values.size or not jnp.issubdtype(values.dtype, jnp.integer):
+        raise InputError(
+            f"{name}: {values.dtype} of shape {list(values.shape)} was given; integers of shape [batch, length] are "
+            "needed, both at least 1"
+        )
+    if shape is not None and values.shape != shape:
+        raise InputError(f"{name}: shape {list(values.shape)} was given; that of the tokens, {list(shape)}, is needed")
+    if not isinstance(values, jax.Array) or (not isinstance(values, jax.core.Tracer) and values.is_fully_addressable):
+        known = np.asarray(values)
+        if known.min() < low or known.max() >= end:
+            raise InputError(
+                f"{name}: values from {known.min()} to {known.max()} were given; {low} to {end - 1} are possible"
+            )
+    return jnp.asarray(values, jnp.int32)
 
 
 def _named_leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

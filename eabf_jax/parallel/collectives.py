@@ -6,6 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
+# Scopes (`jax.named_scope`) that say what a collective within them carries; all others are the compiler's own.
+CARRIED = ("parameters", "parameter_gradients", "keys_values", "key_value_gradients", "embedding")
+
 # Bytes that each of n devices sends for each byte of the result, with ring algorithms.
 _SENT = {
     "all-gather": lambda n: (n - 1) / n,
@@ -31,8 +34,16 @@ class _Instruction(NamedTuple):
     rest: str  # operands and attributes
 
 
-def collective_bytes(text: str) -> dict[str, float]:
-    """Bytes that one device sends in one run of the program.
+class Collective(NamedTuple):
+    """One collective of a program."""
+
+    kind: str  # an all-reduce of which each device keeps only its own part counts as a reduce-scatter
+    carries: str  # a name in `CARRIED`, or "other"
+    sent: float  # bytes that one device sends in one run of the program
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives of a program.
 
     A loop's body counts as often as the loop runs, as far as its condition compares a counter with a constant, as the
     conditions of `jax.lax.scan` do; other loops count once.
@@ -41,24 +52,17 @@ def collective_bytes(text: str) -> dict[str, float]:
       text: the optimised program, from `Compiled.as_text()`.
 
     Returns:
-      Bytes by kind of collective; kinds that do not occur are left out. An all-reduce of which each device keeps only
-      its own part counts as a reduce-scatter.
+      One entry an instruction.
     """
     computations, entry = _parse(text)
-    found: dict[str, float] = defaultdict(float)
-    seen: set[str] = set()
+    found: list[Collective] = []
 
     def visit(name: str, times: int) -> None:
         for instruction in computations.get(name, ()):
             kind = instruction.opcode.removesuffix("-start")
             if kind in _SENT:
-                channel = re.search(r"channel_id=(\d+)", instruction.rest)
-                # An asynchronous collective may stand in the computation of its start and in that of its end.
-                if channel is None or channel[1] not in seen:
-                    found_kind, size = _sent(instruction, kind, name)
-                    found[found_kind] += times * size
-                if channel is not None:
-                    seen.add(channel[1])
+                found_kind, size = _sent(instruction, kind, name)
+                found.append(Collective(found_kind, _carried(instruction.rest), times * size))
             elif instruction.opcode == "while" and (loop := _WHILE.search(instruction.rest)):
                 visit(loop[2], times * _trips(computations.get(loop[1], [])))
             else:
@@ -66,7 +70,30 @@ def collective_bytes(text: str) -> dict[str, float]:
                     visit(called, times)
 
     visit(entry, 1)
+    return found
+
+
+def collective_bytes(text: str, by: str = "kind") -> dict[str, float]:
+    """Bytes that one device sends in one run of a program.
+
+    Args:
+      text: as for `collectives`.
+      by: "kind", or "carries" for what they carry.
+
+    Returns:
+      Sums by that field; what does not occur is left out.
+    """
+    found: dict[str, float] = defaultdict(float)
+    for collective in collectives(text):
+        found[getattr(collective, by)] += collective.sent
     return dict(found)
+
+
+def _carried(rest: str) -> str:
+    """The innermost scope of an instruction that is one of `CARRIED`."""
+    path = re.search(r'op_name="([^"]*)"', rest)
+    scopes = [scope for scope in path[1].split("/") if scope in CARRIED] if path else []
+    return scopes[-1] if scopes else "other"
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:

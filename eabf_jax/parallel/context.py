@@ -33,6 +33,7 @@ from eabf_jax.model.attention import (
     splash,
     splash_kernel,
 )
+from eabf_jax.parallel.fsdp import reduce_scatter
 
 _AXIS = "context"
 # What a chunk's length has to be a multiple of: cuDNN's backward pass takes even lengths, splash whole lanes of them.
@@ -107,8 +108,8 @@ def context_attention(mesh: Mesh, attention: Attention, heads: PartitionSpec) ->
             order = tuple(zigzag_order(length, ways).tolist())
             kernel = splash_kernel(order, q.shape[2], head_shards=mesh.shape["tensor"], q_shards=ways)
             layout = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(heads[2], _AXIS)))
-            return shard_map(_splash, in_specs=(layout, *(heads,) * 3))(kernel, q, k, v)
-        local = _reference(ways) if attention is reference else _joined(_kernel_of(attention), ways)
+            return shard_map(functools.partial(_splash, mesh), in_specs=(layout, *(heads,) * 3))(kernel, q, k, v)
+        local = _reference(mesh) if attention is reference else _joined(_kernel_of(attention), mesh)
         return shard_map(local, in_specs=(heads,) * 3)(q, k, v)
 
     return attend
@@ -118,22 +119,22 @@ def _kernel_of(attention: Attention) -> Kernel:
     return next(KERNELS[name] for name, backend in BACKENDS.items() if backend is attention)
 
 
-def _splash(kernel: Any, q: Array, k: Array, v: Array) -> Array:
+def _splash(mesh: Mesh, kernel: Any, q: Array, k: Array, v: Array) -> Array:
     head_dim = q.shape[-1]
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -head_dim % SPLASH_LANES))) for x in (q, k, v))
-    return run_splash(kernel, q, _gather(k), _gather(v))[..., :head_dim]
+    return run_splash(kernel, q, _gather(k, mesh), _gather(v, mesh))[..., :head_dim]
 
 
-def _reference(ways: int) -> Callable[[Array, Array, Array], Array]:
+def _reference(mesh: Mesh) -> Callable[[Array, Array, Array], Array]:
     def attend(q: Array, k: Array, v: Array) -> Array:
-        rank, chunk = jax.lax.axis_index(_AXIS), jnp.arange(q.shape[1] // 2)
+        ways, rank, chunk = mesh.shape[_AXIS], jax.lax.axis_index(_AXIS), jnp.arange(q.shape[1] // 2)
         q_index = jnp.concatenate((rank * chunk.size + chunk, (2 * ways - 1 - rank) * chunk.size + chunk))
-        return reference_at(q_index, q, _gather(k), _gather(v))
+        return reference_at(q_index, q, _gather(k, mesh), _gather(v, mesh))
 
     return attend
 
 
-def _joined(kernel: Kernel, ways: int) -> Callable[[Array, Array, Array], Array]:
+def _joined(kernel: Kernel, mesh: Mesh) -> Callable[[Array, Array, Array], Array]:
     """Attention of a device's two chunks of queries: [B, 2c, N, H], [B, 2c, K, H] twice -> [B, 2c, N, H].
 
     Each chunk sees itself causally, and whole chunks before it: two kernels without a wasted block, whose softmaxes are
@@ -141,6 +142,7 @@ def _joined(kernel: Kernel, ways: int) -> Callable[[Array, Array, Array], Array]
     are the joined softmax's, and its gradients that softmax's for its keys. Keys and values are gathered again there
     rather than kept.
     """
+    ways = mesh.shape[_AXIS]
 
     @jax.custom_vjp
     def attend(q: Array, k: Array, v: Array) -> Array:
@@ -149,7 +151,7 @@ def _joined(kernel: Kernel, ways: int) -> Callable[[Array, Array, Array], Array]
     def forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
         own, own_lse = kernel.forward(_apart(q), _apart(k), _apart(v), None, True)
         branches = [functools.partial(_before, kernel, ways, rank) for rank in range(ways)]
-        before, before_lse = jax.lax.switch(jax.lax.axis_index(_AXIS), branches, q, _gather(k), _gather(v))
+        before, before_lse = jax.lax.switch(jax.lax.axis_index(_AXIS), branches, q, _gather(k, mesh), _gather(v, mesh))
         own, own_lse = _together(own), _statistics_together(own_lse)
         lse = jnp.logaddexp(own_lse, before_lse)
         out = own * _weight(own_lse - lse) + before * _weight(before_lse - lse)
@@ -163,10 +165,10 @@ def _joined(kernel: Kernel, ways: int) -> Callable[[Array, Array, Array], Array]
         )
         branches = [functools.partial(_before_backward, kernel, ways, rank) for rank in range(ways)]
         rank = jax.lax.axis_index(_AXIS)
-        before = jax.lax.switch(rank, branches, q, _gather(k), _gather(v), out, lse, d_out)
+        before = jax.lax.switch(rank, branches, q, _gather(k, mesh), _gather(v, mesh), out, lse, d_out)
         d_q, d_k, d_v = (
             (_together(mine).astype(jnp.float32) + others.astype(jnp.float32)).astype(mine.dtype)
-            for mine, others in zip(own, (before[0], _scatter(before[1]), _scatter(before[2])), strict=True)
+            for mine, others in zip(own, (before[0], _scatter(before[1], mesh), _scatter(before[2], mesh)), strict=True)
         )
         return d_q, d_k, d_v
 
@@ -217,19 +219,24 @@ def _before_backward(
     return jnp.concatenate(d_qs, axis=1), row(d_ks), row(d_vs)
 
 
-def _gather(x: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+@jax.named_scope("keys_values")
+def _gather(x: Array, mesh: Mesh) -> Array:
     """The device's two chunks -> the whole row in its own order: [B, 2c, ...] -> [B, T, ...]."""
     early, late = (jax.lax.all_gather(half, _AXIS, axis=1) for half in jnp.split(x, 2, axis=1))
     chunks = jnp.concatenate((early, jnp.flip(late, axis=1)), axis=1)
     return chunks.reshape(x.shape[0], -1, *x.shape[2:])
 
 
-def _scatter(x: Array) -> Array:
+@jax.named_scope("key_value_gradients")
+def _scatter(x: Array, mesh: Mesh) -> Array:
     """The transpose of `_gather`: sums over the devices, of which each keeps its two chunks."""
-    ways = jax.lax.axis_size(_AXIS)
-    early, late = jnp.split(x.reshape(x.shape[0], 2 * ways, -1, *x.shape[2:]), 2, axis=1)
-    halves = (jax.lax.psum_scatter(half, _AXIS, scatter_dimension=1) for half in (early, jnp.flip(late, axis=1)))
-    return jnp.concatenate(tuple(halves), axis=1)
+    early, late = jnp.split(x.reshape(x.shape[0], 2 * mesh.shape[_AXIS], -1, *x.shape[2:]), 2, axis=1)
+    halves = (reduce_scatter(mesh, half, _AXIS, 1) for half in (early, jnp.flip(late, axis=1)))
+    return jnp.concatenate(tuple(half[:, 0] for half in halves), axis=1)
+
+
+_gather.defvjp(lambda x, mesh: (_gather(x, mesh), None), lambda mesh, _, d_row: (_scatter(d_row, mesh),))
 
 
 def _apart(x: Array) -> Array:

@@ -17,7 +17,7 @@ AXES = ("data", "fsdp", "context", "tensor")
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each mesh axis takes."""
+    """How many devices each mesh axis takes; `--mesh auto` chooses the simplest that the step fits on."""
 
     data: int = 1  # replicas of the parameters, each with its own part of the batch
     fsdp: int = -1  # devices that share the parameters and split the batch; -1: all that the other axes leave

@@ -10,8 +10,9 @@ from jaxtyping import Array
 
 from eabf_jax.errors import InputError
 from eabf_jax.model.attention import Attention
-from eabf_jax.model.llama import Constrain, unconstrained
+from eabf_jax.model.llama import Constrain, Product, product, unconstrained
 from eabf_jax.parallel.context import context_attention
+from eabf_jax.parallel.fsdp import TOKEN_AXES, sharded_product
 
 LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -170,6 +171,19 @@ def activation_constraint(mesh: Mesh) -> Constrain:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(*logical_axes)))
 
     return constrain
+
+
+def layer_product(mesh: Mesh, *, whole: bool = False) -> Product:
+    """The `product` hook of `Llama` for a mesh: gathers parameters where they are used and scatters their gradients.
+
+    Args:
+      mesh: the device mesh.
+      whole: the parameters have been gathered already.
+    """
+    if all(mesh.shape[axis] == 1 for axis in TOKEN_AXES):
+        return product
+    multiply = sharded_product(mesh, spec("batch", "length"), whole=whole)
+    return lambda x, kernel, name: multiply(x, kernel, spec(*parameter_axes(name)))
 
 
 def check_tensor_axis(ways: int, kv_heads: int) -> None:

@@ -284,5 +284,5 @@ def _rounded(values: Float64[np.ndarray, " size"]) -> Float32[Array, " size"]:
 
 
 def _check_head_dim(head_dim: int, *, at_least: int) -> None:
-    if head_dim % 2 or head_dim < at_least:
-        raise InputError(f"head_dim {head_dim}: rotary embedding here needs an even head size of at least {at_least}")
+    if not isinstance(head_dim, int | np.integer) or head_dim % 2 or head_dim < at_least:
+        raise InputError(f"head_dim {head_dim!r}: rotary embedding here needs an even head size of at least {at_least}")

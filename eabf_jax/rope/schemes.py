@@ -13,6 +13,8 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int
 
@@ -159,7 +161,7 @@ class Scheme:
           Radians per token, float32 [head_dim // 2].
 
         Raises:
-          InputError: head_dim does not suit the scheme.
+          InputError: head_dim does not suit the scheme, or a length that is no whole number.
         """
         return self._rotation(head_dim, length)[0]
 
@@ -171,6 +173,9 @@ class Scheme:
 
         Returns:
           A float; a float32 scalar where the scheme follows the length and the length is traced.
+
+        Raises:
+          InputError: a length that is no whole number.
         """
         return self._rotation(_ANY_HEAD_DIM, length)[1]
 
@@ -183,7 +188,14 @@ class Scheme:
 
         Returns:
           Multipliers, float32, shape of `positions`; exactly 1 within the pretrained window.
+
+        Raises:
+          InputError: positions or a layer that are no whole numbers, or a negative layer.
         """
+        positions = positions if isinstance(positions, jax.Array) else np.asarray(positions)
+        if not jnp.issubdtype(positions.dtype, jnp.integer):
+            raise InputError(f"positions are {positions.dtype}; integers counted from 0 are needed")
+        _check_whole("layer", layer)
         return self.logit_multiplier(positions, layer)
 
     def to_dict(self) -> dict[str, Any]:
@@ -225,7 +237,18 @@ class Scheme:
         return f"scheme({values['type']!r}{arguments})"
 
     def _rotation(self, head_dim: int, length: Length) -> tuple[Frequencies, float | Float32[Array, ""]]:
+        if length is not None:
+            _check_whole("length", length)
         return self.frequencies(head_dim, length) if self.depends_on_length else self.frequencies(head_dim)
+
+
+def _check_whole(name: str, value: Any) -> None:
+    """Refuses what is neither a whole number from 0 nor an integer scalar of an array's kind."""
+    if isinstance(value, jax.Array | np.ndarray):
+        if not jnp.issubdtype(value.dtype, jnp.integer) or value.ndim:
+            raise InputError(f"{name} is {value.dtype} of shape {list(value.shape)}; an integer scalar is needed")
+    elif not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
+        raise InputError(f"{name} is {value!r}; a whole number, at least 0, is needed")
 
 
 def scheme(name: str, /, **parameters: Any) -> Scheme:
@@ -344,7 +367,7 @@ def to_hf(s: Scheme, head_dim: int | None = None, spelling: str = "rope_scaling"
     file. `dynamic` takes the pretrained window from it, in every release. For yarn it is the extended window: releases
     4.51 to 4.55 take the factor as its ratio to `original_max_position_embeddings` (later ones take `factor`). Up to
     4.50, `original_max_position_embeddings` is not read and the ramp is laid over the extended window: a yarn export
-    needs transformers 4.51 or later.
+    needs transformers 4.51 or later. `truncate` false is written for the releases that read it; older ones round.
 
     Args:
       s: the scheme.

@@ -11,13 +11,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.model.attention import precision_of
 from eabf_jax.model.llama import Llama, Row, logits, rms_norm
+from eabf_jax.parallel.fsdp import TOKEN_AXES, by_device, lookup, lookup_backward, scattered
+from eabf_jax.parallel.rules import parameter_axes, spec
 
 Tree = Any  # nested dict of arrays
+
+_TOKENS = spec("batch", "length")
+_EMBEDDING = spec(*parameter_axes(("embed_tokens", "embedding")))
 
 # What the backward pass keeps of a layer beside its input; the names are given in `model/`. None: all there is.
 # What `offload` keeps waits in host memory.
@@ -75,20 +81,24 @@ class Pieces:
     the model's. Gradient trees have the trained trees' structure.
     """
 
-    def __init__(self, model: Llama, loss_chunk: int, length_ways: int = 1, *, wide: bool = False):
+    def __init__(
+        self, model: Llama, loss_chunk: int, mesh: Mesh | None = None, *, wide: bool = False, whole: bool = False
+    ):
         """Holds what is static.
 
         Args:
           model: its parameters are not used.
           loss_chunk: positions of a row, or of a device's part of it, whose logits exist at a time.
-          length_ways: parts into which the mesh cuts a row.
+          mesh: the device mesh that arrays lie on.
           wide: gradients of layers leave their matrix products as float32, to be added to their sums by the product
             itself; across devices they travel in the compute dtype, which is half as much.
+          whole: parameters are given whole to every device, as far as the mesh shares them for storage alone.
         """
         self._model = model
         self._chunk = loss_chunk
-        self._length_ways = length_ways
+        self._mesh = mesh if mesh is not None and mesh.size > 1 else None
         self._wide = wide
+        self._whole = whole
 
     def row(self, rows: Microbatch) -> Row:
         """What every layer is told of the tokens."""
@@ -96,7 +106,11 @@ class Pieces:
 
     def embed(self, parameters: Tree, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Hidden states before the first layer."""
-        return self._model.embed(parameters["embedding"], tokens)
+        embedding = parameters["embedding"]
+        if self._mesh is None:
+            return self._model.embed(embedding, tokens)
+        lies = PartitionSpec() if self._whole else _EMBEDDING
+        return self._laid_out(lookup(self._mesh, _TOKENS, lies)(embedding, tokens).astype(self._model.dtype))
 
     def _pullback(
         self, policy: str, trained: Tree, frozen: Tree, index: Array, x: Array, row: Row
@@ -184,49 +198,67 @@ class Pieces:
         def norm(scale: Array, x: Array) -> Array:
             return rms_norm(x, scale, self._model.config.rms_norm_eps)
 
-        def chunk(carry: tuple[Array, Tree], part: tuple[Array, ...]) -> tuple[tuple[Array, Tree], Array]:
-            (total, gradients), (x, targets, mask) = carry, part
-            x = self._model.constrain(x, "batch", "length", None, None)
-            hidden, pullback = jax.vjp(norm, params["norm"]["scale"], x)
-            scores = logits(hidden, kernel)
-            log_sum = jax.nn.logsumexp(scores, axis=-1)
-            chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
-            total += jnp.where(mask, log_sum - chosen, 0.0).sum()
-            d_scores = jnp.exp(scores - log_sum[..., None]) - jax.nn.one_hot(targets, kernel.shape[1])
-            # In the compute dtype, or the products below would be of float32.
-            d_scores = jnp.where(mask[..., None], d_scores, 0.0).astype(x.dtype)
-            d_scale, d_x = pullback(jnp.matmul(d_scores, kernel.T, precision=precision))
-            product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-            found: dict[str, Any] = {"norm": {"scale": d_scale}} if trained.get("norm") else {}
-            if trained.get("lm_head"):
-                found["lm_head"] = {"kernel": product("...d,...v->dv", hidden, d_scores)}
-            if trained.get("embed_tokens") and tied:
-                found["embed_tokens"] = {"embedding": product("...d,...v->vd", hidden, d_scores)}
-            return (total, {**gradients, **add({name: gradients[name] for name in found}, found)}), d_x
+        def run(
+            gradients: Tree, scale: Array, kernel: Array, x: Array, targets: Array, mask: Array
+        ) -> tuple[Array, Tree, Array]:
+            def chunk(carry: tuple[Array, Tree], part: tuple[Array, ...]) -> tuple[tuple[Array, Tree], Array]:
+                (total, gradients), (x, targets, mask) = carry, part
+                hidden, pullback = jax.vjp(norm, scale, x)
+                scores = logits(hidden, kernel)
+                log_sum = jax.nn.logsumexp(scores, axis=-1)
+                chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+                total += jnp.where(mask, log_sum - chosen, 0.0).sum()
+                d_scores = jnp.exp(scores - log_sum[..., None]) - jax.nn.one_hot(targets, kernel.shape[1])
+                # In the compute dtype, or the products below would be of float32.
+                d_scores = jnp.where(mask[..., None], d_scores, 0.0).astype(x.dtype)
+                d_scale, d_x = pullback(jnp.matmul(d_scores, kernel.T, precision=precision))
+                product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+                found: dict[str, Any] = {"norm": {"scale": d_scale}} if trained.get("norm") else {}
+                if trained.get("lm_head"):
+                    found["lm_head"] = {"kernel": product("...d,...v->dv", hidden, d_scores)}
+                if trained.get("embed_tokens") and tied:
+                    found["embed_tokens"] = {"embedding": product("...d,...v->vd", hidden, d_scores)}
+                return (total, {**gradients, **add({name: gradients[name] for name in found}, found)}), d_x
 
-        parts = tuple(map(self._chunks, (x, rows.targets, rows.mask)))
-        (total, gradients), d_x = jax.lax.scan(chunk, (jnp.float32(0), gradients), parts)
-        d_x = jnp.moveaxis(d_x, 0, 2).reshape(x.shape[0], self._length_ways, -1, x.shape[2])
-        return total, gradients, self._laid_out(d_x[:, :, : x.shape[1] // self._length_ways].reshape(x.shape))
+            parts = tuple(map(self._chunks, (x, targets, mask)))
+            (total, gradients), d_x = jax.lax.scan(chunk, (jnp.float32(0), gradients), parts)
+            d_x = jnp.moveaxis(d_x, 0, 1).reshape(x.shape[0], -1, x.shape[2])
+            return total, gradients, d_x[:, : x.shape[1]]
+
+        arrays = (params["norm"]["scale"], kernel, x, rows.targets, rows.mask)
+        mesh = self._mesh
+        if mesh is None:
+            return run(gradients, *arrays)
+        specs = jax.tree.map_with_path(lambda path, _: spec(*parameter_axes(tuple(k.key for k in path))), gradients)
+
+        def share(sums: Tree, *arrays: Array) -> tuple[Array, Tree, Array]:
+            """A device's own tokens; what they give is summed up over all chunks before it is over the devices."""
+            total, found, d_x = run(zeros(gradients), *arrays)
+            found = jax.tree.map(functools.partial(scattered, mesh), found, specs)
+            return jax.lax.psum(total, TOKEN_AXES), add(sums, found), d_x
+
+        hidden = PartitionSpec(*_TOKENS, None)
+        in_specs = (specs, PartitionSpec(), PartitionSpec(), hidden, _TOKENS, _TOKENS)
+        return by_device(mesh, share, in_specs, (PartitionSpec(), specs, hidden))(gradients, *arrays)
 
     def _laid_out(self, x: Array) -> Array:
         """Hidden states, or their gradients, as the mesh shares them."""
         return self._model.constrain(x, "batch", "length", None)
 
     def _chunks(self, array: Array) -> Array:
-        """[B, T, ...] -> [chunks, B, ways, size, ...]: each chunk has a share of every device's part of the row."""
+        """[B, T, ...] -> [chunks, B, size, ...]."""
         batch, length, *rest = array.shape
-        part = length // self._length_ways
-        size = min(self._chunk, part)
-        array = array.reshape(batch, self._length_ways, part, *rest)
-        array = jnp.pad(array, ((0, 0), (0, 0), (0, -part % size), *((0, 0),) * len(rest)))
-        return jnp.moveaxis(array.reshape(batch, self._length_ways, -1, size, *rest), 2, 0)
+        size = min(self._chunk, length)
+        array = jnp.pad(array, ((0, 0), (0, -length % size), *((0, 0),) * len(rest)))
+        return jnp.moveaxis(array.reshape(batch, -1, size, *rest), 1, 0)
 
     def embed_backward(self, gradients: Tree, tokens: Int[Array, "B T"], d_x: Float[Array, "B T D"]) -> Tree:
         """Adds the derivative of `embed` to the gradients of its parameters, where they are trained."""
         if "embedding" not in gradients:
             return gradients
-        return {"embedding": gradients["embedding"].at[tokens].add(d_x.astype(jnp.float32))}
+        if self._mesh is None:
+            return {"embedding": gradients["embedding"].at[tokens].add(d_x.astype(jnp.float32))}
+        return {"embedding": lookup_backward(self._mesh, _TOKENS, _EMBEDDING)(gradients["embedding"], tokens, d_x)}
 
 
 def head_parameters(params: Mapping[str, Tree], tied: bool) -> dict[str, Tree]:

@@ -16,8 +16,19 @@ from eabf_jax.errors import InputError
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.parallel.collectives import collective_bytes
 from eabf_jax.parallel.mesh import axis_sizes, make_mesh
-from eabf_jax.parallel.topology import Slice, compile_only_devices, tpu_slice
-from eabf_jax.training.plan import DEVICES, GIB, Plan, check, choose, device_at_hand, device_named
+from eabf_jax.parallel.topology import SLICES, Slice, compile_only_devices, tpu_slice
+from eabf_jax.training.plan import (
+    DEVICES,
+    GIB,
+    Plan,
+    check,
+    choose,
+    device_at_hand,
+    device_named,
+    mesh_told,
+    preferred_meshes,
+    settle_mesh,
+)
 from eabf_jax.training.recipe import TrainConfig, check_window, load_config
 from eabf_jax.training.trainer import base_config, lower_train_step, shape_config
 
@@ -74,8 +85,8 @@ def predict(config: TrainConfig, device_name: str | None = None, count: int | No
         raise InputError(f"--devices {count}: a positive number is needed")
     device = device_named(device_name) if device_name else device_at_hand()
     devices = count or (1 if device_name else jax.device_count())
-    mesh = axis_sizes(config.mesh, devices)
     model_config = _model_config(config)
+    mesh = axis_sizes(settle_mesh(config, model_config, devices, device), devices)
     settled, found = choose(config, model_config, mesh, device)
     check(found, settled, model_config)
     return {
@@ -108,15 +119,17 @@ def compile_for(config: TrainConfig, slice_: Slice) -> dict[str, Any]:
     """
     devices = compile_only_devices(slice_)
     device = DEVICES[slice_.generation]
-    mesh = axis_sizes(config.mesh, len(devices))
+    model_config = _model_config(config)
+    arranged = make_mesh(settle_mesh(config, model_config, len(devices), device), devices)
+    mesh = arranged.shape
     # The compiler's word counts, not the planner's: what that takes for too large is compiled all the same.
-    config, predicted = choose(config, _model_config(config), mesh, device)
-    lowered = lower_train_step(config, make_mesh(config.mesh, devices))
+    config, predicted = choose(config, model_config, mesh, device)
+    lowered = lower_train_step(config, arranged)
     began = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        raise _refusal(error, slice_, predicted) from error
+        raise _refusal(error, slice_, predicted, config, model_config) from error
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
     total = (
@@ -132,7 +145,8 @@ def compile_for(config: TrainConfig, slice_: Slice) -> dict[str, Any]:
     # Small ones may lie in faster memory than HBM.
     parts["kept activations"] = min(predicted.parts["kept activations"], rest)
     parts["workspace"] = rest - parts["kept activations"]
-    traffic = collective_bytes(compiled.as_text() or "")
+    text = compiled.as_text() or ""
+    traffic = collective_bytes(text)
     estimate = roofline(predicted, slice_, sum(traffic.values()))
     tokens = config.recipe.batch_size * config.window
     return {
@@ -153,6 +167,7 @@ def compile_for(config: TrainConfig, slice_: Slice) -> dict[str, Any]:
         # The compiler counts the body of a loop once, however often it runs.
         "compiler_flops_loops_once": (compiled.cost_analysis() or {}).get("flops", 0.0),
         "collective_bytes_per_chip": traffic,
+        "collective_bytes_by_what_they_carry": collective_bytes(text, by="carries"),
         "estimate": {**estimate, "tokens_per_second_at_most": tokens / estimate["step_seconds_at_least"]},
         "compile_seconds": round(seconds, 1),
         "versions": {"jax": jax.__version__, "libtpu": _libtpu_version()},
@@ -234,6 +249,8 @@ def _state_bytes(compiled: Any, lowered: Any) -> dict[str, float]:
 
     def size(tree: Any, at: Any) -> float:
         def share(leaf: Any, sharding: Any) -> float:
+            if sharding is None:  # the program does not take it: the rest of a float32 master has no elements
+                return 0.0
             return float(leaf.dtype.itemsize * math.prod(sharding.shard_shape(leaf.shape)))
 
         return sum(jax.tree.leaves(jax.tree.map(share, tree, at)))
@@ -259,7 +276,9 @@ def _model_config(config: TrainConfig) -> LlamaConfig:
     return dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
 
 
-def _refusal(error: Exception, slice_: Slice, predicted: Plan) -> Exception:
+def _refusal(
+    error: Exception, slice_: Slice, predicted: Plan, config: TrainConfig, model_config: LlamaConfig
+) -> Exception:
     """What to raise for a compiler's error: one line where the memory is too small, else the error as it is."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
@@ -268,8 +287,26 @@ def _refusal(error: Exception, slice_: Slice, predicted: Plan) -> Exception:
     told = f"{numbers[1]} GiB of {numbers[2]}" if numbers else text
     return InputError(
         f"the TPU compiler needs more memory than a chip of {slice_.name} has: {told} (predicted "
-        f"{predicted.total / GIB:.1f}); a larger slice, mesh.context or remat full needs less"
+        f"{predicted.total / GIB:.1f}); {_what_fits(slice_, predicted, config, model_config)}"
     )
+
+
+def _what_fits(slice_: Slice, refused: Plan, config: TrainConfig, model_config: LlamaConfig) -> str:
+    """The smallest slice of the same generation, and the mesh on it, that the step fits on by prediction."""
+    compute = dataclasses.replace(config.compute, remat="full", microbatch_size=1)
+    config = dataclasses.replace(config, compute=compute)
+    for larger in SLICES.values():
+        if larger.generation != slice_.generation or larger.chips < slice_.chips:
+            continue
+        found = next(preferred_meshes(config, model_config, larger.chips, refused.device), None)
+        # The compiler has just refused as much.
+        if found is not None and found.fits and (larger is not slice_ or found.mesh != refused.mesh):
+            where = f"on {larger.name} " if larger is not slice_ else ""
+            return (
+                f"what fits by prediction {where}({found.total / GIB:.1f} GiB): {mesh_told(found.mesh)}, compute.remat "
+                "full, compute.microbatch_size 1 (mesh auto chooses such a mesh)"
+            )
+    return f"no {slice_.generation} slice is large enough, by prediction: a shorter window or adapters (lora) need less"
 
 
 def _libtpu_version() -> str:

@@ -56,7 +56,8 @@ class Layerwise:
         self._dtype = jnp.dtype(compute.dtype)
         self._layers = model.config.num_hidden_layers
         self._remat = remat_by_layer(compute.remat, self._layers)
-        self._pieces = Pieces(model, compute.loss_chunk, mesh.shape["context"], wide=mesh.size == 1)
+        self._gathered = compute.gather == "step" and mesh.shape["fsdp"] * mesh.shape["context"] > 1
+        self._pieces = Pieces(model, compute.loss_chunk, mesh, wide=mesh.size == 1, whole=self._gathered)
         self._tied = model.config.tie_word_embeddings
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._on_host = compute.optimizer_memory == "host"
@@ -80,7 +81,6 @@ class Layerwise:
         self.abstract = Saved(masters, {"mu": moments, "nu": moments})
         self.frozen = {**frozen, "layers": jax.tree.map(parked, frozen["layers"])} if frozen else {}
         self._masters, self._frozen = by_layer(masters), by_layer(frozen)
-        self._gathered = compute.gather == "step" and mesh.shape["fsdp"] * mesh.shape["context"] > 1
         self._programs: dict[Any, Any] = {}
         # Collectives run beside the computation only if they are scheduled so; one device has none.
         overlap = mesh.size > 1 and mesh.devices.flat[0].platform == "gpu"

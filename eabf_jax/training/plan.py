@@ -3,6 +3,7 @@
 All amounts are bytes of one device, or of its share of the host's memory.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -20,6 +21,7 @@ from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 from eabf_jax.model.lora import Lora, split_trained
+from eabf_jax.parallel.mesh import MeshConfig
 from eabf_jax.parallel.rules import check_tensor_axis, parameter_shardings
 from eabf_jax.training.backward import remat_by_layer
 from eabf_jax.training.host_memory import IN_FLIGHT
@@ -96,6 +98,11 @@ class Plan:
     def fits(self) -> bool:
         """Whether the device and its host have as much; a quarter of the host's is left to data and system."""
         return self.total <= self.device.memory and sum(self.host.values()) <= 0.75 * self.device.host_memory
+
+    @property
+    def roomy(self) -> bool:
+        """Whether it fits with as much to spare as a prediction should leave."""
+        return self.fits and self.total <= (1 - _SPARE) * self.device.memory
 
     @property
     def can_checkpoint(self) -> bool:
@@ -428,13 +435,13 @@ def choose(
       InputError: as `plan`.
     """
     candidates = list(_candidates(config, model_config, mesh_shape, device))
-    roomy = [found for found in candidates if found.fits and found.total <= (1 - _SPARE) * device.memory]
+    roomy = [found for found in candidates if found.roomy]
     if roomy:
         best = min(roomy, key=lambda found: (found.seconds, sum(found.host.values())))
         if config.compute.gather == "auto" and device.platform == "gpu":
             compute = dataclasses.replace(_settled(config, best).compute, gather="step")
             once = plan(dataclasses.replace(config, compute=compute), model_config, mesh_shape, device)
-            best = once if once.fits and once.total <= (1 - _SPARE) * device.memory else best
+            best = once if once.roomy else best
     else:
         best = min(candidates, key=lambda found: found.total)
     return _settled(config, best), best
@@ -499,6 +506,92 @@ def _settled(config: TrainConfig, found: Plan) -> TrainConfig:
     return dataclasses.replace(config, compute=compute)
 
 
+def meshes(devices: int) -> Iterator[dict[str, int]]:
+    """Every way to arrange devices without replicas, the simplest first.
+
+    Args:
+      devices: how many.
+
+    Yields:
+      Devices by mesh axis.
+    """
+    for tensor, context in itertools.product((1, 2, 4, 8), (2**power for power in range(9))):
+        if devices % (tensor * context) == 0:
+            yield {"data": 1, "fsdp": devices // (tensor * context), "context": context, "tensor": tensor}
+
+
+def mesh_plans(config: TrainConfig, model_config: LlamaConfig, devices: int, device: Device) -> Iterator[Plan]:
+    """Plans for every mesh that divides the model, the batch and the window; `mesh` itself is not looked at.
+
+    Args:
+      config: the run.
+      model_config: the model's shape.
+      devices: how many.
+      device: the kind of device.
+
+    Yields:
+      A plan by mesh, with what `compute` leaves open settled for each, the simplest mesh first.
+    """
+    for sizes in meshes(devices):
+        # A device of a row takes two chunks of it; splash (TPU) takes whole half lanes of them.
+        chunks = sizes["context"] * (128 if device.platform == "tpu" else 2)
+        if sizes["context"] > 1 and (config.window % chunks or config.recipe.objective == "pretrain"):
+            continue
+        with contextlib.suppress(InputError):  # a dimension, or the batch, does not divide
+            yield choose(config, model_config, sizes, device)[1]
+
+
+def preferred_meshes(config: TrainConfig, model_config: LlamaConfig, devices: int, device: Device) -> Iterator[Plan]:
+    """Meshes to try, in order: the simplest that the step fits on with a margin, then the one that needs least.
+
+    Args:
+      config: the run.
+      model_config: the model's shape.
+      devices: how many.
+      device: the kind of device.
+
+    Yields:
+      One or two plans; none where no mesh of so many devices divides model, batch and window.
+    """
+    simplest = least = None
+    for found in mesh_plans(config, model_config, devices, device):
+        if simplest is None and found.roomy:
+            yield (simplest := found)
+        least = found if least is None or found.total < least.total else least
+    if least is not None and least is not simplest:
+        yield least
+
+
+def settle_mesh(config: TrainConfig, model_config: LlamaConfig, devices: int, device: Device) -> MeshConfig:
+    """The run's mesh; where it is `auto`, the first of `preferred_meshes`.
+
+    Args:
+      config: the run.
+      model_config: the model's shape.
+      devices: how many.
+      device: the kind of device.
+
+    Returns:
+      The size of each axis.
+    Raises:
+      InputError: no mesh of so many devices divides model, batch and window.
+    """
+    if not isinstance(config.mesh, str):
+        return config.mesh
+    found = next(preferred_meshes(config, model_config, devices, device), None)
+    if found is None:
+        raise InputError(
+            f"mesh auto: no mesh of {devices} devices divides recipe.batch_size {config.recipe.batch_size}, window "
+            f"{config.window} and the model's dimensions; another number of devices, or another batch, is needed"
+        )
+    return MeshConfig(**found.mesh)
+
+
+def mesh_told(mesh: Mapping[str, int]) -> str:
+    """A mesh as settings, without axes of one device."""
+    return ", ".join(f"mesh.{axis} {size}" for axis, size in mesh.items() if size > 1 or axis == "fsdp")
+
+
 def check(found: Plan, config: TrainConfig, model_config: LlamaConfig) -> None:
     """Refuses a step that cannot fit.
 
@@ -545,10 +638,10 @@ def _remedies(found: Plan, config: TrainConfig, model_config: LlamaConfig) -> It
         if fits(config.window, found.mesh, **change):
             yield _told(change)
             break
-    for factor in (2, 4, 8, 16, 32, 64):
-        mesh = {**found.mesh, "fsdp": found.mesh["fsdp"] // factor, "context": found.mesh["context"] * factor}
-        if found.mesh["fsdp"] % factor == 0 and fits(config.window, mesh, **least):
-            yield f"mesh.fsdp {mesh['fsdp']}, mesh.context {mesh['context']}, " + _told(least)
+    changed = dataclasses.replace(config, compute=dataclasses.replace(_settled(config, found).compute, **least))
+    for other in preferred_meshes(changed, model_config, math.prod(found.mesh.values()), found.device):
+        if other.fits and other.mesh != found.mesh:
+            yield f"{mesh_told(other.mesh)}, " + _told(least)
             break
     for factor, axis in itertools.product((2, 4, 8, 16, 32, 64), ("fsdp", "context")):
         mesh = {**found.mesh, axis: found.mesh[axis] * factor}

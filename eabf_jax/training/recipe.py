@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 
 import draccus
 import yaml
+from draccus.parsers.yaml_loader import SafeLoaderWithInclusion
 
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.model.config import LlamaConfig
@@ -55,7 +56,9 @@ class ModelConfig:
     """Where the parameters come from."""
 
     path: str | None = None  # HF directory or native checkpoint to start from; null: random initialisation of `shape`
-    shape: dict[str, Any] | None = None  # fields of LlamaConfig (HF names); with `path` they must agree with it
+    # fields of LlamaConfig (HF names); not needed where `path` is a directory, with which they must agree
+    shape: dict[str, Any] | None = None
+    window: int | None = None  # tokens, to take the model for one with a smaller window, for a trial; null: its own
     tokenizer: str | None = None  # directory with the tokenizer to keep beside the model; null: the one in `path`
 
 
@@ -130,7 +133,7 @@ class TrainConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     recipe: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig | Literal["auto"] = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     overwrite: bool = False  # start afresh: replace a run that is in the output directory, and leave other files there
     # true in every process of a pod or cluster; where it is no TPU pod, SLURM, Open MPI or Kubernetes, each process is
@@ -163,6 +166,7 @@ def load_config(arguments: Sequence[str], prog: str | None = None) -> TrainConfi
     values = _read_file(path) if path is not None else {}
     for key, text in overrides.items():
         _override(values, key, _Text(text))
+    _settle_missing(values)
     config: TrainConfig = _build(TrainConfig, values, "")
     _check_values(config)
     return config
@@ -196,6 +200,15 @@ def config_differences(written: Path, config: TrainConfig) -> list[str]:
     return [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not _is_free(key)]
 
 
+def is_written_config(path: Path) -> bool:
+    """Whether a file is what `dump_config` gave, and so a run's own: it has every section, as nobody writes by hand."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(found, dict) and {field.name for field in dataclasses.fields(TrainConfig)} <= found.keys()
+
+
 def _is_free(key: str) -> bool:
     """Whether a run may go on with another value."""
     section = key.partition(".")[0]
@@ -215,8 +228,8 @@ def _print_help(prog: str | None) -> NoReturn:
     parser = draccus.argparsing.ArgumentParser(config_class=TrainConfig, prog=prog).parser
     parser.usage = "%(prog)s --config_path FILE [--dotted.key VALUE ...]"
     text = "\n".join(line for line in parser.format_help().splitlines() if "Config file for" not in line)
-    # A section that may be null is told twice, the first time without its keys.
-    print(re.sub(r"^Optional \[.*\n.*\n\n", "", text, flags=re.MULTILINE))
+    # A section that may be null, or a word, is told twice, the first time without its keys.
+    print(re.sub(r"^(?:Optional|Union) \[.*\n\n?.*\n\n", "", text, flags=re.MULTILINE))
     raise SystemExit(0)
 
 
@@ -240,17 +253,56 @@ def _overrides(arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
+class _Loader(SafeLoaderWithInclusion):
+    """YAML whose `!include FILE` means a file beside it, or else one that this package has."""
+
+
+class _Missing(str):
+    """What stands for a file that is neither: the complaint about it, should the value be needed."""
+
+
+def _read_yaml(path: Path) -> Any:
+    with open(path, encoding="utf-8") as file:
+        return yaml.load(file, _Loader)
+
+
+def _include(loader: Any, node: yaml.ScalarNode) -> Any:
+    source, name = Path(loader.stream.name), str(node.value)
+    for folder in (source.parent, _PACKAGE):
+        if (folder / name).is_file():
+            return _read_yaml(folder / name)
+    known = ", ".join(sorted(str(path.relative_to(_PACKAGE)) for path in _PACKAGE.glob("shapes/*.yaml")))
+    return _Missing(
+        f"{source} includes {name}, which is neither beside it nor one of the package's own ({known}); where "
+        "model.path is a directory, model.shape can be left out"
+    )
+
+
+_Loader.add_constructor("!include", _include)
+_PACKAGE = Path(__file__).parent
+
+
+def _settle_missing(values: dict[str, Any]) -> None:
+    """Takes the shape from the model itself where its file is missing, and complains about any other."""
+    model = values.get("model")
+    if isinstance(model, dict) and isinstance(model.get("shape"), _Missing) and Path(str(model.get("path"))).is_dir():
+        model["shape"] = None
+    remaining = [values]
+    while remaining:
+        for value in remaining.pop().values():
+            if isinstance(value, _Missing):
+                raise InputError(value)
+            if isinstance(value, dict):
+                remaining.append(value)
+
+
 def _read_file(path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file, draccus.config_type("yaml"):
-            values = draccus.cfgparsing.load_config(file)
+        values = _read_yaml(Path(path))
     except OSError as error:
-        raise InputError(f"cannot read the configuration {path!r}: {error.strerror}") from error
-    except (yaml.YAMLError, draccus.utils.DraccusException, UnicodeDecodeError) as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, OSError):
-            raise InputError(f"{path} includes {cause.filename}: {cause.strerror}") from error
-        raise InputError(f"{path} is not YAML: {' '.join(str(cause).split())}") from error
+        raise InputError(f"cannot read the configuration {str(error.filename)!r}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} holds {values!r:.60}; a mapping of configuration keys is needed")
     return values
@@ -295,7 +347,8 @@ def _build_or_value(kind: Any, value: Any, key: str) -> Any:
     """A section of the configuration, null where one may be left out, or a single value."""
     section = next((k for k in _alternatives(kind) if dataclasses.is_dataclass(k) or k is RopeConfig), None)
     absent = value is None or (isinstance(value, _Text) and value in ("null", "~"))
-    if section is None or (absent and types.NoneType in _alternatives(kind)):
+    named = isinstance(value, str) and any(typing.get_origin(k) is Literal for k in _alternatives(kind))
+    if section is None or named or (absent and types.NoneType in _alternatives(kind)):
         return _value(key, value, kind)
     return _build(section, value, f"{key}.")
 
@@ -373,6 +426,7 @@ def _check_values(config: TrainConfig) -> None:
     recipe, compute = config.recipe, config.compute
     positive = {
         "window": config.window,
+        "model.window": config.model.window,
         "recipe.epochs": recipe.epochs,
         "recipe.batch_size": recipe.batch_size,
         "recipe.learning_rate": recipe.learning_rate,
@@ -430,7 +484,7 @@ def check_window(config: TrainConfig, base: LlamaConfig) -> None:
     if config.recipe.objective == "extend" and config.window <= base.max_position_embeddings:
         raise InputError(
             f"window {config.window} is not larger than the model's own window {base.max_position_embeddings}: "
-            "nothing to extend"
+            "nothing to extend; model.window takes the model for one with a smaller window"
         )
     values = config.scheme.to_dict()
     parts = [values, *(part for part in values.values() if isinstance(part, dict))]  # of a composition, two schemes

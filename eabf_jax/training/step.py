@@ -18,7 +18,13 @@ from eabf_jax.model.attention import BACKENDS, select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 from eabf_jax.model.lora import Lora, split_trained
-from eabf_jax.parallel.rules import activation_constraint, parameter_shardings, sharded_attention, spec
+from eabf_jax.parallel.rules import (
+    activation_constraint,
+    layer_product,
+    parameter_shardings,
+    sharded_attention,
+    spec,
+)
 from eabf_jax.training.backward import Microbatch, Pieces, Tree, head_parameters, merge, remat_by_layer, zeros
 from eabf_jax.training.master import join, split_tree
 from eabf_jax.training.optimizer import updated
@@ -103,6 +109,7 @@ def build_model(config: LlamaConfig, compute: ComputeConfig, mesh: Mesh, lora: L
         param_dtype=jnp.float32,
         attention=sharded_attention(mesh, backend, config.num_key_value_heads),
         constrain=activation_constraint(mesh),
+        product=layer_product(mesh, whole=compute.gather == "step"),
         lora=lora,
     )
 
@@ -136,7 +143,7 @@ class Program:
         self._optimizer, self._clip_norm, self._batch = optimizer, clip_norm, batch
         self._dtype = jnp.dtype(compute.dtype)
         self._remat = remat_by_layer(compute.remat, model.config.num_hidden_layers)
-        self._pieces = Pieces(model, compute.loss_chunk, mesh.shape["context"])
+        self._pieces = Pieces(model, compute.loss_chunk, mesh)
         params = model.parameters()
         masters, frozen = split_trained(with_shardings(params, parameter_shardings(mesh, params)), model.lora)
         self.frozen = narrowed(frozen, self._dtype)

@@ -1,13 +1,12 @@
 """The training loop: one linear function from a configuration to a finished run directory."""
 
+import contextlib
 import dataclasses
 import math
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from jaxtyping import Array
 
 from eabf_jax.data.dataset import read_metadata, tokenizer_digest
 from eabf_jax.data.loader import Mode, make_loader, steps_per_epoch
+from eabf_jax.destination import check_apart, replacing
 from eabf_jax.errors import InputError
 from eabf_jax.interop.adapter import Adapter, digest, read_adapter
 from eabf_jax.interop.directory import write_json
@@ -31,6 +31,7 @@ from eabf_jax.interop.native import (
     DATASET_FILE,
     METRICS_FILE,
     MODEL_FILE,
+    NATIVE,
     check_vocabulary,
     write_model_json,
 )
@@ -45,10 +46,18 @@ from eabf_jax.parallel.rules import batch_ways, process_batch_shard
 from eabf_jax.training.backward import Microbatch, Tree, merge
 from eabf_jax.training.checkpoint import Checkpoints, latest_step
 from eabf_jax.training.layerwise import Layerwise
+from eabf_jax.training.lock import LOCK_FILE, locked
 from eabf_jax.training.loss import next_tokens
 from eabf_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from eabf_jax.training.plan import Device, check, choose, device_at_hand
-from eabf_jax.training.recipe import TrainConfig, check_window, config_differences, dump_config, total_steps
+from eabf_jax.training.plan import Device, check, choose, device_at_hand, settle_mesh
+from eabf_jax.training.recipe import (
+    TrainConfig,
+    check_window,
+    config_differences,
+    dump_config,
+    is_written_config,
+    total_steps,
+)
 from eabf_jax.training.step import Program, Saved, Step, build_model, microbatch_sharding
 from eabf_jax.training.tracking import TENSORBOARD, Tracker, flops_per_token, peak_flops
 
@@ -66,15 +75,23 @@ def train(config: TrainConfig) -> Path:
       The run's directory: a native model directory with `config.yaml`, `metrics.jsonl` and `tensorboard/` beside.
     Raises:
       InputError: input that the user can correct; a loss that is not finite (the last good checkpoint stays);
-        `Preempted` where the machine was taken away (a checkpoint was written).
+        another process that trains in the same directory; `Preempted` where the machine was taken away (a checkpoint
+        was written).
     """
+    with contextlib.ExitStack() as held:
+        return _train(config, held)
+
+
+def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
+    """`train`; `held` is given what the process holds until it ends."""
     run = Path(config.output)
     with all_or_none():
         base = base_config(config)
         check_window(config, base)
-        mesh = make_mesh(config.mesh)
         model_config = dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
-        settled, planned = choose(config, model_config, mesh.shape, _least_device())
+        device = _least_device()
+        mesh = make_mesh(settle_mesh(config, model_config, jax.device_count(), device))
+        settled, planned = choose(config, model_config, mesh.shape, device)
         check(planned, settled, model_config)
         if config.checkpoint.every_steps and not planned.can_checkpoint:
             raise InputError(
@@ -112,8 +129,13 @@ def train(config: TrainConfig) -> Path:
         )
         _check_output(run, config)
         adapter = _adapter(run, config)
-    # What the first process sees, should a shared directory lag behind on another host.
-    start = gathered(0 if config.overwrite else latest_step(run))[0]
+    if _reached(run, config) >= steps:
+        return run
+    with all_or_none():
+        if jax.process_index() == 0:
+            held.enter_context(locked(run))
+        _check_output(run, config)  # who held it before may have left something
+    start = _reached(run, config)
     if start >= steps:
         return run
     state = None
@@ -190,7 +212,9 @@ class Preempted(InputError):
 
 
 def base_config(config: TrainConfig) -> LlamaConfig:
-    """Shape, window and scheme of the model that a run starts from, without reading its parameters.
+    """Shape, window (`model.window` where that is set) and scheme of the model that a run starts from.
+
+    Its parameters are not read.
 
     Args:
       config: the run.
@@ -198,7 +222,7 @@ def base_config(config: TrainConfig) -> LlamaConfig:
     Returns:
       The model's configuration before the run changes its window and scheme.
     Raises:
-      InputError: neither a path nor a shape, or the two disagree.
+      InputError: neither a path nor a shape, or the two disagree; a `model.window` that is larger than the model's.
     """
     if config.model.path is None:
         return shape_config(config)
@@ -211,7 +235,7 @@ def base_config(config: TrainConfig) -> LlamaConfig:
                 f"model.shape says {name} {getattr(told, name)}; the model in {config.model.path} has "
                 f"{getattr(found, name)}"
             )
-    return found
+    return _with_window(config, found)
 
 
 def shape_config(config: TrainConfig) -> LlamaConfig:
@@ -220,7 +244,14 @@ def shape_config(config: TrainConfig) -> LlamaConfig:
         raise InputError(
             "the configuration names no model: set model.path (a directory) or model.shape (to start anew)"
         )
-    return LlamaConfig.from_fields(config.model.shape)
+    return _with_window(config, LlamaConfig.from_fields(config.model.shape))
+
+
+def _with_window(config: TrainConfig, base: LlamaConfig) -> LlamaConfig:
+    window, own = config.model.window, base.max_position_embeddings
+    if window is not None and window > own:
+        raise InputError(f"model.window {window} is larger than the model's own window {own}: a smaller one is needed")
+    return base if window is None else dataclasses.replace(base, max_position_embeddings=window)
 
 
 def microbatch_count(config: TrainConfig, mesh: Mesh) -> int:
@@ -429,30 +460,37 @@ def _check_vocabularies(config: TrainConfig, base: LlamaConfig, tokenizer: Token
         )
 
 
+def _reached(run: Path, config: TrainConfig) -> int:
+    """The step that the run goes on from: what the first process sees, should a shared directory lag behind."""
+    return gathered(0 if config.overwrite else latest_step(run))[0]
+
+
 def _check_output(run: Path, config: TrainConfig) -> None:
     """Refuses an output directory that is not this very run, cut off earlier or finished, and not free to be one."""
     if jax.process_index() != 0:
         return
-    for key, source in {
-        "model.path": config.model.path,
-        "model.tokenizer": config.model.tokenizer,
-        "data.directory": config.data.directory,
-    }.items():
-        if source is not None and Path(source).resolve() == run.resolve():
-            raise InputError(f"output {run} is also {key}: name another directory for the run")
+    sources = (config.model.path, config.model.tokenizer, config.data.directory)
+    check_apart(run, [source for source in sources if source is not None])
     if run.exists() and not run.is_dir():
         raise InputError(f"output {run} is a file: name a directory for the run")
-    if config.overwrite or not run.is_dir():
+    if not run.is_dir():
         return
     written = run / CONFIG_FILE
-    if written.exists():
+    if config.overwrite:
+        found = [name for name in _RUN_ENTRIES if (run / name).exists()]
+        if found and NATIVE.fault(run) is not None and not is_written_config(written):
+            raise InputError(
+                f"output {run} holds {', '.join(found)}, but nothing marks it as a run's directory (no {MODEL_FILE} or "
+                f"{CONFIG_FILE} of ours): name another directory, or remove them by hand"
+            )
+    elif written.exists():
         differing = config_differences(written, config)
         if differing:
             raise InputError(
                 f"output {run} holds a run with other values of {', '.join(differing)}; pass --overwrite true to start "
                 "afresh, or name another directory"
             )
-    elif any(run.iterdir()):
+    elif any(entry.name != LOCK_FILE for entry in run.iterdir()):
         raise InputError(
             f"output {run} is not empty and holds no run; name another directory, or pass --overwrite true "
             "(it replaces a run's files and leaves others)"
@@ -462,27 +500,21 @@ def _check_output(run: Path, config: TrainConfig) -> None:
 def _begin_run(
     run: Path, config: TrainConfig, model_config: LlamaConfig, tokenizer: Tokenizer | None, adapter: Adapter | None
 ) -> None:
-    """Makes the run's directory; config.yaml comes first, so that a start cut off in here is known for this run."""
+    """Writes what a run begins with; config.yaml comes first, so that a start cut off in here is known for this run."""
     if jax.process_index() != 0:
         return
-    if config.overwrite:
-        for entry in (run / name for name in _RUN_ENTRIES):
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink(missing_ok=True)
-    run.mkdir(parents=True, exist_ok=True)
-    written = run / CONFIG_FILE
-    partial = written.with_suffix(".partial")
-    partial.write_text(dump_config(config))
-    partial.replace(written)
-    write_json(run / DATASET_FILE, read_metadata(config.data.directory))
-    write_model_json(run, model_config, adapter=adapter.to_json() if adapter else None)
-    if tokenizer:
-        tokenizer.save(run)
+    with replacing(run, _RUN_ENTRIES) if config.overwrite else contextlib.nullcontext():
+        written = run / CONFIG_FILE
+        partial = written.with_suffix(".partial")
+        partial.write_text(dump_config(config))
+        partial.replace(written)
+        write_json(run / DATASET_FILE, read_metadata(config.data.directory))
+        write_model_json(run, model_config, adapter=adapter.to_json() if adapter else None)
+        if tokenizer:
+            tokenizer.save(run)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _preemption_flag() -> Iterator[threading.Event]:
     """An event that SIGTERM (a preempted machine) or the first Ctrl-C sets, so that the loop can save and stop."""
     flag = threading.Event()

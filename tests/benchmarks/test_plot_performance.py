@@ -2,6 +2,7 @@ import json
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.axes import Axes
 
 from eabf_jax.errors import InputError
 
@@ -36,6 +37,7 @@ PEERS = {
     "default/eager/none/checkpointed/bfloat16": PEER | {"tokens_per_second": 5000.0},
     "default/compiled/liger/checkpointed/autocast": FULL,
 }
+ALONE = {"strongest_peer": None, "ratio_to_strongest_peer": None, "peers": {}}
 RUN = {
     "benchmark": "train_step",
     "name": "llama2_7b_eabf_16k",
@@ -67,7 +69,7 @@ def results(tmp_path):
     write("sweep.json", {**RUN, **sweep[0], "date": "2024-01-01", "lengths": sweep})
     whole = {"steps": 6, "total_seconds": 299.6, "total_seconds_without_compile": 268.1}
     cost = {"seconds_with": [1.0, 1.0], "seconds_without": [1.0, 1.0], "ratio": 0.0042}
-    other = {**RUN, **RAN, "device": "NVIDIA H100", "devices": 2, "date": "2024-01-03", "peers": {}}
+    other = {**RUN, **RAN, "device": "NVIDIA H100", "devices": 2, "date": "2024-01-03", **ALONE}
     write("recipe.json", {**other, "recipe": whole, "multiplier_cost": cost})
     write("tiny_recipe.json", {"device": "NVIDIA H100", "runs": []})
     return folder
@@ -75,8 +77,10 @@ def results(tmp_path):
 
 def test_page_and_pictures_are_written_from_results(program, results, tmp_path, monkeypatch):
     path = tmp_path / "performance.md"
-    path.write_text(f"# Speed\n\nBefore.\n\n{program.BEGIN}\n\nold table\n\n{program.END}\n\nAfter.\n")
-    monkeypatch.setattr("sys.argv", ["plot", "--results", str(results), "--page", str(path)])
+    begin, readme = program.BEGIN.format, tmp_path / "README.md"
+    path.write_text(f"# Speed\n\nBefore.\n\n{begin('performance')}\n\nold table\n\n{program.END}\n\nAfter.\n")
+    readme.write_text("\n".join(f"{begin(part)}\n{program.END}" for part in ("training", "generation")))
+    monkeypatch.setattr("sys.argv", ["plot", "--results", str(results), "--page", str(path), "--readme", str(readme)])
     program.main()
     text = path.read_text()
     assert text.startswith("# Speed\n\nBefore.\n") and text.endswith("\n\nAfter.\n")
@@ -104,14 +108,32 @@ def test_page_and_pictures_are_written_from_results(program, results, tmp_path, 
     assert all(f"](performance/{name})" in text for name in pictures)
     program.main()
     assert path.read_text() == text  # from the same results the same page
+    cells = "llama2_7b_eabf_16k | 1 × NVIDIA H200 | 16,384 | 11,300 | 60.0%"
+    peer = "8,149 with compiled layers, Liger kernels: ours is 1.39 ×"
+    assert f"| {cells} | {peer} | out of memory |" in readme.read_text()
 
 
-def test_the_fastest_run_of_a_length_is_drawn(program, results):
-    [reports] = [found for group, found in program.grouped(program.read_results(results)).items() if group[2] == 1]
+def test_the_picture_has_every_measurement_of_the_table_and_its_line_the_fastest(
+    program, results, tmp_path, monkeypatch
+):
+    # Measured last, and slower: the line does not fall back to it.
+    newest = {**RUN, **RAN, "tokens_per_second": 10_731.0, "date": "2024-01-05", "peers": {}}
+    (results / "newest.json").write_text(json.dumps(newest))
+    [(group, reports)] = [item for item in program.grouped(program.read_results(results)).items() if item[0][2] == 1]
     curves = program.curves(reports)
     rates = {length: figures["tokens_per_second"] for length, figures in curves["ours"].items()}
-    assert rates == {16_384: 11_300.4, 65_536: 5000.0}  # not the 9,000 of the day before
+    assert rates == {16_384: 11_300.4, 65_536: 5000.0} == program.fastest(reports)
     assert curves["peer"][65_536]["out_of_memory"]
+    points = set()
+    plot = Axes.plot
+
+    def record(self, x, y, *arguments, **options):
+        points.update(zip(x, y, strict=True))
+        return plot(self, x, y, *arguments, **options)
+
+    monkeypatch.setattr(Axes, "plot", record)
+    program.draw(group, reports, tmp_path / "picture.png")
+    assert points >= {(16_384, rate) for rate in (11_300.4, 9000.0, 10_731.0)} | {(65_536, 5000.0)}
 
 
 def test_a_figure_whose_code_has_changed_is_marked(program, load_program):
@@ -127,7 +149,7 @@ def test_a_figure_whose_code_has_changed_is_marked(program, load_program):
 
 def test_several_devices_are_held_against_one_of_their_kind(program, results):
     assert program.scaling_table(program.grouped(program.read_results(results))) == []  # the two are of another kind
-    two = {**RUN, **RAN, "devices": 2, "tokens_per_second": 21_470.76, "date": "2024-01-04", "peers": {}}
+    two = {**RUN, **RAN, "devices": 2, "tokens_per_second": 21_470.76, "date": "2024-01-04", **ALONE}
     (results / "two.json").write_text(json.dumps(two))
     text = "\n".join(program.scaling_table(program.grouped(program.read_results(results))))
     # Of the faster of the runs alone: 21,470.76 / (2 x 11,300.4)
@@ -186,7 +208,7 @@ def test_a_page_without_markers_is_left_alone(program, tmp_path):
     path = tmp_path / "performance.md"
     path.write_text("# Speed\n")
     with pytest.raises(InputError, match="no part between"):
-        program.write_page(path, "tables")
+        program.write_part(path, "performance", "tables")
     assert path.read_text() == "# Speed\n"
 
 
@@ -195,12 +217,9 @@ def test_no_results_is_one_line(program, tmp_path):
         program.read_results(tmp_path)
 
 
-def test_the_committed_page_is_that_of_the_results_and_of_todays_code(program):
-    """A change of code that a figure measures makes the figure stale, and the page has to say so."""
-    written = (program.ROOT / "docs/performance.md").read_text()
-    _, _, rest = written.partition(program.BEGIN)
-    results = program.ROOT / "benchmarks/results"
-    page = program.page(
-        program.grouped(program.read_results(results)), program.generation_table(program.all_results(results))
-    )
-    assert rest.partition(program.END)[0].strip() == page.strip(), "run python benchmarks/plot_performance.py"
+def test_the_committed_pages_are_those_of_the_results_and_of_todays_code(program):
+    """A change of code that a figure measures makes the figure stale, and the pages have to say so."""
+    for part, text in program.parts(program.ROOT / "benchmarks/results").items():
+        written = (program.ROOT / ("docs/performance.md" if part == "performance" else "README.md")).read_text()
+        found = written.partition(program.BEGIN.format(part))[2].partition(program.END)[0]
+        assert found.strip() == text.strip(), "run python benchmarks/plot_performance.py"

@@ -20,9 +20,7 @@ def program(load_program, monkeypatch):
     def evaluate(label, directory, rope, prompts, settings, path):
         measured.append(label)
         cells = [
-            {"length": n, "depth": d, "hits": 1, "total": 2, "low": 0.1, "high": 0.9, "loss": 0.5}
-            for n in (300, 600)
-            for d in (0, 50, None)
+            {"length": n, "depth": d, "hits": 1, "total": 2, "loss": 0.5} for n in (300, 600) for d in (0, 50, None)
         ]
         part = {"label": label, "settings": settings, "seconds": 50.0, **module.measured_on(), "cells": cells}
         path.write_text(json.dumps(part))

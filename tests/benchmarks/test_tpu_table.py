@@ -95,9 +95,17 @@ def test_what_is_known_is_not_compiled_again(program, tmp_path, monkeypatch):
     line = program.command("7B", 16_384, "v4-32", {"data": 1, "fsdp": 16, "context": 1, "tensor": 1})
     path.write_text(json.dumps({"cells": {" ".join(line): {"hbm_gib_per_chip": 1.0}}}))
     monkeypatch.setattr(program.subprocess, "run", lambda *_, **__: pytest.fail("compiled"))
-    assert program.Cells(path, afresh=False).compile(line) == {"hbm_gib_per_chip": 1.0}
+    assert program.Cells(path).compile(line) == {"hbm_gib_per_chip": 1.0}
+    assert program.Cells(path, ["70b", "v4-32"]).cells == {}
+    assert len(program.Cells(path, ["70b"]).cells) == 1
 
 
 def test_a_refusal_is_kept_as_the_command_tells_it(program, tmp_path):
-    refused = program.Cells(tmp_path / "table.json", afresh=False).compile(["eabf", "compile", "--topology", "v4-8"])
+    refused = program.Cells(tmp_path / "table.json").compile(["eabf", "compile", "--topology", "v4-8"])
     assert refused["error"].startswith("the following arguments are required: --config_path")
+
+
+def test_every_cell_says_when_and_of_which_commit_it_is(results):
+    for line, cell in results["cells"].items():
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d", cell["date"]), line
+        assert re.fullmatch(r"[0-9a-f]{7}", cell["commit"]), line

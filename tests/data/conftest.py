@@ -8,6 +8,8 @@ import sentencepiece
 import tokenizers
 import transformers
 
+from eabf_jax.data.index import Index
+
 
 class ReferenceTokenizer:
     """transformers' tokenizer behind the interface that templates use."""
@@ -64,6 +66,12 @@ def real_sample(sharegpt_file, tmp_path_factory) -> Path:
     with sharegpt_file.open("rb") as stream:
         path.write_bytes(stream.read(16_000_000))
     return path
+
+
+@pytest.fixture(scope="session")
+def real_index(real_sample) -> Index:
+    """What is in `real_sample`."""
+    return Index([real_sample], keep_complete=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,30 @@
+import copy
+import json
+import shutil
+from pathlib import Path
+
 import jinja2
 import numpy as np
 import pytest
+from tokenizers import Regex, pre_tokenizers
+from transformers import AutoTokenizer
 
 from eabf_jax.data.chat import (
+    OWN,
     TEMPLATES,
     VICUNA_SYSTEM,
     Turn,
+    answer_ends,
+    encode_beginning,
     encode_conversation,
+    encode_prompt,
     exchanges,
     split_conversation,
 )
 from eabf_jax.errors import InputError
+from eabf_jax.interop.tokenizer import load_tokenizer
+
+TINY = Path(__file__).parents[2] / "assets/tiny"
 
 # The template that the LLaMA-2-Chat checkpoints carry, without its checks.
 LLAMA_2 = (
@@ -27,6 +41,15 @@ CHATML = (
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
 )
+# Meta's description of the format: a header, two newlines, the message without white space around it, <|eot_id|>.
+LLAMA_3 = (
+    "<|begin_of_text|>{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
 SYSTEM = Turn("system", "You are terse.")
 TALK = [
     Turn("user", "What is 2 + 2?\n\n- in words"),
@@ -36,26 +59,39 @@ TALK = [
 ]
 
 
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    """SmolLM2's, with Llama 3's special tokens beside its own, and as Llama 3 does every run of newlines in one."""
+    reference = copy.deepcopy(smollm2.reference)
+    newlines = pre_tokenizers.Split(Regex(r"\s*[\r\n]+"), behavior="isolated")
+    backend = reference.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence([newlines, backend.pre_tokenizer])
+    names = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    reference.add_tokens(names, special_tokens=True)
+    return type(smollm2)(reference)
+
+
 def messages(turns):
     return [{"role": turn.role, "content": turn.text} for turn in turns]
 
 
 @pytest.mark.parametrize("turns", [TALK, [SYSTEM, *TALK]], ids=["plain", "system"])
-@pytest.mark.parametrize(("name", "template"), [("llama-2", LLAMA_2), ("chatml", CHATML)])
-def test_tokens_are_those_of_apply_chat_template(smollm2, turns, name, template):
-    expected = smollm2.reference.apply_chat_template(messages(turns), chat_template=template, return_dict=False)
-    encoded = encode_conversation(turns, name, smollm2)
+@pytest.mark.parametrize(("name", "template"), [("llama-2", LLAMA_2), ("llama-3", LLAMA_3), ("chatml", CHATML)])
+def test_tokens_are_those_of_apply_chat_template(tokenizer, turns, name, template):
+    expected = tokenizer.reference.apply_chat_template(messages(turns), chat_template=template, return_dict=False)
+    encoded = encode_conversation(turns, name, tokenizer)
     assert encoded.tokens.tolist() == expected
     assert encoded.tokens.dtype == np.int32
     assert encoded.loss_mask.dtype == np.bool_
 
 
 @pytest.mark.parametrize("turns", [TALK, [SYSTEM, *TALK]], ids=["plain", "system"])
-def test_the_mask_of_chatml_is_that_of_the_generation_tag(smollm2, turns):
-    reference = smollm2.reference.apply_chat_template(
-        messages(turns), chat_template=CHATML, return_dict=True, return_assistant_tokens_mask=True
+@pytest.mark.parametrize(("name", "template"), [("llama-3", LLAMA_3), ("chatml", CHATML)])
+def test_the_mask_is_that_of_the_generation_tag(tokenizer, turns, name, template):
+    reference = tokenizer.reference.apply_chat_template(
+        messages(turns), chat_template=template, return_dict=True, return_assistant_tokens_mask=True
     )
-    encoded = encode_conversation(turns, "chatml", smollm2)
+    encoded = encode_conversation(turns, name, tokenizer)
     assert encoded.tokens.tolist() == reference["input_ids"]
     assert encoded.loss_mask.tolist() == [bool(m) for m in reference["assistant_masks"]]
 
@@ -80,6 +116,15 @@ def test_what_is_learned_is_the_answers_and_their_ends(smollm2, name, learned):
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))
     spans = [tokens[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True)]
     assert [smollm2.reference.decode(span).lstrip(" ") for span in spans] == learned
+
+
+def test_llama_3_begins_and_ends_an_answer_as_it_was_trained(tokenizer):
+    turns = [SYSTEM, *TALK[:2], Turn("user", "  more\n")]
+    expected = tokenizer.reference.apply_chat_template(
+        messages(turns), chat_template=LLAMA_3, add_generation_prompt=True, return_dict=False
+    )
+    assert encode_prompt(turns, "llama-3", tokenizer) == expected
+    assert answer_ends("llama-3", tokenizer) == [tokenizer.token_id("<|eot_id|>")]
 
 
 def test_llama_2_is_what_metas_code_encodes(llama_like):
@@ -169,9 +214,13 @@ def test_unknown_templates_and_missing_special_tokens_are_refused(llama_like):
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 @pytest.mark.parametrize("system", [[], [SYSTEM]], ids=["plain", "system"])
-def test_pieces_are_conversations_of_their_own(smollm2, name, system):
+def test_pieces_are_conversations_of_their_own(tokenizer, name, system):
+    assert_pieces(tokenizer, name, system)
+
+
+def assert_pieces(tokenizer, name, system):
     talk = [Turn("user" if i % 2 == 0 else "assistant", f"turn {i} " * (3 + i % 5)) for i in range(40)]
-    pieces = split_conversation([*system, *talk], name, smollm2, min_tokens=1, max_tokens=250)
+    pieces = split_conversation([*system, *talk], name, tokenizer, min_tokens=1, max_tokens=250)
     assert len(pieces) > 2
     begin = 0
     for piece in pieces:
@@ -180,7 +229,7 @@ def test_pieces_are_conversations_of_their_own(smollm2, name, system):
         fits = [
             (end, encoded)
             for end in range(begin + 2, len(talk) + 1, 2)
-            if len((encoded := encode_conversation([*system, *talk[begin:end]], name, smollm2)).tokens) <= 250
+            if len((encoded := encode_conversation([*system, *talk[begin:end]], name, tokenizer)).tokens) <= 250
         ]
         begin, expected = fits[-1]
         np.testing.assert_array_equal(piece.tokens, expected.tokens)
@@ -209,3 +258,63 @@ def test_the_reference_template_renders_what_metas_does():
         messages=messages([SYSTEM, Turn("user", "a"), Turn("assistant", "b")]), bos_token="<s>", eos_token="</s>"
     )
     assert rendered == "<s>[INST] <<SYS>>\nYou are terse.\n<</SYS>>\n\na [/INST] b </s>"
+
+
+# --- the model's own template -----------------------------------------------------------------------------------------
+
+
+# Marks a part of the answer that begins and ends inside a token, and one that is no answer at all.
+ODD = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content[1:7] }}{%- endgeneration %}{{ message.content[7:] + eos_token }}"
+    "{%- else %}USER: {{ message.content }} {% generation %}ANSWER:{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture
+def tiny_with(tmp_path):
+    """The tiny model's tokenizer with another template, here and in transformers."""
+
+    def load(template):
+        shutil.copy(TINY / "tokenizer.model", tmp_path)
+        settings = json.loads((TINY / "tokenizer_config.json").read_text())
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+        return load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+
+    return load
+
+
+@pytest.mark.parametrize("turns", [TALK, [SYSTEM, *TALK]], ids=["plain", "system"])
+@pytest.mark.parametrize("template", [ODD, CHATML, LLAMA_3], ids=["odd", "chatml", "llama-3"])
+def test_the_loss_mask_follows_the_models_own_template(tiny_with, turns, template):
+    ours, theirs = tiny_with(template)
+    reference = theirs.apply_chat_template(messages(turns), return_dict=True, return_assistant_tokens_mask=True)
+    encoded = encode_conversation(turns, OWN, ours)
+    assert encoded.tokens.tolist() == reference["input_ids"]
+    assert encoded.loss_mask.tolist() == [bool(m) for m in reference["assistant_masks"]]
+    assert encoded.loss_mask.any() and not encoded.loss_mask.all()
+
+
+@pytest.mark.parametrize("system", [[], [SYSTEM]], ids=["plain", "system"])
+def test_pieces_by_the_models_own_template(tiny_with, system):
+    assert_pieces(tiny_with(ODD)[0], OWN, system)
+
+
+def test_a_beginning_is_as_long_as_it_has_to_be(tokenizer, tiny_with):
+    talk = TALK * 5
+    whole = encode_conversation(talk, "chatml", tokenizer)
+    first = encode_conversation(talk[:2], "chatml", tokenizer)
+    assert encode_beginning(talk, "chatml", tokenizer, len(first.tokens)).tokens.tolist() == first.tokens.tolist()
+    assert encode_beginning(talk, "chatml", tokenizer, 10**6).tokens.tolist() == whole.tokens.tolist()
+    ours = tiny_with(ODD)[0]
+    assert len(encode_beginning(talk, OWN, ours, 1).tokens) == len(encode_conversation(talk, OWN, ours).tokens)
+
+
+def test_a_template_that_marks_nothing_is_not_trained_on(tiny_with):
+    with pytest.raises(InputError, match=r"does not say what is to be learned .*--template chatml, llama-2, llama-3"):
+        encode_conversation(TALK, OWN, tiny_with("{{ messages[0].content }}")[0])
+    with pytest.raises(InputError, match="no chat template"):
+        encode_conversation(TALK, OWN, tiny_with(None)[0])
+    with pytest.raises(InputError, match=r"none that is called default \(rag\)"):
+        encode_conversation(TALK, OWN, tiny_with([{"name": "rag", "template": "x"}])[0])

@@ -1,43 +1,43 @@
 import pytest
 
 from eabf_jax.data.chat import Turn
-from eabf_jax.data.cleaning import Copies, clean_conversation, clean_text, is_html, language
-from eabf_jax.data.sharegpt import RawTurn
+from eabf_jax.data.cleaning import (
+    Copies,
+    clean_conversation,
+    clean_passage,
+    clean_text,
+    is_html,
+    language,
+    passage_turns,
+)
+from eabf_jax.data.forms import Passage, Unusable
 
 
 def clean(*pairs):
-    return clean_conversation([RawTurn(role, text) for role, text in pairs])
+    return clean_conversation([Turn(role, text) for role, text in pairs])
 
 
 @pytest.mark.parametrize(
-    ("name", "role"),
-    [("human", "user"), ("user", "user"), ("User ", "user")]
-    + [(name, "assistant") for name in ("gpt", "chatgpt", "bing", "bard", "assistant", "GPT")],
-)
-def test_role_names(name, role):
-    pairs = [(name, "x"), ("gpt", "y")] if role == "user" else [("human", "x"), (name, "y")]
-    assert clean(*pairs).turns == [Turn("user", "x"), Turn("assistant", "y")]
-
-
-@pytest.mark.parametrize(
-    ("pairs", "left"),
+    ("turns", "left"),
     [
         # What precedes the first question goes.
-        ([("gpt", "z"), ("human", "a"), ("gpt", "b")], "u:a a:b"),
+        ("a:z u:a a:b", "u:a a:b"),
         # A last question without an answer goes.
-        ([("human", "a"), ("gpt", "b"), ("human", "c")], "u:a a:b"),
+        ("u:a a:b u:c", "u:a a:b"),
         # Empty turns go, and what then stands side by side becomes one turn.
-        ([("human", "a"), ("gpt", " "), ("human", "c"), ("gpt", "d")], "u:a|c a:d"),
-        ([("human", "a"), ("gpt", "b"), (None, None), ("gpt", "c")], "u:a a:b|c"),
+        ("u:a a: u:c a:d", "u:a|c a:d"),
+        ("u:a a:b u: a:c", "u:a a:b|c"),
         # A turn that was sent twice is there once.
-        ([("human", "a"), ("human", "a"), ("gpt", "b")], "u:a a:b"),
-        # One system turn, at the very beginning.
-        ([("system", "s"), ("human", "a"), ("gpt", "b")], "s:s u:a a:b"),
-        ([("human", "a"), ("system", "s"), ("gpt", "b")], "u:a a:b"),
+        ("u:a u:a a:b", "u:a a:b"),
+        # System turns at the beginning become one.
+        ("s:s u:a a:b", "s:s u:a a:b"),
+        ("s:s s:t s:s a:z u:a a:b", "s:s|t u:a a:b"),
+        ("u:a s: a:b", "u:a a:b"),
     ],
 )
-def test_alternation_is_repaired(pairs, left):
-    cleaned = clean(*pairs)
+def test_alternation_is_repaired(turns, left):
+    roles = {"u": "user", "a": "assistant", "s": "system"}
+    cleaned = clean(*((roles[turn[0]], turn[2:]) for turn in turns.split(" ")))
     text = " ".join(f"{turn.role[0]}:{turn.text}".replace("\n\n", "|") for turn in cleaned.turns)
     assert (text, cleaned.fault) == (left, None)
 
@@ -45,15 +45,36 @@ def test_alternation_is_repaired(pairs, left):
 @pytest.mark.parametrize(
     ("pairs", "fault"),
     [
-        ([("human", "a"), ("narrator", "b")], "unknown role"),
-        ([(None, "a"), ("gpt", "b")], "unknown role"),
         ([], "no turns"),
-        ([("gpt", "a"), ("system", "b")], "no turns"),
-        ([("human", "a"), ("gpt", "\u200b")], "no answer"),
+        ([("assistant", "a"), ("system", "b")], "no turns"),
+        ([("user", "a"), ("assistant", "\u200b")], "no answer"),
+        ([("user", "a"), ("system", "s"), ("assistant", "b")], "system turn further on"),
     ],
 )
 def test_what_cannot_be_repaired_is_dropped(pairs, fault):
     assert clean(*pairs) == ([], fault)
+
+
+def test_texts_that_come_from_no_page_are_only_stripped():
+    turns = [Turn("user", " Write a paragraph.\n"), Turn("assistant", "<p>1 / 2\ud800</p>")]
+    assert clean_conversation(turns, from_pages=False).turns == [
+        Turn("user", "Write a paragraph."),
+        Turn("assistant", "<p>1 / 2\ufffd</p>"),
+    ]
+    assert clean_conversation(turns).turns[1].text == "1 / 2\ufffd"
+
+
+def test_passages_are_left_as_they_are():
+    assert clean_passage(Passage(" a\r\n", "<p>\ud800</p> ")) == (" a\r\n", "<p>\ufffd</p> ")
+    for passage, reason in ((Passage("a", " "), "no answer"), (Passage("", ""), "no text")):
+        with pytest.raises(Unusable, match=reason):
+            clean_passage(passage)
+
+
+def test_the_language_of_a_passage_is_that_of_all_of_it():
+    header = "This text is in the public domain, and you may copy it, give it away or use it again. " * 5
+    text = "Es war einmal ein Müller, der war arm, aber er hatte eine schöne Tochter. " * 100
+    assert language(passage_turns(Passage("", header + text))) == "de"
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_the_folder_has_ordinary_permissions(dataset, tmp_path):
 
 
 def test_a_dataset_is_replaced_only_when_told(dataset):
-    with pytest.raises(InputError, match=r"set is not empty: --overwrite"):
+    with pytest.raises(InputError, match=r"set is not empty; pass --overwrite"):
         write(dataset, {"train": 1})
     assert num_records(dataset, "train") == 9
     write(dataset, {"train": 1}, overwrite=True)
@@ -107,9 +107,9 @@ def test_what_is_no_dataset_is_never_replaced(tmp_path):
     folder = tmp_path / "home"
     folder.mkdir()
     (folder / "letter.txt").write_text("dear")
-    with pytest.raises(InputError, match="something other than a prepared dataset"):
+    with pytest.raises(InputError, match=r"is not empty, and no eabf_dataset\.json marks it as a prepared dataset"):
         DatasetWriter(folder, overwrite=True)
-    with pytest.raises(InputError, match="is not a directory"):
+    with pytest.raises(InputError, match="is a file: name a directory"):
         DatasetWriter(folder / "letter.txt", overwrite=True)
     assert (folder / "letter.txt").read_text() == "dear"
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from eabf_jax.data.chat import Turn, encode_conversation
 from eabf_jax.data.dataset import Records, num_records, read_metadata
+from eabf_jax.data.loader import make_loader
 from eabf_jax.data.prepare import Options, add_arguments, prepare, run
 from eabf_jax.errors import InputError
 
@@ -16,7 +17,7 @@ from eabf_jax.errors import InputError
 class Words:
     """One token for a word: lengths can be counted by hand."""
 
-    vocab_size, bos_id, eos_id = 5000, 1, 2
+    vocab_size, bos_id, eos_id, adds_bos = 5000, 1, 2, True
 
     def encode(self, text, *, special=False):
         return [10 + sum(map(ord, word)) % 4000 for word in text.split()]
@@ -71,7 +72,7 @@ def test_every_stage_is_counted(tmp_path):
         [
             {
                 "id": "x_0",
-                "conversations": [{"from": "human", "value": english}, {"from": "gpt", "value": english * 3}],
+                "conversations": [{"from": "human", "value": english}, {"from": "gpt", "value": english * 30}],
             },
             {
                 "id": "x_2",
@@ -90,6 +91,12 @@ def test_every_stage_is_counted(tmp_path):
                 "conversations": [{"from": "human", "value": "Hello there"}, {"from": "gpt", "value": "How are you?"}],
             },
             {"id": "empty_0", "conversations": []},
+            {"id": "no_turns"},
+            {
+                "id": "parts_0",
+                "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "x"}]}],
+            },
+            {"id": "tool_0", "messages": [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]},
             {"id": "who_0", "conversations": [{"from": "human", "value": "a"}, {"from": "parrot", "value": "b"}]},
             {
                 "id": "german_0",
@@ -101,14 +108,21 @@ def test_every_stage_is_counted(tmp_path):
         ],
     )
     report = prepare(options(source, tmp_path / "set", language="en", min_tokens=20), Words(), quiet())
-    assert [count for _, count in report.stages()] == [8, 7, 7, 7, 5, 4, 3, 2]
-    assert report.dropped_in_cleaning == {"no turns": 1, "unknown role": 1}
+    assert [count for _, count in report.stages()] == [11, 9, 9, 9, 5, 4, 3, 2]
+    assert report.dropped_in_cleaning == {
+        "no turns": 1,
+        "part that is no text": 1,
+        "tool use": 1,
+        "unknown role": 1,
+    }
+    assert report.notes("conversations, parts joined") == []
+    assert (report.forms, report.unusable) == ({"sharegpt": 10}, {"not of the form sharegpt": 1})
     counts = report.splits["train"]
     assert (counts.records, counts.conversations) == (2, 2)
-    # "x": 12 words and 36; 4 and 12. "copy": 1 and 24.
-    assert counts.tokens == (12 + 36 + OVERHEAD) + (4 + 12 + OVERHEAD) + (1 + 24 + OVERHEAD)
+    # "x": 12 words and 360; 4 and 12. "copy": 1 and 24.
+    assert counts.tokens == (12 + 360 + OVERHEAD) + (4 + 12 + OVERHEAD) + (1 + 24 + OVERHEAD)
     # Each answer and its EOS.
-    assert counts.response_tokens == 36 + 12 + 24 + 3
+    assert counts.response_tokens == 360 + 12 + 24 + 3
     metadata = read_metadata(tmp_path / "set")
     assert metadata["counts"]["in_language"] == 3
     assert (metadata["template"], metadata["vocab_size"], metadata["seed"]) == ("llama-2", 5000, 0)
@@ -189,6 +203,13 @@ def test_too_few_records_are_reported(many, tmp_path):
     assert report.shortages == ["train: 60 records found, 100 asked for"]
 
 
+def test_ids_that_look_like_parts_are_reported(tmp_path):
+    source = write(tmp_path / "identity.json", [entry(f"identity_{i}", 1, 1) for i in (0, 2, 4)])
+    report = prepare(options(source, tmp_path / "set"), Words(), quiet())
+    assert (report.kept_apart, report.splits["train"].conversations) == (3, 3)
+    assert report.notes("conversations, parts joined") == [("ids that look like parts, kept apart", 3)]
+
+
 def test_only_held_out(many, tmp_path):
     made = options(many, tmp_path / "set", num_conversations=0, held_out=3, held_out_min_tokens=10)
     report = prepare(made, Words(), quiet())
@@ -221,6 +242,7 @@ def test_a_broken_file_needs_keep_complete(many, tmp_path):
     ("changes", "message"),
     [
         ({"template": "lama-2"}, "did you mean 'llama-2'"),
+        ({"format": "sharegtp"}, "did you mean 'sharegpt'"),
         ({"language": "english"}, "did you mean|known: any, en"),
         ({"sources": ()}, "no source file"),
         ({"min_tokens": 30, "max_tokens": 20}, "--min-tokens 30 --max-tokens 20"),
@@ -235,6 +257,66 @@ def test_contradicting_options_are_refused(many, tmp_path, changes, message):
     made = Options(**{**options(many, tmp_path / "set").__dict__, **changes})
     with pytest.raises(InputError, match=message):
         prepare(made, Words(), quiet())
+
+
+# --- other data than conversations ------------------------------------------------------------------------------------
+
+
+def lines(path, *entries):
+    path.write_text("\n".join(json.dumps(entry) for entry in entries))
+    return path
+
+
+def test_of_prompts_and_completions_the_completions_are_learned(tmp_path):
+    source = lines(tmp_path / "a.jsonl", {"id": "c", "prompt": "one two ", "completion": "three four"})
+    prepare(options(source, tmp_path / "set"), Words(), quiet())
+    tokens = [1, *Words().encode("one two three four"), 2]
+    assert records(tmp_path / "set") == [("c#0", tokens, [False] * 3 + [True] * 3)]
+    assert read_metadata(tmp_path / "set")["template"] is None
+    # Through the template as question and answer, if that is asked for.
+    prepare(options(source, tmp_path / "chat", format="instructions"), Words(), quiet())
+    expected = encode_conversation([Turn("user", "one two"), Turn("assistant", "three four")], "llama-2", Words())
+    assert records(tmp_path / "chat")[0][1] == expected.tokens.tolist()
+
+
+def test_instructions_go_through_the_template(tmp_path):
+    source = lines(tmp_path / "a.jsonl", {"instruction": "one", "input": "two", "output": "<p>three</p>"})
+    prepare(options(source, tmp_path / "set"), Words(), quiet())
+    expected = encode_conversation([Turn("user", "one\n\ntwo"), Turn("assistant", "<p>three</p>")], "llama-2", Words())
+    (record,) = records(tmp_path / "set")
+    assert record[1:] == (expected.tokens.tolist(), expected.loss_mask.tolist())
+    assert read_metadata(tmp_path / "set")["template"] == "llama-2"
+
+
+def test_texts_are_packed_and_learned_whole(tmp_path):
+    texts = [words(5, "a"), words(9, "b"), words(20, "c")]
+    source = lines(tmp_path / "a.jsonl", *({"id": text[0], "text": text} for text in texts), {"text": texts[0]})
+    (tmp_path / "other.txt").write_text(words(9, "d"))
+    made = Options(
+        (source, tmp_path / "other.txt"),
+        tmp_path / "set",
+        min_tokens=2,
+        max_tokens=11,
+        language="any",
+        held_out=1,
+        held_out_min_tokens=22,
+    )
+    report = prepare(made, Words(), quiet())
+    # A copy counts once.
+    assert (report.forms, report.distinct) == ({"text": 5}, 4)
+    (held_out,) = records(tmp_path / "set", "held_out")
+    assert held_out[1:] == ([1, *Words().encode(texts[2])[:10]], [False] + [True] * 10)
+    found = {name[0]: tokens for name, tokens, mask in records(tmp_path / "set") if mask == [False] + [True] * 10}
+    assert found["b"] == [1, *Words().encode(texts[1]), 2]
+
+    arguments = {"batch_size": 1, "seed": 0, "epochs": 1}
+    packed = list(make_loader(tmp_path / "set", "train", length=14, mode="packed", **arguments))
+    # 7 + 11 + 11 tokens in two rows, each token but a segment's first to be predicted.
+    assert len(packed) == 2
+    for batch in packed:
+        assert (batch["loss_mask"] == (batch["positions"] > 0)).all()
+    padded = list(make_loader(tmp_path / "set", "train", length=11, mode="conversations", **arguments))
+    assert sorted(int(batch["loss_mask"].sum()) for batch in padded) == [6, 10, 10]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

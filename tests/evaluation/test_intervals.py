@@ -1,11 +1,12 @@
 """Intervals against printed tables and against the definition that a formula solves."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 
-from eabf_jax.evaluation.intervals import student, wilson
+from eabf_jax.evaluation.intervals import clustered, student
 
 # Two-sided 95 % points of Student's t by degrees of freedom, from the usual printed table.
 TABLE = {1: 12.706, 2: 4.303, 6: 2.447, 31: 2.040, 120: 1.980}
@@ -26,21 +27,52 @@ def test_one_value_has_no_interval() -> None:
     assert math.isnan(student(np.array([2.0])).half_width)
 
 
-@pytest.mark.parametrize(("hits", "total"), [(0, 10), (10, 10), (1, 1), (3, 20), (97, 100), (250, 1000)])
-def test_wilsons_ends_are_the_shares_at_196_standard_errors(hits: int, total: int) -> None:
-    """By bisection: the interval holds every share p from which hits / total is no further than z standard errors."""
+def test_resamples_of_clusters_drawn_by_hand() -> None:
+    """The definition, by drawing: so many clusters, one trial of each, from those found, a hit and a miss."""
+    clusters = [(10, 10), (10, 10), (5, 10), (8, 10), (0, 10), (10, 10)]
+    random = np.random.default_rng(0)
+    chances = np.array([hits / trials for hits, trials in clusters] + [1.0, 0.0])
+    drawn = random.choice(chances, (200_000, 6))
+    shares = (random.random(drawn.shape) < drawn).mean(axis=1)
+    found = clustered(clusters)
+    assert (found.hits, found.total) == (43, 60)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(shares, [0.025, 0.975])))
 
-    def beyond(p: float) -> float:
-        return abs(hits / total - p) - 1.959964 * math.sqrt(p * (1 - p) / total)
 
-    def root(outside: float, inside: float) -> float:
-        for _ in range(200):
-            middle = (outside + inside) / 2
-            outside, inside = (middle, inside) if beyond(middle) > 0 else (outside, middle)
-        return (outside + inside) / 2
+@pytest.mark.parametrize("count", [5, 10])
+@pytest.mark.parametrize("kind", ["all or nothing", "graded", "alike"])
+def test_intervals_cover_the_share_of_clustered_trials(count: int, kind: str) -> None:
+    """Ten trials a cluster of known chances: the interval holds the true share in about 95 % of samples, or more.
 
-    found = wilson(hits, total)
-    share = hits / total
-    assert (found.hits, found.total) == (hits, total)
-    assert found.low == pytest.approx(0.0 if hits == 0 else root(0.0, share), abs=1e-6)
-    assert found.high == pytest.approx(1.0 if hits == total else root(1.0, share), abs=1e-6)
+    Ten trials counted as if each were a cluster of its own do not: the error that this replaced.
+    """
+    random = np.random.default_rng(count)
+    share = 0.8
+    chances = {
+        "all or nothing": random.random((1000, count)) < share,
+        "graded": random.beta(0.4, 0.1, (1000, count)),
+        "alike": np.full((1000, count), share),
+    }[kind]
+    hits = random.binomial(10, chances)
+    found = [clustered([(int(h), 10) for h in row]) for row in hits]
+    covered = np.mean([interval.low <= share + 1e-9 and share - 1e-9 <= interval.high for interval in found])
+    assert covered >= 0.93  # the shares of so few clusters are few: no interval has 0.95 exactly
+    if kind == "all or nothing":
+        naive = [clustered([(1, 1)] * int(n) + [(0, 1)] * int(10 * count - n)) for n in hits.sum(axis=1)]
+        assert np.mean([interval.low <= share <= interval.high for interval in naive]) < 0.7
+
+
+def test_more_hits_never_move_an_interval_down_and_none_is_without_width() -> None:
+    found = [
+        clustered([(10, 10)] * full + [(part, 10)] + [(0, 10)] * (4 - full)) for full in range(5) for part in range(11)
+    ]
+    for before, after in itertools.pairwise(found):
+        assert before.low <= after.low and before.high <= after.high
+    assert all(interval.low < interval.high for interval in found)
+    assert (found[0].low, found[-1].high) == (0.0, 1.0)
+
+
+def test_a_single_cluster_has_no_interval() -> None:
+    found = clustered([(9, 10)])
+    assert (found.hits, found.total) == (9, 10)
+    assert math.isnan(found.low) and math.isnan(found.high)

@@ -96,7 +96,21 @@ def test_two_schemes_side_by_side(
             assert f"{expected:.3f}" in rows[label]  # without the marks of the best
     # Within the pretrained window the multiplier is 1, but the base differs; past it both do.
     assert written["bands"]["own"][1]["mean"] != written["bands"]["extended"][1]["mean"]
+    # Of the 39 positions that have a loss, 32 bands: what the picture shows is in the file.
+    curve = written["curves"]["extended"]
+    assert (len(curve), curve[0]["start"], curve[-1]["end"], written["pretrained_window"]) == (32, 1, 40, 16)
+    sizes = [band["end"] - band["start"] for band in curve]
+    assert sum(sizes) == 39
+    assert np.dot(sizes, [band["mean"] for band in curve]) / 39 == pytest.approx(losses.mean(), rel=1e-6)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    again = str(tmp_path / "again.json"), str(tmp_path / "again.png")
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "redraw", str(figures), "--json", again[0], "--figure", again[1]])
+    assert ended.value.code == 0
+    # The same table, file and picture, without a model.
+    assert capsys.readouterr().out.partition("figures:")[0] == out.partition("figures:")[0]
+    assert json.loads(Path(again[0]).read_text()) == written
+    assert Path(again[1]).read_bytes() == picture.read_bytes()
 
 
 def test_windows_and_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,11 +173,23 @@ def test_default_bands_double_up_to_the_length() -> None:
 
 
 def test_entries_are_labelled() -> None:
-    assert parse_entry("models/a") == ("models/a", "models/a", None)
-    assert parse_entry("x=models/a@{type: pi, factor: 4}") == ("x", "models/a", {"type": "pi", "factor": 4})
+    pi = {"type": "pi", "factor": 4}
+    assert parse_entry("models/a") == ("models/a", "models/a", None, None)
+    assert parse_entry("x=models/a@{type: pi, factor: 4}") == ("x", "models/a", pi, None)
+    assert parse_entry("x=models/a@{type: pi, factor: 4, window: 64}") == ("x", "models/a", pi, 64)
     for wrong in ("a@", "a@pi", "a@{factor: 4}", "a@{type: ["):
         with pytest.raises(InputError, match="after @ a scheme"):
             parse_entry(wrong)
+    for wrong in ("0", "-1", "4.5", "true", "long", "null"):
+        with pytest.raises(InputError, match="a positive number of tokens is needed"):
+            parse_entry(f"a@{{window: {wrong}}}")
+    with pytest.raises(InputError, match=r"has a type; .* has none"):
+        parse_entry("a@{window: 64, factor: 4}")
+
+
+def test_a_model_may_be_taken_for_one_with_a_smaller_window() -> None:
+    own, taken = (parse_entry(f"{TINY}{told}").config for told in ("", "@{window: 64}"))
+    assert taken == dataclasses.replace(own, max_position_embeddings=64) and own.max_position_embeddings == 512
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from eabf_jax import load
 from eabf_jax.cli import main
 from eabf_jax.evaluation import line_retrieval, passkey, retrieval_command
+from eabf_jax.evaluation.intervals import clustered
 from eabf_jax.evaluation.retrieval import Cell, measure
 from eabf_jax.evaluation.retrieval_command import by_length, short_and_long
 
@@ -58,12 +60,43 @@ def test_two_schemes_answer_the_same_prompts(task: str, tmp_path: Path, capsys: 
     assert own != pytest.approx(extended, rel=1e-3)
     assert [row["total"] for row in written["by_length"]["own"]] == [4, 4] if depths else [2, 2]
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (
+        run("redraw", str(figures), "--json", str(tmp_path / "again.json"), "--figure", str(tmp_path / "again.png"))
+        == 0
+    )
+    # The same table, file and picture, without a model.
+    assert capsys.readouterr().out.partition("figures:")[0] == out.partition("figures:")[0]
+    assert json.loads((tmp_path / "again.json").read_text()) == written
+    assert (tmp_path / "again.png").read_bytes() == picture.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"cells": []}', '{"cells": {"a": [{"length": 1}]}}', '{"cells": {}}', "[]", "x"]
+)
+def test_what_is_no_report_is_not_drawn(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "report.json").write_text(content)
+    assert run("redraw", str(tmp_path / "report.json")) == 2
+    [error] = capsys.readouterr().err.strip().splitlines()
+    assert "is no report that can be drawn" in error or "JSON" in error
+
+
+def test_an_older_report_is_read_without_its_intervals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cells had intervals of their own, over prompts; there was no note."""
+    cells = [
+        {"length": n, "depth": d, "hits": 1, "total": 2, "low": 0, "high": 1, "loss": 1} for n in (4, 8) for d in (0, 9)
+    ]
+    report = {"task": "passkey", "pretrained_window": 4, "interval": "Wilson", "cells": {"a": cells}, "seed": 7}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert run("redraw", str(tmp_path / "report.json"), "--json", str(tmp_path / "report.json")) == 0
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["seed"] == 7 and "bootstrap" in written["interval"]
+    assert written["cells"]["a"][0] == {"length": 4, "depth": 0, "hits": 1, "total": 2, "loss": 1}
+    share = clustered([(1, 2), (1, 2)])
+    assert written["by_length"]["a"][0] == {"length": 4, **share._asdict()}
 
 
 def test_cells_are_pooled_by_length_and_by_the_pretrained_window() -> None:
-    cells = [
-        Cell(n, d, hits, 10, 0, 1, 0.0) for n, d, hits in ((4, 0, 9), (4, 50, 8), (8, 0, 5), (8, 50, 1), (16, 0, 0))
-    ]
+    cells = [Cell(n, d, hits, 10, 0.0) for n, d, hits in ((4, 0, 9), (4, 50, 8), (8, 0, 5), (8, 50, 1), (16, 0, 0))]
     assert {n: (share.hits, share.total) for n, share in by_length(cells).items()} == {
         4: (17, 20),
         8: (6, 20),
@@ -71,15 +104,22 @@ def test_cells_are_pooled_by_length_and_by_the_pretrained_window() -> None:
     }
     pooled = short_and_long(cells, 4)
     assert {name: (share.hits, share.total) for name, share in pooled.items()} == {"short": (17, 20), "long": (6, 30)}
-    # Wilson's interval of 6 in 30, from the usual calculators.
-    assert (pooled["long"].low, pooled["long"].high) == pytest.approx((0.0951, 0.3731), abs=1e-4)
+    # Three cells, as clusters; a length with one cell has no interval.
+    assert pooled["long"] == clustered([(5, 10), (1, 10), (0, 10)])
+    assert math.isnan(by_length(cells)[16].low)
+
+
+def test_records_whose_place_is_left_to_chance_count_one_by_one() -> None:
+    cells = [Cell(4, None, 2, 50, 0.0), Cell(8, None, 1, 50, 0.0)]
+    assert by_length(cells)[4] == clustered([(1, 1)] * 2 + [(0, 1)] * 48)
+    assert short_and_long(cells, 8)["short"] == clustered([(1, 1)] * 3 + [(0, 1)] * 97)
     assert list(short_and_long(cells, 16)) == ["short"]
 
 
 def test_what_keeps_prompts_apart_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrieval_command, "measure", lambda *_, **__: [Cell(160, 50, 0, 1, 0.0, 1.0, 0.0)])
+    monkeypatch.setattr(retrieval_command, "measure", lambda *_, **__: [Cell(160, 50, 0, 1, 0.0)])
     other = tmp_path / "other"
     shutil.copytree(TINY, other)
     settings = json.loads((other / "tokenizer_config.json").read_text())

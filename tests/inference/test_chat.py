@@ -52,6 +52,76 @@ def test_templates_are_rendered_as_in_transformers(tiny: Tokenizer, turns: list[
     assert chat_format(tiny).encode(turns) == expected
 
 
+# What transformers gives a template: each of these renders another text where it is missing or has another value.
+CONTEXT = (
+    "{{ tools is none }} {{ documents is none }} {% if tools %}tools{% endif %} {{ tools }}",
+    "{% if not tools is defined %}no {% endif %}tools, {% if documents is defined %}documents{% endif %}",
+    "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ pad_token }}|{{ cls_token is defined }}|{{ note_token }}",
+    "{{ messages | tojson }} {{ {'é': [1, 2], 'a': '<&>'} | tojson }}",
+    "{{ {'é': 1, 'a': 2} | tojson(ensure_ascii=true, indent=2, sort_keys=true) }}",
+    "{{ {'é': [1, 2]} | tojson(ensure_ascii=False, separators=(',', ':')) }} {{ [1] | tojson(indent=4) }}",
+    "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% break %}{% endfor %}",
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "{{ dict(a=1) | tojson }} {{ strftime_now('%Y') | length }} {{ '  a ' | trim }} {{ messages[0].name is defined }}",
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}\n  {%- generation -%} x "
+    "{%- endgeneration %}{% endfor %}{{ add_generation_prompt }}",
+    "{% macro say(m) %}[{{ m.content }}]{% endmacro %}\n    {% if true %}\n  {{ say(messages[0]) }}\n  {% endif %}\n",
+)
+
+
+@pytest.mark.parametrize("template", CONTEXT)
+def test_what_a_template_can_use(tmp_path: Path, template: str) -> None:
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "pad_token_id": 2}')
+    settings = {"tokenizer_class": "LlamaTokenizer", "pad_token": "<unk>", "note_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{"role": turn.role, "content": turn.text} for turn in TALK]
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert render(template, TALK, load_tokenizer(tmp_path)) == expected
+
+
+def test_a_token_without_a_name_is_undefined(tmp_path: Path) -> None:
+    """The model's pad_token_id does not make a pad_token of the tokenizer's."""
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "pad_token_id": 2}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    source = "{{ pad_token is defined }}{{ pad_token }}|{{ bos_token }}"
+    expected = theirs.apply_chat_template(
+        [{"role": "user", "content": "x"}], chat_template=source, add_generation_prompt=True, tokenize=False
+    )
+    assert render(source, TALK[:1], load_tokenizer(tmp_path)) == expected == "False|<s>"
+
+
+LLAMA_3_OWN = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content "
+    "| trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (LLAMA_3_OWN, ["</s>", "<|eot_id|>"]),
+        ("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", ["</s>"]),
+        # Nothing is written behind an answer, or no special token, or the template refuses what it is tried with.
+        ("{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}", ["</s>"]),
+        ("{% for m in messages %}{{ m.content }} END\n{% endfor %}", ["</s>"]),
+        ("{{ raise_exception('no') if messages | length > 1 }}", ["</s>"]),
+    ],
+)
+def test_an_answer_ends_where_the_template_ends_it(tmp_path: Path, own: str, expected: list[str]) -> None:
+    """Also where no generation_config.json says so."""
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    names = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    settings = {"tokenizer_class": "LlamaTokenizer", "additional_special_tokens": names, "chat_template": own}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    assert [tokenizer.decode([i]) for i in chat_format(tokenizer).stop_tokens] == expected
+    assert [tokenizer.decode([i]) for i in chat_format(tokenizer, "llama-3").stop_tokens] == ["</s>", "<|eot_id|>"]
+
+
 @pytest.mark.parametrize("template", ["llama-2", "vicuna"])
 def test_a_named_template_leads_to_the_answer_that_is_trained(tiny: Tokenizer, template: str) -> None:
     for turns in (TALK, [SYSTEM, *TALK]):
@@ -83,7 +153,7 @@ def test_no_template_and_unknown_templates(tiny: Tokenizer, tmp_path: Path) -> N
     shutil.copy(TINY / "tokenizer.model", tmp_path)
     settings = json.loads((TINY / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": None}))
-    with pytest.raises(InputError, match=r"no chat template: .*--template chatml, llama-2, vicuna"):
+    with pytest.raises(InputError, match=r"no chat template: .*--template chatml, llama-2, llama-3, vicuna"):
         chat_format(load_tokenizer(tmp_path))
     with pytest.raises(InputError, match="unknown chat template 'vicunna': did you mean 'vicuna'"):
         chat_format(tiny, "vicunna")

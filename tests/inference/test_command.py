@@ -102,6 +102,8 @@ def test_a_prompt_longer_than_the_window(tmp_path: Path, capsys: pytest.CaptureF
     assert (answer["prompt_tokens"], answer["cut_tokens"]) == (500, tokens - 500)
     assert generate("A text of some words", "--window", "13", "--truncate", "left") == 2
     assert "--max-new-tokens 12 leaves no room for a prompt in the window of 13" in capsys.readouterr().err
+    assert generate("A text of some words", "--model", f"{TINY}@{{window: 14}}") == 2
+    assert "with 12 new ones it exceeds the window of 14" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [(), ("-",), ("--chat",)])

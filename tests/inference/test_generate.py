@@ -271,14 +271,31 @@ def test_meshes_that_do_not_fit(eabf: Llama, sizes: dict[str, int], message: str
     [
         ([], {}, "no prompts"),
         ([[1], []], {}, "prompt 1 is empty"),
-        ([[1, 64]], {}, "ids from 1 to 64; the model's are from 0 to 63"),
+        ([[1, 64]], {}, "prompt 0 holds numbers from 1 to 64; they are to be from 0 to 63"),
+        ([[-1]], {}, "prompt 0 holds numbers from -1 to -1"),
+        (["text"], {}, "prompt 0 is the text 'text'; token ids are needed, as tokenizer.encode gives them"),
+        ("text", {}, "prompts is 'text'; a list of prompts is needed, each a list of token ids"),
+        (7, {}, "prompts is 7; a list of prompts"),
+        ([1, 2], {}, "prompt 0 is 1; a list of whole numbers is needed"),
+        ([[1.0]], {}, r"prompt 0 is \[1.0\]; a list of whole numbers"),
+        ([[True]], {}, r"prompt 0 is \[True\]"),
+        ([[[1]]], {}, r"prompt 0 is \[\[1\]\]"),
+        (np.ones((1, 1, 2), np.int32), {}, "prompt 0 is array"),
+        ([np.ones(2)], {}, "prompt 0 is array"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5; a positive whole number is needed"),
+        ([[1]], {"max_new_tokens": "2"}, "max_new_tokens is '2'"),
         ([[1]], {"seeds": [1, 2]}, "2 seeds for 1 prompts"),
-        ([[1]], {"seeds": -1}, "seeds are -1"),
+        ([[1]], {"seeds": -1}, "seeds holds numbers from -1"),
+        ([[1]], {"seeds": 0.5}, "seeds is 0.5; a list of whole numbers"),
+        ([[1]], {"stop_tokens": 2}, "stop_tokens is 2; a list of whole numbers"),
+        ([[1]], {"stop_tokens": [64]}, "stop_tokens holds numbers from 64 to 64; they are to be from 0 to 63"),
+        ([[1]], {"stop_strings": "###"}, "stop_strings is '###'; a list of strings is needed"),
+        ([[1]], {"sampling": {"temperature": 1}}, "sampling is .*; a Sampling is needed"),
         ([[1]], {"stop_strings": ["a"]}, "stop strings need a tokenizer"),
     ],
 )
-def test_bad_input(eabf: Llama, prompts: list[list[int]], options: dict[str, Any], message: str) -> None:
+def test_bad_input(eabf: Llama, prompts: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Generator(eabf).generate(prompts, **{"max_new_tokens": 1, **options})
 
@@ -289,6 +306,7 @@ def test_bad_input(eabf: Llama, prompts: list[list[int]], options: dict[str, Any
         ({"cache": "int4"}, "unknown kind of cache 'int4'"),
         ({"prefill_chunk": 0}, "prefill_chunk is 0"),
         ({"rope_length": -3}, "rope_length is -3"),
+        ({"prefill_chunk": 16.0}, "prefill_chunk is 16.0; a positive whole number is needed"),
         ({"attention": "flash"}, "unknown attention backend 'flash'"),
     ],
 )

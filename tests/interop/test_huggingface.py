@@ -1,5 +1,6 @@
 """Hugging Face directories against transformers and the safetensors library: bit-exact, and every kind of bad input."""
 
+import codecs
 import dataclasses
 import errno
 import json
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import eabf_jax
 from eabf_jax.errors import InputError
 from eabf_jax.interop import native
-from eabf_jax.interop.huggingface import config_from_hf, config_to_hf, from_hf, load_hf, to_hf
+from eabf_jax.interop.huggingface import FIXED, config_from_hf, config_to_hf, from_hf, load_hf, to_hf
 from eabf_jax.interop.layout import flatten, nest, parameters
 from eabf_jax.rope import scheme
 
@@ -113,6 +114,8 @@ def test_load_refuses_other_dtypes_and_places(tmp_path: Path) -> None:
         eabf_jax.load(tmp_path, dtype="int8")
     with pytest.raises(InputError, match="no such directory"):
         eabf_jax.load(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="directory is None; the path of a model's directory is needed"):
+        eabf_jax.load(None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="neither a Hugging Face directory"):
         eabf_jax.load(tmp_path)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -294,7 +297,15 @@ BAD = {
     "other activation": (edit_config(hidden_act="gelu"), r"hidden_act is 'gelu', expected 'silu'"),
     "missing key": (edit_config(hidden_size="absent"), r"hidden_size is None, expected a positive integer"),
     "ill-typed key": (edit_config(num_hidden_layers="3"), r"num_hidden_layers is '3', expected a positive integer"),
-    "quantised": (edit_config(quantization_config={"bits": 4}), r"quantised"),
+    "quantised": (edit_config(quantization_config={"bits": 4}), r"quantization_config is \{'bits': 4\}, expected null"),
+    "acausal": (edit_config(is_causal=False), r"is_causal is False, expected true"),
+    "sliding window": (edit_config(sliding_window=4096), r"sliding_window is 4096, expected null"),
+    "layers of two kinds": (
+        edit_config(layer_types=["full_attention", "sliding_attention", "full_attention"]),
+        r"layer_types is \[.*\], expected 'full_attention' in every layer",
+    ),
+    "layers of their own": (edit_config(per_layer_config={"1": {}}), r"per_layer_config is .*, expected null"),
+    "other weights": (edit_config(transformers_weights="x.safetensors"), r"transformers_weights is 'x.safetensors'"),
     "config not JSON": (lambda d: (d / "config.json").write_text("{"), r"config.json: not valid JSON"),
     "config not an object": (lambda d: (d / "config.json").write_text("[]"), r"found a JSON list, expected an object"),
     "missing tensor": (
@@ -374,12 +385,18 @@ def test_destination_must_be_free(good: Path, tmp_path: Path) -> None:
     target = tmp_path / "native"
     target.mkdir()
     (target / "precious").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"is not empty, and no model\.json marks it as a native model directory"):
+            from_hf(good, target, overwrite=overwrite)
+    assert [path.name for path in target.iterdir()] == ["precious"]
+    (target / "precious").unlink()
+    from_hf(good, target)
     with pytest.raises(InputError, match="is not empty; pass --overwrite"):
         from_hf(good, target)
-    assert (target / "precious").read_text() == "x"
+    (target / "tokenizer.json").write_text("{}")
     from_hf(good, target, overwrite=True)
-    assert not (target / "precious").exists() and native.is_native(target)
-    with pytest.raises(InputError, match="holds the source"):
+    assert native.is_native(target) and not (target / "tokenizer.json").exists()
+    with pytest.raises(InputError, match="is the source"):
         to_hf(target, target, overwrite=True)
     with pytest.raises(InputError, match="holds the source"):
         to_hf(target, tmp_path, overwrite=True)
@@ -413,12 +430,6 @@ def test_interruption_leaves_nothing(good: Path, tmp_path: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         from_hf(good, tmp_path / "native")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_other_errors_pass_through(good: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="Not a directory"):
-        from_hf(good, tmp_path / "file" / "native")
 
 
 def edit_model(**changes: object) -> Callable[[Path], None]:
@@ -535,11 +546,68 @@ def test_the_tokenizer_of_an_extended_model_truncates_at_its_window(
         ("rms_norm_eps", -1.0, "a positive number"),
         ("tie_word_embeddings", "no", "true or false"),
         ("eos_token_id", "x", "an integer"),
+        ("bos_token_id", "1", "an integer or null"),
+        ("pad_token_id", True, "an integer or null"),
+        ("max_position_embeddings", 64.5, "a positive integer"),
     ],
 )
 def test_config_of_a_wrong_type(name: str, value: object, expected: str) -> None:
     with pytest.raises(InputError, match=f"{name} is {value!r}, expected {expected}"):
         config_from_hf({"model_type": "llama", **SIZES, name: value})
+
+
+def test_every_key_that_transformers_reads_is_accounted_for() -> None:
+    """The keys of LLaMA's config, and every attribute that building and running the model looks at."""
+    looked_at: set[str] = set()
+
+    class Watched(transformers.LlamaConfig):
+        def __getattribute__(self, name: str) -> object:
+            looked_at.add(name)
+            return super().__getattribute__(name)
+
+    model = transformers.LlamaForCausalLM(Watched(**SIZES)).eval()
+    model(torch.ones(1, 4, dtype=torch.long), attention_mask=torch.tensor([[0, 1, 1, 1]]))
+    fields = {field.name for field in dataclasses.fields(transformers.LlamaConfig)}
+    # What is no key: methods, what a class has and no file sets, and what is worked out of other attributes.
+    computed = {"is_heterogeneous", "sub_configs", "sub_configs_defaults", "default_rope_type", "default_theta"}
+    keys = {
+        name
+        for name in (looked_at | fields) - computed
+        if not name.startswith(("_", "base_model_")) and not callable(getattr(transformers.LlamaConfig, name, None))
+    }
+    page = (Path(__file__).parents[2] / "docs" / "config_json.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"`(\w+)`", page))
+    assert keys - told == set()
+    assert {*FIXED} <= told
+
+
+def test_keys_of_other_architectures_are_ignored_as_transformers_ignores_them() -> None:
+    others = {
+        "attn_logit_softcapping": 1.0, "final_logit_softcapping": 1.0, "attention_multiplier": 3.0,
+        "residual_multiplier": 3.0, "embedding_multiplier": 3.0, "logits_scaling": 3.0, "no_rope_layers": [0, 0, 0],
+        "rope_interleaved": True, "use_qk_norm": True, "clip_qkv": 0.1, "hidden_activation": "gelu",
+        "pretraining_tp": 2, "attention_dropout": 0.5,
+    }  # fmt: skip
+    logits = []
+    for more in ({}, others):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **more)).eval()
+        logits.append(model(torch.arange(20)[None]).logits)
+    assert torch.equal(*logits)
+    values = {"model_type": "llama", **SIZES}
+    assert config_from_hf({**values, **others}) == config_from_hf(values)
+
+
+def test_numbers_with_a_point_and_a_byte_order_mark(good: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "marked"
+    shutil.copytree(good, directory)
+    edit_config(max_position_embeddings=64.0, head_dim=8.0)(directory)
+    for path in directory.glob("*.json"):
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    config, params = load_hf(directory)
+    expected, plain = load_hf(good)
+    assert config == expected and type(config.max_position_embeddings) is int
+    jax.tree.map(np.testing.assert_array_equal, params, plain)
 
 
 def test_kinds_of_directories_are_not_mixed_up(good: Path, tmp_path: Path) -> None:

@@ -513,3 +513,42 @@ def test_an_attention_function_can_be_given() -> None:
     logits = jax.jit(lambda model: model(tokens))(Llama.from_params(config, params, attention=recorded))
     np.testing.assert_allclose(logits, our_logits(config, params, tokens), atol=2e-5, rtol=0)
     assert calls == [[(1, 20, 4, 8), (1, 20, 2, 8), (1, 20, 2, 8), None]]  # traced once for three layers
+
+
+@pytest.mark.parametrize(
+    ("tokens", "more", "message"),
+    [
+        (np.array([[36, 37]]), {}, "tokens: values from 36 to 37 were given; 0 to 36 are possible"),
+        (jnp.array([[0, -1]]), {}, "tokens: values from -1 to 0 were given"),
+        (np.array([[2**32 + 1]]), {}, "tokens: values from 4294967297"),  # 1 in 32 bits
+        ([1, 2], {}, r"tokens: int64 of shape \[2\] was given; integers of shape \[batch, length\] are needed"),
+        ([[1.0, 2.0]], {}, r"tokens: float64 of shape \[1, 2\] was given"),
+        ([[True]], {}, "tokens: bool of shape"),
+        ([[1, 2], [3]], {}, "tokens: rows of different lengths"),
+        (["text"], {}, "tokens: <U4 of shape"),
+        (np.ones((0, 4), np.int32), {}, r"tokens: int32 of shape \[0, 4\] was given"),
+        ([[1, 2]], {"positions": [[0, 1, 2]]}, r"positions: shape \[1, 3\] was given; that of the tokens, \[1, 2\]"),
+        ([[1, 2]], {"positions": [[-1, 0]]}, "positions: values from -1 to 0 were given"),
+        ([[1, 2]], {"positions": [0, 1]}, r"positions: int64 of shape \[2\] was given"),
+        ([[1, 2]], {"segment_ids": [[0.0, 1.0]]}, "segment_ids: float64 of shape"),
+        ([[1, 2]], {"segment_ids": [[0], [0]]}, r"segment_ids: shape \[2, 1\] was given"),
+    ],
+    ids=str,
+)
+def test_calls_that_are_no_rows_of_tokens_are_refused(tokens: Any, more: dict[str, Any], message: str) -> None:
+    model = Llama.abstract(small())  # refused before a parameter is looked at
+    with pytest.raises(InputError, match=message) as caught:
+        model(tokens, **more)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [list, np.uint8, np.int64, jnp.uint32])
+def test_lists_and_other_integers_are_rows_of_tokens_too(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = Llama.abstract(small()), []
+    monkeypatch.setattr(Llama, "embed", lambda self, embedding, tokens: seen.append(tokens) or jnp.ones((1, 3, 32)))
+    tokens = [[3, 1, 36]] if kind is list else kind([[3, 1, 36]])
+    shape = jax.eval_shape(lambda model: model(tokens, [[0, 1, 0]], [[0, 0, 1]]), model).shape
+    assert shape == (1, 3, 37)
+    assert seen[0].dtype == jnp.int32
+    with pytest.raises(InputError, match=r"tokens: float32 of shape \[1, 3\] was given"):
+        jax.eval_shape(lambda model, tokens: model(tokens), model, jax.ShapeDtypeStruct((1, 3), jnp.float32))

@@ -612,3 +612,28 @@ def test_configs_that_no_scheme_represents_are_refused(config: dict[str, Any], m
     with pytest.raises(InputError, match=message) as caught:
         from_hf(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.inverse_frequencies(64.0), "head_dim 64.0: rotary embedding here needs an even head size"),
+        (lambda s: s.inverse_frequencies("64"), "head_dim '64': rotary"),
+        (lambda s: s.inverse_frequencies(64, 8192.0), "length is 8192.0; a whole number, at least 0, is needed"),
+        (lambda s: s.inverse_frequencies(64, -1), "length is -1; a whole number"),
+        (lambda s: s.rotation_scale(jnp.float32(4)), r"length is float32 of shape \[\]; an integer scalar is needed"),
+        (lambda s: s.rotation_scale(np.array([1, 2])), r"length is int64 of shape \[2\]; an integer scalar"),
+        (lambda s: s.logit_scale(jnp.array([0.5]), 2), "positions are float32; integers counted from 0 are needed"),
+        (lambda s: s.logit_scale([True], 2), "positions are bool; integers"),
+        (lambda s: s.logit_scale(np.array([1]), -1), "layer is -1; a whole number"),
+        (lambda s: s.logit_scale(np.array([1]), "2"), "layer is '2'; a whole number"),
+    ],
+)
+def test_methods_refuse_what_is_no_whole_number(call: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call(compose(scheme("dynamic_yarn", pretrained_window=4096), ENTROPY_AWARE))
+
+
+def test_positions_may_be_a_list() -> None:
+    s = scheme("eabf", pretrained_window=4096)
+    np.testing.assert_allclose(s.logit_scale([4095, 8191], 2), [1.0, 13 / 12], rtol=2e-7)

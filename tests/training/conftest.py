@@ -130,7 +130,9 @@ def run_config(base_model, dataset):
             "rope": {"type": "eabf", "base": 50_000.0, "pretrained_window": 32, "unscaled_layers": 2},
         }
         other = {key: value for key, value in changes.items() if key not in parts}
-        values = {name: {**part, **changes.get(name, {})} for name, part in parts.items()}
+        mesh = changes.get("mesh") if isinstance(changes.get("mesh"), str) else None
+        changed = {key: value for key, value in changes.items() if not isinstance(value, str)}
+        values = {name: {**part, **changed.get(name, {})} for name, part in parts.items()}
         rope = values["rope"]
         return TrainConfig(
             **{"output": str(output), "window": WINDOW, **other},
@@ -139,7 +141,7 @@ def run_config(base_model, dataset):
             data=DataConfig(**values["data"]),
             recipe=RecipeConfig(**values["recipe"]),
             compute=ComputeConfig(**values["compute"]),
-            mesh=MeshConfig(**values["mesh"]),
+            mesh=mesh or MeshConfig(**values["mesh"]),
             checkpoint=CheckpointConfig(**values["checkpoint"]),
         )
 

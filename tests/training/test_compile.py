@@ -1,8 +1,11 @@
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -117,15 +120,72 @@ def test_processes_compile_at_the_same_time():
 )
 def test_a_step_that_the_compiler_finds_too_large_is_one_line(config_path, monkeypatch, capsys, text, told):
     """Texts as libtpu 0.0.52 and an older one gave them."""
+    refuse_to_compile(monkeypatch, text)
+    assert run("--topology", "v4-8", "--config_path", config_path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "needs more memory than a chip of v4-8 has" in line and told in line
 
+
+def refuse_to_compile(monkeypatch, text):
     class Lowered:
         def compile(self):
             raise jax.errors.JaxRuntimeError(text)
 
     monkeypatch.setattr(command, "lower_train_step", lambda config, mesh: Lowered())
-    assert run("--topology", "v4-8", "--config_path", config_path) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        # What benchmarks/results/tpu_table.json has compiled: 29.4 GiB; and at 65,536 tokens, on the next larger slice.
+        (
+            (),
+            r"by prediction \(29\.\d GiB\): mesh.fsdp 2, mesh.context 2, compute.remat full, compute.microbatch_size 1",
+        ),
+        (("--window", "65536"), r"by prediction on v4-16 \(2\d\.\d GiB\): mesh.fsdp 4, mesh.context 2"),
+        (("--window", str(2**26)), "no v4 slice is large enough, by prediction"),
+    ],
+    ids=str,
+)
+def test_a_refusal_names_what_fits(monkeypatch, capsys, settings, advice):
+    refuse_to_compile(monkeypatch, "RESOURCE_EXHAUSTED: Used 36.10G of 30.75G hbm.")
+    assert run(*PAPER, "--topology", "v4-8", *settings) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "needs more memory than a chip of v4-8 has" in line and told in line
+    assert re.search(advice, line), line
+
+
+def test_mesh_auto_chooses_what_fits(monkeypatch, capsys, tmp_path):
+    """The mesh that the planner names is the one that is compiled, or told of without a topology."""
+    seen = []
+    monkeypatch.setattr(command, "lower_train_step", lambda config, mesh: seen.append((config, mesh)))
+    with pytest.raises(AttributeError):
+        run(*PAPER, "--topology", "v4-8", "--mesh", "auto")
+    ((_, mesh),) = seen
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "context": 2, "tensor": 1} and mesh.size == 4
+    out = tmp_path / "figures.json"
+    assert run(*PAPER, "--mesh", "auto", "--device", "h100", "--devices", "2", "--json", str(out)) == 0
+    assert json.loads(out.read_text())["mesh"] == {"data": 1, "fsdp": 2, "context": 1, "tensor": 1}
+
+
+def test_an_argument_that_the_program_drops_takes_no_memory():
+    """The state of float32 compute has a rest without elements, which no program takes."""
+
+    def step(state, batch):
+        return dataclasses.replace(state, params=state.params + batch)
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class State:
+        params: Any
+        rest: Any
+        mu: Any
+        nu: Any
+        frozen: Any
+
+    of = jax.ShapeDtypeStruct((8, 128), "float32")
+    state = State(of, jax.ShapeDtypeStruct((0,), "int16"), of, of, {})
+    lowered = jax.jit(step).lower(state, of)
+    assert command._state_bytes(lowered.compile(), lowered) == {"parameters": 4096.0, "moments": 8192.0}
 
 
 def test_other_errors_of_the_compiler_stay_what_they_are(config_path, monkeypatch):

@@ -14,6 +14,7 @@ from eabf_jax.rope import compose, scheme
 from eabf_jax.rope.schemes import scheme_names
 from eabf_jax.training.optimizer import learning_rate_schedule
 from eabf_jax.training.recipe import (
+    ModelConfig,
     RecipeConfig,
     check_window,
     config_differences,
@@ -23,6 +24,7 @@ from eabf_jax.training.recipe import (
 )
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+SHAPES = Path(__file__).parents[2] / "eabf_jax/training/shapes"
 MINIMAL = {"output": "runs/x", "window": 64, "rope": {"type": "eabf", "base": 1e5, "pretrained_window": 32}}
 
 
@@ -87,7 +89,7 @@ def test_every_shipped_config_loads_and_fits_its_model(path, monkeypatch):
     assert config.output == f"runs/{path.stem}"
     window = f"_{config.window // 1024}k" if config.window >= 1024 else f"_{config.window}"
     assert path.stem.endswith(window if config.lora is None else f"{window}_lora")
-    (model,) = (shape for shape in (path.parent / "shapes").glob("*.yaml") if path.stem.startswith(f"{shape.stem}_"))
+    (model,) = (shape for shape in SHAPES.glob("*.yaml") if path.stem.startswith(f"{shape.stem}_"))
     shape = yaml.safe_load(model.read_text())
     base = LlamaConfig.from_fields(shape)
     if config.model.shape is not None:
@@ -134,6 +136,8 @@ def test_llama2_7b_has_a_config_for_every_scheme_with_the_papers_values():
         (["--overwrite", "true"], lambda c: c.overwrite, True),
         (["--checkpoint.every_steps", "null"], lambda c: c.checkpoint.every_steps, None),
         (["--window", "128"], lambda c: c.window, 128),
+        (["--mesh", "auto"], lambda c: c.mesh, "auto"),
+        (["--model.window", "32"], lambda c: c.model.window, 32),
         (["--lora", "null"], lambda c: c.lora, None),
         (
             ["--lora.targets", "[q_proj, up_proj]", "--lora.alpha", "4"],
@@ -176,7 +180,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(load):
 def test_what_is_dumped_loads_the_same(load, rope):
     config = load({**MINIMAL, "rope": rope, "model": {"shape": {"rms_norm_eps": 1e-5}}, "recipe": {"steps": 3}})
     assert load(dump_config(config)) == config
-    config = dataclasses.replace(config, lora=Lora(rank=2, targets=("v_proj",), train_norms=True))
+    config = dataclasses.replace(config, mesh="auto", lora=Lora(rank=2, targets=("v_proj",), train_norms=True))
     assert load(dump_config(config)) == config
 
 
@@ -243,6 +247,8 @@ def test_differences_name_the_keys_that_change_the_result(load, tmp_path):
         ({"recipe": {"objective": "extnd"}}, "unknown value of 'recipe.objective' 'extnd': did you mean 'extend'"),
         ({"compute": {"dtype": "bf16"}}, "known: bfloat16, float16, float32"),
         ({"compute": {"microbatch_size": 0}}, "'compute.microbatch_size' is 0; a positive number"),
+        ({"mesh": "atuo"}, "'mesh' takes a mapping of keys or auto, not 'atuo'"),
+        ({"model": {"window": 0}}, "'model.window' is 0; a positive number"),
         ({"mesh": {"fsdp": 0}}, "mesh data=1, fsdp=0, context=1, tensor=1"),
         ({"checkpoint": {"keep": 0}}, "'checkpoint.keep' is 0; a positive number"),
         ({"model": {"shape": [1]}}, "'model.shape' takes a mapping or null, not [1]"),
@@ -305,7 +311,13 @@ def test_a_required_key_that_is_missing_is_named(load, missing):
         (b"\xff\xfe\x00", "is not YAML: 'utf-8' codec can't decode"),
         (b"- 1\n- 2\n", r"holds \[1, 2\]; a mapping of configuration keys is needed"),
         (b"", "holds None; a mapping of configuration keys is needed"),
-        (b"model: {shape: !include nowhere.yaml}\n", "includes .*nowhere.yaml: No such file"),
+        (
+            b"model: {shape: !include nowhere.yaml}\n",
+            r"includes nowhere.yaml, which is neither beside it nor one of the package's own \(shapes/llama2_13b.yaml, "
+            r".*\); where model.path is a directory, model.shape can be left out",
+        ),
+        (b"model: {shape: {a: !include nowhere.yaml}}\n", "includes nowhere.yaml, which is neither"),
+        (b"model: {shape: !include broken.yaml}\n", "is not YAML: maximum recursion depth"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_named(tmp_path, content, message):
@@ -314,6 +326,30 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path, content, message):
     with pytest.raises(InputError, match=message) as error:
         load_config(["--config_path", str(path)])
     assert "broken.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["llama2_7b_eabf_16k", "smollm2_135m_yarn_32k", "tiny_pretrain_512"])
+def test_a_configuration_may_be_copied_elsewhere(tmp_path, monkeypatch, name):
+    (path,) = (path for path in CONFIGS if path.stem == name)
+    copied = tmp_path / "mine.yaml"
+    copied.write_text(path.read_text())
+    monkeypatch.chdir(tmp_path)
+    assert load_config(["--config_path", "mine.yaml"]) == load_config(["--config_path", str(path)])
+    # What lies beside it comes first.
+    (tmp_path / "shapes").mkdir()
+    for shape in SHAPES.iterdir():
+        (tmp_path / "shapes" / shape.name).write_text("hidden_size: 1")
+    assert load_config(["--config_path", str(copied)]).model.shape == {"hidden_size": 1}
+
+
+def test_a_shape_that_is_nowhere_is_the_models_own(load, tmp_path):
+    """The directory that `model.path` names has one, whichever of file and command line names it."""
+    text = "{output: x, window: 64, rope: {type: abf, base: 1.0e5}, model: {shape: !include gone.yaml, path: %s}}"
+    assert load(text % "null", "--model.path", str(tmp_path)).model == ModelConfig(path=str(tmp_path))
+    assert load(text % tmp_path).model == ModelConfig(path=str(tmp_path))
+    assert load(text % "null", "--model.shape", "{hidden_size: 8}").model.shape == {"hidden_size": 8}
+    with pytest.raises(InputError, match=r"includes gone\.yaml"):
+        load(text % (tmp_path / "nowhere"))
 
 
 def test_an_extension_has_to_extend(load, model_config):
@@ -340,7 +376,7 @@ def test_help_names_every_key_and_nothing_else(capsys):
     for key in ("--config_path", "--output", "--rope.type", "--recipe.learning_rate", "--model.shape", "--mesh.fsdp"):
         assert key in text
     assert "--lora.targets" in text
-    assert "Optional" not in text
+    assert "Optional" not in text and "Union" not in text and "--mesh auto" in text
     assert "peak; paper" in text
     # draccus would also take a file for each section; we do not.
     assert "Config file for" not in text and "--recipe str" not in text

@@ -156,7 +156,7 @@ def agree(found, expected):
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}],
+    [{"fsdp": 8}, {"fsdp": 2, "tensor": 2, "context": 2}],
     ids=lambda sizes: "-".join(f"{k}{v}" for k, v in sizes.items()),
 )
 def test_eight_devices_give_the_curve_of_one(fine_tune, batches, single_device, sizes):

@@ -1,12 +1,16 @@
 import dataclasses
 import errno
+import fcntl
 import functools
 import json
+import os
 import random
 import re
 import resource
 import shutil
 import signal
+import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -22,6 +26,8 @@ from eabf_jax.errors import InputError
 from eabf_jax.interop.native import load_native, save_params, write_model_json
 from eabf_jax.interop.tokenizer import load_tokenizer
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.training import trainer
+from eabf_jax.training.lock import locked
 from eabf_jax.training.plan import Plan
 from eabf_jax.training.recipe import load_config
 from eabf_jax.training.tracking import parameter_count
@@ -134,6 +140,72 @@ def test_overwriting_starts_afresh_and_leaves_other_files(run_config, tmp_path, 
     assert yaml.safe_load((run / "config.yaml").read_text())["recipe"]["seed"] == 4
 
 
+def test_overwriting_takes_nothing_that_no_run_wrote(run_config, tmp_path):
+    """Names that a run writes as well, in a directory that is somebody's own."""
+    run = tmp_path / "home"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "tokenizer.json"):
+        (run / name).write_text("{output: mine}")
+    config = run_config(run, overwrite=True)
+    refuse(
+        config, r"holds config.yaml, checkpoints, tokenizer.json, but nothing marks it as a run's directory \(no model"
+    )
+    assert {path.name for path in run.iterdir()} == {"checkpoints", "config.yaml", "tokenizer.json"}
+
+
+def test_a_start_that_fails_puts_the_old_run_back(finished, run_config, tmp_path, monkeypatch):
+    run, _ = finished
+    shutil.copytree(run, tmp_path / "run")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "it is full")
+
+    monkeypatch.setattr(trainer, "write_model_json", full)
+    with pytest.raises(OSError, match="it is full"):
+        train(run_config(tmp_path / "run", overwrite=True))
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_run_is_held_by_one_process(run_config, tmp_path):
+    run = tmp_path / "run"
+    with locked(run):
+        message = f"{run} is in use: process {os.getpid()} on {socket.gethostname()} has been training there since 20"
+        refuse(run_config(run), message)
+        refuse(run_config(run, overwrite=True), message)
+        assert [path.name for path in run.iterdir()] == ["train.lock"]
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, monkeypatch, supported):
+    """With the system's locks, and on a file system without, where what the file tells has to do."""
+    (tmp_path / "config.yaml").write_text("")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    if not supported:
+
+        def without_locks(*_):
+            raise OSError(errno.EOPNOTSUPP, "not supported")
+
+        monkeypatch.setattr(fcntl, "flock", without_locks)
+    for holder in ("", "[]", json.dumps({"host": socket.gethostname(), "process": dead.pid})):
+        (tmp_path / "train.lock").write_text(holder)
+        with locked(tmp_path):
+            assert json.loads((tmp_path / "train.lock").read_text())["process"] == os.getpid()
+            with pytest.raises(InputError, match=f"process {os.getpid()} on "), locked(tmp_path):
+                pass
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("by_shape", [False, True])
+def test_a_model_is_taken_for_one_with_a_smaller_window(run_config, shape, by_shape, model_config):
+    own = {"path": None, "shape": shape} if by_shape else {}
+    found = base_config(run_config("x", model={**own, "window": 24}))
+    assert found == dataclasses.replace(model_config, max_position_embeddings=24)
+    assert base_config(run_config("x", model=own)) == model_config
+
+
 def test_a_pretraining_run_from_nothing_packs_and_keeps_the_tokenizer(run_config, shape, write_dataset, tmp_path):
     shape = {**shape, "vocab_size": 4096}
     digest = tokenizer_digest(load_tokenizer(TOKENIZER))
@@ -165,7 +237,13 @@ def test_a_pretraining_run_from_nothing_packs_and_keeps_the_tokenizer(run_config
         ({"recipe": {"seed": 2**32}}, "seed 4294967296 is out of range"),
         ({"mesh": {"fsdp": 3}}, "takes 3 devices; 8 are at hand"),
         ({"mesh": {"tensor": 8}}, "mesh tensor=8 does not divide the model's 2 key-value heads"),
-        ({"window": 32}, "window 32 is not larger than the model's own window 32"),
+        ({"window": 32}, "window 32 is not larger than the model's own window 32: nothing to extend; model.window"),
+        ({"model": {"window": 64}}, "model.window 64 is larger than the model's own window 32"),
+        ({"model": {"window": 16}}, "rope.pretrained_window 32 is larger than the model's own window 16"),
+        (
+            {"mesh": "auto", "recipe": {"batch_size": 9, "objective": "pretrain"}},
+            "mesh auto: no mesh of 8 devices divides recipe.batch_size 9",
+        ),
         ({"window": 48}, "has records of 64 tokens, rows have 48"),
         ({"data": {"directory": "nowhere"}}, "nowhere is not a prepared dataset"),
         ({"data": {"split": "trian"}}, "did you mean 'train'"),
@@ -205,8 +283,13 @@ def test_bad_input_is_refused_before_anything_is_written(run_config, tmp_path, c
 
 def test_output_may_not_be_what_is_read(run_config, base_model, dataset, tmp_path):
     before = sorted(base_model.iterdir())
-    for source, key in ((base_model, "model.path"), (dataset, "data.directory")):
-        refuse(run_config(source, overwrite=True), f"is also {key}: name another directory")
+    for output, source, relation in (
+        (base_model, base_model, "is"),
+        (dataset, dataset, "is"),
+        (base_model.parent, base_model, "holds"),
+        (dataset / "run", dataset, "lies in"),
+    ):
+        refuse(run_config(output, overwrite=True), f"{output} {relation} the source {source}: name another directory")
     (tmp_path / "file").write_text("")
     refuse(run_config(tmp_path / "file"), "is a file: name a directory")
     assert sorted(base_model.iterdir()) == before
@@ -260,7 +343,7 @@ def test_a_checkpoint_that_host_memory_has_no_room_for(run_config, tmp_path, mon
     config = run_config(tmp_path / "run", recipe={"steps": 1})
     refuse(config, "host memory has no room for a checkpoint .* set checkpoint.every_steps null")
     assert not (tmp_path / "run").exists()
-    run = train(run_config(tmp_path / "run", recipe={"steps": 1}, checkpoint={"every_steps": None}))
+    run = train(run_config(tmp_path / "run", recipe={"steps": 1}, checkpoint={"every_steps": None}, mesh="auto"))
     assert load_native(run)
 
 

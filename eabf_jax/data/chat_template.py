@@ -1,0 +1,143 @@
+"""The Jinja chat template that comes with a model, rendered as transformers does it, and what it marks as learned."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from eabf_jax.errors import InputError
+
+
+class Message(Protocol):
+    """One turn of a conversation."""
+
+    @property
+    def role(self) -> str:
+        """Who speaks."""
+        ...
+
+    @property
+    def text(self) -> str:
+        """What is said."""
+        ...
+
+
+class Rendered(NamedTuple):
+    """A rendered conversation.
+
+    Attributes:
+      text: the text, special tokens spelt out.
+      learned: begin and end of each stretch that the template marks with `{% generation %}`.
+      is_marked: whether the template has that tag at all.
+    """
+
+    text: str
+    learned: list[tuple[int, int]]
+    is_marked: bool
+
+
+def render(
+    source: str,
+    messages: Sequence[Message],
+    special_tokens: Mapping[str, str],
+    *,
+    add_generation_prompt: bool,
+) -> Rendered:
+    """Renders a conversation as transformers' `apply_chat_template` does, in a sandbox.
+
+    A template sees `messages`, `tools` and `documents` (None), `add_generation_prompt`, the tokenizer's special tokens
+    by name, `raise_exception`, `strftime_now`, `tojson` with the options of `json.dumps`, `break` and `continue`, and
+    `{% generation %}`.
+
+    Args:
+      source: the template, in Jinja.
+      messages: the conversation so far.
+      special_tokens: text of the tokenizer's special tokens by name, such as bos_token.
+      add_generation_prompt: whether the template is to write what opens the assistant's answer.
+
+    Returns:
+      The text, and which of it is to be learned.
+    Raises:
+      InputError: the template is faulty, or refuses the conversation.
+    Source: transformers, `utils/chat_template_utils.py`.
+    """
+    spoken = [{"role": message.role, "content": message.text} for message in messages]
+    blocks: list[str] = []
+    learned: list[tuple[int, int]] = []
+
+    def mark(text: str) -> str:
+        begin = sum(map(len, blocks))
+        learned.append((begin, begin + len(text)))
+        return text
+
+    try:
+        template, is_marked = _compiled(source)
+        stream = template.generate(
+            messages=spoken,
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **special_tokens,
+            **{_MARK: mark},
+        )
+        for block in stream:  # `mark` counts what has come before
+            blocks.append(block)
+    except Exception as error:  # a template is a program of its own, which may fail in any way
+        raise InputError(
+            f"the model's chat template does not take this conversation: {error}; --template names another"
+        ) from error
+    return Rendered("".join(blocks), learned, is_marked)
+
+
+# The name under which a template finds what notes the stretches of `{% generation %}`.
+_MARK = "_learned"
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` … `{% endgeneration %}`: what the assistant is to learn."""
+
+    tags = frozenset({"generation"})  # type: ignore[assignment]  # jinja2 only looks names up in it
+    is_used = False
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        self.is_used = True
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_stretch", [nodes.ContextReference()]), [], [], body).set_lineno(line)
+
+    def _stretch(self, context: jinja2.runtime.Context, caller: jinja2.runtime.Macro) -> str:
+        return str(context[_MARK](caller()))
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str) -> tuple[jinja2.Template, bool]:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals.update(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
+    template = environment.from_string(source)
+    tag = environment.extensions[_GenerationTag.identifier]
+    return template, isinstance(tag, _GenerationTag) and tag.is_used
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own escapes what HTML would.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)

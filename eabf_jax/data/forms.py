@@ -1,0 +1,343 @@
+"""What an entry of a file means: a conversation, or a passage of text. One function and one line in `FORMS` a form.
+
+An entry that the model's text cannot represent raises `Unusable`: what is left out of a conversation would change what
+the answers in it are answers to.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from eabf_jax.data.chat import Role, Turn
+from eabf_jax.errors import unknown_name
+
+TURN_LIST_KEYS = ("conversations", "conversation", "messages", "items", "turns")
+ROLE_KEYS = ("from", "role", "speaker")
+TEXT_KEYS = ("value", "content", "text")
+SYSTEM_KEYS = ("system", "system_prompt", "system_message")
+QUESTION_KEYS = ("instruction", "question", "query")
+INPUT_KEYS = ("input", "context")
+ANSWER_KEYS = ("output", "response", "answer", "completion")
+DOCUMENT_KEYS = ("text", "content")
+# Under which a file's one object may hold the list of its entries.
+ENTRY_LIST_KEYS = (*TURN_LIST_KEYS, "data", "records", "examples", "entries", "rows", "train")
+
+ROLES: dict[str, Role] = {
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "model", "ai", "bot", "gpt", "chatgpt", "claude", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+TOOL_ROLES = {"tool", "tools", "function", "ipython", "observation", "tool_call", "tool_response", "tool_result"}
+TOOL_ROLES |= {"function_call", "function_response", "function-call", "function-response"}
+
+_TOOLS = "tool use"
+_MEDIA = "pictures, sound or files"
+_REASONING = "reasoning apart from the answer"
+# Keys that give an entry, or a turn's conversation, up where they hold anything.
+REFUSED_IN_ENTRIES = {
+    **dict.fromkeys(("tools", "functions"), _TOOLS),
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _MEDIA),
+    **dict.fromkeys(("chosen", "rejected"), "preference pair"),
+}
+REFUSED_IN_TURNS = {
+    **dict.fromkeys(("tool_calls", "tool_call_id", "function_call"), _TOOLS),
+    **dict.fromkeys(("image", "images", "audio", "video", "videos", "files", "attachments"), _MEDIA),
+    **dict.fromkeys(("reasoning", "reasoning_content", "thinking"), _REASONING),
+}
+# Say of a turn whether it is to be learned. Every answer is learned here, and nothing else.
+LEARNED_KEYS = ("weight", "train", "loss")
+# Say of an entry whether its answer is a good one.
+VERDICT_KEYS = ("label", "kto_tag")
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
+
+
+class Unusable(ValueError):
+    """An entry that cannot become training text.
+
+    Attributes:
+      reason: why, in words to count by.
+    """
+
+    def __init__(self, reason: str):
+        """Keeps the reason.
+
+        Args:
+          reason: why.
+        """
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Passage(NamedTuple):
+    """Text that is used word for word, without a template: `text` is learned, after `prompt`, which is not.
+
+    A document is a passage without a prompt.
+    """
+
+    prompt: str
+    text: str
+
+
+Content = list[Turn] | Passage
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to write an entry.
+
+    Attributes:
+      read: an entry's content; raises `Unusable`.
+      claims: whether an entry has this form's keys, whatever they hold.
+      needs: the keys, for messages.
+      from_pages: whether such texts are copied from web pages as a rule, and are to be cleaned of what these left.
+    """
+
+    read: Callable[[Any], Content]
+    claims: Callable[[Any], bool]
+    needs: str
+    from_pages: bool = False
+
+
+def turn_list(entry: Any) -> list[Any]:
+    """The turns of a conversation, unread.
+
+    Args:
+      entry: an object with a list of turns, or the list itself.
+
+    Returns:
+      The list.
+
+    Raises:
+      Unusable: it has no list of turns, or two of them.
+    """
+    if isinstance(entry, list):
+        return entry
+    found: list[list[Any]] = []
+    for key in TURN_LIST_KEYS:
+        turns = entry.get(key) if isinstance(entry, dict) else None
+        # Tables hold nested values as JSON.
+        if isinstance(turns, str) and turns.lstrip().startswith("["):
+            try:
+                turns = json.loads(turns)
+            except ValueError:
+                turns = None
+        if isinstance(turns, list) and turns not in found:
+            found.append(turns)
+    if not found:
+        raise Unusable("no list of turns")
+    if sum(bool(turns) and is_turn(turns[0]) for turns in found) > 1:
+        raise Unusable("two lists of turns")
+    return next((turns for turns in found if turns), found[0])
+
+
+def is_turn(value: Any) -> bool:
+    """Whether a value looks like a turn of a conversation: it says who speaks."""
+    return isinstance(value, dict) and any(key in value for key in ROLE_KEYS)
+
+
+def holds_entries(key: str | None, first: Any) -> bool:
+    """Tells a list of entries from one conversation.
+
+    Args:
+      key: what the list stands under in a file's one object; None for a top-level array.
+      first: its first element.
+
+    Returns:
+      Whether its elements are entries.
+    """
+    if key is None:
+        return not is_turn(first)
+    if key not in ENTRY_LIST_KEYS or is_turn(first):
+        return False
+    return (isinstance(first, list) and bool(first) and is_turn(first[0])) or (
+        isinstance(first, dict) and any(form.claims(first) for form in FORMS.values())
+    )
+
+
+def role_of(turn: Any) -> Role | None:
+    """Who speaks in a turn; None where that is not known, or where its keys disagree."""
+    known = {ROLES[name] for name in _names(turn) if name in ROLES}
+    return known.pop() if len(known) == 1 else None
+
+
+def _names(turn: Any) -> list[str]:
+    """What a turn calls its speaker."""
+    found = [turn.get(key) for key in ROLE_KEYS] if isinstance(turn, dict) else []
+    return [name.strip().lower() for name in found if isinstance(name, str)]
+
+
+def text_of(turn: Any) -> str:
+    """The text of a turn.
+
+    Args:
+      turn: a turn as the file has it.
+
+    Returns:
+      Its text; parts are joined by a line feed, as vLLM and llama.cpp join them for templates that take a string.
+
+    Raises:
+      Unusable: it has none, or more than text.
+    """
+    given = [turn[key] for key in TEXT_KEYS if turn.get(key) is not None]
+    content = next(filter(None, given), "" if "" in given else None)
+    if any(other not in ("", content) for other in given):
+        raise Unusable("turn with two texts")
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise Unusable("turn without text")
+    texts = []
+    for part in content:
+        if isinstance(part, dict) and part.get("type") in _TEXT_PARTS:
+            part = part.get("text")
+        if not isinstance(part, str):
+            raise Unusable("part that is no text")
+        texts.append(part)
+    return "\n".join(texts)
+
+
+def conversation(entry: Any, turns: Sequence[Any]) -> list[Turn]:
+    """Reads a conversation.
+
+    Args:
+      entry: what holds the turns.
+      turns: the turns as the file has them.
+
+    Returns:
+      The turns, after the system prompt that stands beside them.
+
+    Raises:
+      Unusable: something in it is not understood, or cannot be represented.
+    """
+    _check(entry, REFUSED_IN_ENTRIES)
+    _check_verdict(entry)
+    return [*_system_turns(entry), *map(_turn, turns)]
+
+
+def _turn(turn: Any) -> Turn:
+    if not isinstance(turn, dict):
+        raise Unusable("turn that is no object")
+    _check(turn, REFUSED_IN_TURNS)
+    if not TOOL_ROLES.isdisjoint(_names(turn)):
+        raise Unusable(_TOOLS)
+    role = role_of(turn)
+    if role is None:
+        raise Unusable("unknown role")
+    for key in LEARNED_KEYS:
+        # A weight of 1 on a question says nothing where only answers are learned; `train: true` would add it.
+        is_asked = turn.get(key) not in ((None, 1) if role == "assistant" else (None, 0))
+        if is_asked and (key != "weight" or role == "assistant"):
+            raise Unusable("turns that say whether they are learned")
+    return Turn(role, text_of(turn))
+
+
+def _sharegpt(entry: Any) -> list[Turn]:
+    """Turns with `from` and `value`, or OpenAI's `role` and `content`."""
+    return conversation(entry, turn_list(entry))
+
+
+def _instructions(entry: Any) -> list[Turn]:
+    """Alpaca's `instruction`, `input`, `output`, with LLaMA-Factory's `system` and `history`, and the like."""
+    _check(entry, REFUSED_IN_ENTRIES)
+    _check_verdict(entry)
+    # Alpaca's data is also found with the rendered prompt beside what it was made from.
+    question = [_string(entry, QUESTION_KEYS) or _string(entry, ("prompt",)), _string(entry, INPUT_KEYS)]
+    answer = _string(entry, ANSWER_KEYS)
+    turns = _system_turns(entry)
+    history = entry.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise Unusable("history that is no list of pairs")
+        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+    return [*turns, Turn("user", "\n\n".join(filter(None, question))), Turn("assistant", answer)]
+
+
+def _completions(entry: Any) -> Content:
+    """`prompt` and `completion`: texts, used word for word, or two lists of turns (as TRL has them)."""
+    prompt, completion = entry.get("prompt"), entry.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        if any(role_of(turn) == "assistant" for turn in prompt):
+            raise Unusable("answers in the prompt, which are not to be learned")
+        return conversation(entry, [*prompt, *completion])
+    _check(entry, REFUSED_IN_ENTRIES)
+    _check_verdict(entry)
+    return Passage(_string(entry, ("prompt",)), _string(entry, ("completion",)))
+
+
+def _document(entry: Any) -> Passage:
+    """A text for continued training."""
+    _check(entry, REFUSED_IN_ENTRIES)
+    return Passage("", _string(entry, DOCUMENT_KEYS))
+
+
+def _has(entry: Any, *alternatives: Sequence[str]) -> bool:
+    """Whether an entry has a key of each group."""
+    return isinstance(entry, dict) and all(any(key in entry for key in keys) for keys in alternatives)
+
+
+def _string(entry: Any, keys: Sequence[str]) -> str:
+    """The text under one of some keys, empty where all of them are missing or null."""
+    given = [entry[key] for key in keys if entry.get(key) not in (None, "")]
+    if not all(isinstance(text, str) for text in given):
+        raise Unusable(f"{' or '.join(keys)} that is no text")
+    if len(set(given)) > 1:
+        raise Unusable(f"two texts under {', '.join(keys)}")
+    return given[0] if given else ""
+
+
+def _system_turns(entry: Any) -> list[Turn]:
+    text = _string(entry, SYSTEM_KEYS) if isinstance(entry, dict) else ""
+    return [Turn("system", text)] if text else []
+
+
+def _check(value: Any, refused: dict[str, str]) -> None:
+    """Gives up what holds anything under a refused key; an empty list, or one written as JSON, is nothing."""
+    for key, reason in refused.items() if isinstance(value, dict) else ():
+        if value.get(key) not in (None, "", False, [], {}, "[]", "{}", "null"):
+            raise Unusable(reason)
+
+
+def _check_verdict(entry: Any) -> None:
+    if isinstance(entry, dict) and any(entry.get(key) is False for key in VERDICT_KEYS):
+        raise Unusable("marked as a bad answer")
+
+
+SHAREGPT = "sharegpt"
+TEXT = "text"
+AUTO = "auto"
+# In the order in which `auto` tries them: data sets keep the rendered text beside the turns that it was made from.
+FORMS: dict[str, Form] = {
+    SHAREGPT: Form(
+        _sharegpt,
+        lambda entry: isinstance(entry, list) or _has(entry, TURN_LIST_KEYS),
+        f"a list of turns under {', '.join(TURN_LIST_KEYS)}",
+        from_pages=True,
+    ),
+    "completions": Form(_completions, lambda entry: _has(entry, ("prompt",), ("completion",)), "prompt and completion"),
+    "instructions": Form(
+        _instructions,
+        lambda entry: _has(entry, (*QUESTION_KEYS, "prompt", *INPUT_KEYS), ANSWER_KEYS),
+        f"a question ({', '.join(QUESTION_KEYS)}, prompt) and an answer ({', '.join(ANSWER_KEYS)})",
+    ),
+    TEXT: Form(_document, lambda entry: _has(entry, DOCUMENT_KEYS), f"a text under {' or '.join(DOCUMENT_KEYS)}"),
+}
+FORMATS = (AUTO, *FORMS)
+
+
+def find_form(entry: Any, wanted: str) -> str | None:
+    """Finds the form of an entry.
+
+    Args:
+      entry: any JSON value.
+      wanted: one of `FORMATS`.
+
+    Returns:
+      Name of the form, None where its keys are those of none, or not of the one wanted.
+
+    Raises:
+      InputError: an unknown format.
+    """
+    if wanted not in FORMATS:
+        raise unknown_name("format", wanted, FORMATS)
+    return next((name for name, form in FORMS.items() if wanted in (AUTO, name) and form.claims(entry)), None)

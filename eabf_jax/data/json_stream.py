@@ -1,0 +1,311 @@
+"""JSON files of any size, entry by entry: an array, a list inside an object, or one value after another (JSONL).
+
+No more than one chunk of a file, or one entry, is held at a time.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import IO, Any, NamedTuple
+
+from eabf_jax.errors import InputError
+
+CHUNK_BYTES = 1 << 20
+LARGEST_ENTRY = 1 << 28
+
+_DECODER = json.JSONDecoder()
+# Byte order marks too: a file that was put together from several has them in its middle.
+_WHITESPACE = re.compile("[ \t\r\n\ufeff]*")
+_TRAILING_COMMA = re.compile(r",(?=\s*[\]}])")
+_LITERALS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
+_UNFINISHED_NUMBER = re.compile(r"-?\d*(\.|[eE][+-]?)?")
+# No token of JSON other than a string is longer than this, so an error further from the end is no lack of input.
+_LONGEST_TOKEN = 16
+
+
+class Entry(NamedTuple):
+    """One entry of a file.
+
+    Attributes:
+      offset: its first byte; None where the file's bytes from there on are not the entry's JSON.
+      length: in bytes.
+      value: what it holds.
+    """
+
+    offset: int | None
+    length: int
+    value: Any
+
+
+class BrokenFile(InputError):
+    """A file that stops being JSON somewhere.
+
+    Attributes:
+      offset: byte where it does; for a file cut off, its end.
+      entries: whole entries before that byte.
+    """
+
+    def __init__(self, what: str, offset: int, entries: int, entry_start: int):
+        """Builds the message.
+
+        Args:
+          what: what is wrong, to be followed by the place.
+          offset: byte where it is wrong.
+          entries: whole entries before it.
+          entry_start: byte where the first incomplete entry begins.
+        """
+        super().__init__(
+            f"{what} at byte {offset}, in the entry that begins at byte {entry_start}; "
+            f"{entries} whole entries before it (--keep-complete goes on with those)"
+        )
+        self.offset = offset
+        self.entries = entries
+
+
+class _Text:
+    """The part of a file that is being parsed: decoded text, a position in it, and that position's byte offset."""
+
+    def __init__(self, stream: IO[bytes], name: str, chunk_bytes: int, repair: bool):
+        self._stream = stream
+        self._chunk_bytes = chunk_bytes
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._ended = False
+        self.repair = repair
+        self._bad_byte: int | None = None
+        self._bytes_read = 0
+        self.name = name
+        self.text = ""
+        self.position = 0
+        self.offset = 0
+        self.entries = 0
+        # Byte of the last comma taken out: an entry with such a byte cannot be read again as it stands.
+        self.last_repair = -1
+
+    def extend(self) -> bool:
+        """Reads on; the more text is waiting, the more, so that parsing a long entry again stays linear in total."""
+        if self._ended:
+            return False
+        waiting = len(self.text) - self.position
+        chunk = self._stream.read(max(self._chunk_bytes, waiting))
+        self._bytes_read += len(chunk)
+        self._ended = not chunk
+        try:
+            added = self._decode(chunk, final=self._ended)
+        except UnicodeDecodeError as error:
+            self._bad_byte = self._bytes_read - len(error.object) + error.start
+            added = error.object[: error.start].decode("utf-8")
+            # A character that lacks its last bytes at the end of the file means a file cut off, not a wrong encoding.
+            if self._ended and error.reason == "unexpected end of data":
+                self._bad_byte = None
+            self._ended = True
+        self.text = self.text[self.position :] + added
+        self.position = 0
+        return True
+
+    def skip_space(self, ahead: int = 0) -> tuple[str, int]:
+        """The next character that is not white space, empty at the end, and how far it is from the position."""
+        while True:
+            ahead = _WHITESPACE.match(self.text, self.position + ahead).end() - self.position  # type: ignore[union-attr]
+            if self.position + ahead < len(self.text):
+                return self.text[self.position + ahead], ahead
+            if not self.extend():
+                return "", ahead
+
+    def peek(self) -> str:
+        """Moves to the next character that is not white space, and returns it; empty at the end of the file."""
+        mark, ahead = self.skip_space()
+        self.advance(ahead)
+        return mark
+
+    def advance(self, characters: int) -> None:
+        """Moves on."""
+        self.offset = self._byte_at(self.position + characters)
+        self.position += characters
+
+    def value(self, ahead: int = 0) -> tuple[Any, int]:
+        """Parses the JSON value that begins so many characters ahead; returns it, and how far ahead it ends."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.position + ahead)
+            except json.JSONDecodeError as error:
+                if self.repair and self._without_trailing_comma(error.pos):
+                    continue
+                in_string = error.msg.startswith("Unterminated string")
+                if not in_string and error.pos < len(self.text) - _LONGEST_TOKEN:
+                    raise self.broken(error.msg, error.pos) from None
+                if len(self.text) - self.position > LARGEST_ENTRY:
+                    raise self.broken(f"an entry does not end within {LARGEST_ENTRY} characters") from None
+                # Extending drops the text before the position.
+                place = error.pos - self.position
+                if not self.extend():
+                    in_string = in_string or error.msg.startswith("Invalid \\u")
+                    cut = in_string or _is_unfinished(self.text[self.position + place :])
+                    raise self.broken("" if cut else error.msg, self.position + place, in_string) from None
+            except (RecursionError, ValueError) as error:
+                raise self.broken(str(error)) from None
+            else:
+                return value, end - self.position
+
+    def broken(self, what: str, position: int | None = None, in_string: bool = False) -> BrokenFile:
+        """Builds the error for the current entry; no `what` means that the file ends too early."""
+        if self._bad_byte is not None:
+            return BrokenFile(f"{self.name} is not UTF-8", self._bad_byte, self.entries, self.offset)
+        if not what:
+            inside = " inside a string" if in_string else ""
+            return BrokenFile(f"{self.name} is cut off{inside}", self._bytes_read, self.entries, self.offset)
+        offset = self.offset if position is None else self._byte_at(position)
+        return BrokenFile(f"{self.name} is not valid JSON: {what}", offset, self.entries, self.offset)
+
+    def is_whole(self) -> bool:
+        """Whether all that was read is text."""
+        return self._bad_byte is None
+
+    def _byte_at(self, position: int) -> int:
+        """Byte offset of a character at or after the current position."""
+        passed = self.text[self.position : position]
+        return self.offset + (len(passed) if passed.isascii() else len(passed.encode()))
+
+    def _without_trailing_comma(self, position: int) -> bool:
+        """Puts a space for a comma before a closing bracket near an error; False if there is none."""
+        before = len(self.text[self.position : position].rstrip()) + self.position
+        for place in (position, before - 1):
+            if place >= self.position and _TRAILING_COMMA.match(self.text, place):
+                self.last_repair = self._byte_at(place)
+                self.text = f"{self.text[:place]} {self.text[place + 1 :]}"
+                return True
+        return False
+
+
+def _is_unfinished(rest: str) -> bool:
+    """Whether the text from an error to the end of the file could be the beginning of something right."""
+    rest = rest.strip()
+    return any(word.startswith(rest) for word in _LITERALS) or _UNFINISHED_NUMBER.fullmatch(rest) is not None
+
+
+HoldsEntries = Callable[[str | None, Any], bool]
+
+
+def is_top_level(key: str | None, first: Any) -> bool:
+    """The default: a top-level array holds entries, a list inside an object does not."""
+    return key is None
+
+
+def scan(
+    stream: IO[bytes],
+    name: str,
+    chunk_bytes: int = CHUNK_BYTES,
+    holds_entries: HoldsEntries = is_top_level,
+    repair: bool = False,
+) -> Iterator[Entry]:
+    """Yields the entries of a JSON file.
+
+    Args:
+      stream: the file, opened in binary mode at its beginning.
+      name: what to call it in an error.
+      chunk_bytes: how much to read at a time; changes nothing but speed and memory.
+      holds_entries: whether a list holds entries, by its key (None for a top-level array) and its first element. A
+        top-level array that does not is one entry itself; an object without such a list is, too.
+      repair: read past commas before a closing bracket.
+
+    Returns:
+      An iterator over the entries, objects or arrays, in file order.
+
+    Raises:
+      BrokenFile: the file is cut off or malformed; every whole entry before that place has been yielded by then.
+    """
+    source = _Text(stream, name, chunk_bytes, repair)
+    opening = source.peek()
+    if opening == "{" and (ahead := _list_inside(source, holds_entries)):
+        source.advance(ahead)
+        yield from _array(source)
+        _leave_object(source, holds_entries)
+    elif opening == "[" and _is_list_of_entries(source, 0, holds_entries, None):
+        yield from _array(source)
+        if source.peek():
+            raise BrokenFile(f"{name} goes on after its array ends", source.offset, source.entries, source.offset)
+    else:
+        while source.peek() or not source.is_whole():
+            yield _entry(source)
+
+
+def _entry(source: _Text) -> Entry:
+    """Parses the entry that begins at the current position and moves past it."""
+    mark = source.peek()
+    if mark not in ("{", "["):
+        raise source.broken(f"an object was expected, {mark!r} found" if mark else "")
+    start = source.offset
+    value, end = source.value()
+    source.advance(end)
+    source.entries += 1
+    return Entry(None if source.last_repair >= start else start, source.offset - start, value)
+
+
+def _array(source: _Text) -> Iterator[Entry]:
+    """Yields the elements of the array that begins at the current position, and moves past it."""
+    source.advance(1)
+    mark = source.peek()
+    while mark != "]":
+        yield _entry(source)
+        mark = source.peek()
+        if mark == ",":
+            source.advance(1)
+            mark = source.peek()
+            if mark == "]" and not source.repair:
+                raise source.broken("an object was expected, ']' found")
+        elif mark != "]":
+            raise source.broken(f"a comma or ] was expected, {mark!r} found" if mark else "")
+    source.advance(1)
+
+
+def _list_inside(source: _Text, holds_entries: HoldsEntries) -> int:
+    """How far ahead, in the object that begins at the current position, a list of entries begins; 0 if none does."""
+    try:
+        mark, ahead = source.skip_space(1)
+        while mark == '"':
+            key, ahead = source.value(ahead)
+            mark, ahead = source.skip_space(ahead)
+            if mark != ":":
+                return 0
+            mark, ahead = source.skip_space(ahead + 1)
+            if mark == "[" and _is_list_of_entries(source, ahead, holds_entries, key):
+                return ahead
+            _, ahead = source.value(ahead)
+            mark, ahead = source.skip_space(ahead)
+            if mark == ",":
+                mark, ahead = source.skip_space(ahead + 1)
+    except BrokenFile:
+        pass  # An entry that is broken, which whoever reads entries tells with its place.
+    return 0
+
+
+def _is_list_of_entries(source: _Text, ahead: int, holds_entries: HoldsEntries, key: str | None) -> bool:
+    """Whether the list that begins so far ahead holds entries; a top-level one that cannot be told does."""
+    mark, ahead = source.skip_space(ahead + 1)
+    try:
+        return holds_entries(key, source.value(ahead)[0]) if mark not in ("]", "") else key is None
+    except BrokenFile:
+        return key is None
+
+
+def _leave_object(source: _Text, holds_entries: HoldsEntries) -> None:
+    """Moves past what follows the list of entries in its object; refuses a second such list, and what comes after."""
+    while source.peek() == ",":
+        source.advance(1)
+        if source.peek() == "}" and source.repair:
+            break
+        key, end = source.value()
+        source.advance(end)
+        if not isinstance(key, str) or source.peek() != ":":
+            raise source.broken("a key and a colon were expected")
+        source.advance(1)
+        source.peek()
+        value, end = source.value()
+        if isinstance(value, list) and value and holds_entries(key, value[0]):
+            raise source.broken(f"a second list of entries, under {key!r}; keep one of them")
+        source.advance(end)
+    if source.peek() != "}":
+        raise source.broken(f"a comma or }} was expected, {source.peek()!r} found" if source.peek() else "")
+    source.advance(1)
+    if source.peek():
+        raise BrokenFile(f"{source.name} goes on after its object ends", source.offset, source.entries, source.offset)

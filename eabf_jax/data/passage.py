@@ -1,0 +1,71 @@
+"""Passages to tokens, word for word: no template, loss on every token but the prompt's."""
+
+from itertools import takewhile
+from typing import Protocol
+
+import numpy as np
+
+from eabf_jax.data.chat import Encoded, Tokenizer
+from eabf_jax.data.forms import Passage
+
+
+class TextTokenizer(Tokenizer, Protocol):
+    """What texts need of a tokenizer: a template's needs, and how a text begins."""
+
+    adds_bos: bool
+
+
+def encode_passage(passage: Passage, tokenizer: TextTokenizer) -> Encoded:
+    """Tokenizes a passage as a model is to read it.
+
+    It begins with BOS where the tokenizer asks for that, and ends with EOS. Prompt and text are tokenized in one go;
+    the mask begins where the tokens stop being those of the prompt alone.
+
+    Args:
+      passage: the passage.
+      tokenizer: the model's tokenizer.
+
+    Returns:
+      int32 tokens [length] and bool mask [length]: true on the text's tokens and on EOS, save the first
+      token of all, which nothing stands before.
+    """
+    opening = _opening(tokenizer)
+    tokens = tokenizer.encode(passage.prompt + passage.text)
+    prompt = tokenizer.encode(passage.prompt) if passage.prompt else []
+    asked = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(tokens, prompt, strict=False)))
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    whole = np.asarray([*opening, *tokens, *end], np.int32)
+    return Encoded(whole, np.arange(len(whole)) >= max(1, len(opening) + asked))
+
+
+def split_passage(passage: Passage, tokenizer: TextTokenizer, *, min_tokens: int, max_tokens: int) -> list[Encoded]:
+    """Cuts a passage into pieces, each as long as it may be.
+
+    Every piece of a document begins with BOS where the tokenizer asks for that. A passage with a prompt is one piece,
+    cut at `max_tokens`, since nothing after that would stand behind its prompt. Pieces that are too short, or in which
+    nothing is left to learn, are dropped.
+
+    Args:
+      passage: the passage.
+      tokenizer: the model's tokenizer.
+      min_tokens: fewest tokens of a piece.
+      max_tokens: most tokens of a piece.
+
+    Returns:
+      The pieces in order.
+    """
+    whole = encode_passage(passage, tokenizer)
+    opening = len(_opening(tokenizer))
+    room = max(1, max_tokens - opening)
+    begins = [opening] if passage.prompt else range(opening, len(whole.tokens), room)
+    pieces = [
+        Encoded(*(np.concatenate([part[:opening], part[begin : begin + room]])[:max_tokens] for part in whole))
+        for begin in begins
+    ]
+    for piece in pieces:
+        piece.loss_mask[0] = False  # Nothing stands before it.
+    return [piece for piece in pieces if len(piece.tokens) >= min_tokens and piece.loss_mask.any()]
+
+
+def _opening(tokenizer: TextTokenizer) -> list[int]:
+    return [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []

@@ -1,0 +1,195 @@
+"""Where results go: to a name that is free, or in place of an earlier result of our own, and of nothing else."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from glob import escape
+from pathlib import Path
+from typing import NamedTuple
+
+from eabf_jax.errors import InputError
+
+
+class Mark(NamedTuple):
+    """What a directory of one kind of ours is known by: a file with a JSON object in it, and keys of that object."""
+
+    kind: str
+    file: str
+    keys: tuple[str, ...]
+
+    def fault(self, directory: Path) -> str | None:
+        """Tells why a directory is not known for one of this kind.
+
+        Args:
+          directory: an existing directory.
+
+        Returns:
+          The reason, None where it is one. A mark that lists `files` holds only while these are all that is there.
+        """
+        try:
+            found = json.loads((directory / self.file).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = None
+        if not isinstance(found, dict) or any(key not in found for key in self.keys):
+            return f"no {self.file} marks it as {self.kind}"
+        if "files" in self.keys:
+            listed = found["files"] if isinstance(found["files"], dict) else {}
+            there = file_sizes(directory)
+            there.pop(self.file)
+            for name in sorted({*there, *listed}):
+                if there.get(name) != listed.get(name):
+                    return f"{name} in it is not as eabf-jax wrote it"
+        return None
+
+
+def file_sizes(directory: Path) -> dict[str, int]:
+    """Bytes of every file below a directory, by its path there."""
+    return {str(path.relative_to(directory)): path.stat().st_size for path in directory.rglob("*") if path.is_file()}
+
+
+def check_destination(
+    destination: Path | str, mark: Mark | None = None, *, overwrite: bool = False, sources: Iterable[Path | str] = ()
+) -> None:
+    """Refuses a directory that a result must not be written to.
+
+    An earlier result that a killed process had set aside, to put the new one in its place, is put back first.
+
+    Args:
+      destination: the directory to make.
+      mark: what an earlier result of this kind is known by; None where none is ever replaced.
+      overwrite: whether an earlier result may be replaced.
+      sources: files and directories that the result is made from.
+
+    Raises:
+      InputError: it is a file or a symbolic link; its parent cannot be written; it is, holds or lies in a source; it
+        is not empty, and `overwrite` is not given or what it holds is not known for ours.
+    """
+    target = Path(destination)
+    if target.is_symlink():
+        raise InputError(f"{target} is a symbolic link to {os.readlink(target)}: name the directory itself")
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target} is a file: name a directory, or something that is not there yet")
+    check_apart(target, sources)
+    target = target.absolute()  # through the parent, so that "." has a name
+    above = next((parent for parent in target.parents if parent.exists()), target)
+    if not above.is_dir():
+        raise InputError(f"{destination}: {above} is a file, so nothing can be made in it")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{destination}: nothing can be written in {above}; name another directory")
+    if mark is not None and not target.exists():
+        whole = [old for old in _set_aside(target) if mark.fault(old) is None]
+        if whole:
+            whole[0].rename(target)
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if mark is None:
+        raise InputError(f"{destination} is not empty: name another directory")
+    fault = mark.fault(target)
+    if fault is not None:
+        raise InputError(f"{destination} is not empty, and {fault}: name another directory, or remove it by hand")
+    if not overwrite:
+        raise InputError(f"{destination} is not empty; pass --overwrite to replace it, or name another directory")
+
+
+def check_apart(destination: Path | str, sources: Iterable[Path | str]) -> None:
+    """Refuses a destination that is, holds or lies in what the result is made from, symbolic links followed.
+
+    Args:
+      destination: the directory to write.
+      sources: files and directories.
+
+    Raises:
+      InputError: such a destination.
+    """
+    target = Path(destination).resolve()
+    for source in sources:
+        own = Path(source).resolve()
+        if target == own or target in own.parents or own in target.parents:
+            relation = "is" if target == own else "holds" if target in own.parents else "lies in"
+            raise InputError(f"{destination} {relation} the source {source}: name another directory")
+
+
+def make_partial(destination: Path | str) -> Path:
+    """Makes a directory beside the destination to write the result into; `put_in_place` gives it the name.
+
+    Args:
+      destination: checked by `check_destination`; its parents are made too.
+
+    Returns:
+      An empty directory with ordinary permissions, of an absolute path.
+    """
+    target = Path(destination).absolute()  # through the parent, so that "." has a name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Not named by the process: in containers, the one that was killed had the same number.
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    mask = os.umask(0)
+    os.umask(mask)
+    partial.chmod(0o777 & ~mask)
+    return partial
+
+
+def put_in_place(finished: Path, destination: Path | str) -> None:
+    """Gives a finished directory its name; what had the name is set aside until then, and put back on any error.
+
+    Args:
+      finished: from `make_partial`.
+      destination: checked by `check_destination`.
+    """
+    target = Path(destination).absolute()
+    if not target.exists():
+        finished.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+    try:
+        target.rename(old)
+        finished.rename(target)
+    except BaseException:
+        if not target.exists():
+            old.rename(target)
+        with suppress(OSError):
+            old.rmdir()
+        raise
+    for old in _set_aside(target):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_aside(target: Path) -> list[Path]:
+    """What `put_in_place` has set aside; it is at rest only after a process was killed."""
+    return sorted(target.parent.glob(f".{escape(target.name)}.old-*"))
+
+
+@contextmanager
+def replacing(directory: Path, names: Iterable[str]) -> Iterator[None]:
+    """Sets entries of a directory aside while others are written, and deletes them then, or puts them back on an error.
+
+    Args:
+      directory: an existing directory, which no other process writes to.
+      names: entries; those that are not there do not matter.
+    """
+    names = tuple(names)
+    there = [name for name in names if (directory / name).exists()]
+    aside = Path(tempfile.mkdtemp(prefix=".replaced-", dir=directory))
+    try:
+        for name in there:
+            (directory / name).rename(aside / name)
+        yield
+    except BaseException:
+        for name in names:
+            if name not in there or (aside / name).exists():
+                _remove(directory / name)
+            if (aside / name).exists():
+                (aside / name).rename(directory / name)
+        aside.rmdir()
+        raise
+    for old in directory.glob(".replaced-*"):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,339 @@
+"""The tokenizer in a GGUF file's metadata, written as Hugging Face's files."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from eabf_jax.errors import unknown_name
+from eabf_jax.interop.directory import write_json
+from eabf_jax.interop.gguf_file import FLAG, NUMBERS, TEXT, TEXTS, WHOLE_NUMBERS, GgufFile, Kind
+from eabf_jax.interop.tokenizer import MODEL_PROTO, PIECE_KINDS
+
+PREFIX = "tokenizer."
+MODEL = "tokenizer.ggml.model"
+PRE = "tokenizer.ggml.pre"
+PIECES = "tokenizer.ggml.tokens"
+TYPES = "tokenizer.ggml.token_type"
+SCORES = "tokenizer.ggml.scores"
+MERGES = "tokenizer.ggml.merges"
+ADD_BOS = "tokenizer.ggml.add_bos_token"
+ADD_EOS = "tokenizer.ggml.add_eos_token"
+ADD_PREFIX = "tokenizer.ggml.add_space_prefix"
+TEMPLATE = "tokenizer.chat_template"
+TEMPLATE_NAMES = "tokenizer.chat_templates"
+
+IDS: Mapping[str, str] = MappingProxyType(
+    {
+        role: f"tokenizer.ggml.{name}_token_id"
+        for role, name in (
+            ("bos", "bos"),
+            ("eos", "eos"),
+            ("eot", "eot"),
+            ("eom", "eom"),
+            ("unk", "unknown"),
+            ("pad", "padding"),
+        )
+    }
+)
+
+READ = (
+    MODEL,
+    PRE,
+    PIECES,
+    TYPES,
+    SCORES,
+    MERGES,
+    ADD_BOS,
+    ADD_EOS,
+    ADD_PREFIX,
+    TEMPLATE,
+    TEMPLATE_NAMES,
+    *IDS.values(),
+)
+
+# Keys that change nothing here: other tasks' tokens, and copies of what other keys say.
+HARMLESS = (
+    *(f"tokenizer.ggml.{name}_token_id" for name in ("seperator", "cls", "mask", "prefix", "suffix", "middle")),
+    *(f"tokenizer.ggml.fim_{name}_token_id" for name in ("pre", "suf", "mid", "pad", "rep", "sep")),
+    "tokenizer.ggml.token_type_count",
+    "tokenizer.huggingface.json",
+    "tokenizer.rwkv.world",
+)
+
+# Keys that ask for what no LLaMA tokenizer does, and the values that do not ask for it.
+FIXED: Mapping[str, tuple[Any, str]] = MappingProxyType(
+    {
+        "tokenizer.ggml.add_sep_token": (False, "false: no separator ends a text"),
+        "tokenizer.ggml.remove_extra_whitespaces": (False, "false: LLaMA's tokenizers keep them"),
+        "tokenizer.ggml.precompiled_charsmap": ([], "none: LLaMA's tokenizers change no characters"),
+        "tokenizer.ggml.normalizer.lowercase": (False, "false: LLaMA's tokenizers change no characters"),
+        "tokenizer.ggml.normalizer.strip_accents": (False, "false: LLaMA's tokenizers change no characters"),
+        "tokenizer.ggml.suppress_tokens": ([], "none: every token may be generated"),
+    }
+)
+
+# What llama.cpp takes where the file names no id.
+DEFAULT_IDS: Mapping[str, Mapping[str, int]] = MappingProxyType({"llama": {"bos": 1, "eos": 2, "unk": 0}, "gpt2": {}})
+
+# Control tokens that end a turn or a text whether a key names them or not, as in llama.cpp: older files have no key.
+ENDS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|end|>")
+
+_TOKEN_ID = Kind("a token id", lambda value: type(value) is int and value >= 0)
+_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Splitting(NamedTuple):
+    """How text is cut before byte-pair merging.
+
+    Attributes:
+      patterns: each cuts the pieces that those before it left into matches and what lies between.
+      ignores_merges: whether a piece that is a token as a whole becomes it, whatever the merges say.
+      adds_bos: whether a text begins with BOS where the file does not say.
+    """
+
+    patterns: tuple[str, ...]
+    ignores_merges: bool = False
+    adds_bos: bool = False
+
+
+# By `tokenizer.ggml.pre`, as llama.cpp reads it; names of models with the LLaMA architecture.
+SPLITTINGS: Mapping[str, Splitting] = MappingProxyType(
+    {
+        name: splitting
+        for names, splitting in (
+            (
+                ("llama-bpe", "llama3", "llama-v3", "falcon3", "midm-2.0"),
+                Splitting((_LLAMA3_SPLIT,), ignores_merges=True, adds_bos=True),
+            ),
+            (("smollm", "refact", "starcoder", "minerva-7b"), Splitting((r"\p{N}", _GPT2_SPLIT))),
+            (("gpt-2", "mellum", "trillion", "granite-docling"), Splitting((_GPT2_SPLIT,))),
+            (
+                ("default", ""),
+                Splitting((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]")),
+            ),
+        )
+        for name in names
+    }
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a GGUF file and the part that each plays.
+
+    Attributes:
+      file: where they were read.
+      kind: "gpt2" (byte-pair) or "llama" (SentencePiece).
+      pieces: text of each token.
+      types: SentencePiece's number for what each token is; GGUF has the same ones.
+      ids: token id by role: bos, eos, eot, eom, unk, pad; those that there are.
+      adds_bos, adds_eos: whether a text given to the model begins with BOS, ends with EOS.
+    """
+
+    file: GgufFile
+    kind: str
+    pieces: list[str]
+    types: list[int]
+    ids: Mapping[str, int]
+    adds_bos: bool
+    adds_eos: bool
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Every id that ends a generation, EOS first."""
+        named = (self.ids[role] for role in ("eos", "eot", "eom") if role in self.ids)
+        known = (
+            i
+            for i, (piece, kind) in enumerate(zip(self.pieces, self.types, strict=True))
+            if piece in ENDS and kind == PIECE_KINDS.CONTROL
+        )
+        return tuple(dict.fromkeys((*named, *known)))
+
+
+def read_vocabulary(file: GgufFile) -> Vocabulary | None:
+    """Reads the tokens and their roles.
+
+    Args:
+      file: a GGUF file.
+
+    Returns:
+      The vocabulary, None where the file has no tokenizer.
+
+    Raises:
+      InputError: metadata that is missing, of another kind, contradictory or not understood.
+    """
+    keys = [key for key in file.metadata if key.startswith(PREFIX)]
+    if not keys or file.metadata.get(MODEL) in ("none", "no_vocab"):
+        return None
+    kind = file.value(MODEL, TEXT)
+    if kind not in DEFAULT_IDS:
+        raise file.error(f"tokenizer model is {kind!r}, expected 'gpt2' (byte-pair) or 'llama' (SentencePiece)")
+    names = [f"{TEMPLATE}.{name}" for name in file.value(TEMPLATE_NAMES, TEXTS, [])]
+    file.refuse_unknown(PREFIX, {*READ, *HARMLESS, *FIXED, *names})
+    file.refuse_other_values((key, file.metadata[key] == FIXED[key][0], FIXED[key][1]) for key in keys if key in FIXED)
+    # llama.cpp's name for a token without text.
+    pieces = [piece or f"[EMPTY_{i}]" for i, piece in enumerate(file.value(PIECES, TEXTS))]
+    first = {piece: i for i, piece in reversed(list(enumerate(pieces)))}
+    for i, piece in enumerate(pieces):
+        if first[piece] != i:
+            raise file.error(f"{PIECES} has {piece!r} at {first[piece]} and at {i}; expected each token once")
+    types = _per_token(file, TYPES, WHOLE_NUMBERS, pieces)
+    if strange := sorted(set(types) - set(PIECE_KINDS.Type.values())):
+        raise file.error(f"{TYPES} has {strange[0]}, expected 1 to 6")
+    ids = {role: i for role, i in DEFAULT_IDS[kind].items() if i < len(pieces)}
+    for role, key in IDS.items():
+        i = file.value(key, _TOKEN_ID, ids.get(role))
+        if i is not None and i >= len(pieces):
+            raise file.error(f"{key} is {i}, expected one of the {len(pieces)} tokens")
+        if i is not None:
+            ids[role] = i
+    adds = {
+        "bos": file.value(ADD_BOS, FLAG, kind == "llama" or _splitting(file).adds_bos),
+        "eos": file.value(ADD_EOS, FLAG, False),
+    }
+    for role, wanted in adds.items():
+        if wanted and role not in ids:
+            raise file.error(f"metadata has no {IDS[role]}, and texts get that token by {_why(file, role)}")
+    return Vocabulary(file, kind, pieces, types, ids, adds["bos"], adds["eos"])
+
+
+def write_tokenizer(directory: Path, vocabulary: Vocabulary) -> None:
+    """Writes the tokenizer's files, special tokens and chat template included.
+
+    Args:
+      directory: an existing folder.
+      vocabulary: of the GGUF file.
+
+    Raises:
+      InputError: merges or scores that are missing or make no tokenizer.
+    """
+    name = _WRITERS[vocabulary.kind](directory, vocabulary)
+    pieces, ids = vocabulary.pieces, vocabulary.ids
+    settings: dict[str, Any] = {
+        "tokenizer_class": name,
+        "add_bos_token": vocabulary.adds_bos,
+        "add_eos_token": vocabulary.adds_eos,
+        "clean_up_tokenization_spaces": False,
+        "legacy": False,
+    }
+    settings |= {f"{role}_token": pieces[ids[role]] for role in ("bos", "eos", "unk", "pad") if role in ids}
+    templates = _chat_templates(vocabulary.file)
+    if templates:
+        named = [{"name": name, "template": template} for name, template in templates.items()]
+        settings["chat_template"] = templates["default"] if templates.keys() == {"default"} else named
+    generation: dict[str, Any] = {f"{role}_token_id": ids[role] for role in ("bos", "pad") if role in ids}
+    if ends := vocabulary.ends:
+        generation["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
+    write_json(directory / "tokenizer_config.json", settings)
+    write_json(directory / "generation_config.json", generation)
+
+
+def pre_tokenizer(splitting: Splitting) -> Any:
+    """Builds the part of a tokenizer that cuts text before byte-pair merging."""
+    splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated") for pattern in splitting.patterns]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _per_token(file: GgufFile, key: str, kind: Kind, pieces: list[str]) -> list[Any]:
+    found: list[Any] = file.value(key, kind)
+    if len(found) != len(pieces):
+        raise file.error(f"{key} has {len(found)} entries, expected one for each of the {len(pieces)} tokens")
+    return found
+
+
+def _splitting(file: GgufFile) -> Splitting:
+    name = file.value(PRE, TEXT, "default")
+    if name not in SPLITTINGS:
+        raise unknown_name(f"pre-tokenizer ({PRE}) in {file.path}", name, filter(None, SPLITTINGS))
+    return SPLITTINGS[name]
+
+
+def _why(file: GgufFile, role: str) -> str:
+    key = {"bos": ADD_BOS, "eos": ADD_EOS}[role]
+    return f"{key} true" if key in file.metadata else f"{PRE} {file.metadata.get(PRE)!r}"
+
+
+def _chat_templates(file: GgufFile) -> dict[str, str]:
+    names = file.value(TEMPLATE_NAMES, TEXTS, [])
+    templates = {name: file.value(f"{TEMPLATE}.{name}", TEXT) for name in names}
+    default = file.value(TEMPLATE, TEXT, None)
+    return templates if default is None else {"default": default, **templates}
+
+
+def _write_byte_pair(directory: Path, vocabulary: Vocabulary) -> str:
+    file, pieces, ids = vocabulary.file, vocabulary.pieces, vocabulary.ids
+    splitting = _splitting(file)
+    merges = [(first, second) for first, _, second in (merge.partition(" ") for merge in file.value(MERGES, TEXTS))]
+    try:
+        model = models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=merges,
+            ignore_merges=splitting.ignores_merges,
+        )
+    except Exception as error:  # the library raises a bare Exception
+        raise file.error(f"{MERGES} makes no tokenizer: {error}") from error
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizer(splitting)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(_added(vocabulary, (PIECE_KINDS.CONTROL, PIECE_KINDS.UNKNOWN), special=True))
+    tokenizer.add_tokens(_added(vocabulary, (PIECE_KINDS.USER_DEFINED,), special=False))
+    before = [(pieces[ids["bos"]], ids["bos"])] if vocabulary.adds_bos else []
+    after = [(pieces[ids["eos"]], ids["eos"])] if vocabulary.adds_eos else []
+    if before or after:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*(piece for piece, _ in before), "$A", *(piece for piece, _ in after)],
+            special_tokens=list(dict.fromkeys(before + after)),
+        )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return "PreTrainedTokenizerFast"
+
+
+def _added(vocabulary: Vocabulary, kinds: tuple[int, ...], special: bool) -> list[tokenizers.AddedToken]:
+    return [
+        tokenizers.AddedToken(piece, normalized=False, special=special)
+        for piece, kind in zip(vocabulary.pieces, vocabulary.types, strict=True)
+        if kind in kinds
+    ]
+
+
+def _write_sentencepiece(directory: Path, vocabulary: Vocabulary) -> str:
+    file, pieces = vocabulary.file, vocabulary.pieces
+    proto = MODEL_PROTO()
+    for piece, score, kind in zip(pieces, _per_token(file, SCORES, NUMBERS, pieces), vocabulary.types, strict=True):
+        proto.pieces.add(piece=piece, score=score, type=kind)
+    trainer = proto.trainer_spec
+    trainer.model_type = trainer.BPE
+    trainer.byte_fallback = PIECE_KINDS.BYTE in vocabulary.types
+    trainer.vocab_size = len(pieces)
+    for role in ("unk", "bos", "eos", "pad"):
+        i = vocabulary.ids.get(role, -1)
+        setattr(trainer, f"{role}_id", i)
+        if i >= 0:
+            setattr(trainer, f"{role}_piece", pieces[i])
+    normalizer = proto.normalizer_spec
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = file.value(ADD_PREFIX, FLAG, True)
+    normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = True
+    data = proto.SerializeToString()
+    try:
+        sentencepiece.SentencePieceProcessor(model_proto=data)
+    except (OSError, RuntimeError) as error:
+        raise file.error(f"{PIECES} makes no SentencePiece model: {' '.join(str(error).split())[:200]}") from error
+    (directory / "tokenizer.model").write_bytes(data)
+    return "LlamaTokenizer"
+
+
+_WRITERS: Mapping[str, Callable[[Path, Vocabulary], str]] = MappingProxyType(
+    {"gpt2": _write_byte_pair, "llama": _write_sentencepiece}
+)
