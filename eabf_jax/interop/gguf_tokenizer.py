@@ -217,14 +217,12 @@ def write_tokenizer(directory: Path, vocabulary: Vocabulary) -> None:
     Raises:
       InputError: merges or scores that are missing or make no tokenizer.
     """
-    name = _WRITERS[vocabulary.kind](directory, vocabulary)
     pieces, ids = vocabulary.pieces, vocabulary.ids
     settings: dict[str, Any] = {
-        "tokenizer_class": name,
+        **_WRITERS[vocabulary.kind](directory, vocabulary),
         "add_bos_token": vocabulary.adds_bos,
         "add_eos_token": vocabulary.adds_eos,
         "clean_up_tokenization_spaces": False,
-        "legacy": False,
     }
     settings |= {f"{role}_token": pieces[ids[role]] for role in ("bos", "eos", "unk", "pad") if role in ids}
     templates = _chat_templates(vocabulary.file)
@@ -270,7 +268,7 @@ def _chat_templates(file: GgufFile) -> dict[str, str]:
     return templates if default is None else {"default": default, **templates}
 
 
-def _write_byte_pair(directory: Path, vocabulary: Vocabulary) -> str:
+def _write_byte_pair(directory: Path, vocabulary: Vocabulary) -> dict[str, Any]:
     file, pieces, ids = vocabulary.file, vocabulary.pieces, vocabulary.ids
     splitting = _splitting(file)
     merges = [(first, second) for first, _, second in (merge.partition(" ") for merge in file.value(MERGES, TEXTS))]
@@ -295,7 +293,7 @@ def _write_byte_pair(directory: Path, vocabulary: Vocabulary) -> str:
             special_tokens=list(dict.fromkeys(before + after)),
         )
     tokenizer.save(str(directory / "tokenizer.json"))
-    return "PreTrainedTokenizerFast"
+    return {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def _added(vocabulary: Vocabulary, kinds: tuple[int, ...], special: bool) -> list[tokenizers.AddedToken]:
@@ -306,7 +304,7 @@ def _added(vocabulary: Vocabulary, kinds: tuple[int, ...], special: bool) -> lis
     ]
 
 
-def _write_sentencepiece(directory: Path, vocabulary: Vocabulary) -> str:
+def _write_sentencepiece(directory: Path, vocabulary: Vocabulary) -> dict[str, Any]:
     file, pieces = vocabulary.file, vocabulary.pieces
     proto = MODEL_PROTO()
     for piece, score, kind in zip(pieces, _per_token(file, SCORES, NUMBERS, pieces), vocabulary.types, strict=True):
@@ -331,9 +329,10 @@ def _write_sentencepiece(directory: Path, vocabulary: Vocabulary) -> str:
     except (OSError, RuntimeError) as error:
         raise file.error(f"{PIECES} makes no SentencePiece model: {' '.join(str(error).split())[:200]}") from error
     (directory / "tokenizer.model").write_bytes(data)
-    return "LlamaTokenizer"
+    # Without a class, and with its old rules: LlamaTokenizer takes no word of `add_space_prefix`.
+    return {"legacy": True}
 
 
-_WRITERS: Mapping[str, Callable[[Path, Vocabulary], str]] = MappingProxyType(
+_WRITERS: Mapping[str, Callable[[Path, Vocabulary], dict[str, Any]]] = MappingProxyType(
     {"gpt2": _write_byte_pair, "llama": _write_sentencepiece}
 )

@@ -420,7 +420,7 @@ def _build(directory: Path, settings: _Settings) -> tuple[tokenizers.Tokenizer, 
     if begins and "bos_token" in named:
         name = named["bos_token"].content
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{name} $A", special_tokens=[(name, backend.token_to_id(name))]
+            single=[name, "$A"], special_tokens=[(name, backend.token_to_id(name))]
         )
     return backend, {role: token.content for role, token in named.items()}
 

@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Scopes (`jax.named_scope`) that say what a collective within them carries; all others are the compiler's own.
+# Scopes (`jax.named_scope`) that say what a collective within them carries. The compiler's own have none,
+# nor have some reduce-scatters that it fuses with their padding.
 CARRIED = ("parameters", "parameter_gradients", "keys_values", "key_value_gradients", "embedding")
 
 # Bytes that each of n devices sends for each byte of the result, with ring algorithms.
@@ -57,12 +58,20 @@ def collectives(text: str) -> list[Collective]:
     computations, entry = _parse(text)
     found: list[Collective] = []
 
+    seen: set[str] = set()
+
     def visit(name: str, times: int) -> None:
         for instruction in computations.get(name, ()):
             kind = instruction.opcode.removesuffix("-start")
             if kind in _SENT:
-                found_kind, size = _sent(instruction, kind, name)
-                found.append(Collective(found_kind, _carried(instruction.rest), times * size))
+                channel = re.search(r"channel_id=(\d+)", instruction.rest)
+                # An asynchronous collective may stand in the computation of its start and in that of its end. Those
+                # of shard_map all have channel 1.
+                if channel is None or channel[1] == "1" or channel[1] not in seen:
+                    found_kind, size = _sent(instruction, kind, name)
+                    found.append(Collective(found_kind, _carried(instruction.rest), times * size))
+                if channel is not None:
+                    seen.add(channel[1])
             elif instruction.opcode == "while" and (loop := _WHILE.search(instruction.rest)):
                 visit(loop[2], times * _trips(computations.get(loop[1], [])))
             else:

@@ -101,7 +101,7 @@ def test_white_space_is_that_of_the_class(
     if kind == "bytes" and settings is not None:  # transformers names no tokens for this mixture of class and file
         settings = {"bos_token": None, "eos_token": None, "unk_token": None, **settings}
     write(tmp_path, {} if settings is None else {"tokenizer_config.json": settings})
-    agree(tmp_path, [*texts[:40], *ODD, *SPACED])
+    agree(tmp_path, [*texts[:12], *ODD, *SPACED])
 
 
 def entry(content: str, **flags: bool) -> dict[str, Any]:
@@ -216,9 +216,9 @@ def test_other_sentencepiece_models(
         **options,
     )  # fmt: skip
     write(tmp_path, {})
-    ours = agree(tmp_path, [*texts[:30], *ODD, *SPACED])
+    ours = agree(tmp_path, [*texts[:12], *ODD, *SPACED])
     library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    for text in [*texts[:30], *SPACED, "<s> is </s> text here"]:
+    for text in [*texts[:12], *SPACED, "<s> is </s> text here"]:
         assert ours.encode(text) == library.encode(text), text
 
 
@@ -377,7 +377,7 @@ def test_an_exported_tokenizer_needs_no_code_and_no_answer(
     config = AutoConfig.from_pretrained(target, trust_remote_code=True)
     theirs = AutoTokenizer.from_pretrained(target, config=config)
     before, ours = load_tokenizer(source), load_tokenizer(target)
-    for text in [*texts[:20], *ODD, *SPACED]:
+    for text in [*texts[:4], *ODD, *SPACED]:
         ids = before.encode(text, special=True)
         assert ours.encode(text, special=True) == theirs.encode(text, add_special_tokens=False) == ids, text
         assert theirs.encode(text) == [1] * before.adds_bos + ids
