@@ -416,7 +416,7 @@ def compare(
     begun = clock()
     figures: dict[str, dict[str, Any]] = {name: {} for name in runs}
     standing: dict[str, float] = {}  # of the run before, as a share of its best
-    cost = 0.0  # seconds that the strongest setting took there
+    cost = 0.0  # seconds that the strongest setting takes
     for number, (name, one) in enumerate(runs.items()):
         found = figures[name]
         costs: dict[str, float] = {}
@@ -439,7 +439,8 @@ def compare(
             save(figures)
             print(f"transformers, {name}, {setting}: {found[setting]}", flush=True)
         if best is not None:
-            cost = costs[strongest(found) or next(iter(costs))]
+            # The first one in a run compiles what others may share.
+            cost = max(next(iter(costs.values())), costs.get(strongest(found) or "", 0.0))
             standing.update({setting: rate(x) / best for setting, x in found.items() if "left_out" not in x})
         save(figures)
 
@@ -602,7 +603,7 @@ def main() -> None:
     parser.add_argument("--prefill-chunk", type=int, default=8192)
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument(
-        "--peer-seconds", type=float, default=150, help="after which the peer's weaker settings have no more turn"
+        "--peer-seconds", type=float, default=210, help="after which the peer's weaker settings have no more turn"
     )
     parser.add_argument("--only-peer", action="store_true", help="what this program starts for the peer")
     parser.add_argument("--json", type=Path, help="write the figures here")
