@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from eabf_jax.errors import InputError
 from eabf_jax.model import Llama, LlamaConfig
 from eabf_jax.model.attention import chunked
-from eabf_jax.model.llama import unconstrained
+from eabf_jax.model.llama import product, unconstrained
 from eabf_jax.model.lora import Lora
 from eabf_jax.parallel.context import undo_zigzag_order, zigzag_order
 from eabf_jax.parallel.mesh import AXES, MeshConfig, make_mesh
