@@ -1,9 +1,9 @@
 """Weights that lie in parts on the devices: gathered where they are used, their gradients summed up and scattered.
 
 The compiler does not do this by itself. From sharding constraints alone, the TPU compiler sums up whole gradients on
-every device (an all-reduce) where each keeps only its part; where tokens are few, it multiplies with the parts of the
-weights and sums up activations instead, several times as much. So the collectives are written out here, in shard_map
-over the axes that split tokens; the tensor axis is left to the compiler.
+every device (an all-reduce) where each keeps only its part, and on some meshes it gathers weights by an all-reduce too:
+twice the bytes. So the collectives are written out here, in shard_map over the axes that split tokens; the tensor axis
+is left to the compiler.
 
 What runs over two mesh axes runs over one after the other: the same bytes. Over both at once, the TPU compiler makes an
 all-reduce of a reduce-scatter on 64 chips, and of an all-gather too where the mesh cuts a dimension of the torus.
@@ -21,9 +21,10 @@ from jaxtyping import Array
 
 from eabf_jax.model.attention import precision_of
 
-# Axes that split tokens: rows, and the tokens of a row. All but the first split parameters as well.
+# Mesh axes that split tokens: rows, and the tokens of a row.
 TOKEN_AXES = ("data", "fsdp", "context")
-_PARTS = TOKEN_AXES[1:]
+# Those that split one dimension of each parameter, the same for all.
+PARAMETER_AXES = ("fsdp", "context")
 
 
 def by_device(mesh: Mesh, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -57,7 +58,7 @@ def gathered(mesh: Mesh, part: Array, spec: PartitionSpec) -> Array:
     """Within `by_device`: the whole of a parameter of which a device has its part."""
     dimension = _split(spec)
     if dimension is not None:
-        for axis in reversed(_PARTS):
+        for axis in reversed(PARAMETER_AXES):
             if mesh.shape[axis] > 1:
                 part = jax.lax.all_gather(part, axis, axis=dimension, tiled=True)
     return part
@@ -78,7 +79,7 @@ def scattered(mesh: Mesh, partial: Array, spec: PartitionSpec) -> Array:
     dimension = _split(spec)
     if dimension is None:
         return jax.lax.psum(partial, TOKEN_AXES)
-    for axis in _PARTS:
+    for axis in PARAMETER_AXES:
         partial = reduce_scatter(mesh, partial, axis, dimension)
     return jax.lax.psum(partial, "data") if mesh.shape["data"] > 1 else partial
 
@@ -106,14 +107,14 @@ def reduce_scatter(mesh: Mesh, x: Array, axis: str, dimension: int) -> Array:
 
 
 def _in_two_steps(ways: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Groups of devices among which a reduce-scatter first runs for parts of four devices each, then for each part."""
+    """Groups of devices: reduce-scattered among the first, then the second, each has what one step would give it."""
     places = np.arange(ways).reshape(-1, 4)
     return places.T.tolist(), places.tolist()
 
 
 def _split(spec: PartitionSpec) -> int | None:
     """The dimension that lies in parts; None where every device has all."""
-    return next((number for number, axes in enumerate(spec) if axes == _PARTS), None)
+    return next((number for number, axes in enumerate(spec) if axes == PARAMETER_AXES), None)
 
 
 def sharded_product(
@@ -183,7 +184,7 @@ def lookup(mesh: Mesh, tokens: PartitionSpec, spec: PartitionSpec) -> Callable[[
         if _split(spec) is None:
             return jnp.take(embedding, tokens, axis=0)
         columns = jnp.take(embedding, _everyones(tokens), axis=0)
-        for place, axis in reversed(tuple(enumerate(_PARTS))):
+        for place, axis in reversed(tuple(enumerate(PARAMETER_AXES))):
             columns = jax.lax.all_to_all(columns, axis, split_axis=place, concat_axis=4, tiled=True)
         return columns[0, 0]
 
@@ -205,7 +206,7 @@ def lookup_backward(mesh: Mesh, tokens: PartitionSpec, spec: PartitionSpec) -> C
     @jax.named_scope("embedding")
     def local(total: Array, tokens: Array, d_x: Array) -> Array:
         columns, ids = d_x[None, None], _everyones(tokens)
-        for place, axis in enumerate(_PARTS):
+        for place, axis in enumerate(PARAMETER_AXES):
             columns = jax.lax.all_to_all(columns, axis, split_axis=4, concat_axis=place, tiled=True)
         if mesh.shape["data"] == 1:
             return total.at[ids].add(columns.astype(total.dtype))
@@ -217,6 +218,6 @@ def lookup_backward(mesh: Mesh, tokens: PartitionSpec, spec: PartitionSpec) -> C
 
 def _everyones(tokens: Array) -> Array:
     """The tokens of the devices that share the columns of an embedding: [fsdp, context, batch, length]."""
-    for axis in reversed(_PARTS):
+    for axis in reversed(PARAMETER_AXES):
         tokens = jax.lax.all_gather(tokens, axis)
     return tokens

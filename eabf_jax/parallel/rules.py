@@ -12,14 +12,14 @@ from eabf_jax.errors import InputError
 from eabf_jax.model.attention import Attention
 from eabf_jax.model.llama import Constrain, Product, product, unconstrained
 from eabf_jax.parallel.context import context_attention
-from eabf_jax.parallel.fsdp import TOKEN_AXES, sharded_product
+from eabf_jax.parallel.fsdp import PARAMETER_AXES, TOKEN_AXES, sharded_product
 
 LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "length": "context",
     "layers": None,
     # Over context too: the devices of a row would otherwise each hold all that those of a column share.
-    "embed": ("fsdp", "context"),
+    "embed": PARAMETER_AXES,
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",

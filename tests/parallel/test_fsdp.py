@@ -42,14 +42,13 @@ def test_the_tpu_compiler_gathers_weights_and_scatters_gradients(name: str, size
         )
     )
     compiled = jax.jit(lambda x, kernels: jax.lax.scan(step, x, kernels)).lower(x, kernels).compile()
-    # Each of n devices sends its part to n - 1 others, in either operation.
+    # Each of n devices sends its part to n - 1 others, in either operation; what it scatters the compiler pads. The
+    # weights that the product before has gathered are at hand for the gradient.
     part = times * width * width * 2 * (1 - 1 / mesh.size)
     sent = collective_bytes(compiled.as_text() or "")
-    assert sent["all-gather"] == pytest.approx(2 * part, rel=0.02) or sent["all-gather"] == pytest.approx(
-        part, rel=0.02
-    )
-    assert sent["reduce-scatter"] == pytest.approx(part, rel=0.02)
-    assert sum(sent.values()) - sent["all-gather"] - sent["reduce-scatter"] < 0.05 * part
+    assert sent["all-gather"] == pytest.approx(part, rel=0.01)
+    assert sent["reduce-scatter"] == pytest.approx(part, rel=0.1)
+    assert set(sent) <= {"all-gather", "reduce-scatter", "collective-permute"} and sum(sent.values()) < 2.2 * part
 
 
 def test_two_steps_scatter_as_one_does() -> None:

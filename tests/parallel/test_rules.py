@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from eabf_jax.errors import InputError
 from eabf_jax.model import Llama, LlamaConfig
 from eabf_jax.model.attention import chunked
-from eabf_jax.model.llama import unconstrained
+from eabf_jax.model.llama import product, unconstrained
 from eabf_jax.model.lora import Lora
 from eabf_jax.parallel.context import undo_zigzag_order, zigzag_order
 from eabf_jax.parallel.mesh import AXES, MeshConfig, make_mesh
@@ -24,6 +24,7 @@ from eabf_jax.parallel.rules import (
     batch_part,
     batch_sharding,
     batch_ways,
+    layer_product,
     parameter_axes,
     parameter_shardings,
     process_batch_shard,
@@ -106,6 +107,7 @@ def test_one_device_needs_no_hooks() -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     assert sharded_attention(mesh, chunked, 3) is chunked
     assert activation_constraint(mesh) is unconstrained
+    assert layer_product(mesh) is product
 
 
 class Batch(NamedTuple):
@@ -179,6 +181,7 @@ def test_eight_devices_compute_what_one_does(
     model = Llama.abstract(
         CONFIG, attention=sharded_attention(mesh, chunked, CONFIG.num_key_value_heads),
         constrain=activation_constraint(mesh),
+        product=layer_product(mesh) if ways > 1 else product,  # the compiler's own collectives are right as well
     )  # fmt: skip
     shardings = parameter_shardings(mesh, params)
     order = zigzag_order(LENGTH, ways)

@@ -286,19 +286,20 @@ def test_the_backward_pass_computes_again_only_what_was_not_kept(model_config):
 
 
 def test_chunks_of_the_loss_do_not_change_it(model_config, quick):
-    """Also where the row's parts on a context axis do not divide into whole chunks."""
+    """Also where a row is split over devices, and its parts do not divide into whole chunks."""
     config = variant(model_config)
     model, batch, params = Llama.abstract(config), microbatches(config, packed=False, count=1), drawn(config)
     x = np.random.default_rng(2).normal(size=(ROWS, LENGTH, config.hidden_size)).astype(np.float32)
     rows, trained = jax.tree.map(lambda array: array[0], batch), head_parameters(params, tied=False)
 
     @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=quick)
-    def run(chunk, mesh):
+    def run(chunk, mesh=None):
         return Pieces(model, chunk, mesh).head(trained, {}, x, rows, zeros(trained))
 
-    expected = run(LENGTH, None)
-    for chunk, ways in ((1, 1), (7, 1), (1024, 1), (3, 2), (5, 4)):
-        loss, gradients, d_x = run(chunk, make_mesh(MeshConfig(context=ways, fsdp=1), jax.devices()[:ways]))
+    expected = run(LENGTH)
+    split = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2, context=2))
+    for chunk, mesh in ((1, None), (7, None), (1024, None), (3, split), (5, split)):
+        loss, gradients, d_x = run(chunk, mesh)
         np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
         assert_near((gradients, d_x), expected[1:], 3e-6)  # sums of 40 terms in another order
 
