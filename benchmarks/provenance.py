@@ -20,10 +20,12 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
+# What this folder does to arrays it does across devices: a figure of one device does not depend on it.
+SHARING = "eabf_jax/parallel/"
 _STEP = (
     *(f"eabf_jax/model/{name}.py" for name in ("attention", "llama")),
     *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale")),
-    *(f"eabf_jax/parallel/{name}.py" for name in ("context", "rules")),
+    *(f"{SHARING}{name}.py" for name in ("context", "fsdp", "rules")),
     *(
         f"eabf_jax/training/{name}.py"
         for name in ("backward", "host_memory", "layerwise", "loss", "master", "optimizer", "plan", "step")
@@ -97,7 +99,9 @@ def changed(report: Mapping[str, Any]) -> list[str] | None:
     sources = report.get("sources")
     if sources is None:
         return None
-    return [name for name, found in sources.items() if digest(ROOT / name) != found]
+    alone = report.get("devices", 1) == 1
+    counted = {name: found for name, found in sources.items() if not (alone and name.startswith(SHARING))}
+    return [name for name, found in counted.items() if digest(ROOT / name) != found]
 
 
 def digest(path: Path) -> str | None:

@@ -415,7 +415,8 @@ def _whole_numbers(name: str, values: Any, end: int) -> list[int]:
     if not isinstance(found, list) or not all(map(_is_whole, found)):
         raise InputError(f"{name} is {values!r:.80}; a list of whole numbers is needed")
     if found and not 0 <= min(found) <= max(found) < end:
-        raise InputError(f"{name} holds numbers from {min(found)} to {max(found)}; they are to be from 0 to {end - 1}")
+        wrong = next(number for number in found if not 0 <= number < end)
+        raise InputError(f"{name}: {wrong} is out of range, expected 0 to {end - 1}")
     return [int(number) for number in found]
 
 

@@ -179,7 +179,7 @@ def from_gguf(src: Path | str, dst: Path | str, dtype: str = "float32", overwrit
                 count = heads.get(entry.path[-2])
                 yield (array if count is None else unpermuted(array, count)).astype(element, copy=False)
 
-    with new_directory(dst, EXPORT, overwrite=overwrite, sources=[path]) as partial:
+    with new_directory(dst, EXPORT, overwrite=overwrite, sources=[file.path]) as partial:
         if vocabulary is not None:
             write_tokenizer(partial, vocabulary)
         write_config(partial, config, dtype)

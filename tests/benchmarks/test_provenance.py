@@ -36,6 +36,10 @@ def test_changed_files_are_named(program, monkeypatch, tmp_path):
     (tmp_path / "a.py").unlink()
     assert program.changed(report) == ["a.py", "b.py"]
     assert program.changed({"benchmark": "some"}) is None
+    # How arrays are shared matters where there are several devices.
+    shared = {"sources": {program.SHARING + "rules.py": "0" * 16}}
+    assert program.changed({**shared, "devices": 1}) == []
+    assert program.changed({**shared, "devices": 2}) == [program.SHARING + "rules.py"]
 
 
 def test_the_origin_of_a_figure_is_recorded(program, monkeypatch):

@@ -135,7 +135,7 @@ def test_a_file_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("a", "--dtype", "bf16"), "unknown --dtype 'bf16': did you mean 'bfloat16'"),
         (("a", "--cache", "int4"), "unknown --cache 'int4'"),
         (("a", "--stop", ""), "--stop is empty"),
-        (("a", "--seed", "-1"), "seeds are -1"),
+        (("a", "--seed", "-1"), "seeds: -1 is out of range"),
         (("a", "--tensor", "64"), "--tensor 64: 8 devices are at hand"),
         (("a", "--template", "vicuna"), "--template is for conversations: add --chat"),
         (("a", "b", "--chat"), "--chat keeps one conversation"),
@@ -157,7 +157,7 @@ def test_bad_input_is_one_line(
     ("model", "message"),
     [
         ("nowhere", "nowhere: no such directory"),
-        (f"{TINY}@yarn", "after @ a scheme such as {type: yarn, factor: 4} is needed, not 'yarn'"),
+        (f"{TINY}@yarn", "after @ a scheme such as {type: yarn, factor: 4}, or {window: 512}, is needed, not 'yarn'"),
         (f"{TINY}@{{type: yarm}}", "unknown rotary scheme 'yarm': did you mean 'yarn'"),
     ],
 )
