@@ -97,8 +97,8 @@ def model_card(source: Path, name: str, config: LlamaConfig, step: int) -> str:
     lines += [f"directory = {json.dumps(name)}  # the path of this directory, or its name on the Hub"]
     lines += [f"model = AutoModelForCausalLM.from_pretrained(directory{code})"]
     if has_tokenizer(source):
-        known = ", config=model.config" if own_code else ""  # transformers 5 would ask about the code once more
-        lines += [f"tokenizer = AutoTokenizer.from_pretrained(directory{known})"]
+        configured = ", config=model.config" if own_code else ""  # transformers 5 would ask about the code once more
+        lines += [f"tokenizer = AutoTokenizer.from_pretrained(directory{configured})"]
         lines += ['inputs = tokenizer("The history of", return_tensors="pt")']
         lines += ["print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"]
     lines += ["```", ""]
