@@ -25,6 +25,11 @@ ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- begin: {}, written by benchmarks/plot_performance.py -->", "<!-- end -->"
 
 STACKS = {"ours": "eabf-jax", "peer": "strongest peer", "masters": "its float32 setting"}
+# By stack of the peer: the entry's keys of the setting and of the ratio, and how the names of its settings end.
+PEERS = {
+    "peer": ("strongest_peer", "ratio_to_strongest_peer", "bfloat16"),
+    "masters": ("strongest_float32_peer", "ratio_to_strongest_float32_peer", "autocast"),
+}
 Group = tuple[str, str, int]  # configuration, device, number of devices
 
 
@@ -72,8 +77,7 @@ def stacks_of(entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """
     found: dict[str, Mapping[str, Any]] = {"ours": entry}
     peers = entry["peers"] if "strongest_peer" in entry else {}
-    for stack, key in (("peer", "strongest_peer"), ("masters", "strongest_float32_peer")):
-        precision = {"peer": "bfloat16", "masters": "autocast"}[stack]
+    for stack, (key, _, precision) in PEERS.items():
         tried = {name: peer for name, peer in peers.items() if name.endswith(precision)}
         if tried:
             name = entry[key] or next(iter(tried))
@@ -166,7 +170,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def speed_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """Every measurement of a group: each stack at each length, the shortest first."""
-    ratios = {"peer": "ratio_to_strongest_peer", "masters": "ratio_to_strongest_float32_peer"}
     rows = []
     measured = [(report, entry) for report in reports for entry in entries_of(report)]
     for report, entry in sorted(measured, key=lambda pair: pair[1]["length"]):
@@ -183,7 +186,8 @@ def speed_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
             else:
                 row += ["out of memory" if figures.get("out_of_memory") else "failed", *["–"] * 4]
             row += [settings_of(figures)]
-            row += [number(entry[ratios[stack]], ".2f") + " ×" if entry.get(ratios.get(stack, "")) else "–"]
+            ratio = entry.get(PEERS[stack][1]) if stack in PEERS else None
+            row += [f"{ratio:.2f} ×" if ratio else "–"]
             rows.append([*row, source(report)])
     header = ("length", "stack", "tokens/s (slowest–fastest step)", "MFU", "peak GiB", "planned GiB", "microbatches")
     return table([*header, "settings", "ours is", "from"], rows)
@@ -399,24 +403,18 @@ def readme_training(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> list
                 f"{entry['tokens_per_second']:,.0f}{stale_mark(report)}",
             ]
             cells.append(number(entry["mfu"], ".1%"))
-            rows.append([*cells, *(against(entry, *keys) for keys in (PEER_KEYS, MASTERS_KEYS))])
+            rows.append([*cells, *(against(entry, stack) for stack in PEERS)])
     header = ("configuration", "devices", "row", "tokens/s", "MFU", "strongest peer", "the same, float32 state")
     return table(header, rows)
 
 
-PEER_KEYS = ("strongest_peer", "ratio_to_strongest_peer", "bfloat16")
-MASTERS_KEYS = ("strongest_float32_peer", "ratio_to_strongest_float32_peer", "autocast")
-
-
-def against(entry: Mapping[str, Any], setting: str, ratio: str, precision: str) -> str:
-    """The strongest peer at a length: its speed, its setting, and how many times as fast we are."""
-    name = entry.get(setting)
-    if name is not None:
-        return (
-            f"{entry['peers'][name]['tokens_per_second']:,.0f} with {short_setting(name)}: ours is {entry[ratio]:.2f} ×"
-        )
-    tried = [peer for name, peer in entry["peers"].items() if name.endswith(precision)] if setting in entry else []
-    return "out of memory" if tried and all(peer.get("out_of_memory") for peer in tried) else "–"
+def against(entry: Mapping[str, Any], stack: str) -> str:
+    """A peer of PEERS at a length: its speed, its setting, and how many times as fast we are."""
+    figures = stacks_of(entry).get(stack, {})
+    if "tokens_per_second" not in figures:
+        return "out of memory" if figures.get("out_of_memory") else "–"
+    speed, ratio = figures["tokens_per_second"], entry[PEERS[stack][1]]
+    return f"{speed:,.0f} with {short_setting(figures['setting'])}: ours is {ratio:.2f} ×"
 
 
 def short_setting(name: str) -> str:
