@@ -1,5 +1,6 @@
 """The README's figures are those of the files that the demo and the benchmarks wrote."""
 
+import dataclasses
 import json
 import operator
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from eabf_jax.evaluation.retrieval_command import figures, read
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.training.plan import DEVICES, GIB, choose
+from eabf_jax.training.recipe import load_config
 
 ROOT = Path(__file__).parents[1]
 WHEN = ("trained", "untrained")
@@ -111,3 +115,25 @@ def test_files_that_the_readme_links_to_exist() -> None:
     local = [link for link in links if not link.startswith("http")]
     assert len(local) > 5
     assert [link for link in local if not (ROOT / link.partition("#")[0]).exists()] == []
+
+
+def test_what_is_said_of_speed_is_that_of_the_committed_runs() -> None:
+    short, long = (
+        json.loads((ROOT / f"benchmarks/results/llama2_7b_{length}_h100.json").read_text()) for length in ("16k", "64k")
+    )
+    rates = {name: peer["tokens_per_second"] for name, peer in short["peers"].items() if peer["microbatches"] == 2}
+    page = " ".join((ROOT / "docs/performance.md").read_text().split())
+    assert f"lie up to {max(rates.values()) / min(rates.values()):.2f} × apart" in page
+    flash = [rates[name] / rates[name.replace("default", "flash")] for name in rates if name.startswith("default/")]
+    assert f"{min(flash) - 1:.0%}".removesuffix("%") + f" to {max(flash) - 1:.0%}".replace("%", " %") in page
+    good = [rate for name, rate in rates.items() if "flash" not in name and ("compiled" in name or "liger" in name)]
+    assert max(good) / min(good) < 1.01
+    assert f"ours is {long['ratio_to_strongest_peer']:.2f} ×" in page
+    config = load_config(["--config_path", str(ROOT / "configs/llama2_7b_eabf_16k.yaml")])
+    model = dataclasses.replace(LlamaConfig.from_fields(config.model.shape), rope=config.scheme)
+    _, found = choose(config, model, {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, DEVICES["h100"])
+    planned, took = sum(found.host.values()) / GIB, short["host_gib"]
+    assert f"predicts {planned:.1f} GiB of host memory" in page and f"took {took:.1f} GiB in all" in page
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"By plan that is {planned:.0f} GiB at 16,384 tokens; the process took {took:.0f}." in readme
+    assert long["ratio_to_strongest_peer"] < 1 and "At 65,536 tokens on one H100 the peer is faster." in readme
