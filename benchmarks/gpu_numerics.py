@@ -21,7 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -513,7 +513,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="gpu", help="gpu, or cpu: small shapes and XLA's attention (default: gpu)")
     parser.add_argument("--schemes", help="rotary schemes, separated by commas (default: every one)")
-    parser.add_argument("--workers", type=int, default=8, help="parts that are compiled at a time (default: 8)")
+    parser.add_argument("--workers", type=int, default=16, help="parts that are compiled at a time (default: 16)")
     parser.add_argument("--json", type=Path, help="write every comparison here")
     options = parser.parse_args()
     if options.device not in SIZES:
@@ -523,7 +523,10 @@ def main() -> None:
     import jax.numpy as jnp
 
     from eabf_jax.model.attention import select
+    from eabf_jax.parallel.mesh import gpu_defaults
     from eabf_jax.rope import scheme_names
+
+    gpu_defaults()
 
     schemes = options.schemes.split(",") if options.schemes else list(scheme_names())
     for name in schemes:
@@ -541,9 +544,13 @@ def main() -> None:
         "backend": backend,
         "lenience": LENIENCE,
     }
+    found: list[dict[str, Any]] = []
     with ThreadPoolExecutor(options.workers) as pool:
         running = [pool.submit(job) for job in jobs(sizes, backend, schemes)]
-        found = [comparison for job in running for comparison in job.result()]
+        for number, job in enumerate(as_completed(running), 1):
+            found += job.result()
+            where = ", ".join(str(found[-1][key]) for key in ("path", "scheme", "length", "slots") if key in found[-1])
+            print(f"{number}/{len(running)} after {time.perf_counter() - begun:.0f} s: {where}", flush=True)
     beyond = [x for x in found if not x["within"]]
     figures |= {"seconds": time.perf_counter() - begun, "beyond": len(beyond), "comparisons": found}
     if options.json:
