@@ -361,7 +361,7 @@ def generation_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
                     number(report.get("prefill_mfu") if name == "long" else None, ".1%"),
                     decode_rate(ours),
                     number(ours.get("bandwidth_share"), ".1%"),
-                    f"{decode_rate(theirs)}: {setting}" if setting else "–",
+                    f"{decode_rate(theirs)}: {setting}{left_out(report, name)}" if setting else "–",
                     number(theirs.get("bandwidth_share"), ".1%"),
                     f"{ratio:.2f} ×" if ratio else "–",
                     source(report) + ("" if "spread" in ours or "error" in ours else "; one figure, of the best run"),
@@ -371,6 +371,13 @@ def generation_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
     peer = ("strongest setting of transformers' `generate`, tokens/s", "its share", "ours is")
     found = table([*header, "share of the memory bandwidth", *peer, "from"], rows)
     return ["### Generation", "", *found] if rows else []
+
+
+def left_out(report: Mapping[str, Any], name: str) -> str:
+    """How many settings of `generate` a run tried, where it did not try all of them."""
+    settings = report["peer"][name].values()
+    tried = sum("left_out" not in figures for figures in settings)
+    return "" if tried == len(settings) else f" ({tried} of {len(settings)} settings tried)"
 
 
 def decode_rate(figures: Mapping[str, Any]) -> str:
@@ -438,7 +445,9 @@ def readme_generation(reports: Iterable[Mapping[str, Any]]) -> list[str]:
                 continue
             setting = report.get("strongest_peer", {}).get(name)
             theirs = f"{report['peer'][name][setting]['tokens_per_second']:,.1f} with {setting}" if setting else "–"
-            ratio = f": ours is {report['ratio_to_strongest_peer'][name]:.2f} ×" if setting else ""
+            ratio = (
+                f"{left_out(report, name)}: ours is {report['ratio_to_strongest_peer'][name]:.2f} ×" if setting else ""
+            )
             rows.append(
                 [
                     f"{report['shape']}, {report['device']}",

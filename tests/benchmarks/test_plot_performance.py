@@ -179,6 +179,9 @@ def test_generation_is_held_against_the_strongest_peer(program):
     row, link = "llama2_7b, NVIDIA H100 | bfloat16", "[new.json](../benchmarks/results/new.json) 2024-01-02 abc"
     ours, theirs = "124.0 (99.2–155.1, 3 runs) | 80.8%", "80.0 (64.0–80.0, 3 runs): static cache | 52.3%"
     assert f"| {row} | 1 × 16,384 | 0.455 | 62.8% | {ours} | {theirs} | 1.55 × | {link} |" in text
+    peer["long"]["float8 cache"] = {"left_out": "the time was up"}
+    cut = "\n".join(program.generation_table([{**report, "date": "2024-01-02T10:00", "commit": "abc"}]))
+    assert "static cache (2 of 3 settings tried) | 52.3%" in cut
     assert f"| {row} | 16 × 2,048 | – | – | out of memory | – | – | – | – | {link} |" in text
     assert program.generation_table([RUN]) == []
     # A file from before there was a strongest peer: its ratio is not shown.
