@@ -17,11 +17,12 @@ are rounded to int8, the plain way rounds them too. Exit status 1: an error is b
 import argparse
 import functools
 import itertools
+import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -485,15 +486,19 @@ def decoding(generator: Any, prompts: Any, total: int) -> Callable[[Any, Any], A
     return decode
 
 
-def jobs(sizes: Sizes, backend: str, schemes: Sequence[str]) -> list[Callable[[], list[dict[str, Any]]]]:
+def model_case(sizes: Sizes, backend: str, name: str, head_dim: int, policies: Sequence[str]) -> list[dict[str, Any]]:
+    """A whole model under one scheme, in training and in generation."""
+    case = Case(sizes, backend, name, head_dim)
+    return [*case.training(policies), *(x for kind in sizes.caches for x in case.generation(kind))]
+
+
+Job = Callable[[], list[dict[str, Any]]]
+
+
+def jobs(sizes: Sizes, backend: str, schemes: Sequence[str]) -> list[Job]:
     """What is compared, each part for itself."""
-
-    def model(name: str, head_dim: int, policies: Sequence[str]) -> list[dict[str, Any]]:
-        case = Case(sizes, backend, name, head_dim)
-        return [*case.training(policies), *(x for kind in sizes.caches for x in case.generation(kind))]
-
-    first = sizes.policies[:1]
-    found: list[Callable[[], list[dict[str, Any]]]] = [
+    model, first = functools.partial(model_case, sizes, backend), sizes.policies[:1]
+    found: list[Job] = [
         functools.partial(model, name, sizes.head_dim, sizes.policies if name == "eabf" else first) for name in schemes
     ]
     heads = [(KV_HEADS, sizes.head_dim)]
@@ -509,16 +514,29 @@ def jobs(sizes: Sizes, backend: str, schemes: Sequence[str]) -> list[Callable[[]
     return found
 
 
+def done(running: Sequence[Job], workers: int) -> Iterator[list[dict[str, Any]]]:
+    """What each part found, as they end; with more than one worker, in processes.
+
+    They are no threads: cuDNN records a CUDA graph when it loads a plan, which another thread's work spoils.
+    """
+    if workers == 1:
+        yield from (job() for job in running)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        yield from (job.result() for job in as_completed([pool.submit(job) for job in running]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="gpu", help="gpu, or cpu: small shapes and XLA's attention (default: gpu)")
     parser.add_argument("--schemes", help="rotary schemes, separated by commas (default: every one)")
-    parser.add_argument("--workers", type=int, default=16, help="parts that are compiled at a time (default: 16)")
+    parser.add_argument("--workers", type=int, default=8, help="processes (default: 8)")
     parser.add_argument("--json", type=Path, help="write every comparison here")
     options = parser.parse_args()
     if options.device not in SIZES:
         raise unknown_name("device", options.device, SIZES)
     os.environ.setdefault("JAX_PLATFORMS", {"gpu": "cuda", "cpu": "cpu"}[options.device])
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the processes share the device
     import jax
     import jax.numpy as jnp
 
@@ -545,12 +563,11 @@ def main() -> None:
         "lenience": LENIENCE,
     }
     found: list[dict[str, Any]] = []
-    with ThreadPoolExecutor(options.workers) as pool:
-        running = [pool.submit(job) for job in jobs(sizes, backend, schemes)]
-        for number, job in enumerate(as_completed(running), 1):
-            found += job.result()
-            where = ", ".join(str(found[-1][key]) for key in ("path", "scheme", "length", "slots") if key in found[-1])
-            print(f"{number}/{len(running)} after {time.perf_counter() - begun:.0f} s: {where}", flush=True)
+    running = jobs(sizes, backend, schemes)
+    for number, part in enumerate(done(running, options.workers), 1):
+        found += part
+        where = ", ".join(str(part[-1][key]) for key in ("path", "scheme", "length", "slots") if key in part[-1])
+        print(f"{number}/{len(running)} after {time.perf_counter() - begun:.0f} s: {where}", flush=True)
     beyond = [x for x in found if not x["within"]]
     figures |= {"seconds": time.perf_counter() - begun, "beyond": len(beyond), "comparisons": found}
     if options.json:

@@ -1,5 +1,6 @@
 """The program that holds a GPU against float32, on a CPU: its references, and that it finds what is wrong."""
 
+import functools
 import json
 
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ def call(program, monkeypatch, tmp_path):
     """Runs the program on a CPU; returns its exit status and its file."""
 
     def run(*arguments):
-        path = tmp_path / "out.json"
-        monkeypatch.setattr("sys.argv", ["gpu_numerics", "--device", "cpu", "--json", str(path), *arguments])
+        path, argv = tmp_path / "out.json", ["gpu_numerics", "--device", "cpu", "--workers", "1"]
+        monkeypatch.setattr("sys.argv", [*argv, "--json", str(path), *arguments])
         status = 0
         try:
             program.main()
@@ -103,7 +104,7 @@ def shortened(sizes):
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_model_is_compared_in_training_and_in_generation(program, call, monkeypatch):
     monkeypatch.setitem(program.SIZES, "cpu", shortened(program.SIZES["cpu"]))
-    status, figures = call("--schemes", "eabf", "--workers", "2")
+    status, figures = call("--schemes", "eabf")
     found = figures["comparisons"]
     assert [x for x in found if not x["within"]] == [] and figures["beyond"] == 0 and status == 0
     assert {x["path"].partition(",")[0] for x in found} == {"training", "prefill", "decode", "generate"}
@@ -122,6 +123,11 @@ def test_every_scheme_is_compared_beyond_its_window(program):
         assert rope.name == name
         if name == "eabf":
             assert rope.logit_scale(jnp.arange(40), 2)[-1] > 1 and rope.logit_scale(jnp.arange(40), 1)[-1] == 1
+
+
+def test_parts_are_done_in_processes(program):
+    numbers = list(program.done([functools.partial(divmod, 7, by) for by in (2, 3)], 2))
+    assert sorted(numbers) == [(2, 1), (3, 1)]
 
 
 def test_what_is_beyond_its_limit_is_a_failure(program, call, monkeypatch, capsys):
