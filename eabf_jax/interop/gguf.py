@@ -295,7 +295,7 @@ def _rope(file: GgufFile, head_dim: int, window: int) -> Scheme:
     yarn = kind == "yarn" and factor != 1.0
     # llama.cpp multiplies cos and sin by this and then by attn_factor. What others write under yarn_attn_factor is the
     # whole product (Hugging Face's attention_factor), which llama.cpp passes over: one file, two models.
-    magnitude = 0.1 * math.log(factor) + 1.0 if yarn else 1.0
+    magnitude = 0.1 * math.log(max(factor, 1.0)) + 1.0 if yarn else 1.0
     if whole is not None and not _near(whole, magnitude):
         raise file.error(
             f"{PREFIX}rope.scaling.yarn_attn_factor is {whole}, expected none or {magnitude:.7g}, which follows from "

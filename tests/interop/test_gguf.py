@@ -195,7 +195,8 @@ def llama_cpp_yarn(factor: float, window: float, fast: float, slow: float, own: 
     """Frequencies and magnitude in float64, as ggml's rope_yarn has them and llama_context sets its arguments.
 
     There freq_scale is 1 / factor, ext_factor 1, and attn_factor is set so that with rope_yarn's own
-    1 + 0.1 ln(1 / freq_scale) cos and sin are multiplied by that once, times the file's attn_factor.
+    1 + 0.1 ln(1 / freq_scale) cos and sin are multiplied by that once, or by 1 where the factor is below 1, times the
+    file's attn_factor.
     """
     pair = np.arange(HEAD_DIM // 2)
     extrapolated = 10_000.0 ** (-2.0 * pair / HEAD_DIM)
@@ -206,7 +207,7 @@ def llama_cpp_yarn(factor: float, window: float, fast: float, slow: float, own: 
     low = max(0.0, np.floor(corrected(fast)))
     high = min(HEAD_DIM - 1.0, np.ceil(corrected(slow)))
     mix = 1.0 - np.clip((pair - low) / max(0.001, high - low), 0.0, 1.0)
-    return extrapolated / factor * (1.0 - mix) + extrapolated * mix, own * (1.0 + 0.1 * np.log(factor))
+    return extrapolated / factor * (1.0 - mix) + extrapolated * mix, own * (1.0 + 0.1 * np.log(max(factor, 1.0)))
 
 
 YARN_WHOLE = float(0.1 * np.log(4.0) + 1.0)
@@ -219,6 +220,8 @@ YARN_WHOLE = float(0.1 * np.log(4.0) + 1.0)
         ({"original_context_length": 2048}, 2048, 32.0, 1.0, 1.0),
         ({"yarn_beta_fast": 8.0, "yarn_beta_slow": 2.0, "original_context_length": 1024}, 1024, 8.0, 2.0, 1.0),
         ({"attn_factor": 0.5}, 4096, 32.0, 1.0, 0.5),
+        ({"factor": 0.5}, 4096, 32.0, 1.0, 1.0),
+        ({"factor": 0.5, "attn_factor": 0.75}, 4096, 32.0, 1.0, 0.75),
         ({"yarn_attn_factor": YARN_WHOLE, "yarn_ext_factor": 1.0}, 4096, 32.0, 1.0, 1.0),
         ({"yarn_log_multiplier": 0.0, "finetuned": True, "yarn_ext_factor": -1.0}, 4096, 32.0, 1.0, 1.0),
     ],
@@ -226,9 +229,9 @@ YARN_WHOLE = float(0.1 * np.log(4.0) + 1.0)
 def test_yarn_is_that_of_llama_cpp(
     tmp_path: Path, settings: Metadata, window: float, fast: float, slow: float, own: float
 ) -> None:
-    values = scaling({"type": "yarn", "factor": 4.0, **settings})
-    found = config_of(converted(tmp_path, values)).rope
-    frequencies, magnitude = llama_cpp_yarn(4.0, window, fast, slow, own)
+    settings = {"type": "yarn", "factor": 4.0, **settings}
+    found = config_of(converted(tmp_path, scaling(settings))).rope
+    frequencies, magnitude = llama_cpp_yarn(settings["factor"], window, fast, slow, own)
     np.testing.assert_allclose(found.inverse_frequencies(HEAD_DIM), frequencies, rtol=2e-7)  # float32
     assert found.rotation_scale() == pytest.approx(magnitude, rel=1e-12)
 
