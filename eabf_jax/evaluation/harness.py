@@ -7,16 +7,13 @@ What the harness' Hugging Face backend computes for a request, this computes too
 same sums. Cutting prompts in the middle is the one thing added.
 """
 
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import yaml
-from jaxtyping import Array, Bool, Float, Int
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -33,25 +30,18 @@ from tqdm import tqdm
 from eabf_jax.data.chat import Turn
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.evaluation.command import parse_entry
+from eabf_jax.evaluation.scorer import Scorer, Span
 from eabf_jax.inference import Generator, Sampling, placement
 from eabf_jax.inference.chat import render
 from eabf_jax.inference.command import TRUNCATIONS
 from eabf_jax.interop.loading import load
 from eabf_jax.interop.tokenizer import load_tokenizer
-from eabf_jax.model.llama import Llama, logits
+from eabf_jax.model.llama import Llama
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh, use_every_core
-from eabf_jax.parallel.rules import (
-    activation_constraint,
-    batch_sharding,
-    batch_ways,
-    parameter_shardings,
-    sharded_attention,
-)
+from eabf_jax.parallel.rules import batch_ways
 
 # Settings of `generate_until` that change how tokens are drawn.
 _DRAWING = ("temperature", "top_k", "top_p", "repetition_penalty")
-# Positions of a row whose logits exist at a time.
-_CHUNK = 1024
 
 
 @register_model("eabf")
@@ -116,7 +106,7 @@ class EabfLM(TemplateLM):
         self._mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=int(tensor)))
         placement.check(self._mesh, config)
         self._model: Llama | None = self._load()
-        self._scorer: _Scorer | None = None
+        self._scorer: Scorer | None = None
         self._generator: Generator | None = None
 
     def _load(self) -> Llama:
@@ -127,10 +117,10 @@ class EabfLM(TemplateLM):
         model, self._model = self._model or self._load(), None
         return model
 
-    def _scoring(self) -> "_Scorer":
+    def _scoring(self) -> Scorer:
         if self._scorer is None:
             self._generator = None  # the device need not hold the weights twice
-            self._scorer = _Scorer(self._take_model(), self._mesh)
+            self._scorer = Scorer(self._take_model(), self._mesh)
         return self._scorer
 
     def _generating(self) -> Generator:
@@ -225,31 +215,24 @@ class EabfLM(TemplateLM):
         Raises:
           InputError: a continuation longer than the window.
         """
-        rows = [self._fit(context, continuation) for _, context, continuation in requests]
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-        with tqdm(total=len(rows), disable=disable_tqdm, desc="scoring") as bar:
-            for start in range(0, len(order), self._rows):
-                batch = order[start : start + self._rows]
-                log_probs, is_greedy = self._scoring()([rows[index] for index in batch], self._rows)
-                for number, index in enumerate(batch):
-                    key, continuation = requests[index][0], requests[index][2]
-                    scored = slice(len(rows[index]) - 1 - len(continuation), len(rows[index]) - 1)
-                    total = float(log_probs[number, scored].sum(dtype=np.float64))
-                    found[index] = total, bool(is_greedy[number, scored].all())
-                    if key is not None:
-                        self.cache_hook.add_partial("loglikelihood", key, found[index])
-                bar.update(len(batch))
+        spans = [self._fit(context, continuation) for _, context, continuation in requests]
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(spans)
+        scores = self._scoring()(spans, self.batch_size)
+        for index, log_probs, is_greedy in tqdm(scores, total=len(spans), disable=disable_tqdm, desc="scoring"):
+            found[index] = float(log_probs.sum(dtype=np.float64)), bool(is_greedy.all())
+            key = requests[index][0]
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, found[index])
         return found
 
-    def _fit(self, context: list[int], continuation: list[int]) -> list[int]:
-        """Context and continuation as one row, of which the model reads all but the last token."""
+    def _fit(self, context: list[int], continuation: list[int]) -> Span:
+        """A continuation after as much of its context as there is room for."""
         room = self.window + 1 - len(continuation)
         if room < 1:
             raise InputError(f"a continuation of {len(continuation)} tokens exceeds the window of {self.window}")
         if len(context) > room:
             context = truncate_tokens(context, room, side=self._truncate)
-        return [*context, *continuation]
+        return Span([*context, *continuation[:-1]], len(context) - 1, continuation)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Scores whole texts, window by window.
@@ -343,83 +326,6 @@ class EabfLM(TemplateLM):
 
     def _cut(self, prompt: list[int], room: int) -> list[int]:
         return prompt if len(prompt) <= room else truncate_tokens(prompt, room, side=self._truncate)
-
-
-class _Scorer:
-    """Log-probabilities of the tokens of rows, on all devices."""
-
-    def __init__(self, model: Llama, mesh: jax.sharding.Mesh):
-        self._mesh = mesh
-        template = Llama.abstract(
-            model.config,
-            dtype=model.dtype,
-            param_dtype=model.dtype,
-            attention=sharded_attention(mesh, model.attention, model.config.num_key_value_heads),
-            constrain=activation_constraint(mesh),
-        )
-        params = model.parameters()
-        # They travel as arguments: closed over, they would be compiled into the program.
-        self._params = jax.device_put(params, parameter_shardings(mesh, params))
-        self._run: Callable[..., tuple[Array, Array]] = jax.jit(
-            lambda params, *arrays: token_scores(template.with_parameters(params), *arrays)
-        )
-
-    def __call__(self, rows: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores every token of every row but the first.
-
-        Args:
-          rows: token ids, at most `size` rows of any lengths from 2.
-          size: rows of the batch that is compiled for.
-
-        Returns:
-          Log-probabilities float32 and likeliest or not bool, [rows, longest - 1 or a little more].
-        """
-        width = _rounded(max(map(len, rows)) - 1)
-        inputs, targets = (np.zeros((size, width), np.int32) for _ in range(2))
-        # What fills a row stays at its last position, so that a scheme that follows the length takes the row's own.
-        positions = np.zeros((size, width), np.int32)
-        for number, row in enumerate(rows):
-            length = len(row) - 1
-            inputs[number, :length], targets[number, :length] = row[:-1], row[1:]
-            positions[number] = np.minimum(np.arange(width), length - 1)
-        arrays = jax.device_put((inputs, targets, positions), batch_sharding(self._mesh))
-        log_probs, is_greedy = self._run(self._params, *arrays)
-        return np.asarray(log_probs), np.asarray(is_greedy)
-
-
-def token_scores(
-    model: Llama, tokens: Int[Array, "B T"], targets: Int[Array, "B T"], positions: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """Scores the token after each token.
-
-    Args:
-      model: the model.
-      tokens: int32 [batch, length].
-      targets: int32 [batch, length], the token that follows each.
-      positions: int32 [batch, length], as for the model.
-
-    Returns:
-      Log-probabilities of the targets, float32 [batch, length], in nats; and whether each is the likeliest token.
-    """
-    hidden, kernel = model.hidden_states(tokens, positions), model.output_kernel()
-    size = math.gcd(tokens.shape[1], _CHUNK)
-
-    def chunks(x: Array) -> Array:
-        return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
-
-    def score(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
-        scores = logits(chunk[0], kernel)
-        chosen = jnp.take_along_axis(scores, chunk[1][..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(scores, axis=-1), scores.argmax(-1) == chunk[1]
-
-    log_probs, is_greedy = jax.lax.map(score, (chunks(hidden), chunks(targets)))
-    return log_probs.swapaxes(0, 1).reshape(tokens.shape), is_greedy.swapaxes(0, 1).reshape(tokens.shape)
-
-
-def _rounded(length: int) -> int:
-    """The length, or up to a quarter more: four shapes from a power of two to the next."""
-    step = max(16, (1 << (length - 1).bit_length()) // 8)
-    return -(-length // step) * step
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:

@@ -1,9 +1,8 @@
 """How well a model uses what lies far back: loss by position of one pass, and perplexity of sliding windows."""
 
-import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +10,8 @@ from jaxtyping import Float, Int
 
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation.intervals import student
-from eabf_jax.evaluation.reader import Progress, Reader
+from eabf_jax.evaluation.scorer import Scorer, Span
 from eabf_jax.model.llama import Llama
-from eabf_jax.training.loss import token_losses
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,7 @@ def position_losses(
     documents: Int[np.ndarray, "documents T"],
     *,
     batch_size: int = 1,
-    chunk: int = 1024,
-    progress: Progress = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Float[np.ndarray, "documents T_minus_1"]:
     """Loss of every token of every document, each document read in one pass.
 
@@ -53,16 +50,13 @@ def position_losses(
       model: the model.
       documents: int32 [documents, length], all of the same length.
       batch_size: documents that each device reads in one forward pass.
-      chunk: positions whose logits exist at a time.
       progress: called with the number of documents done.
 
     Returns:
       float32 [documents, length - 1], nats; entry t belongs to the token at position t + 1.
     """
-    reader = Reader(model)
-    score = reader.compiled(functools.partial(token_losses, chunk=chunk))
-    losses: np.ndarray = reader.map(score, [documents], batch_size=batch_size, progress=progress)
-    return losses
+    length = documents.shape[1]
+    return _losses(model, documents, length, [length], batch_size, progress)
 
 
 def window_ends(length: int, window: int, stride: int) -> list[int]:
@@ -86,8 +80,7 @@ def sliding_losses(
     stride: int = 256,
     *,
     batch_size: int = 1,
-    chunk: int = 1024,
-    progress: Progress = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Float[np.ndarray, "documents T_minus_1"]:
     """Loss of every token of every document, read through a window that slides over it.
 
@@ -100,7 +93,6 @@ def sliding_losses(
       window: tokens that the model sees at a time.
       stride: tokens from one window to the next.
       batch_size: windows that each device reads in one forward pass.
-      chunk: positions whose logits exist at a time.
       progress: called with the number of windows done.
 
     Returns:
@@ -109,24 +101,31 @@ def sliding_losses(
       InputError: a window of less than 2 tokens or longer than the documents, or a stride that is not shorter than it.
     Source: the evaluation of "YaRN" (Peng et al., 2023, section 4.3.1), after Press et al., 2022.
     """
-    count, length = documents.shape
+    length = documents.shape[1]
     check_window(window, stride, length)
-    reader = Reader(model)
+    return _losses(model, documents, window, window_ends(length, window, stride), batch_size, progress)
 
-    def read(rows: np.ndarray, start: int, done: int) -> np.ndarray:
-        score = reader.compiled(functools.partial(token_losses, chunk=chunk, start=start))
-        losses: np.ndarray = reader.map(score, [rows], batch_size=batch_size, progress=lambda now: progress(done + now))
-        return losses
 
-    first = read(documents[:, :window], 0, 0)
-    ends = window_ends(length, window, stride)
-    if len(ends) == 1:
-        return first
-    windows = np.stack([documents[:, end - window : end] for end in ends[1:]], axis=1)
-    last = read(windows.reshape(-1, window), window - 1 - stride, count).reshape(count, -1, stride)
-    # The last step may be shorter than a stride: its window repeats tokens that have been scored.
-    new = np.diff(ends)
-    return np.concatenate([first, *(last[:, number, stride - step :] for number, step in enumerate(new))], axis=1)
+def _losses(
+    model: Llama,
+    documents: Int[np.ndarray, "documents T"],
+    window: int,
+    ends: Sequence[int],
+    batch_size: int,
+    progress: Callable[[int], None],
+) -> Float[np.ndarray, "documents T_minus_1"]:
+    """Losses of documents read through windows with these ends; each window scores what the one before it did not."""
+    losses = np.empty((len(documents), documents.shape[1] - 1), np.float32)
+    steps = [(row, *step) for row in range(len(documents)) for step in itertools.pairwise([1, *ends])]
+    spans = [
+        Span(documents[row, end - window : end], start - 1 - (end - window), documents[row, start:end])
+        for row, start, end in steps
+    ]
+    for done, (index, log_probs, _) in enumerate(Scorer(model)(spans, batch_size), start=1):
+        row, start, end = steps[index]
+        losses[row, start - 1 : end - 1] = -log_probs
+        progress(done)
+    return losses
 
 
 def check_window(window: int, stride: int, length: int) -> None:

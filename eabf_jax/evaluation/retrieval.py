@@ -7,23 +7,19 @@ after the prompt and the answer's tokens before it; one forward pass over prompt
 likelihood as well.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
 
 from eabf_jax.data.chat import Turn
 from eabf_jax.errors import InputError
-from eabf_jax.evaluation.reader import Progress, Reader
+from eabf_jax.evaluation.scorer import Scorer, Span
 from eabf_jax.inference.chat import render
 from eabf_jax.inference.text import encode_text
 from eabf_jax.interop.tokenizer import Tokenizer
-from eabf_jax.model.llama import Llama, logits
+from eabf_jax.model.llama import Llama
 
 
 class Wording(NamedTuple):
@@ -140,43 +136,14 @@ def fitted(
     return tokens, next((index for index, equal in enumerate(same) if not equal), len(before)), fits
 
 
-def answer_scores(
-    model: Llama, tokens: Int[Array, "B T"], begins: Int[Array, "B"], ends: Int[Array, "B"], *, most: int
-) -> tuple[Bool[Array, "B"], Float[Array, "B"]]:
-    """Whether greedy decoding gives the answers, and their loss.
-
-    Args:
-      model: the model.
-      tokens: int32 [batch, length]: prompt, answer, padding.
-      begins: int32 [batch], index of each answer's first token, at least 1.
-      ends: int32 [batch], index behind each answer's last token.
-      most: tokens of the longest answer.
-
-    Returns:
-      bool [batch]: every token of the answer is the likeliest; float32 [batch]: nats per token of the answer.
-    """
-    # Padding stays at the last position: schemes that follow the length see that of prompt and answer.
-    positions = jnp.minimum(jnp.arange(tokens.shape[1], dtype=jnp.int32), ends[:, None] - 1)
-    hidden = model.hidden_states(tokens, positions)
-    index = begins[:, None] + jnp.arange(most)
-    counts = index < ends[:, None]
-    index = jnp.minimum(index, tokens.shape[1] - 1)
-    scores = logits(jnp.take_along_axis(hidden, index[..., None] - 1, axis=1), model.output_kernel())
-    targets = jnp.take_along_axis(tokens, index, axis=1)
-    chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(scores, axis=-1) - chosen
-    hits = (scores.argmax(axis=-1) == targets) | ~counts
-    return hits.all(axis=1), jnp.where(counts, losses, 0).sum(axis=1) / counts.sum(axis=1)
-
-
 def measure(
     model: Llama,
     prompts: Sequence[Prompt],
     *,
     batch_size: int = 1,
-    progress: Progress = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[Cell]:
-    """Asks a model all questions, those of one length together.
+    """Asks a model all questions.
 
     Args:
       model: the model.
@@ -187,24 +154,12 @@ def measure(
     Returns:
       A cell for each length and depth, in the order in which they first appear.
     """
-    reader = Reader(model)
-    most = max(len(prompt.tokens) - prompt.begin for prompt in prompts)
-    score = reader.compiled(lambda *arguments: answer_scores(*arguments, most=most))
     results: dict[tuple[int, int | None], list[tuple[bool, float]]] = {(p.length, p.depth): [] for p in prompts}
-    done = 0
-    for length in sorted({prompt.length for prompt in prompts}):
-        group = [prompt for prompt in prompts if prompt.length == length]
-        tokens = np.zeros((len(group), length), np.int32)
-        for row, prompt in enumerate(group):
-            tokens[row, : len(prompt.tokens)] = prompt.tokens
-        begins = np.array([prompt.begin for prompt in group], np.int32)
-        ends = np.array([len(prompt.tokens) for prompt in group], np.int32)
-        arrays = [tokens, begins, ends]
-        advance = functools.partial(lambda before, now: progress(before + now), done)
-        hits, losses = reader.map(score, arrays, batch_size=batch_size, progress=advance)
-        done += len(group)
-        for prompt, hit, loss in zip(group, hits.tolist(), losses.tolist(), strict=True):
-            results[prompt.length, prompt.depth].append((hit, loss))
+    spans = [Span(prompt.tokens, prompt.begin - 1, prompt.tokens[prompt.begin :]) for prompt in prompts]
+    for done, (index, log_probs, is_greedy) in enumerate(Scorer(model)(spans, batch_size), start=1):
+        prompt = prompts[index]
+        results[prompt.length, prompt.depth].append((bool(is_greedy.all()), -float(log_probs.mean())))
+        progress(done)
     return [
         Cell(length, depth, sum(hit for hit, _ in found), len(found), float(np.mean([x for _, x in found])))
         for (length, depth), found in results.items()

@@ -57,7 +57,7 @@ def test_hits_are_what_greedy_generation_finds(name: str) -> None:
     cells = measure(model, prompts, progress=done.append)
     assert {cell.depth: cell.hits for cell in cells} == expected
     assert [cell.total for cell in cells] == [1] * 16
-    assert done == [8, 16]  # a row for each of eight devices
+    assert done == list(range(1, 17))
 
 
 def test_cells_count_and_average_prompts_of_several_lengths() -> None:

@@ -1,0 +1,153 @@
+"""Log-probabilities of tokens, each given those before it: perplexity, retrieval and the harness start from these."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from eabf_jax.inference import placement
+from eabf_jax.model.attention import Attention
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.llama import Llama, logits
+from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.parallel.rules import (
+    activation_constraint,
+    batch_ways,
+    layer_product,
+    parameter_shardings,
+    sharded_attention,
+)
+
+
+class Span(NamedTuple):
+    """Consecutive tokens to score.
+
+    Attributes:
+      tokens: all that the model reads, at least one token.
+      begin: index of the token before the first target.
+      targets: the tokens to score; all but the last of them stand in `tokens`, from `begin` + 1 on.
+    """
+
+    tokens: Sequence[int] | np.ndarray
+    begin: int
+    targets: Sequence[int] | np.ndarray
+
+
+class Scorer:
+    """A model on a mesh that scores spans."""
+
+    def __init__(self, model: Llama, mesh: Mesh | None = None):
+        """Places the parameters.
+
+        Args:
+          model: the model.
+          mesh: the devices; None copies the whole model to each device, which takes rows of its own.
+
+        Raises:
+          InputError: a mesh that the model does not fit on.
+        """
+        self._mesh = make_mesh(MeshConfig(data=-1, fsdp=1)) if mesh is None else mesh
+        placement.check(self._mesh, model.config)
+        params = model.parameters()
+        self._params = jax.device_put(params, parameter_shardings(self._mesh, params))
+        self._program = _program(model.config, model.dtype, model.attention, self._mesh)
+
+    def __call__(
+        self, spans: Sequence[Span], batch_size: int = 1
+    ) -> Iterator[tuple[int, Float[np.ndarray, "T"], Bool[np.ndarray, "T"]]]:
+        """Scores spans in batches of similar lengths, the longest first.
+
+        Args:
+          spans: of any lengths.
+          batch_size: spans that each device reads at a time; devices that share a model count as one.
+
+        Yields:
+          Index of a span, log-probabilities of its targets (float32, nats), and whether each is the likeliest token.
+        """
+        order = sorted(range(len(spans)), key=lambda index: (-len(spans[index].tokens), -len(spans[index].targets)))
+        size = batch_size * batch_ways(self._mesh)
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            width = min(padded_length(len(spans[batch[0]].tokens)), -(-len(spans[order[0]].tokens) // 128) * 128)
+            # Few widths here as well: next to what the layers cost, some more logits are cheap.
+            most = min(1 << max(6, (max(len(spans[index].targets) for index in batch) - 1).bit_length()), width)
+            tokens, targets = np.zeros((size, width), np.int32), np.zeros((size, most), np.int32)
+            lengths, begins = np.ones(size, np.int32), np.zeros(size, np.int32)
+            for row, (read, begin, scored) in enumerate(spans[index] for index in batch):
+                tokens[row, : len(read)], targets[row, : len(scored)] = read, scored
+                lengths[row], begins[row] = len(read), begin
+            rows = jax.device_put((tokens, lengths, begins, targets), placement.row_sharding(self._mesh))
+            log_probs, is_greedy = map(np.asarray, self._program(self._params, *rows))
+            for row, index in enumerate(batch):
+                count = len(spans[index].targets)
+                yield index, log_probs[row, :count], is_greedy[row, :count]
+
+
+@functools.lru_cache(maxsize=8)
+def _program(config: LlamaConfig, dtype: Any, attention: Attention, mesh: Mesh) -> Callable[..., tuple[Array, Array]]:
+    """`token_scores` of parameters and rows; kept, so that a model of the same shape needs no new compilation."""
+    model = Llama.abstract(
+        config,
+        dtype=dtype,
+        attention=sharded_attention(mesh, attention, config.num_key_value_heads),
+        constrain=activation_constraint(mesh),
+        product=layer_product(mesh),
+    )
+    # Parameters are arguments: a closure would make them constants of the program.
+    return jax.jit(lambda params, *rows: token_scores(model.with_parameters(params), *rows))
+
+
+def token_scores(
+    model: Llama,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    begins: Int[Array, "B"],
+    targets: Int[Array, "B S"],
+    *,
+    chunk: int = 1024,
+) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
+    """Scores the tokens after each row's `begins`.
+
+    Args:
+      model: the model.
+      tokens: int32 [batch, length], each row padded at its end.
+      lengths: int32 [batch], tokens of each row without padding.
+      begins: int32 [batch], index of the token before the first target.
+      targets: int32 [batch, scored]; what is returned for a row's padding has no meaning.
+      chunk: most targets of a row whose logits exist at a time.
+
+    Returns:
+      Log-probabilities of the targets, float32 [batch, scored], in nats; and whether each is the likeliest token.
+    """
+    rows, scored = targets.shape
+    # Padding repeats the last position: schemes that follow the length take the row's own.
+    positions = jnp.minimum(jnp.arange(tokens.shape[1], dtype=jnp.int32), lengths[:, None] - 1)
+    hidden = model.hidden_states(tokens, positions)
+    # Gathered before the chunks, as in training: each chunk would gather its logits otherwise.
+    kernel = model.constrain(model.output_kernel().astype(hidden.dtype), None, "vocab")
+    pieces = -(-scored // chunk)
+    targets = jnp.pad(targets, ((0, 0), (0, -scored % pieces)))
+    index = jnp.minimum(begins[:, None] + jnp.arange(targets.shape[1]), tokens.shape[1] - 1)
+
+    def score(part: tuple[Array, Array]) -> tuple[Array, Array]:
+        index, targets = part
+        scores = logits(jnp.take_along_axis(hidden, index[..., None], axis=1), kernel)
+        chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(scores, axis=-1), scores.argmax(axis=-1) == targets
+
+    parts = jax.tree.map(lambda x: x.reshape(rows, pieces, -1).swapaxes(0, 1), (index, targets))
+    log_probs, is_greedy = jax.tree.map(
+        lambda x: x.swapaxes(0, 1).reshape(rows, -1)[:, :scored], jax.lax.map(score, parts)
+    )
+    return log_probs, is_greedy
+
+
+def padded_length(length: int) -> int:
+    """The length, or up to a quarter more: four shapes from a power of two to the next."""
+    step = max(16, (1 << (length - 1).bit_length()) // 8)
+    return -(-length // step) * step
