@@ -57,7 +57,7 @@ class BrokenFile(InputError):
         """
         super().__init__(
             f"{what} at byte {offset}, in the entry that begins at byte {entry_start}; "
-            f"{entries} whole entries before it (--keep-complete goes on with those)"
+            f"{entries} whole entries before it"
         )
         self.offset = offset
         self.entries = entries

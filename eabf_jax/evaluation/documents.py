@@ -1,7 +1,6 @@
 """What perplexity is measured on: a prepared dataset, or texts."""
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,11 +8,12 @@ import numpy as np
 from jaxtyping import Int
 
 from eabf_jax.data.dataset import METADATA_FILE, Records
+from eabf_jax.data.forms import FORMS, TEXT, Passage, Unusable
+from eabf_jax.data.json_stream import CHUNK_BYTES
+from eabf_jax.data.sources import files_of, read_entries
 from eabf_jax.errors import InputError
-from eabf_jax.inference.text import encode_text, only_text
+from eabf_jax.inference.text import encode_text
 from eabf_jax.interop.tokenizer import Tokenizer
-
-TEXT_SUFFIXES = (".txt", ".jsonl")
 
 
 def is_text(source: str) -> bool:
@@ -23,20 +23,16 @@ def is_text(source: str) -> bool:
       source: what `--data` names.
 
     Returns:
-      Whether it is a text file or a directory of such.
+      Whether it is anything but a prepared dataset.
     Raises:
-      InputError: it is neither a text nor a dataset, or is not there.
+      InputError: it does not exist.
     """
-    path = Path(source)
-    if (path / METADATA_FILE).is_file():
-        return False
-    if (path.is_file() and path.suffix in TEXT_SUFFIXES) or (path.is_dir() and _text_files(path)):
-        return True
-    wrong = "holds neither a dataset nor .txt or .jsonl files" if path.exists() else "does not exist"
-    raise InputError(
-        f"--data {source} {wrong}: `eabf prepare --src sharegpt.json --dst {source} --tokenizer MODEL` makes a dataset "
-        "there; texts go there as .txt (one document) or .jsonl (one a line)"
-    )
+    if not Path(source).exists():
+        raise InputError(
+            f"--data {source} does not exist: `eabf prepare --src FILE --dst {source} --tokenizer MODEL` makes a "
+            "dataset there; texts go there as .txt (one document), .jsonl (one a line) or another kind of docs/data.md"
+        )
+    return not (Path(source) / METADATA_FILE).is_file()
 
 
 def read_documents(
@@ -51,8 +47,7 @@ def read_documents(
     """Reads documents of one length.
 
     Args:
-      source: a dataset made by `eabf prepare`, a text file (.txt: one document; .jsonl: one a line, under "text"), or a
-        directory of text files.
+      source: a dataset made by `eabf prepare`; or a file or directory that `eabf prepare --format text` reads.
       split: of a dataset.
       length: tokens to cut each document to; None takes the shortest one's length.
       limit: use the first so many; None takes all.
@@ -67,7 +62,7 @@ def read_documents(
     if is_text(source):
         assert tokenizer is not None
         name = source
-        found = (np.asarray(encode_text(tokenizer, text), np.int32) for text in read_texts(Path(source)))
+        found = (np.asarray(encode_text(tokenizer, text), np.int32) for text in _texts(Path(source)))
     else:
         name = f"split {split!r} of {source}"
         records = Records(source, split)
@@ -86,39 +81,18 @@ def read_documents(
     return np.stack([document[: length or shortest] for document in documents]).astype(np.int32)
 
 
-def read_texts(path: Path) -> Iterator[str]:
-    """The texts of a file or of a directory's files, in the order of their names.
-
-    Args:
-      path: a .txt or .jsonl file, or a directory of such.
-
-    Yields:
-      One text a .txt file, one a line of a .jsonl file.
-    Raises:
-      InputError: a file that is no UTF-8, or a line that is no JSON object with a string under "text".
-    """
-    for file in _text_files(path) if path.is_dir() else [path]:
-        with only_text(str(file)):
-            content = file.read_text(encoding="utf-8")
-        if file.suffix == ".txt":
-            yield content
-            continue
-        # Not splitlines: a JSON string may hold line separators other than the line feed.
-        for number, line in enumerate(content.split("\n"), start=1):
-            if line.strip():
-                yield _text_of(line, f"{file}, line {number}")
-
-
-def _text_files(directory: Path) -> list[Path]:
-    return sorted(file for file in directory.iterdir() if file.is_file() and file.suffix in TEXT_SUFFIXES)
-
-
-def _text_of(line: str, place: str) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{place} is no JSON: {error}") from error
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        raise InputError(f'{place}: an object with a string under "text" is needed, such as {{"text": "Once ..."}}')
-    return text
+def _texts(path: Path) -> Iterator[str]:
+    """What `eabf prepare --format text` reads from the same files, in the same order."""
+    form = FORMS[TEXT]
+    files, _ = files_of([path])
+    for file in files:
+        entries = read_entries(file, TEXT, CHUNK_BYTES, False, lambda _: None)
+        for number, entry in enumerate(entries, start=1):
+            try:
+                if not form.claims(entry.value):
+                    raise Unusable("no text")
+                content = form.read(entry.value)
+            except Unusable as fault:
+                raise InputError(f"{file}, entry {number}: {fault.reason}; {form.needs} is needed") from None
+            assert isinstance(content, Passage)
+            yield content.text

@@ -187,6 +187,7 @@ class Pieces:
 
         Returns:
           Sum of the losses that count (nats), the gradients with this microbatch's added, and the gradient by x.
+        Source: `loss.token_losses` defines the losses.
         """
         params = merge(trained, frozen)
         tied = "lm_head" not in params

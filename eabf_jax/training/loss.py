@@ -1,4 +1,9 @@
-"""Next-token cross-entropy, in chunks so that the full logits never exist."""
+"""Next-token cross-entropy: its plain definition, and the targets of a batch.
+
+Training does not call `token_losses`: `backward.Pieces.head` computes the same loss together with its derivatives, by
+hand. tests/training/test_backward.py compares that with `jax.grad` of `token_losses`, and test_loss.py compares
+`token_losses` with PyTorch's cross-entropy. Evaluation needs no gradients, and has a scorer of its own.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +22,7 @@ def token_losses(
     chunk: int = 1024,
     start: int = 0,
 ) -> Float[Array, "B scored"]:
-    """Negative log-likelihood of every token but the first, given those before it.
+    """Negative log-likelihood of every token but the first, given those before it; the full logits never exist.
 
     Args:
       model: the model.

@@ -1,5 +1,6 @@
 """Documents out of text files, and what is said about those that are none."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -39,6 +40,14 @@ def test_a_directory_is_read_in_the_order_of_names(texts: Path, tokenizer: Token
     np.testing.assert_array_equal(two, [tokens[:6] for tokens in whole[:2]])
 
 
+def test_every_kind_of_file_that_prepare_reads(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps([{"content": TEXTS[0]}]).encode()))
+    (tmp_path / "b.csv").write_text(f'id,text\n1,"{TEXTS[1]}"\n', encoding="utf-8")
+    documents = read_documents(str(tmp_path), "", 6, None, tokenizer=tokenizer)
+    expected = [[tokenizer.bos_id, *tokenizer.encode(text)][:6] for text in TEXTS[:2]]
+    np.testing.assert_array_equal(documents, expected)
+
+
 def test_shorter_documents_are_refused_or_left_out(texts: Path, tokenizer: Tokenizer) -> None:
     lengths = [1 + len(tokenizer.encode(text)) for text in TEXTS]
     length = sorted(lengths)[1]
@@ -53,9 +62,11 @@ def test_shorter_documents_are_refused_or_left_out(texts: Path, tokenizer: Token
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("x.jsonl", b'{"text": "a"}\n{"txt": "b"}', "x.jsonl, line 2: an object with a string"),
-        ("x.jsonl", b"[1", "x.jsonl, line 1 is no JSON"),
-        ("x.txt", b"\xff\xfe", "is no UTF-8 text"),
+        ("x.jsonl", b'{"text": "a"}\n{"txt": "b"}', "entry 2: no text; a text under text or content is needed"),
+        ("x.jsonl", b'{"text": 1}', "x.jsonl, entry 1: text or content that is no text"),
+        ("x.jsonl", b'{"text": "a"}\n{"te', "is cut off inside a string at byte 18, .*; 1 whole entries before it$"),
+        ("x.txt", b"\xff\xfe", "x.txt is not UTF-8 at byte 0"),
+        ("x.md", b"text", "holds no file of a known kind"),
     ],
 )
 def test_files_that_are_no_texts_are_named(
@@ -69,5 +80,4 @@ def test_files_that_are_no_texts_are_named(
 def test_what_is_missing_is_told_with_where_to_put_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere does not exist: `eabf prepare .* --dst \S*nowhere"):
         is_text(str(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match=r"holds neither a dataset nor \.txt or \.jsonl files"):
-        is_text(str(tmp_path))
+    assert is_text(str(tmp_path))

@@ -12,7 +12,7 @@ from jax.interpreters import partial_eval as pe
 
 from eabf_jax.errors import InputError
 from eabf_jax.model import attention
-from eabf_jax.model.llama import Llama, logits
+from eabf_jax.model.llama import Llama
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.rope import scheme
 from eabf_jax.training.backward import (
@@ -25,6 +25,7 @@ from eabf_jax.training.backward import (
     remat_by_layer,
     zeros,
 )
+from eabf_jax.training.loss import token_losses
 
 ROWS, LENGTH = 2, 20
 
@@ -76,7 +77,9 @@ def microbatches(config, *, packed, count=2):
     if packed:
         starts = np.diff(segments, axis=2, prepend=0) > 0
         positions = positions - np.maximum.accumulate(np.where(starts, positions, 0), axis=2)
-    return Microbatch(tokens, np.roll(tokens, -1, axis=2), rng.random(shape) < 0.5, positions, segments)
+    mask = rng.random(shape) < 0.5
+    mask[..., -1] = False  # nothing follows the last token
+    return Microbatch(tokens, np.roll(tokens, -1, axis=2), mask, positions, segments)
 
 
 def drawn(config, spread=0.3):
@@ -90,12 +93,10 @@ def drawn(config, spread=0.3):
 
 
 def plain_loss(model, batch, params):
-    """Over all microbatches at once, without any of `Pieces`."""
+    """The definition, over all microbatches at once, without any of `Pieces`."""
     rows = jax.tree.map(lambda array: array.reshape(-1, LENGTH), batch)
-    model = model.with_parameters(params)
-    scores = logits(model.hidden_states(rows.tokens, rows.positions, rows.segment_ids), model.output_kernel())
-    chosen = jnp.take_along_axis(scores, rows.targets[..., None], axis=-1)[..., 0]
-    return jnp.where(rows.mask, jax.nn.logsumexp(scores, axis=-1) - chosen, 0.0).sum()
+    losses = token_losses(model.with_parameters(params), rows.tokens, rows.positions, rows.segment_ids)
+    return jnp.where(rows.mask[:, :-1], losses, 0.0).sum()
 
 
 class ByHand:
