@@ -73,8 +73,9 @@ class Scorer:
         size = batch_size * batch_ways(self._mesh)
         for start in range(0, len(order), size):
             batch = order[start : start + size]
+            # The longest rows, which cost most, are padded to a multiple of 128 alone.
             width = min(padded_length(len(spans[batch[0]].tokens)), -(-len(spans[order[0]].tokens) // 128) * 128)
-            # Few widths here as well: next to what the layers cost, some more logits are cheap.
+            # Fewer sizes for the targets, a power of two or all: beside the layers, some more logits cost little.
             most = min(1 << max(6, (max(len(spans[index].targets) for index in batch) - 1).bit_length()), width)
             tokens, targets = np.zeros((size, width), np.int32), np.zeros((size, most), np.int32)
             lengths, begins = np.ones(size, np.int32), np.zeros(size, np.int32)
@@ -148,6 +149,6 @@ def token_scores(
 
 
 def padded_length(length: int) -> int:
-    """The length, or up to a quarter more: four shapes from a power of two to the next."""
+    """The length, rounded up by less than a quarter or 16: four lengths from a power of two to the next."""
     step = max(16, (1 << (length - 1).bit_length()) // 8)
     return -(-length // step) * step

@@ -1,78 +1,30 @@
 """Loss by position against transformers' logits and NumPy averages."""
 
-import jax
 import numpy as np
 import pytest
 import torch
-from flax import nnx
-from transformers import LlamaConfig as HfConfig
 from transformers import LlamaForCausalLM
 
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation.perplexity import band_losses, position_losses, sliding_losses, window_ends, window_perplexity
-from eabf_jax.model import Llama, LlamaConfig
+from eabf_jax.model import Llama
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-CONFIG = LlamaConfig(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=32,
-    tie_word_embeddings=True,
-    initializer_range=0.3,
-)
+def drawn(model: Llama, *shape: int) -> np.ndarray:
+    return np.random.default_rng(2).integers(0, model.config.vocab_size, shape).astype(np.int32)
 
 
-def reference_model(params: dict) -> LlamaForCausalLM:
-    """The same weights in transformers."""
-    model = LlamaForCausalLM(
-        HfConfig(
-            vocab_size=CONFIG.vocab_size,
-            hidden_size=CONFIG.hidden_size,
-            intermediate_size=CONFIG.intermediate_size,
-            num_hidden_layers=CONFIG.num_hidden_layers,
-            num_attention_heads=CONFIG.num_attention_heads,
-            num_key_value_heads=CONFIG.num_key_value_heads,
-            head_dim=CONFIG.head_dim,
-            rms_norm_eps=CONFIG.rms_norm_eps,
-            tie_word_embeddings=True,
-        )
-    ).eval()
-    state = {
-        "model.embed_tokens.weight": params["embed_tokens"]["embedding"],
-        "model.norm.weight": params["norm"]["scale"],
-    }
-    layers = params["layers"]
-    for number in range(CONFIG.num_hidden_layers):
-        name = f"model.layers.{number}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            state[f"{name}.{norm}.weight"] = layers[norm]["scale"][number]
-        for block, kernels in (("self_attn", layers["self_attn"]), ("mlp", layers["mlp"])):
-            for projection, leaf in kernels.items():
-                state[f"{name}.{block}.{projection}.weight"] = leaf["kernel"][number].T
-    missing, unexpected = model.load_state_dict(
-        {key: torch.tensor(np.asarray(value)) for key, value in state.items()}, strict=False
-    )
-    assert missing == ["lm_head.weight"]
-    assert not unexpected
-    model.tie_weights()
-    return model
-
-
-def test_losses_are_those_of_transformers_for_every_document_and_position() -> None:
-    model = Llama(CONFIG, rngs=nnx.Rngs(1), attention="reference")
-    documents = np.asarray(jax.random.randint(jax.random.key(2), (19, 23), 0, CONFIG.vocab_size), np.int32)
+def test_losses_are_those_of_transformers_for_every_document_and_position(
+    model: Llama, reference: LlamaForCausalLM
+) -> None:
+    documents = drawn(model, 19, 23)
     done: list[int] = []
     ours = position_losses(model, documents, batch_size=2, progress=done.append)
     with torch.no_grad():
         tokens = torch.tensor(documents, dtype=torch.long)
-        logits = reference_model(model.parameters())(tokens).logits
+        logits = reference(tokens).logits
         theirs = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
     # float32 on both sides, logits of order 10: rounding of a few 1e-6.
     np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-5)
@@ -81,14 +33,14 @@ def test_losses_are_those_of_transformers_for_every_document_and_position() -> N
 
 
 @pytest.mark.parametrize(("length", "stride"), [(24, 4), (23, 4), (12, 4)])
-def test_sliding_losses_are_those_of_transformers_window_by_window(length: int, stride: int) -> None:
+def test_sliding_losses_are_those_of_transformers_window_by_window(
+    model: Llama, reference: LlamaForCausalLM, length: int, stride: int
+) -> None:
     window = 12
-    model = Llama(CONFIG, rngs=nnx.Rngs(1), attention="reference")
-    documents = np.asarray(jax.random.randint(jax.random.key(3), (3, length), 0, CONFIG.vocab_size), np.int32)
+    documents = drawn(model, 3, length)
     done: list[int] = []
-    ours = sliding_losses(model, documents, window, stride, progress=done.append)
+    ours = sliding_losses(model, documents, window, stride, batch_size=2, progress=done.append)
     theirs = np.full((3, length), np.nan)
-    reference = reference_model(model.parameters())
     end = scored = 0
     while end < length:
         end = window if end == 0 else min(end + stride, length)
@@ -118,9 +70,9 @@ def test_perplexity_is_that_of_all_scored_tokens() -> None:
     ("window", "stride", "complaint"),
     [(1, 1, "window 1"), (24, 4, "window 24"), (8, 8, "stride 8"), (8, 0, "stride 0")],
 )
-def test_windows_that_do_not_fit_are_refused(window: int, stride: int, complaint: str) -> None:
+def test_windows_that_do_not_fit_are_refused(model: Llama, window: int, stride: int, complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
-        sliding_losses(Llama(CONFIG, rngs=nnx.Rngs(1)), np.zeros((1, 23), np.int32), window, stride)
+        sliding_losses(model, drawn(model, 1, 23), window, stride)
 
 
 def test_bands_are_means_over_documents_of_the_positions_inside() -> None:
