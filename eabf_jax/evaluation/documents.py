@@ -1,4 +1,4 @@
-"""What perplexity is measured on: a prepared dataset, or texts."""
+"""The documents that perplexity is measured on: those of a prepared dataset, or texts."""
 
 import itertools
 from collections.abc import Iterator

@@ -1,10 +1,10 @@
 """The model class with which lm-evaluation-harness runs our models.
 
-`python -m eabf_jax.evaluation.harness` is the harness' own command line with the model type `eabf`: the harness looks
-third-party models up nowhere, so that somebody has to import this module first.
+`python -m eabf_jax.evaluation.harness` is the harness' own command line with the model type `eabf`. The harness finds
+no models of other packages by itself: they register themselves when their module is imported.
 
-What the harness' Hugging Face backend computes for a request, this computes too: the same tokens, the same text, the
-same sums. Cutting prompts in the middle is the one thing added.
+Every request gets the tokens, the text and the sums that the harness' Hugging Face backend computes for it. The one
+addition is that prompts can be cut in the middle.
 """
 
 import sys
@@ -71,18 +71,17 @@ class EabfLM(TemplateLM):
           rope: that scheme by itself: a mapping, or YAML.
           dtype: bfloat16, float16 or float32.
           batch_size: requests that each device takes at a time; `tensor` devices count as one.
-          window: most tokens of a prompt and what is made or scored after it; None for the model's own.
+          window: most tokens of a prompt and what is generated or scored after it; None for the model's own.
           truncate: longer prompts lose their "middle", or their "left" end as in the harness' other backends.
-          add_bos_token: whether texts begin with the tokenizer's first token; None asks the tokenizer.
-          prefix_token_id: what comes before a text that nothing precedes; None for the token that begins a text, or
-            else the one that ends it.
+          add_bos_token: whether texts begin with the tokenizer's BOS; None asks the tokenizer.
+          prefix_token_id: the context of a text that has none; None for BOS, or for EOS where there is no BOS.
           tensor: devices that share the model's heads.
-          max_gen_toks: most new tokens where a task does not say.
-          seed: of the first draw, where a task draws; each further request takes the next number.
-          max_batch_size, device: the harness hands them to every model. JAX takes the devices that there are.
+          max_gen_toks: most new tokens where a task sets no limit.
+          seed: of the first request whose tokens are drawn; each further request takes the next number.
+          max_batch_size, device: the harness passes them to every model; here they do nothing.
 
         Raises:
-          InputError: as `load`; no tokenizer; a number or a name that makes no sense.
+          InputError: as `load`; no tokenizer; an invalid number or name.
         """
         super().__init__()
         entry = parse_entry(pretrained)
@@ -113,7 +112,7 @@ class EabfLM(TemplateLM):
         return load(self._directory, rope=self._rope, dtype=self._dtype)[0]
 
     def _take_model(self) -> Llama:
-        """The loaded model, for the one thing that is going to hold its weights."""
+        """The loaded model; the caller gets the only reference to its weights."""
         model, self._model = self._model or self._load(), None
         return model
 
@@ -153,16 +152,16 @@ class EabfLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness' cache of requests tells tokenizers apart by."""
+        """The name by which the harness' cache of requests tells tokenizers apart."""
         return self._directory.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Turns text into ids; what it says of special tokens, such as `<s>`, becomes these tokens.
+        """Turns text into ids; the spelling of a special token, such as `<s>`, becomes that token.
 
         Args:
           string: the text.
-          add_special_tokens: whether the token that begins a text is put before it. None asks the model's setting, and
-            never doubles a token that is there.
+          add_special_tokens: whether BOS is put before the text; None asks the model's setting, and adds none where
+            the text begins with it.
 
         Returns:
           The token ids.
@@ -207,11 +206,11 @@ class EabfLM(TemplateLM):
         """Scores continuations.
 
         Args:
-          requests: what the harness' cache knows the request by, the context's tokens, and the continuation's.
+          requests: for each its key in the harness' cache, the context's tokens and the continuation's.
           disable_tqdm: whether to show no progress.
 
         Returns:
-          For each, the sum of its tokens' log-probabilities, and whether each is the likeliest.
+          For each, the sum of the continuation's log-probabilities, and whether each of its tokens is the likeliest.
         Raises:
           InputError: a continuation longer than the window.
         """
@@ -270,9 +269,9 @@ class EabfLM(TemplateLM):
           disable_tqdm: whether to show no progress.
 
         Returns:
-          The continuations, each up to what was to end it.
+          The continuations, each up to its stop string.
         Raises:
-          InputError: a setting that we do not have, or no room for a prompt in the window.
+          InputError: an unknown setting, or no room for a prompt in the window.
         """
         asked = [(self.tok_encode(context), settings, context) for context, settings in (r.args for r in requests)]
         # By settings, and within the same settings by length.
@@ -287,7 +286,7 @@ class EabfLM(TemplateLM):
         with tqdm(total=len(asked), disable=disable_tqdm, desc="generating") as bar:
             for batch in collator.get_batched(n=self._rows):
                 settings = batch[0][1]
-                # The last batch of several is filled up, so that nothing is compiled for its size alone.
+                # The last batch of several is filled up, so that its size needs no program of its own.
                 size = before[1] if before[0] == settings else len(batch)
                 made = self._continue([tokens for tokens, *_ in batch], settings, size, self._seed + len(texts))
                 for (_, _, context), text in zip(batch, made, strict=True):

@@ -1,4 +1,4 @@
-"""How well a model uses what lies far back: loss by position of one pass, and perplexity of sliding windows."""
+"""How well a model uses distant context: loss by position in one pass, and perplexity of sliding windows."""
 
 import itertools
 import math
@@ -60,7 +60,7 @@ def position_losses(
 
 
 def window_ends(length: int, window: int, stride: int) -> list[int]:
-    """Where each window of a document ends: the first after `window` tokens, the others `stride` further each.
+    """The end of each window of a document: first `window` tokens, then `stride` more for each.
 
     Args:
       length: of the document, at least the window's.
@@ -84,8 +84,8 @@ def sliding_losses(
 ) -> Float[np.ndarray, "documents T_minus_1"]:
     """Loss of every token of every document, read through a window that slides over it.
 
-    The first window is scored whole; each further one takes up `stride` new tokens at its end, and these alone are
-    scored: every token past the first window is preceded by at least window - stride others.
+    The first window is scored whole. Each further window ends `stride` tokens later, and only these new tokens are
+    scored. Every token past the first window has at least window - stride tokens before it.
 
     Args:
       model: the model.

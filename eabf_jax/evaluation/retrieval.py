@@ -1,10 +1,9 @@
 """Finding one thing in a long text: prompts of an exact length, and whether a model gives the answer.
 
-The reply is begun for the model, up to the answer's first character, so that what it says next is the answer or is not:
-many tokenizers make the space before a number a token of its own, and whether a model goes on with that one or with
-"the" says nothing of what it found. Greedy decoding gives the answer exactly if each of its tokens is the likeliest
-after the prompt and the answer's tokens before it; one forward pass over prompt and answer tells that, and the answer's
-likelihood as well.
+The prompt holds the beginning of the reply, up to the answer's first character. Without it, many models would first say
+a space or "the", which shows nothing about what they found. Greedy decoding gives the answer exactly if each of its
+tokens is the likeliest after the prompt and the answer's earlier tokens. One forward pass over prompt and answer shows
+this, and gives the answer's likelihood.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ class Wording(NamedTuple):
     Attributes:
       question: all that the user says, the long text included.
       opening: how the reply begins.
-      answer: what is right after that, and nothing else.
+      answer: the only right continuation of the opening.
     """
 
     question: str
@@ -41,8 +40,8 @@ class Prompt(NamedTuple):
 
     Attributes:
       length: most tokens that prompt and answer together may have.
-      depth: where the answer lies in the long text, percent; None where that is left to chance.
-      tokens: the prompt, and the right answer behind it.
+      depth: where the answer lies in the long text, percent; None where the place is random.
+      tokens: the prompt, followed by the right answer.
       begin: index of the answer's first token.
     """
 
@@ -54,7 +53,7 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """What a model made of the prompts of one length and depth."""
+    """A model's result on the prompts of one length and depth."""
 
     length: int
     depth: int | None
@@ -64,7 +63,7 @@ class Cell:
 
 
 def encode(tokenizer: Tokenizer, wording: Wording, *, chat: bool = True) -> list[int]:
-    """A question with its answer as the model is to read them.
+    """Encodes a question with its answer, as the model reads them.
 
     Args:
       tokenizer: the model's.
@@ -74,7 +73,7 @@ def encode(tokenizer: Tokenizer, wording: Wording, *, chat: bool = True) -> list
     Returns:
       The token ids, up to the answer's last.
     Raises:
-      InputError: the template refuses a reply that has been begun, or changes it.
+      InputError: the template refuses an unfinished reply, or changes it.
     """
     return _tokens(tokenizer, _text(tokenizer, wording, chat), chat)
 
@@ -102,17 +101,17 @@ def _tokens(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
 def fitted(
     tokenizer: Tokenizer, worded: Callable[[int], Wording], length: int, *, guess: int, chat: bool
 ) -> tuple[list[int], int, int]:
-    """The longest question of at most so many tokens.
+    """Finds the longest question of at most `length` tokens.
 
     Args:
       tokenizer: the model's.
-      worded: gives a question with so much of the long text; more text, more tokens.
+      worded: makes the question with a given amount of the long text; more text gives more tokens.
       length: most tokens of the prompt and the answer.
-      guess: how much text may be about right; the closer, the sooner it is found.
+      guess: a first estimate of the amount; a close one saves steps.
       chat: as for `encode`.
 
     Returns:
-      The tokens of prompt and answer, the index of the answer's first, and how much text there is.
+      The tokens of prompt and answer, the index of the answer's first token, and the amount of text.
     Raises:
       InputError: the question has more tokens without any of the text, or as `encode`.
     """
@@ -126,11 +125,11 @@ def fitted(
             raise InputError(f"length {length}: the question alone has {len(found)} tokens; a greater one is needed")
         else:
             exceeds = size
-        # Text and tokens grow together: the next size is where the missing or superfluous tokens will be about even.
+        # Tokens grow in proportion to the text: the next size makes up for those that are missing or too many.
         size += int((length - len(found)) * max(size, 1) // len(found))
         size = max(size, fits + 1) if exceeds is None else min(max(size, fits + 1), exceeds - 1)
     wording = worded(fits)
-    # Cut off the text, not left out of the reply: a template may strip the space that an opening ends with.
+    # The answer is cut off the rendered text: a template may strip the last space of an opening alone.
     before = _tokens(tokenizer, _text(tokenizer, wording, chat).removesuffix(wording.answer), chat)
     same = (a == b for a, b in zip(before, tokens, strict=False))
     return tokens, next((index for index, equal in enumerate(same) if not equal), len(before)), fits
