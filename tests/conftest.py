@@ -4,16 +4,18 @@ import os
 from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Nearly all the time of these tests is compilation, and what they compile runs once: the compiler need not try hard.
-# Only flags that the TPU's compiler knows too, which ends the process at any other.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    + " --xla_llvm_disable_expensive_passes=true"
-)
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
+
+# Nearly all the time of these tests is compilation, and what they compile runs once: the compiler need not try hard.
+# The CPU's compiler reads these flags as its devices are made. The TPU's, which would end the process at a flag that it
+# does not know, and the processes that tests start do not see them.
+with pytest.MonkeyPatch.context() as patch:
+    for flag in ("backend_optimization_level=0", "llvm_disable_expensive_passes=true", "cpu_use_fusion_emitters=false"):
+        patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_{flag}")
+    jax.devices()
 
 
 @pytest.fixture(scope="module")
