@@ -1,6 +1,6 @@
 """The harness' own HF backend is the reference: the same requests, the same answers, the same scores.
 
-The model is the first layers of assets/tiny; the tasks are LongBench's as the harness defines them, on documents of our own, and local ones
+The model is assets/tiny, or its first layers where its text does not matter; the tasks are LongBench's as the harness defines them, on documents of our own, and local ones
 of the kinds that LongBench has not. benchmarks/harness_parity.py does the same on SmolLM2.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import lm_eval.tasks
 import numpy as np
 import pytest
 import torch
@@ -38,7 +39,7 @@ TINY = str(ROOT / "assets/tiny")
 TASKS = "tests/evaluation/harness_tasks"
 DATA = "tests/evaluation/longbench"
 LOCAL = ("local_choice", "local_last_word", "local_rolling")
-WINDOW = 256
+WINDOW = 192
 ANSWER = 32  # tokens; benchmarks/harness_parity.py has the tasks' own lengths, up to 512
 # Float32 sums over some hundred tokens, in two orders.
 TOLERANCE: dict[str, Any] = {"rel": 2e-5, "abs": 2e-5}
@@ -64,6 +65,24 @@ def two_devices() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_tasks() -> Iterator[None]:
+    """To read all of the harness' own task files takes half a minute: of its folders, those that are asked for here."""
+    folders = [Path(lm_eval.tasks.__file__).parent / name for name in ("longbench", "mmlu/default")]
+
+    def manager(include_path: str | None = None, include_defaults: bool = True, **options: Any) -> TaskManager:
+        own = [] if include_path is None else [include_path]
+        return TaskManager(
+            include_path=[*folders, *own] if include_defaults else own, include_defaults=False, **options
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.tasks.TaskManager", manager)
+        harness_command._task_manager.cache_clear()
+        yield
+    harness_command._task_manager.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """The task files name their documents from there."""
@@ -83,9 +102,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
+def hf_backend(directory: str) -> HFLM:
+    return HFLM(pretrained=directory, device="cpu", dtype="float32", batch_size=3, max_length=WINDOW)
+
+
 @pytest.fixture(scope="module")
 def hf(small: str) -> HFLM:
-    return HFLM(pretrained=small, device="cpu", dtype="float32", batch_size=3, max_length=WINDOW)
+    return hf_backend(small)
 
 
 @pytest.fixture(scope="module")
@@ -117,14 +140,12 @@ def with_short_answers(*arguments: Any, tokens: int = ANSWER) -> dict[str, list[
     return tasks
 
 
-def test_every_kind_of_task_scores_as_with_the_hf_backend(
-    hf: HFLM, small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_kind_of_task_scores_as_with_the_hf_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness_command, "load_tasks", with_short_answers)
     report, output = tmp_path / "figures.json", tmp_path / "samples"
     names = [longbench.GROUP, *LOCAL]
     assert not evaluate(
-        *("--model", f"tiny={small}", "--tasks", ",".join(names), "--include-path", TASKS, "--data", DATA),
+        *("--model", f"tiny={TINY}", "--tasks", ",".join(names), "--include-path", TASKS, "--data", DATA),
         *(
             "--windows",
             str(WINDOW),
@@ -142,7 +163,7 @@ def test_every_kind_of_task_scores_as_with_the_hf_backend(
     found = {(score["task"], score["metric"]): score for score in figures["scores"]}
     tasks = with_short_answers(names, TASKS, DATA)
     expected = simple_evaluate(
-        model=hf,
+        model=hf_backend(TINY),
         tasks=[task for members in tasks.values() for task in members],
         bootstrap_iters=0,
         task_manager=TaskManager(include_path=TASKS, include_defaults=False),
@@ -343,8 +364,6 @@ def test_special_tokens_are_left_out_of_text() -> None:
 def test_lm_evals_own_command_line(small: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     """With the model type `eabf`, whose scheme comes as JSON."""
     monkeypatch.setattr(harness, "use_every_core", lambda: None)  # JAX has begun
-    # To read all of the harness' own task files takes half a minute.
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
     model = {"pretrained": small, "dtype": "float32", "rope": {"type": "pi", "factor": 4}}
     line = ["lm_eval", "--model", "eabf", "--model_args", json.dumps(model), "--tasks", "local_last_word"]
     monkeypatch.setattr("sys.argv", [*line, "--include_path", TASKS, "--output_path", str(tmp_path)])
