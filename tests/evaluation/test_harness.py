@@ -1,7 +1,8 @@
 """The harness' own HF backend is the reference: the same requests, the same answers, the same scores.
 
-The model is assets/tiny, or its first layers where its text does not matter; the tasks are LongBench's as the harness defines them, on documents of our own, and local ones
-of the kinds that LongBench has not. benchmarks/harness_parity.py does the same on SmolLM2.
+The model is assets/tiny, or its first layers where its text does not matter. The tasks are LongBench's as the harness
+defines them, on documents of our own, and local ones of the kinds that LongBench has not. benchmarks/harness_parity.py
+does the same on SmolLM2.
 """
 
 import functools
