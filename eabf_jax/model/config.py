@@ -12,7 +12,7 @@ from eabf_jax.rope import Scheme, scheme
 class LlamaConfig:
     """Static description of a LLaMA-architecture model.
 
-    Every field but `rope` has the name and the meaning it has in Hugging Face's `LlamaConfig`; `rope` replaces
+    Every field except `rope` has the same name and meaning as in Hugging Face's `LlamaConfig`; `rope` replaces
     `rope_theta` and `rope_scaling`.
 
     Raises:
@@ -52,15 +52,13 @@ class LlamaConfig:
 
     @classmethod
     def from_fields(cls, values: Mapping[str, Any]) -> Self:
-        """Builds the configuration from plain values, as YAML and JSON hold them.
+        """Builds the configuration from plain values, as parsed from YAML or JSON.
 
         Args:
-          values: by field name; `rope` a mapping `{type: ..., parameters}`.
+          values: values by field name; `rope` is a mapping `{type: ..., parameters}`.
 
-        Returns:
-          The configuration.
         Raises:
-          InputError: an unknown, missing or mistyped field.
+          InputError: an unknown or missing field, or a value of the wrong type.
         """
         known = {entry.name: entry for entry in fields(cls)}
         for name in values:
@@ -84,7 +82,7 @@ def _are_integers(value: Any) -> bool:
     return all(type(item) is int for item in (value if isinstance(value, tuple) else (value,)))
 
 
-# What a field of each type takes, and its name; exact types, since a bool is an int to isinstance.
+# Per field type: a check of the value and the type's name in messages. Types are exact because a bool is an int.
 _TYPES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     int: (lambda value: type(value) is int, "an integer"),
     float: (lambda value: type(value) in (int, float), "a number (YAML reads 1e-5 as text: write 1.0e-5)"),
