@@ -49,7 +49,7 @@ def use_every_core(rows: int = 8) -> None:
     this before JAX is first used. It does nothing if XLA_FLAGS or JAX_NUM_CPU_DEVICES sets a number of devices.
 
     Args:
-      rows: rows of a batch; the number of devices divides it.
+      rows: a number that the device count must divide, such as the rows of a batch.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
