@@ -152,7 +152,7 @@ class Layerwise:
 
         def finish(squares: list[Array], total: Array, mask: Array) -> tuple[Array, ...]:
             count = mask.sum()
-            # Averaged over the trained tokens of the global batch, so that microbatches and devices do not matter.
+            # Averaged over the trained tokens of the global batch, however microbatches and devices split them.
             scale = 1.0 / jnp.maximum(count, 1).astype(jnp.float32)
             norm = jnp.sqrt(sum(squares, start=jnp.float32(0))) * scale
             return total * scale, norm, scale * clip_factor(norm, self._clip_norm), count
@@ -224,7 +224,7 @@ class Layerwise:
             if 0 <= number - room < len(offloaded):
                 jax.block_until_ready(offloaded[number - room])  # this layer needs the device memory that it frees
             used += self._sizes[policy]
-            if leaving:  # the previous step's state leaves the device no earlier than this step needs the memory
+            if leaving:  # waits only until enough of the previous step's state has left for this layer to fit
                 leaving.settle(max(0, self._room - used))
             y, saved = self._programs["forward", policy](
                 params["layers"][number], others[number], self._numbers[number], x, row
