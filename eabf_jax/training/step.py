@@ -112,7 +112,7 @@ def build_model(config: LlamaConfig, compute: ComputeConfig, mesh: Mesh, lora: L
 
 
 class Program:
-    """The step as one program; see the module's docstring."""
+    """The step as one jitted program."""
 
     def __init__(
         self,
