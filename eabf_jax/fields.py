@@ -1,4 +1,4 @@
-"""Mappings from YAML, JSON or keyword arguments, checked against the types of their fields: one rule for all of them.
+"""The one parser for mappings with types, whether they come from YAML, JSON or keyword arguments.
 
 type                takes
 `int`               a whole number, with or without a point (some writers put 32.0)
@@ -11,13 +11,13 @@ type                takes
 `dict`, `Any`       a mapping of any keys; anything
 a dataclass         a mapping of its fields
 a ChoiceRegistry    (draccus's) a mapping of `type` and the fields of the dataclass that has this name
-others              an instance; or a mapping, where the class has `from_dict`
+another class       an instance; or a mapping, where the class has `from_dict`
 
-Text is not a number, except where YAML 1.1 reads a number as text: 2e-5, which it would have as 2.0e-5.
+Text is not a number. The exception is a number that YAML 1.1 reads as text, such as 2e-5 (it wants 2.0e-5).
 
-No library at hand has this rule. `draccus.decode` makes true the integer 1, 3 a text and null anything. pydantic, which
-is not a dependency, takes true and text for numbers, or in strict mode neither 32.0 nor 2e-5. The checks of
-`huggingface_hub.dataclasses.strict` refuse 1 for a float and take NaN. None names the nearest key, in one line.
+No library at hand has these rules. `draccus.decode` turns true into 1 and 3 into text, and takes null for every type.
+pydantic, which is not a dependency, turns true and text into numbers; its strict mode refuses 32.0 and 2e-5.
+`huggingface_hub.dataclasses.strict` refuses 1 for a float and takes NaN. None of them names the nearest key.
 """
 
 import dataclasses

@@ -309,6 +309,7 @@ def test_a_required_key_that_is_missing_is_named(load, missing):
     [
         (b"output: [1\n", "is not YAML: while parsing a flow sequence"),
         (b"\xff\xfe\x00", "is not YAML: 'utf-8' codec can't decode"),
+        (b"window: 2024-02-30\n", "is not YAML: day is out of range for month"),
         (b"- 1\n- 2\n", r"holds \[1, 2\]; a mapping of configuration keys is needed"),
         (b"", "holds None; a mapping of configuration keys is needed"),
         (
