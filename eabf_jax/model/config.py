@@ -17,7 +17,7 @@ class LlamaConfig:
     `rope_theta` and `rope_scaling`.
 
     Raises:
-      InputError: sizes that do not fit together.
+      InputError: a number is out of range, or sizes do not fit together.
     Source: transformers, `LlamaConfig`.
     """
 
