@@ -1,7 +1,8 @@
 """Causal self-attention behind one function signature, with backends for CPU, GPU and TPU.
 
 Dimensions, here and in `llama.py`: B batch, T length, N query heads, K key-value heads (N is a multiple of K),
-G = N / K, H head_dim. A new kernel is one more function with the signature of `reference` and one line in `BACKENDS`.
+G = N / K, H head_dim. A new kernel needs a function with the signature of `reference` and a line in `BACKENDS`; context
+parallelism also needs its two halves in `KERNELS`.
 """
 
 import functools
