@@ -136,8 +136,8 @@ def _joined(kernel: Kernel, mesh: Mesh) -> Callable[[Array, Array, Array], Array
 
     A causal kernel attends within each chunk and an unmasked one attends to all earlier chunks, so no block is wasted;
     their log-sum-exps join the two softmaxes. In the backward pass, each kernel gets the joined output and log-sum-exp
-    and returns the joined softmax's gradients for its own keys. The backward pass gathers keys and values again, so
-    that the whole row's are not kept.
+    and returns the joined softmax's gradients for its own keys. The backward pass gathers keys and values again
+    instead of keeping those of the whole row.
     """
     ways = mesh.shape[_AXIS]
 
