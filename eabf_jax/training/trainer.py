@@ -451,7 +451,7 @@ def _reached(run: Path, config: TrainConfig) -> int:
 
 
 def _check_output(run: Path, config: TrainConfig) -> None:
-    """Refuses an output directory that is neither free nor holds this same run, interrupted or finished."""
+    """Refuses an output directory unless it is empty, holds this same run, or holds a run to overwrite."""
     if jax.process_index() != 0:
         return
     sources = (config.model.path, config.model.tokenizer, config.data.directory)
