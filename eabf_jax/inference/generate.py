@@ -106,7 +106,7 @@ class Generator:
           model: any Llama without adapters.
           tokenizer: for text, stop strings and the default stop tokens.
           mesh: splits heads over `tensor`, and rows over `data` and `fsdp`; None means the default device.
-          cache: "model" stores keys and values in the model's dtype, "int8" with one scale per token and head.
+          cache: "model" stores keys and values in the model's dtype, "int8" in 8 bits with a scale per token and head.
           prefill_chunk: tokens of each prompt that are read at a time.
           attention: the backend, a name in `model.attention.BACKENDS` or "auto".
           rope_length: the length in tokens that a dynamic scheme uses for all rows; None means each row's own length.
