@@ -15,9 +15,9 @@ class Sampling:
     """Sampling settings; the defaults are greedy.
 
     Attributes:
-      temperature: divides the logits; 0 means greedy, with no effect of top_k and top_p.
+      temperature: divides the logits; 0 means greedy and ignores top_k and top_p.
       top_k: keeps the k likeliest tokens; 0 keeps all.
-      top_p: keeps the fewest likeliest tokens whose probabilities add up to at least p; 1 keeps all.
+      top_p: keeps the smallest set of likeliest tokens whose probabilities add up to at least p; 1 keeps all.
       repetition_penalty: for tokens that already occur in the row, divides positive logits and multiplies negative
         ones; 1 means none.
     """
