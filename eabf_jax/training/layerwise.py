@@ -248,10 +248,7 @@ class Layerwise:
         d_x: Array,
         coming: Streamed | None,
     ) -> Array:
-        """Runs the backward pass of all layers, last to first.
-
-        Adds to `gradients`, empties `kept`, and grants the freed memory to `coming`.
-        """
+        """Runs all backward passes, last layer first; adds to `gradients`, and grants the freed memory to `coming`."""
         others = frozen.get("layers", [{}] * self._layers)
         freed = 0
         for number in reversed(range(self._layers + IN_FLIGHT)):
