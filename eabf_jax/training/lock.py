@@ -52,8 +52,7 @@ def _acquire(path: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = False
         except OSError as error:
-            # Any other error means that the file system has no locks. Then the file of a live process on this host
-            # counts as a lock.
+            # Any other error: the file system has no locks. Then the file of a live process on this host counts as one.
             held = error.errno in (errno.EAGAIN, errno.EACCES) or _lives(holder)
         if held:
             os.close(descriptor)
