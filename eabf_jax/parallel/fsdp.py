@@ -5,9 +5,8 @@ device keeps only its part, and on some meshes it also gathers weights with an a
 module therefore writes the collectives out, in shard_map over the axes that split tokens; the compiler handles the
 tensor axis.
 
-A collective over two mesh axes runs over one axis after the other, which moves the same bytes. Over both axes at once,
-the TPU compiler turns a reduce-scatter into an all-reduce on 64 chips. It does the same to an all-gather if the mesh
-cuts a dimension of the torus.
+A collective over two mesh axes runs over one axis after the other, which moves the same bytes. Over both at once, the
+TPU compiler turns reduce-scatters into all-reduces on 64 chips; all-gathers too, if the mesh cuts a torus dimension.
 """
 
 import functools
