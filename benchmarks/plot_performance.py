@@ -24,7 +24,7 @@ from eabf_jax.errors import InputError
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- begin: {}, written by benchmarks/plot_performance.py -->", "<!-- end -->"
 
-STACKS = {"ours": "eabf-jax", "peer": "strongest peer", "masters": "its float32 setting"}
+STACKS = {"ours": "eabf-jax", "peer": "strongest peer", "masters": "peer, float32 state"}
 # By stack of the peer: the entry's keys of the setting and of the ratio, and how the names of its settings end.
 PEERS = {
     "peer": ("strongest_peer", "ratio_to_strongest_peer", "bfloat16"),
@@ -143,7 +143,7 @@ def draw(group: Group, reports: Sequence[Mapping[str, Any]], path: Path) -> None
         length_axis(axes, sorted({length for points in found.values() for length in points}))
         axes.margins(y=0.1)
         axes.set_ylim(bottom=0)
-        axes.set(xlabel="tokens a row (× : out of memory)", ylabel=label)
+        axes.set(xlabel="tokens per row (×: out of memory)", ylabel=label)
         axes.grid(alpha=0.3)
     name, device, devices = group
     figure.suptitle(f"{name}, full fine-tuning step, {devices} × {device}", fontsize=11)
@@ -190,20 +190,21 @@ def speed_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
             row += [f"{ratio:.2f} ×" if ratio else "–"]
             rows.append([*row, source(report)])
     header = ("length", "stack", "tokens/s (slowest–fastest step)", "MFU", "peak GiB", "planned GiB", "microbatches")
-    return table([*header, "settings", "ours is", "from"], rows)
+    return table([*header, "settings", "ours / peer", "source"], rows)
 
 
 def spread(figures: Mapping[str, Any]) -> str:
     """Tokens per second of the median step, and of the slowest and the fastest one."""
     rate, seconds = figures["tokens_per_second"], sorted(figures["seconds"])
     tokens = rate * statistics.median(seconds)
-    return f"{rate:,.0f} ({tokens / seconds[-1]:,.0f}–{tokens / seconds[0]:,.0f}, {len(seconds)} steps)"
+    steps = "1 step" if len(seconds) == 1 else f"{len(seconds)} steps"
+    return f"{rate:,.0f} ({tokens / seconds[-1]:,.0f}–{tokens / seconds[0]:,.0f}, {steps})"
 
 
 def peak(figures: Mapping[str, Any]) -> str:
     """Peak memory; that the allocator had no more to give is said, for then the figure is a limit and no need."""
     told = number(figures["peak_gib"], ".1f")
-    return f"{told}, all there is" if figures["peak_gib"] == figures.get("limit_gib") and told != "–" else told
+    return f"{told}, the limit" if figures["peak_gib"] == figures.get("limit_gib") and told != "–" else told
 
 
 def source(report: Mapping[str, Any]) -> str:
@@ -212,7 +213,7 @@ def source(report: Mapping[str, Any]) -> str:
     told = " ".join(filter(None, (report.get("date", "")[:10], report.get("commit"))))
     files = changed(report)
     if files is None:
-        return f"{link} **stale**: from before results told what they measure"
+        return f"{link} **stale**: no record of the code measured"
     return f"{link} {told}" + (f" **stale**: {', '.join(map(short, files))} changed since" if files else "")
 
 
@@ -237,7 +238,7 @@ def settings_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
         if "strongest_peer" in entry
         for name, peer in sorted(entry["peers"].items(), key=lambda item: -_rate(item[1]))
     ]
-    header = ("length", "setting of the peer", "tokens/s (slowest–fastest step)", "peak GiB", "microbatches", "from")
+    header = ("length", "peer setting", "tokens/s (slowest–fastest step)", "peak GiB", "microbatches", "source")
     return table(header, rows) if rows else []
 
 
@@ -272,7 +273,7 @@ def single_figures(
         for entry in entries_of(report)
         if key in entry
     ]
-    return table(["configuration", "device", "length", *header, "from"], rows) if rows else []
+    return table(["configuration", "device", "length", *header, "source"], rows) if rows else []
 
 
 def scaling_table(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> list[str]:
@@ -284,7 +285,7 @@ def scaling_table(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> list[s
             share = together[length] / (devices * alone[length])
             cells = (f"{length:,}", f"{together[length]:,.0f}", f"{alone[length]:,.0f}", f"{share:.1%}")
             rows.append([name, f"{devices} × {device}", *cells])
-    header = ("configuration", "devices", "length", "tokens/s", "one device's", "of as many times one")
+    header = ("configuration", "devices", "length", "tokens/s", "tokens/s of one device", "scaling efficiency")
     return ["### Several devices", "", *table(header, rows)] if rows else []
 
 
@@ -307,14 +308,14 @@ def torchtitan_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
             else:
                 cells = ["out of memory" if figures["out_of_memory"] else "failed", "–", "–"]
             rows.append([report["name"], f"{report['length']:,}", mode, *cells, source(report)])
-    header = ("configuration", "length", "activation checkpointing", "tokens/s", "MFU", "peak GiB", "from")
+    header = ("configuration", "length", "activation checkpointing", "tokens/s", "MFU", "peak GiB", "source")
     return ["### torchtitan", "", *table(header, rows)] if rows else []
 
 
 def whole_run_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
     """Every measurement of whole_run.py, in seconds; other reports are passed over."""
     parts = {
-        "from start to export": "total_seconds",
+        "total": "total_seconds",
         "before the first step": "before_first_step_seconds",
         "of which compiling": "compile_seconds",
         "steps": "steps_seconds",
@@ -331,8 +332,8 @@ def whole_run_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
         for report in reports
         if report.get("benchmark") == "whole_run"
     ]
-    header = ("configuration, device", *parts, "host GiB (planned)", "from")
-    return ["### From `python train.py` to the exported model, seconds", "", *table(header, rows)] if rows else []
+    header = ("configuration, device", *parts, "host GiB (planned)", "source")
+    return ["### From `python train.py` to the exported model (seconds)", "", *table(header, rows)] if rows else []
 
 
 def numerics_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -344,7 +345,7 @@ def numerics_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
             worst = max(x["error"] / x["limit"] for x in found)
             beyond = sum(not x["within"] for x in found)
             rows.append([path, report["device"], str(len(found)), f"{worst:.0%}", str(beyond), source(report)])
-    header = ("what computed", "device", "comparisons", "largest error, of its limit", "beyond", "from")
+    header = ("computation", "device", "comparisons", "largest error, % of its limit", "over the limit", "source")
     return ["### Numerics", "", *table(header, rows)] if rows else []
 
 
@@ -415,12 +416,19 @@ def generation_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
                     f"{decode_rate(theirs)}: {setting}{left_out(report, name)}" if setting else "–",
                     number(theirs.get("bandwidth_share"), ".1%"),
                     f"{ratio:.2f} ×" if ratio else "–",
-                    source(report) + ("" if "spread" in ours or "error" in ours else "; one figure, of the best run"),
+                    source(report) + ("" if "spread" in ours or "error" in ours else "; best run only"),
                 ]
             )
-    header = ("shape, device", "cache", "rows × prompt", "first token, s", "its MFU", "tokens/s (slowest–fastest run)")
-    peer = ("strongest setting of transformers' `generate`, tokens/s", "its share", "ours is")
-    found = table([*header, "share of the memory bandwidth", *peer, "from"], rows)
+    header = (
+        "shape, device",
+        "cache",
+        "rows × prompt",
+        "first token (s)",
+        "prefill MFU",
+        "tokens/s (slowest–fastest run)",
+    )
+    peer = ("fastest setting of transformers' `generate`, tokens/s", "its share", "ours / peer")
+    found = table([*header, "share of the memory bandwidth", *peer, "source"], rows)
     return ["### Generation", "", *found] if rows else []
 
 
@@ -462,7 +470,7 @@ def readme_training(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> list
             ]
             cells.append(number(entry["mfu"], ".1%"))
             rows.append([*cells, *(against(entry, stack) for stack in PEERS)])
-    header = ("configuration", "devices", "row", "tokens/s", "MFU", "strongest peer", "the same, float32 state")
+    header = ("configuration", "devices", "tokens per row", "tokens/s", "MFU", "strongest peer", "with float32 state")
     return table(header, rows)
 
 
@@ -509,7 +517,14 @@ def readme_generation(reports: Iterable[Mapping[str, Any]]) -> list[str]:
                     theirs + ratio,
                 ]
             )
-    header = ("shape, device", "cache", "rows × prompt", "tokens/s", "of the memory bandwidth", "strongest `generate`")
+    header = (
+        "shape, device",
+        "cache",
+        "rows × prompt",
+        "tokens/s",
+        "share of the memory bandwidth",
+        "fastest `generate`",
+    )
     return table(header, rows)
 
 
