@@ -153,7 +153,7 @@ def tables(results: Mapping[str, Any]) -> str:
     """The page's tables, in Markdown."""
     cells, names = results["cells"], [slice_.name for slice_ in V4]
     columns = (
-        *("model", "window", "smallest slice", "mesh", "GiB a chip", "compute", "links", "a step, at least"),
+        *("model", "window", "smallest slice", "mesh", "GiB per chip", "compute", "links", "step time, at least"),
         *("tokens/s, at most", "compiled", "command"),
     )
     lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
