@@ -333,7 +333,7 @@ def ours(shape: dict[str, Any], runs: dict[str, dict[str, int]], cache: str, chu
     parameters = random_parameters(jax.random.key(0))
     model = Llama.from_params(config, parameters, dtype="bfloat16", param_dtype="bfloat16")
     generator = Generator(model, cache=cache, prefill_chunk=chunk)
-    del model, parameters  # the generator has its own
+    del model, parameters  # the generator has its own copy
     figures: dict[str, Any] = {}
     for name, one in runs.items():
         prompts = np.random.default_rng(0).integers(0, shape["vocab_size"], (one["batch"], one["prompt"])).tolist()
@@ -344,7 +344,7 @@ def ours(shape: dict[str, Any], runs: dict[str, dict[str, int]], cache: str, chu
         try:
             found, last = our_speed(start, one["batch"], one["new"], time.perf_counter)
             figures[name] = {**one, **found, "worst_choice": worst_choice(generator, prompts, last)}
-        except RuntimeError as error:  # JAX's own are of this kind
+        except RuntimeError as error:  # JAX's errors are subclasses
             figures[name] = {**one, **failure(error)}
         print(f"{name}: {figures[name]}", flush=True)
     memory = jax.devices()[0].memory_stats() or {}
@@ -415,7 +415,7 @@ def compare(
     """
     begun = clock()
     figures: dict[str, dict[str, Any]] = {name: {} for name in runs}
-    standing: dict[str, float] = {}  # of the run before, as a share of its best
+    standing: dict[str, float] = {}  # rates of the previous run, as shares of its best
     cost = 0.0  # seconds that the strongest setting takes
     for number, (name, one) in enumerate(runs.items()):
         found = figures[name]
@@ -626,7 +626,7 @@ def main() -> None:
         peer(shape, runs, arguments.peer_seconds, arguments.json)
         return
     figures: dict[str, Any] = {**record("generate"), "shape": arguments.shape, "cache": arguments.cache}
-    if not arguments.no_peer:  # first: JAX takes the device's memory and keeps it
+    if not arguments.no_peer:  # before ours: JAX takes the device's memory and keeps it
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "peer.json"
             ended = subprocess.run([sys.executable, *sys.argv, "--only-peer", "--json", str(report)]).returncode

@@ -83,7 +83,7 @@ SIZES = {
 }  # fmt: skip
 # XLA has no bfloat16 products for CPUs that the backward pass of `chunked` could use.
 BACKENDS = {"gpu": "auto", "cpu": "reference"}
-HEADS, KV_HEADS, LAYERS, VOCABULARY = 4, 2, 3, 256  # the multiplier of EABF begins with the third layer
+HEADS, KV_HEADS, LAYERS, VOCABULARY = 4, 2, 3, 256  # EABF's multiplier begins at the third layer
 
 
 def distance(found: Any, expected: Any) -> float:
@@ -428,7 +428,7 @@ class Case:
         yield compared("prefill", generator.next_token_logits(prompts), prompts)
         texts = [list(prompt) for prompt in prompts]
         completions = generator.generate(prompts, sizes.decoded + 1)
-        if not config.rope.depends_on_length:  # else every token has the texts read again, as prompts are
+        if not config.rope.depends_on_length:  # otherwise every token reads the texts again, like prompts
             decode = decoding(generator, prompts, longest + sizes.decoded)
             for step in range(sizes.decoded):
                 for text, completion in zip(texts, completions, strict=True):

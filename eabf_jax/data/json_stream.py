@@ -289,8 +289,7 @@ def _is_list_of_entries(source: _Text, ahead: int, holds_entries: HoldsEntries, 
 
 
 def _leave_object(source: _Text, holds_entries: HoldsEntries) -> None:
-    """Moves past the rest of the object after its list of entries; refuses a second list, and anything after the
-    object."""
+    """Moves past the rest of the object; refuses a second list of entries, and anything after the object."""
     while source.peek() == ",":
         source.advance(1)
         if source.peek() == "}" and source.repair:

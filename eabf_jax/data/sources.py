@@ -1,5 +1,4 @@
-"""Reads entries from JSON, JSONL, CSV, Parquet, Arrow and text files, compressed or not. A kind is a line in
-`KINDS`."""
+"""Reads entries from files: JSON, JSONL, CSV, Parquet, Arrow and text, also compressed. A kind is a line in `KINDS`."""
 
 import bz2
 import csv
