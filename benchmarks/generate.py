@@ -517,8 +517,7 @@ class Peer:
         return attention.sdpa_kernel([getattr(attention.SDPBackend, name) for name in order], set_priority=True)
 
     def _forget(self, compiled_for: Any) -> None:
-        """Drops compiled code of earlier runs, because a graph for several shapes is slower than one for a single
-        shape."""
+        """Drops compiled code of earlier runs: a graph for several shapes is slower than one for a single shape."""
         if compiled_for != self._compiled_for:
             self._compiled_for = compiled_for
             self._torch._dynamo.reset()

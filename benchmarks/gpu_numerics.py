@@ -405,8 +405,7 @@ class Case:
                 yield comparison(path, f"gradient of {name}", gradient, plain[name], exact[name], **where)
 
     def generation(self, kind: str) -> Iterator[dict[str, Any]]:
-        """Compares logits after prompts of different lengths, read in chunks, and after each of a few decoded
-        tokens."""
+        """Compares logits after prompts of different lengths, read in chunks, and after a few decoded tokens."""
         import jax.numpy as jnp
 
         from eabf_jax.inference import Generator

@@ -243,8 +243,7 @@ def settings_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def settings_of(figures: Mapping[str, Any]) -> str:
-    """Describes a stack's settings: for us, the kept values and the place of the optimizer state; for a peer, its
-    setting."""
+    """Describes a stack's settings: ours by kept values and place of the optimizer state, a peer's by name."""
     if "compute" in figures:
         return f"keeps {figures['compute']['remat']}, state on {figures['compute']['optimizer_memory']}"
     return str(figures.get("setting", "–"))
@@ -453,8 +452,7 @@ def decode_rate(figures: Mapping[str, Any]) -> str:
 
 
 def readme_training(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Returns the README's table of optimizer steps: our fastest measurement at each length, with the strongest
-    peer."""
+    """Returns the README's table of optimizer steps: our fastest measurement per length, and the strongest peer."""
     rows = []
     for (name, device, devices), reports in groups.items():
         measured = [(report, entry) for report in reports for entry in entries_of(report)]

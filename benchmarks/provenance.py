@@ -105,8 +105,7 @@ def changed(report: Mapping[str, Any]) -> list[str] | None:
 
 
 def digest(path: Path) -> str | None:
-    """Computes a digest of a Python file's code, without comments, docstrings and layout; None if there is no such
-    file."""
+    """Computes a digest of a Python file's code, without comments, docstrings and layout; None if it does not exist."""
     if not path.is_file():
         return None
     return hashlib.sha256(_canonical(ast.parse(path.read_text(encoding="utf-8"))).encode()).hexdigest()[:16]
