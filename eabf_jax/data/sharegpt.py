@@ -192,7 +192,8 @@ def order_key(seed: int, conversation: Conversation) -> tuple[int, int]:
       seed: any integer.
       conversation: the conversation to place.
 
-    Returns: The sort key.
+    Returns:
+      The sort key.
     """
     return digest(f"{seed}:{conversation.place}"), conversation.tie
 
