@@ -547,7 +547,7 @@ def write_part(path: Path, part: str, text: str) -> None:
     written = path.read_text(encoding="utf-8")
     begin = BEGIN.format(part)
     if written.count(begin) != 1 or END not in written.partition(begin)[2]:
-        raise InputError(f"{path} has no part between {begin!r} and {END!r}, into which the tables would go")
+        raise InputError(f"{path} has no part between {begin!r} and {END!r} to write the tables into")
     before, _, rest = written.partition(begin)
     path.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
@@ -568,7 +568,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="directory of the results")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/performance.md", help="the page with the markers")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="likewise")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the README with the markers")
     options = parser.parse_args()
     pictures = options.page.parent / "performance"
     pictures.mkdir(exist_ok=True)
