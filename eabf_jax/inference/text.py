@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from eabf_jax.errors import InputError
 from eabf_jax.interop.tokenizer import Tokenizer
 
+# How a prompt that is too long is cut.
+TRUNCATIONS = ("middle", "left")
 # How many tokens of the prompt are decoded along: the first of new text may need the last one's space or bytes.
 _CONTEXT = 8
 # What a decoder writes for bytes that are no whole character yet.
@@ -40,6 +42,24 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """
     opening = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     return [*opening, *tokenizer.encode(text)]
+
+
+def truncated(tokens: Sequence[int], room: int, how: str, bos_id: int | None) -> list[int]:
+    """Cuts a prompt to a number of tokens.
+
+    Args:
+      tokens: more than `room`.
+      room: tokens to keep, at least 2.
+      how: "middle" keeps the first and the last half, as LongBench does; "left" keeps the end.
+      bos_id: the token that begins a text; "left" keeps it where the prompt has it.
+
+    Returns:
+      The tokens left.
+    """
+    if how == "middle":
+        return [*tokens[: room // 2], *tokens[len(tokens) - (room - room // 2) :]]
+    opening = list(tokens[:1]) if tokens[0] == bos_id else []
+    return [*opening, *tokens[len(tokens) - (room - len(opening)) :]]
 
 
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:

@@ -1,18 +1,14 @@
 """Checkpoints of a run, in Orbax: parameters, optimizer, data position."""
 
-import errno
-import logging
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import orbax.checkpoint as ocp
 
+from eabf_jax.destination import no_space
 from eabf_jax.errors import InputError
-from eabf_jax.interop.native import CHECKPOINTS
+from eabf_jax.interop.native import CHECKPOINTS, quiet_orbax
 from eabf_jax.training.step import Saved
 
 
@@ -47,7 +43,8 @@ class Checkpoints:
           keep: newest checkpoints kept.
         """
         self._failed = False
-        self._unsilence = _silence()
+        self._quiet = quiet_orbax()
+        self._quiet.__enter__()
         self._manager = ocp.CheckpointManager(
             (run / CHECKPOINTS).absolute(),
             item_names=("params", "optimizer", "data"),
@@ -68,8 +65,8 @@ class Checkpoints:
             if error is None:
                 raise _explained(failure) from failure
         finally:
-            if not self._failed:  # what a failed write has left running goes on complaining until the process ends
-                self._unsilence()
+            if not self._failed:
+                self._quiet.__exit__(None, None, None)
 
     def latest_step(self) -> int | None:
         """The newest whole checkpoint's step."""
@@ -128,43 +125,11 @@ class Checkpoints:
         return self._manager.reached_preemption(step)
 
 
-def _silence() -> Callable[[], None]:
-    """Keeps the tracebacks of a failed write from standing around our one line; returns what undoes it.
-
-    What Orbax logs as an error it raises as well. The other writes of the same checkpoint fail after it: in tasks that
-    nobody waits for, and in callbacks to an event loop that is gone.
-    """
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
-    before = sys.unraisablehook
-
-    def hook(failure: Any) -> None:
-        if str(failure.exc_value) != "Event loop is closed":
-            before(failure)
-
-    def undo() -> None:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        sys.unraisablehook = before
-
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = hook
-    return undo
-
-
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _explained(failure: Exception) -> Exception:
     """The error for a failed write: one line where it is the disk's fault, itself otherwise."""
-    cause: BaseException | None = failure
-    while cause is not None:
-        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            # Tensorstore reports a full disk through a ValueError whose text is all there is.
-            if getattr(cause, "errno", None) == number or os.strerror(number) in str(cause):
-                reason = "no space left" if number == errno.ENOSPC else os.strerror(number).lower()
-                return InputError(f"{reason}: the checkpoint cannot be written ({_first_line(cause)})")
-        cause = cause.__cause__ or cause.__context__
-    return failure
+    full = no_space(failure)
+    return InputError(f"{full[0]}: the checkpoint cannot be written ({_first_line(full[1])})") if full else failure

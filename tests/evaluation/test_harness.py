@@ -24,10 +24,11 @@ from lm_eval.tasks import TaskManager
 from rich.console import Console
 
 from eabf_jax import cli, load
+from eabf_jax.commands.evaluate import harness as command
+from eabf_jax.commands.evaluate.harness import Report, Score, load_tasks, table
 from eabf_jax.errors import InputError
-from eabf_jax.evaluation import harness, harness_command, longbench
+from eabf_jax.evaluation import harness, longbench
 from eabf_jax.evaluation.harness import EabfLM
-from eabf_jax.evaluation.harness_command import Report, Score, load_tasks, table
 from eabf_jax.interop.tokenizer import load_tokenizer
 from eabf_jax.parallel.mesh import make_mesh
 
@@ -105,7 +106,7 @@ def with_short_answers(*arguments: Any, tokens: int = ANSWER) -> dict[str, list[
 def test_every_kind_of_task_scores_as_with_the_hf_backend(
     hf: HFLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness_command, "load_tasks", with_short_answers)
+    monkeypatch.setattr(command, "load_tasks", with_short_answers)
     report, output = tmp_path / "figures.json", tmp_path / "samples"
     names = [longbench.GROUP, *LOCAL]
     assert not evaluate(
@@ -247,7 +248,7 @@ def test_windows_and_chat_templates_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Few-shot prompts stay as they are."""
-    monkeypatch.setattr(harness_command, "load_tasks", functools.partial(with_short_answers, tokens=8))
+    monkeypatch.setattr(command, "load_tasks", functools.partial(with_short_answers, tokens=8))
     report, output = tmp_path / "figures.json", tmp_path / "samples"
     assert not evaluate(
         *("--model", f"t i={TINY}@{{type: eabf, base: 100000, pretrained_window: 64}}", "--windows", "80,96"),
@@ -424,6 +425,6 @@ def test_models_and_packages_that_lack_something(
             raise ImportError("install rouge")
 
     with pytest.raises(InputError, match="task a: install rouge; pip install"):
-        harness_command._load_task(Broken(), "a", None)
+        command._load_task(Broken(), "a", None)
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     assert "pip install 'eabf-jax[harness]'" in complaint(capsys, "--model", TINY, "--tasks", "local_choice")

@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 
 import jax
 
+from eabf_jax.commands.options import check_positive
 from eabf_jax.data.chat import TEMPLATES, Turn
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.inference.chat import Format, chat_format
 from eabf_jax.inference.generate import Completion, Generator
 from eabf_jax.inference.sampling import Sampling
-from eabf_jax.inference.text import encode_text, only_text
+from eabf_jax.inference.text import TRUNCATIONS, encode_text, only_text, truncated
+from eabf_jax.interop.directory import write_json
 from eabf_jax.interop.loading import DTYPES, load, split_scheme
 from eabf_jax.interop.tokenizer import Tokenizer
 from eabf_jax.model.kv_cache import CACHE_DTYPES
-from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.parallel.mesh import MeshConfig, gpu_memory_defaults, make_mesh
 from eabf_jax.rope import Scheme
-
-TRUNCATIONS = ("middle", "left")
 
 
 class Answer(NamedTuple):
@@ -99,9 +99,6 @@ class Session:
     def __init__(self, arguments: argparse.Namespace):
         """Checks the command line, then loads the model.
 
-        Args:
-          arguments: as declared by `add_arguments`.
-
         Raises:
           InputError: an unknown name, a number that makes no sense, no tokenizer, or as the loading functions.
         """
@@ -128,21 +125,6 @@ class Session:
             prefill_chunk=arguments.prefill_chunk,
             rope_length=arguments.rope_length,
         )
-
-    def encode(self, text: str) -> list[int]:
-        """A text as the model is to read it.
-
-        Args:
-          text: what is to be continued.
-
-        Returns:
-          Its token ids, after the token that begins every text where the tokenizer asks for it.
-        Raises:
-          InputError: an empty text.
-        """
-        if not text:
-            raise InputError("the prompt is empty; some text to continue is needed")
-        return encode_text(self.tokenizer, text)
 
     def fit(self, tokens: Sequence[int], name: str) -> tuple[list[int], int]:
         """Makes room for the new tokens within the window.
@@ -207,10 +189,7 @@ def _rate(tokens: int, seconds: float) -> float | None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """What is wrong is told before the model is loaded."""
-    for option in ("max_new_tokens", "window", "prefill_chunk", "rope_length", "tensor"):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            raise InputError(f"--{option.replace('_', '-')} {value}: a positive number is needed")
+    check_positive(arguments, ("max_new_tokens", "window", "prefill_chunk", "rope_length", "tensor"))
     if arguments.dtype not in DTYPES:
         raise unknown_name("--dtype", arguments.dtype, DTYPES)
     if arguments.cache not in CACHE_DTYPES:
@@ -226,34 +205,13 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--chat keeps one conversation: give one PROMPT or none, and no --file")
 
 
-def truncated(tokens: Sequence[int], room: int, how: str, bos_id: int | None) -> list[int]:
-    """Cuts a prompt to a number of tokens.
-
-    Args:
-      tokens: more than `room`.
-      room: tokens to keep, at least 2.
-      how: "middle" keeps the first and the last half, as LongBench does; "left" keeps the end.
-      bos_id: the token that begins a text; "left" keeps it where the prompt has it.
-
-    Returns:
-      The tokens left.
-    """
-    if how == "middle":
-        return [*tokens[: room // 2], *tokens[len(tokens) - (room - room // 2) :]]
-    opening = list(tokens[:1]) if tokens[0] == bos_id else []
-    return [*opening, *tokens[len(tokens) - (room - len(opening)) :]]
-
-
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
     """The texts to continue; of a file and of standard input without the line end at their end.
-
-    Args:
-      arguments: as declared by `add_arguments`.
 
     Returns:
       At least one.
     Raises:
-      InputError: none given, or a file that is no text.
+      InputError: none given, an empty one, or a file that is no text.
     """
     texts = [_standard_input() if prompt == "-" else prompt for prompt in arguments.prompt]
     for path in arguments.file:
@@ -263,6 +221,8 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
         if sys.stdin.isatty():
             raise InputError("no prompt: give it as PROMPT, with --file, or on standard input")
         texts.append(_standard_input())
+    if "" in texts:
+        raise InputError("the prompt is empty; some text to continue is needed")
     return texts
 
 
@@ -281,10 +241,10 @@ def continue_prompts(session: Session, texts: Sequence[str]) -> list[Answer]:
     Returns:
       An answer a text.
     Raises:
-      InputError: an empty text, or one that is too long.
+      InputError: one is too long.
     """
     names = ["the prompt"] if len(texts) == 1 else [f"prompt {number}" for number in range(1, len(texts) + 1)]
-    fitted = [session.fit(session.encode(text), name) for text, name in zip(texts, names, strict=True)]
+    fitted = [session.fit(encode_text(session.tokenizer, text), name) for text, name in zip(texts, names, strict=True)]
     prompts, cut = zip(*fitted, strict=True)
     stream = session.stream(prompts, cut, session.seed)
     if len(texts) == 1:
@@ -346,21 +306,13 @@ def _questions(first: Sequence[str]) -> Iterator[str]:
             yield line
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Does what the command line asks for.
-
-    Args:
-      arguments: as declared by `add_arguments`.
-
-    Returns:
-      Prompts, texts and speeds, for programs.
-    Raises:
-      InputError: as `Session`, `continue_prompts` and `converse`.
-    """
+def run(arguments: argparse.Namespace) -> None:
+    """Does what the command line asks for."""
+    gpu_memory_defaults()
     texts = None if arguments.chat else read_prompts(arguments)
     session = Session(arguments)
     answers = converse(session, arguments) if texts is None else continue_prompts(session, texts)
-    return {
+    figures = {
         "model": arguments.model,
         "window": session.window,
         "dtype": arguments.dtype,
@@ -369,6 +321,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "answers": [_as_json(answer) for answer in answers],
     }
+    if arguments.json:  # silently: standard output holds the texts alone
+        write_json(Path(arguments.json), figures)
 
 
 def _as_json(answer: Answer) -> dict[str, Any]:
