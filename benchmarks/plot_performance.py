@@ -297,12 +297,63 @@ def fastest(reports: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     return found
 
 
-def page(groups: Mapping[Group, Sequence[Mapping[str, Any]]], generation: Sequence[str] = ()) -> str:
+def torchtitan_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every measurement of torchtitan_step.py; other reports are passed over."""
+    rows = []
+    for report in (report for report in reports if report.get("benchmark") == "torchtitan_step"):
+        for mode, figures in report["modes"].items():
+            if "tokens_per_second" in figures:
+                cells = [f"{figures['tokens_per_second']:,.0f}", f"{figures['mfu']:.1%}", f"{figures['peak_gib']:.1f}"]
+            else:
+                cells = ["out of memory" if figures["out_of_memory"] else "failed", "–", "–"]
+            rows.append([report["name"], f"{report['length']:,}", mode, *cells, source(report)])
+    header = ("configuration", "length", "activation checkpointing", "tokens/s", "MFU", "peak GiB", "from")
+    return ["### torchtitan", "", *table(header, rows)] if rows else []
+
+
+def whole_run_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every measurement of whole_run.py, in seconds; other reports are passed over."""
+    parts = {
+        "from start to export": "total_seconds",
+        "before the first step": "before_first_step_seconds",
+        "of which compiling": "compile_seconds",
+        "steps": "steps_seconds",
+        "final save": "after_last_step_seconds",
+        "export": "export_seconds",
+    }
+    rows = [
+        [
+            f"{report['name']}, {report['card'].split(',')[0]}",
+            *(f"{report[key]:.0f}" for key in parts.values()),
+            f"{report['host_gib']:.1f} ({report['planned_host_gib']:.1f})",
+            source(report),
+        ]
+        for report in reports
+        if report.get("benchmark") == "whole_run"
+    ]
+    header = ("configuration, device", *parts, "host GiB (planned)", "from")
+    return ["### From `python train.py` to the exported model, seconds", "", *table(header, rows)] if rows else []
+
+
+def numerics_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every result of gpu_numerics.py by what computed it; other reports are passed over."""
+    rows = []
+    for report in (report for report in reports if report.get("benchmark") == "gpu_numerics"):
+        for path in dict.fromkeys(x["path"].partition(", token")[0] for x in report["comparisons"]):
+            found = [x for x in report["comparisons"] if x["path"].partition(", token")[0] == path]
+            worst = max(x["error"] / x["limit"] for x in found)
+            beyond = sum(not x["within"] for x in found)
+            rows.append([path, report["device"], str(len(found)), f"{worst:.0%}", str(beyond), source(report)])
+    header = ("what computed", "device", "comparisons", "largest error, of its limit", "beyond", "from")
+    return ["### Numerics", "", *table(header, rows)] if rows else []
+
+
+def page(groups: Mapping[Group, Sequence[Mapping[str, Any]]], more: Sequence[str] = ()) -> str:
     """The part of docs/performance.md that is written from results.
 
     Args:
       groups: from `grouped`.
-      generation: from `generation_table`.
+      more: tables of the other benchmarks.
 
     Returns:
       Markdown.
@@ -332,7 +383,7 @@ def page(groups: Mapping[Group, Sequence[Mapping[str, Any]]], generation: Sequen
         lambda cost: [str(len(cost["seconds_with"])), f"{cost['ratio']:+.2%}"],
     )
     lines += ["### What the logit multiplier costs", "", *cost] if cost else []
-    lines += generation
+    lines += more
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -489,8 +540,10 @@ def write_part(path: Path, part: str, text: str) -> None:
 def parts(results: Path) -> dict[str, str]:
     """Everything that is written from a directory of results, by part."""
     groups, reports = grouped(read_results(results)), all_results(results)
+    tables = (torchtitan_table, whole_run_table, numerics_table, generation_table)
+    more = "\n".join(line for one in tables for line in [*one(reports), ""]).strip().splitlines()
     return {
-        "performance": page(groups, generation_table(reports)),
+        "performance": page(groups, more),
         "training": "\n".join(readme_training(groups)),
         "generation": "\n".join(readme_generation(reports)),
     }

@@ -35,6 +35,7 @@ _STEP = (
 # that choose the settings of what runs.
 MEASURED: Mapping[str, tuple[str, ...]] = {
     "train_step": ("benchmarks/train_step.py", "benchmarks/peer_train_step.py", *_STEP),
+    "torchtitan_step": ("benchmarks/torchtitan_step.py",),
     "whole_run": (
         "benchmarks/whole_run.py",
         *_STEP,
@@ -58,7 +59,7 @@ MEASURED: Mapping[str, tuple[str, ...]] = {
 
 PACKAGES = (
     *("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12"),
-    *("torch", "transformers", "triton", "liger-kernel"),
+    *("torch", "transformers", "triton", "liger-kernel", "torchtitan"),
 )
 # Settings from outside that change a measurement.
 ENVIRONMENT = ("XLA_", "JAX_", "LIBTPU_", "CUDA_VISIBLE_DEVICES", "PYTORCH_", "TORCH", "NCCL_")

@@ -9,6 +9,14 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import pytest
 
+# Nearly all the time of these tests is compilation, and what they compile runs once: the compiler need not try hard.
+# The CPU's compiler reads these flags as its devices are made. The TPU's, which would end the process at a flag that it
+# does not know, and the processes that tests start do not see them.
+with pytest.MonkeyPatch.context() as patch:
+    for flag in ("backend_optimization_level=0", "llvm_disable_expensive_passes=true", "cpu_use_fusion_emitters=false"):
+        patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_{flag}")
+    jax.devices()
+
 
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:

@@ -196,6 +196,36 @@ def test_generation_is_held_against_the_strongest_peer(program):
     assert "**stale**" in line and line.endswith("; one figure, of the best run |")
 
 
+def test_other_benchmarks_have_tables_of_their_own(program):
+    seen = {"file": "one.json", "date": "2024-01-02T10:00", "commit": "abc", "sources": {}}
+    link = "[one.json](../benchmarks/results/one.json) 2024-01-02 abc"
+    ran = {"tokens_per_second": 8500.4, "mfu": 0.4512, "peak_gib": 61.26}
+    modes = {"full": ran, "none": {"out_of_memory": True, "error": "CUDA out of memory."}}
+    report = {**seen, "benchmark": "torchtitan_step", "name": "llama2_7b", "length": 16_384, "modes": modes}
+    lines = program.torchtitan_table([report, RUN])
+    assert f"| llama2_7b | 16,384 | full | 8,500 | 45.1% | 61.3 | {link} |" in lines
+    assert f"| llama2_7b | 16,384 | none | out of memory | – | – | {link} |" in lines
+    run = {**seen, "benchmark": "whole_run", "name": "llama2_7b", "card": "NVIDIA H100, 700 W", "host_gib": 90.44}
+    run |= {"total_seconds": 500.4, "before_first_step_seconds": 80.2, "compile_seconds": 11.0, "steps_seconds": 300.0}
+    run |= {"after_last_step_seconds": 60.0, "export_seconds": 60.2, "planned_host_gib": 74.12}
+    cells = "500 | 80 | 11 | 300 | 60 | 60 | 90.4 (74.1)"
+    assert f"| llama2_7b, NVIDIA H100 | {cells} | {link} |" in program.whole_run_table([run, RUN])
+    compared = [
+        {"path": path, "error": error, "limit": 0.02, "within": error <= 0.02}
+        for path, error in (
+            ("decode, cudnn, token 1", 0.01),
+            ("decode, cudnn, token 2", 0.03),
+            ("prefill, cudnn", 0.002),
+        )
+    ]
+    numerics = {**seen, "benchmark": "gpu_numerics", "device": "NVIDIA H100", "comparisons": compared}
+    lines = program.numerics_table([numerics, RUN])
+    assert f"| decode, cudnn | NVIDIA H100 | 2 | 150% | 1 | {link} |" in lines
+    assert f"| prefill, cudnn | NVIDIA H100 | 1 | 10% | 0 | {link} |" in lines
+    for table in (program.torchtitan_table, program.whole_run_table, program.numerics_table):
+        assert table([RUN]) == []
+
+
 @pytest.mark.filterwarnings("error")  # matplotlib warns of a layout that it gave up
 def test_picture_shows_both_stacks(program, results, tmp_path):
     [(group, reports)] = [item for item in program.grouped(program.read_results(results)).items() if item[0][2] == 1]

@@ -20,6 +20,8 @@ EABF = {"type": "eabf", "base": 50_000.0, "pretrained_window": 16, "unscaled_lay
 TOKENS = torch.arange(3, 43)[None]
 HERE = Path(__file__).parent
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -33,7 +35,10 @@ def test_every_scheme_in_the_installed_transformers(exported: Path) -> None:
     command = [sys.executable, str(HERE / "check_export_in_transformers.py"), str(exported)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("eager") == done.stdout.count("sdpa") == 10
+    lines = [line.split()[2:4] for line in done.stdout.splitlines()]
+    assert len({name for name, _ in lines}) == 10
+    assert {("eabf", kind) for kind in ("eager:", "sdpa:")} <= {tuple(line) for line in lines}
+    assert {("dynamic_ntk_entropy", kind) for kind in ("eager:", "sdpa:")} <= {tuple(line) for line in lines}
 
 
 def test_the_checks_can_fail(exported: Path) -> None:

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -48,7 +48,11 @@ SHAPE = {
 }
 WINDOW, RECORDS = 64, 40
 # Compiles several times as fast, into slower code: a micro step is all compilation.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
 
 
 def write_records(directory, *, records=RECORDS, longest=WINDOW, metadata=None, seed=0):
@@ -170,27 +174,80 @@ def config_file(base_model, dataset):
     return write
 
 
-@pytest.fixture(scope="session")
-def start_training():
-    """Starts `python train.py` as a user would, on one device."""
+# What a process does that was forked where the imports were done already. Such a process ends without what `atexit`
+# holds; the processes of one run part there.
+FORKED = """
+import atexit, os, sys
+for number, path in enumerate(outputs, 1):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+os.environ.clear()
+os.environ.update(environment)
+os.chdir(root)
+sys.argv = ["train.py", *arguments]
+try:
+    exec(program, {"__name__": "__main__"})
+finally:
+    atexit._run_exitfuncs()
+"""
 
-    def start(*arguments, prefix=()):
-        environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-        return subprocess.Popen(
-            [*prefix, sys.executable, "train.py", *map(str, arguments)],
-            cwd=ROOT,
-            env={
+
+class Forked:
+    """A process as `subprocess.Popen` has it, without the seconds in which it imports JAX and all the rest."""
+
+    def __init__(self, context, folder, program, arguments, environment):
+        self.outputs = [folder / "out", folder / "err"]
+        told = {"root": ROOT, "program": program, "arguments": arguments, "environment": environment}
+        self.process = context.Process(target=exec, args=(FORKED, {"outputs": self.outputs, **told}))
+        self.process.start()
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+    def kill(self):
+        self.process.kill()
+
+    def terminate(self):
+        self.process.terminate()
+
+    def communicate(self, timeout=None):
+        self.process.join(timeout)
+        if self.process.is_alive():
+            raise subprocess.TimeoutExpired("train.py", timeout, *(path.read_text() for path in self.outputs))
+        return tuple(path.read_text() for path in self.outputs)
+
+
+@pytest.fixture(scope="session")
+def fork(tmp_path_factory):
+    """Starts a program, with arguments, in a process of its own, on CPU devices; gives what to wait for."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["eabf_jax.cli", "eabf_jax.training.trainer"])
+    outside = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+    def start(program, *arguments, devices=1, **environment):
+        flags = {"xla_force_host_platform_device_count": devices, **QUICK}
+        return Forked(
+            context,
+            tmp_path_factory.mktemp("process"),
+            program,
+            [str(argument) for argument in arguments],
+            {
+                **outside,
+                "XLA_FLAGS": " ".join(f"--{name}={str(value).lower()}" for name, value in flags.items()),
                 **environment,
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=1 "
-                + " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items()),
             },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
 
     return start
+
+
+@pytest.fixture(scope="session")
+def train_py():
+    """The program that a user starts."""
+    return (ROOT / "train.py").read_text()
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,9 @@
 """Runs of several processes on one machine, which find each other and exchange arrays over loopback."""
 
-import os
 import re
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,7 +13,6 @@ import yaml
 from eabf_jax.interop.native import load_native
 from eabf_jax.training.trainer import train
 
-ROOT = Path(__file__).parents[2]
 # As in test_step: with the usual epsilon, Adam makes a whole step of a gradient that is nought but for rounding.
 RECIPE = {"batch_size": 8, "learning_rate": 1e-2, "epsilon": 1e-3}
 STEPS = 6
@@ -43,26 +37,17 @@ main(["train", *sys.argv[2:]])
 class Group:
     """The processes of one run."""
 
-    def __init__(self, options, *commands, devices=1):
+    def __init__(self, fork, *commands, devices=1):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        flags = {"xla_force_host_platform_device_count": devices, **options}
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, *map(str, command)],
-                cwd=ROOT,
-                env={
-                    **os.environ,
-                    "JAX_PLATFORMS": "cpu",
-                    "XLA_FLAGS": " ".join(f"--{name}={str(value).lower()}" for name, value in flags.items()),
-                    "JAX_COORDINATOR_ADDRESS": address,
-                    "JAX_NUM_PROCESSES": str(len(commands)),
-                    "JAX_PROCESS_ID": str(number),
-                },
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+            fork(
+                *command,
+                devices=devices,
+                JAX_COORDINATOR_ADDRESS=address,
+                JAX_NUM_PROCESSES=str(len(commands)),
+                JAX_PROCESS_ID=str(number),
             )
             for number, command in enumerate(commands)
         ]
@@ -77,7 +62,6 @@ class Group:
     def ended(self):
         """Exit status, output and error output of each."""
         try:
-            # Not one after the other: a process whose pipe is full would wait for ever.
             told = [process.communicate(timeout=200) for process in self.processes]
         finally:
             for process in self.processes:
@@ -86,15 +70,15 @@ class Group:
 
 
 @pytest.fixture(scope="module")
-def trained(config_file, quick):
+def trained(config_file, fork, train_py):
     """Starts a training run as several processes."""
 
-    def start(path, output, count, *arguments, devices=1, prefix=("train.py",), **changes):
+    def start(path, output, count, *arguments, devices=1, prefix=None, **changes):
         values = {"recipe": {**RECIPE, "steps": STEPS}, "checkpoint": {"every_steps": None}, **changes}
         config = config_file(path, output, **values)
         command = ("--config_path", config, "--distributed", "true", *arguments)
-        prefixes = prefix if callable(prefix) else lambda number: prefix
-        return Group(quick, *((*prefixes(number), *command) for number in range(count)), devices=devices)
+        prefixes = prefix or (lambda number: (train_py,))
+        return Group(fork, *((*prefixes(number), *command) for number in range(count)), devices=devices)
 
     return start
 
@@ -143,7 +127,7 @@ def test_four_processes_stop_together_and_others_go_on(trained, whole, same_run,
     group = trained(tmp_path / "four.yaml", run, 4, "--mesh.context", "2", "--mesh.tensor", "2")
     metrics = run / "metrics.jsonl"
     group.wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2)
-    group.processes[2].send_signal(signal.SIGTERM)
+    group.processes[2].terminate()
     ended = group.ended()
     last = [err.splitlines()[-1] for _, _, err in ended]
     stopped = re.fullmatch(r"error: stopped by a signal after step (\d+) of 6; start again .*", last[0])
@@ -188,7 +172,7 @@ def test_each_process_reads_its_own_rows_only(trained, alone, same_run, write_da
     recipe = {**RECIPE, "steps": 3}
 
     def noting(number):
-        return "-c", COUNTED, tmp_path / f"reads{number}"
+        return COUNTED, tmp_path / f"reads{number}"
 
     group = trained(tmp_path / "config.yaml", tmp_path / "run", 2, prefix=noting, data=data, recipe=recipe)
     ended = group.ended()
@@ -200,9 +184,9 @@ def test_each_process_reads_its_own_rows_only(trained, alone, same_run, write_da
     same_run(tmp_path / "run", alone(data=data, recipe=recipe), steps=3)
 
 
-def test_what_is_missing_on_one_is_told_there_and_ends_both(trained, tmp_path):
+def test_what_is_missing_on_one_is_told_there_and_ends_both(trained, train_py, tmp_path):
     def command(number):
-        return ("train.py", "--data.directory", "nowhere") if number else ("train.py",)
+        return (train_py, "--data.directory", "nowhere") if number else (train_py,)
 
     began = time.monotonic()
     first, second = trained(tmp_path / "config.yaml", tmp_path / "run", 2, prefix=command).ended()

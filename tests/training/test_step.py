@@ -187,8 +187,11 @@ def test_neither_recomputation_nor_the_executor_changes_the_curve(fine_tune, bat
     agree(fine_tune(batches, remat=remat, executor=executor), single_device)
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
-@pytest.mark.parametrize(("memory", "remat"), [("device", "qkv"), ("host", "offload:2,dots")])
+@pytest.mark.parametrize(
+    ("sizes", "memory", "remat"),
+    [({"fsdp": 8}, "device", "qkv"), ({"data": 2, "fsdp": 2, "tensor": 2}, "host", "offload:2,dots")],
+    ids=str,
+)
 def test_layer_by_layer_on_eight_devices(fine_tune, batches, single_device, sizes, memory, remat):
     mesh = make_mesh(MeshConfig(**sizes))
     ways = sizes.get("data", 1) * sizes["fsdp"]

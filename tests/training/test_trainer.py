@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import orbax.checkpoint as ocp
 import pytest
 import yaml
 
+from eabf_jax.cli import main
 from eabf_jax.data.dataset import tokenizer_digest
 from eabf_jax.errors import InputError
 from eabf_jax.interop.native import load_native, save_params, write_model_json
@@ -361,10 +363,11 @@ def test_no_space_for_a_checkpoint_is_one_line(run_config, tmp_path, monkeypatch
     assert load_native(tmp_path / "run")  # checkpoint 2 is whole
 
 
-def test_a_write_that_the_system_refuses_is_one_line(config_file, start_training, tmp_path):
+def test_a_write_that_the_system_refuses_is_one_line(config_file, fork, train_py, tmp_path):
     """The real thing, within a user's means: files of more than 16 KiB are refused while Orbax writes."""
     config = config_file(tmp_path / "config.yaml", tmp_path / "run")
-    process = start_training("--config_path", config, prefix=("bash", "-c", 'ulimit -f 16; exec "$@"', "bash"))
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))\n"
+    process = fork(limited + train_py, "--config_path", config)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     *steps, last = err.splitlines()
@@ -388,8 +391,8 @@ class Interrupted:
 
     STEPS = 20
 
-    def __init__(self, folder, config_file, start_training):
-        self.run, self.start = folder / "run", start_training
+    def __init__(self, folder, config_file, start):
+        self.run, self.start = folder / "run", start
         self.config = config_file(
             folder / "config.yaml", self.run, recipe={"steps": self.STEPS}, checkpoint={"keep": 2}
         )
@@ -410,8 +413,20 @@ class Interrupted:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(config_file, start_training, tmp_path_factory):
-    whole = Interrupted(tmp_path_factory.mktemp("whole"), config_file, start_training)
+def uninterrupted(config_file, quick, tmp_path_factory):
+    """As a user starts it."""
+    flags = {"xla_force_host_platform_device_count": 1, **quick}
+
+    def start(*arguments):
+        return subprocess.Popen(
+            [sys.executable, "train.py", *map(str, arguments)],
+            env={**os.environ, "XLA_FLAGS": " ".join(f"--{k}={str(v).lower()}" for k, v in flags.items())},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    whole = Interrupted(tmp_path_factory.mktemp("whole"), config_file, start)
     process = whole.go()
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
@@ -424,9 +439,9 @@ def uninterrupted(config_file, start_training, tmp_path_factory):
 
 
 def test_killed_and_started_again_a_run_ends_bit_for_bit_the_same(
-    uninterrupted, config_file, start_training, tmp_path, read_metrics
+    uninterrupted, config_file, fork, train_py, tmp_path, read_metrics
 ):
-    cut = Interrupted(tmp_path, config_file, start_training)
+    cut = Interrupted(tmp_path, config_file, functools.partial(fork, train_py))
 
     process = cut.go()  # SIGKILL at a random step
     kill_at = random.Random(20240107).randint(2, 5)
@@ -473,11 +488,12 @@ def test_killed_and_started_again_a_run_ends_bit_for_bit_the_same(
     assert sorted(path.name for path in checkpoints.iterdir()) == ["19", "20"]
 
 
-def test_a_finished_run_started_again_says_so_at_once(uninterrupted, read_metrics):
+def test_a_finished_run_started_again_says_so_at_once(uninterrupted, read_metrics, capsys):
     before = read_metrics(uninterrupted.run)
-    process = uninterrupted.go()
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--config_path", str(uninterrupted.config)])
+    assert ended.value.code == 0
+    out, err = capsys.readouterr()
     assert f"{uninterrupted.run}: finished" in out
     assert err == ""
     assert read_metrics(uninterrupted.run) == before
