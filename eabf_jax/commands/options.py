@@ -11,14 +11,7 @@ from eabf_jax.interop.directory import write_json
 
 
 def check_outputs(arguments: argparse.Namespace) -> None:
-    """Refuses a file that could not be written, before the hours of work whose figures it is for.
-
-    Args:
-      arguments: of any command; `json` and `figure` are looked at, where it has them.
-
-    Raises:
-      InputError: such a file.
-    """
+    """Refuses a file of `--json` or `--figure` that could not be written, before hours of work for it."""
     _check_file("--json", getattr(arguments, "json", None))
     _check_file("--figure", getattr(arguments, "figure", None), (".png", ".svg", ".pdf"))
 
@@ -43,15 +36,7 @@ def _check_file(option: str, path: str | None, suffixes: Sequence[str] = ()) -> 
 
 
 def check_positive(arguments: argparse.Namespace, options: Sequence[str]) -> None:
-    """Refuses numbers below 1.
-
-    Args:
-      arguments: of any command.
-      options: names of numbers, which may also be None.
-
-    Raises:
-      InputError: such a number.
-    """
+    """Refuses options that are numbers below 1; they may be None."""
     for option in options:
         value = getattr(arguments, option)
         if value is not None and value < 1:
@@ -59,13 +44,7 @@ def check_positive(arguments: argparse.Namespace, options: Sequence[str]) -> Non
 
 
 def write_figures(arguments: argparse.Namespace, figures: Mapping[str, Any], kind: str = "figures") -> None:
-    """Writes what `--json` asks for, and says so.
-
-    Args:
-      arguments: with `json`, None where no file is asked for.
-      figures: JSON values.
-      kind: what to call them.
-    """
+    """Writes the file that `--json` asks for, and says so."""
     if arguments.json:
         write_json(Path(arguments.json), dict(figures))
         print(f"{kind}: {arguments.json}")

@@ -90,11 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs every task with every model at every window.
-
-    Raises:
-      InputError: the harness is not installed, no such task, a dataset that cannot be had, or as the model class.
-    """
+    """Runs every task with every model at every window, and shows and writes the figures."""
     entries = common.begin(arguments, ("limit", "tensor"))
     windows = _check(arguments, entries)
     _import_harness()
@@ -255,7 +251,7 @@ def evaluate(model: Any, tasks: dict[str, list[Any]], arguments: argparse.Namesp
     Args:
       model: an instance of the harness' LM.
       tasks: from `load_tasks`.
-      arguments: as declared by `add_arguments`.
+      arguments: `apply_chat_template`, `num_fewshot`, `limit` and `include_path` are looked at.
 
     Returns:
       What the harness' `simple_evaluate` says, for the tasks in a chat template and for those without one.

@@ -80,14 +80,7 @@ class Comparison(NamedTuple):
 
 
 def compare(arguments: argparse.Namespace) -> Comparison:
-    """Measures every model on the same documents.
-
-    Returns:
-      The losses and their means by band, or the perplexities by window.
-    Raises:
-      InputError: as the loading functions; bands or windows that do not fit; documents that are too short; texts for
-        models with different tokenizers.
-    """
+    """Measures every model on the same documents: means by band, or perplexities by window."""
     entries = evaluate.begin(arguments, ("length", "documents", "stride"))
     if arguments.windows and arguments.bands:
         raise InputError("--bands are of one pass over a document, --windows slide over it: give one of the two")
@@ -189,7 +182,7 @@ def _fine_edges(length: int) -> list[int]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measures, and shows and writes what was found; as `compare`."""
+    """Compares the models, and shows and writes what was found."""
     found = compare(arguments)
     evaluate.report(arguments, table(found), as_json(found, arguments), functools.partial(draw, found))
 
@@ -267,14 +260,7 @@ def figures(comparison: Comparison) -> dict[str, Any]:
 
 
 def read(report: Mapping[str, Any]) -> Comparison:
-    """Reads a report back.
-
-    Args:
-      report: from `as_json`.
-
-    Returns:
-      What `compare` measured.
-    """
+    """Reads what `as_json` gave back."""
 
     def rows(key: str, kind: Callable[..., Any]) -> dict[str, list[Any]]:
         # JSON has no NaN.
@@ -291,12 +277,7 @@ def read(report: Mapping[str, Any]) -> Comparison:
 
 
 def draw(comparison: Comparison, path: Path) -> None:
-    """Draws what `compare` measured.
-
-    Args:
-      comparison: from `compare` or `read`.
-      path: the picture; its suffix (.png, .svg, .pdf) says which kind.
-    """
+    """Draws what `compare` measured; the path's suffix (.png, .svg, .pdf) says which kind of picture it is."""
     from eabf_jax.analysis.figures import loss_by_position, perplexity_by_window
 
     documents = f"{comparison.documents} documents"

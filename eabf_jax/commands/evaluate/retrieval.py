@@ -36,12 +36,7 @@ class Task(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser, task: Task) -> None:
-    """Declares the command line.
-
-    Args:
-      parser: the command's.
-      task: what it measures.
-    """
+    """Declares the command line of one task."""
     evaluate.add_arguments(parser)
     parser.add_argument(
         "--lengths",
@@ -89,13 +84,7 @@ class Retrieval(NamedTuple):
 
 
 def compare(arguments: argparse.Namespace, task: Task) -> Retrieval:
-    """Measures every model on the prompts of a seed.
-
-    Returns:
-      The cells of every model.
-    Raises:
-      InputError: as the loading functions, numbers that make no sense, or a length that is too short.
-    """
+    """Measures every model on the prompts of a seed."""
     entries = evaluate.begin(arguments, ("samples", "pretrained_window"))
     lengths = _ascending("--lengths", arguments.lengths, 1, None)
     depths = _ascending("--depths", arguments.depths, 0, 100) if task.has_depths else []
@@ -140,7 +129,7 @@ def _prompts(
 
 
 def run(arguments: argparse.Namespace, task: Task) -> None:
-    """Measures, and shows and writes what was found; as `compare`."""
+    """Compares the models, and shows and writes what was found."""
     found = compare(arguments, task)
     if found.note:
         print(f"note: {found.note}")
@@ -254,14 +243,7 @@ def figures(retrieval: Retrieval) -> dict[str, Any]:
 
 
 def read(report: Mapping[str, Any]) -> Retrieval:
-    """Reads a report back.
-
-    Args:
-      report: from `as_json`; of its sums nothing is needed.
-
-    Returns:
-      What `compare` measured.
-    """
+    """Reads what `as_json` gave back; of the sums in it nothing is needed."""
     names = [field.name for field in dataclasses.fields(Cell)]
     cells = {
         label: [Cell(**{name: cell[name] for name in names}) for cell in row] for label, row in report["cells"].items()
@@ -270,12 +252,7 @@ def read(report: Mapping[str, Any]) -> Retrieval:
 
 
 def draw(retrieval: Retrieval, path: Path) -> None:
-    """Draws what `compare` measured.
-
-    Args:
-      retrieval: from `compare` or `read`.
-      path: the picture; its suffix (.png, .svg, .pdf) says which kind.
-    """
+    """Draws what `compare` measured; the path's suffix (.png, .svg, .pdf) says which kind of picture it is."""
     from eabf_jax.analysis.figures import heat_maps, share_by_length
 
     window, title = retrieval.pretrained_window, retrieval.task
