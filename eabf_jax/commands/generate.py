@@ -160,7 +160,7 @@ class _Session:
         return truncated(tokens, room, how, self.tokenizer.bos_id), excess
 
     def stream(self, prompts: Sequence[Sequence[int]], cut: Sequence[int], seed: int) -> Iterator[list[_Answer]]:
-        """Continues prompts from `fit`, a few tokens at a time; the first draws with `seed`, the next with `seed` + 1."""
+        """Continues prompts from `fit`, a few tokens at a time; the first draws with `seed`, the next with one more."""
         begun, first = time.perf_counter(), 0.0
         stream = self._generator.stream(
             prompts,
