@@ -59,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--figure", help="draw loss by position, or perplexity by window, here (.png, .svg or .pdf)")
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """Compares the models, and shows and writes what was found."""
+    found = compare(arguments)
+    evaluate.report(arguments, table(found), as_json(found, arguments), functools.partial(draw, found))
+
+
 def default_edges(length: int) -> list[int]:
     """Band edges 0, 256, 512, ... doubling up to the length."""
     edges = [0]
@@ -179,12 +185,6 @@ def _fine_edges(length: int) -> list[int]:
     """32 bands of positions, or as many as there are; at the first position, 0, there is no loss."""
     edges: list[int] = np.linspace(1, length, min(32, length - 1) + 1).round().astype(int).tolist()
     return edges
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Compares the models, and shows and writes what was found."""
-    found = compare(arguments)
-    evaluate.report(arguments, table(found), as_json(found, arguments), functools.partial(draw, found))
 
 
 def table(comparison: Comparison) -> Grid:

@@ -67,6 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser, task: Task) -> None:
     parser.add_argument("--figure", help=f"draw {kind} here (.png, .svg or .pdf)")
 
 
+def run(arguments: argparse.Namespace, task: Task) -> None:
+    """Compares the models, and shows and writes what was found."""
+    found = compare(arguments, task)
+    if found.note:
+        print(f"note: {found.note}")
+    evaluate.report(arguments, table(found), as_json(found, arguments), functools.partial(draw, found))
+
+
 class Retrieval(NamedTuple):
     """What `compare` measured.
 
@@ -126,14 +134,6 @@ def _prompts(
     if len(made) > 1:
         return by_model, "the chat templates differ: the same answers, each asked for in the model's own"
     return by_model, ""
-
-
-def run(arguments: argparse.Namespace, task: Task) -> None:
-    """Compares the models, and shows and writes what was found."""
-    found = compare(arguments, task)
-    if found.note:
-        print(f"note: {found.note}")
-    evaluate.report(arguments, table(found), as_json(found, arguments), functools.partial(draw, found))
 
 
 def by_length(cells: Sequence[Cell]) -> dict[int, Share]:
