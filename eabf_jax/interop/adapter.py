@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eabf_jax.errors import InputError
+from eabf_jax.fields import check, types_of
 from eabf_jax.interop import native
 from eabf_jax.interop.directory import read_json_object
 from eabf_jax.interop.layout import flatten, parameters
@@ -59,15 +60,14 @@ def read_adapter(directory: Path | str) -> Adapter | None:
     found = read_json_object(path).get(native.ADAPTER)
     if found is None:
         return None
-    names = [*(field.name for field in dataclasses.fields(Lora)), "base", "base_digest"]
-    if not isinstance(found, dict) or sorted(found) != sorted(names):
-        raise InputError(f"{path}: {native.ADAPTER} is {found!r:.100}; an object with {', '.join(names)} is needed")
-    base, base_digest = found.pop("base"), found.pop("base_digest")
+    # Every key is needed: a default would be a guess at what the run trained.
+    types = {**types_of(Lora), "base": str, "base_digest": str}
     try:
-        lora = Lora(**{**found, "targets": tuple(found["targets"])})
-    except TypeError as error:
-        raise InputError(f"{path}: {native.ADAPTER} has a value of a wrong type: {error}") from error
-    return Adapter(lora, str(base), str(base_digest))
+        told = check(found, types, "key", f"{native.ADAPTER}.", required=types)
+        base, base_digest = told.pop("base"), told.pop("base_digest")
+        return Adapter(Lora(**told), base, base_digest)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def digest(model: Leaves) -> str:

@@ -1,6 +1,5 @@
 """Hugging Face directories to native ones and back, tensor by tensor and bit by bit, and straight into memory."""
 
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eabf_jax.errors import InputError
+from eabf_jax.fields import check, types_of
 from eabf_jax.interop import native
 from eabf_jax.interop.adapter import Leaves, merged, read_adapter
 from eabf_jax.interop.directory import EXPORT, new_directory, read_json_object, write_json
@@ -62,7 +62,10 @@ FIXED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("text_config", "decoder", "generator"), _NULL),
 }
 
-_INTEGERS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_FIELDS = {name: kind for name, kind in types_of(LlamaConfig).items() if name != "rope"}
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}  # the other ones are `LlamaConfig`'s
+_NULL_IS_DEFAULT = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias")
 
 
 class Summary(NamedTuple):
@@ -92,51 +95,12 @@ def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
     for name, (accepts, expected) in FIXED.items():
         if name in values and not accepts(values[name]):
             raise InputError(f"config.json: {name} is {values[name]!r:.80}, expected {expected}")
-    for name in ("bos_token_id", "pad_token_id"):
-        if not isinstance(values.get(name), int | None) or isinstance(values.get(name), bool):
-            raise InputError(f"config.json: {name} is {values[name]!r}, expected an integer or null")
-    sizes = {name: _positive(name, values.get(name)) for name in _INTEGERS}
-    heads = sizes["num_attention_heads"]
-    key_heads = values.get("num_key_value_heads")
-    head_dim = values.get("head_dim")
-    end = values.get("eos_token_id", 2)
-    if not all(isinstance(i, int) for i in (end if isinstance(end, list) else () if end is None else (end,))):
-        raise InputError(f"config.json: eos_token_id is {end!r}, expected an integer or a list of them")
-    return LlamaConfig(
-        **sizes,
-        num_key_value_heads=_positive("num_key_value_heads", heads if key_heads is None else key_heads),
-        head_dim=_positive("head_dim", sizes["hidden_size"] // heads if head_dim is None else head_dim),
-        max_position_embeddings=_positive("max_position_embeddings", values.get("max_position_embeddings", 2048)),
-        rms_norm_eps=_positive_number("rms_norm_eps", values.get("rms_norm_eps", 1e-6)),
-        tie_word_embeddings=_flag("tie_word_embeddings", values.get("tie_word_embeddings", False)),
-        attention_bias=_flag("attention_bias", values.get("attention_bias", False)),
-        mlp_bias=_flag("mlp_bias", values.get("mlp_bias", False)),
-        initializer_range=_positive_number("initializer_range", values.get("initializer_range", 0.02)),
-        bos_token_id=values.get("bos_token_id", 1),
-        eos_token_id=tuple(end) if isinstance(end, list) else end,
-        pad_token_id=values.get("pad_token_id"),
-        rope=rope_from_hf(values),
-    )
-
-
-def _positive(name: str, value: Any) -> int:
-    # Some writers give every number a point: 4096.0 is a whole number too.
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
-    if not whole or value < 1:
-        raise InputError(f"config.json: {name} is {value!r}, expected a positive integer")
-    return int(value)
-
-
-def _positive_number(name: str, value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise InputError(f"config.json: {name} is {value!r}, expected a positive number")
-    return float(value)
-
-
-def _flag(name: str, value: Any) -> bool:
-    if value is not None and not isinstance(value, bool):
-        raise InputError(f"config.json: {name} is {value!r}, expected true or false")
-    return bool(value)
+    absent = {name for name in _FIELDS if values.get(name) is None and (name in _NULL_IS_DEFAULT or name not in values)}
+    given = {name: values[name] for name in _FIELDS if name not in absent}
+    fields = check(_DEFAULTS | given, _FIELDS, "config.json: key", required=_SIZES)
+    fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
+    fields.setdefault("head_dim", fields["hidden_size"] // max(fields["num_attention_heads"], 1))
+    return LlamaConfig(**fields, rope=rope_from_hf(values))
 
 
 def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:

@@ -29,7 +29,6 @@ from eabf_jax.interop.directory import read_json_object, write_json
 from eabf_jax.interop.layout import check_shapes, flatten, nest, parameters, shapes
 from eabf_jax.interop.tokenizer import Tokenizer
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.rope import Scheme
 
 MODEL_FILE = "model.json"
 NATIVE = Mark("a native model directory", MODEL_FILE, ("hidden_size", "rope"))
@@ -80,20 +79,10 @@ def read_model_json(directory: Path | str) -> LlamaConfig:
     found = read_json_object(path)
     found.pop("dtype", None)
     found.pop(ADAPTER, None)
-    known = {field.name: field for field in dataclasses.fields(LlamaConfig)}
-    for name in found:
-        if name not in known:
-            raise InputError(f"{path}: unknown field {name!r}; expected {', '.join(known)}")
-    for name, field in known.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and not isinstance(found.get(name), int):
-            raise InputError(f"{path}: field {name} is {found.get(name)!r}, expected an integer")
-    if not isinstance(found.get("rope"), dict):
-        raise InputError(f"{path}: field rope is {found.get('rope')!r}, expected an object such as {{'type': 'eabf'}}")
-    found["rope"] = Scheme.from_dict(found["rope"])
-    if isinstance(found.get("eos_token_id"), list):
-        found["eos_token_id"] = tuple(found["eos_token_id"])
-    return LlamaConfig(**found)
+    try:
+        return LlamaConfig.from_fields({"rope": None, **found})
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def save_params(directory: Path | str, params: Mapping[str, Any], step: int = 0) -> None:

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from eabf_jax.destination import whole
 from eabf_jax.errors import InputError
+from eabf_jax.fields import typed
 from eabf_jax.interop.directory import read_json_object, write_json
 
 # The generated module defines its classes when it is imported, where no type checker sees them.
@@ -93,7 +94,7 @@ class Tokenizer:
         self.eos_id = self._special_id("eos", settings, generation)
         self.pad_id = self._special_id("pad", settings, generation)
         self.unk_id = self._special_id("unk", settings, {})
-        ends = _as_ids(generation.get("eos_token_id"))
+        ends = _as_ids("eos_token_id", generation.get("eos_token_id"))
         self.eos_ids: tuple[int, ...] = ends or (() if self.eos_id is None else (self.eos_id,))
         self.adds_bos: bool = self.bos_id in opening
         self.chat_templates = _chat_templates(self._directory, settings)
@@ -106,7 +107,7 @@ class Tokenizer:
             return self._parsing.token_to_id(named)
         if f"{role}_token" in settings.values:
             return None
-        ids = _as_ids(model.get(f"{role}_token_id"))
+        ids = _as_ids(f"{role}_token_id", model.get(f"{role}_token_id"))
         return ids[0] if ids else None
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
@@ -354,13 +355,9 @@ def _chat_templates(directory: Path, settings: _Settings) -> dict[str, str]:
     return named
 
 
-def _as_ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    ids = tuple(value) if isinstance(value, list) else (value,)
-    if not all(isinstance(i, int) for i in ids):
-        raise InputError(f"special token id {value!r} in config.json or generation_config.json; expected an integer")
-    return ids
+def _as_ids(key: str, value: Any) -> tuple[int, ...]:
+    ids = typed(int | tuple[int, ...] | None, value, "config.json or generation_config.json: key", key)
+    return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """The shape of a LLaMA model, in the field names of Hugging Face's config.json."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
-from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.errors import InputError
+from eabf_jax.fields import build
 from eabf_jax.rope import Scheme, scheme
 
 
@@ -40,8 +41,11 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            if entry.type is int and getattr(self, entry.name) < 1:
-                raise InputError(f"{entry.name} {getattr(self, entry.name)} is not a positive number")
+            value = getattr(self, entry.name)
+            if entry.type is int and value < 1:
+                raise InputError(f"{entry.name} {value} is not a positive number")
+            if entry.type is float and value < 0:
+                raise InputError(f"{entry.name} {value} is negative")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -62,34 +66,4 @@ class LlamaConfig:
         Raises:
           InputError: an unknown, missing or mistyped field.
         """
-        known = {entry.name: entry for entry in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise unknown_name("model field", name, known)
-        converted = dict(values)
-        if "rope" in values and not isinstance(values["rope"], Scheme):
-            converted["rope"] = Scheme.from_dict(values["rope"])
-        if isinstance(values.get("eos_token_id"), list):
-            converted["eos_token_id"] = tuple(values["eos_token_id"])
-        for name, entry in known.items():
-            if entry.default is MISSING and entry.default_factory is MISSING and name not in values:
-                raise InputError(f"model field {name} is missing")
-            fits, needed = _TYPES[entry.type]
-            if name in values and not fits(converted[name]):
-                raise InputError(f"model field {name} is {values[name]!r}; {needed} is needed")
-        return cls(**converted)
-
-
-def _are_integers(value: Any) -> bool:
-    return all(type(item) is int for item in (value if isinstance(value, tuple) else (value,)))
-
-
-# What a field of each type takes, and its name; exact types, since a bool is an int to isinstance.
-_TYPES: dict[Any, tuple[Callable[[Any], bool], str]] = {
-    int: (lambda value: type(value) is int, "an integer"),
-    float: (lambda value: type(value) in (int, float), "a number (YAML reads 1e-5 as text: write 1.0e-5)"),
-    bool: (lambda value: type(value) is bool, "true or false"),
-    int | None: (lambda value: value is None or type(value) is int, "an integer or null"),
-    int | tuple[int, ...] | None: (lambda value: value is None or _are_integers(value), "an integer, a list or null"),
-    Scheme: (lambda value: isinstance(value, Scheme), "a rotary scheme"),
-}
+        return build(cls, values, "model field")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
 from functools import cache
 from types import MappingProxyType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int
 
 from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.fields import check, typed
 from eabf_jax.rope import frequencies as frequency_rules
 from eabf_jax.rope import logit_scale as logit_rules
 from eabf_jax.rope.frequencies import LLAMA2_BASE, Frequencies, Length
@@ -456,48 +457,16 @@ def _bind(rule: Callable[..., Any], values: Mapping[str, Any]) -> Rule:
 
 
 def _checked(owner: str, expected: Mapping[str, tuple[Any, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
-    for name in given:
-        if name not in expected:
-            raise unknown_name(f"{owner} parameter", name, expected)
-    values = {}
-    for name, (kind, default) in expected.items():
-        value = given.get(name, default)
-        if value is MISSING:
-            raise InputError(f"{owner}: parameter {name!r} is missing; it takes {_described(kind)}")
-        values[name] = _converted(owner, name, kind, value)
+    types = {name: kind for name, (kind, _) in expected.items()}
+    defaults = {name: default for name, (_, default) in expected.items() if default is not MISSING}
+    values = defaults | check(
+        given, types, f"{owner} parameter", required=[name for name in types if name not in defaults]
+    )
     for names, holds, requirement in _REQUIREMENTS:
         if all(name in values for name in names) and not holds(*(values[name] for name in names)):
             found = ", ".join(f"{name} {values[name]!r}" for name in names)
             raise InputError(f"{owner}: {requirement}, found {found}")
     return values
-
-
-def _converted(owner: str, name: str, kind: Any, value: Any) -> float | int | bool | None:
-    if value is None and type(None) in get_args(kind):
-        return None
-    if kind is bool and isinstance(value, bool):
-        return value
-    number = isinstance(value, int | np.integer | float | np.floating) and not isinstance(value, bool)
-    # Some writers give every number a point: 4096.0 is a whole number too.
-    if kind is int and number and value == value // 1:
-        return int(value)
-    if kind not in (int, bool) and number:
-        if not math.isfinite(value):
-            raise InputError(f"{owner}: {name} must be finite, found {value!r}")
-        return float(value)
-    raise InputError(f"{owner}: {name} must be {_described(kind)}, found {value!r}{_number_hint(value)}")
-
-
-def _described(kind: Any) -> str:
-    return {int: "a whole number", bool: "true or false"}.get(kind, "a number")
-
-
-def _number_hint(value: Any) -> str:
-    """Returns how to write a number that arrived as text, such as YAML's 5e5, which is a string without its point."""
-    try:
-        return f" (text: write {float(value):.17g} without quotes)" if isinstance(value, str) else ""
-    except ValueError:
-        return ""
 
 
 def _split_type(values: Any, kind: str) -> tuple[str, dict[str, Any]]:
@@ -509,12 +478,8 @@ def _split_type(values: Any, kind: str) -> tuple[str, dict[str, Any]]:
 
 
 def _compose_from(parameters: Mapping[str, Any]) -> Scheme:
-    known = inspect.signature(compose).parameters
-    for name in parameters:
-        if name not in known:
-            raise unknown_name("rope 'compose' parameter", name, known)
-    if "frequencies" not in parameters:
-        raise InputError("rope 'compose': parameter 'frequencies' is missing; it takes an object with a 'type'")
+    types = {"frequencies": Any, "logit_scale": Any}
+    check(parameters, types, "rope 'compose' parameter", required=["frequencies"])
     return compose(**parameters)
 
 
@@ -539,7 +504,7 @@ def _name_of(frequencies: Rule, logit_multiplier: Rule) -> str:
 
 def _refuse_unrepresentable(config: Mapping[str, Any], section: Mapping[str, Any]) -> None:
     partial = section.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial not in (None, 1):
+    if partial is not None and _number("partial_rotary_factor", partial) != 1:
         raise InputError(f"config.json: partial_rotary_factor must be 1 (the whole head is rotated), found {partial!r}")
     for name, value in section.items():
         if isinstance(value, Mapping):
@@ -555,9 +520,10 @@ def _window(config: Mapping[str, Any], section: Mapping[str, Any]) -> Any:
 
 
 def _number(name: str, value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    number = typed(float, value, "config.json: key", name)
+    if number <= 0:
         raise InputError(f"config.json: {name} must be a number above 0, found {value!r}")
-    return value
+    return number
 
 
 def _needed(place: Mapping[str, Any], key: str) -> Any:

@@ -4,10 +4,7 @@ The defaults are the recipe of the paper (arXiv 2401.07004, section 4.1, the run
 """
 
 import dataclasses
-import math
 import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -16,7 +13,8 @@ import draccus
 import yaml
 from draccus.parsers.yaml_loader import SafeLoaderWithInclusion
 
-from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.errors import InputError
+from eabf_jax.fields import Text, build
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora
 from eabf_jax.parallel.mesh import MeshConfig
@@ -165,9 +163,9 @@ def load_config(arguments: Sequence[str], prog: str | None = None) -> TrainConfi
     path = overrides.pop("config_path", None)
     values = _read_file(path) if path is not None else {}
     for key, text in overrides.items():
-        _override(values, key, _Text(text))
+        _override(values, key, Text(text))
     _settle_missing(values)
-    config: TrainConfig = _build(TrainConfig, values, "")
+    config = build(TrainConfig, values, "configuration key")
     _check_values(config)
     return config
 
@@ -231,10 +229,6 @@ def _print_help(prog: str | None) -> NoReturn:
     # A section that may be null, or a word, is told twice, the first time without its keys.
     print(re.sub(r"^(?:Optional|Union) \[.*\n\n?.*\n\n", "", text, flags=re.MULTILINE))
     raise SystemExit(0)
-
-
-class _Text(str):
-    """A value from the command line: YAML, unless a string is wanted."""
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, str]:
@@ -301,7 +295,7 @@ def _read_file(path: str) -> dict[str, Any]:
         values = _read_yaml(Path(path))
     except OSError as error:
         raise InputError(f"cannot read the configuration {str(error.filename)!r}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} holds {values!r:.60}; a mapping of configuration keys is needed")
@@ -315,111 +309,6 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
         if not isinstance(values, dict):
             raise InputError(f"--{key}: the configuration's {parent!r} is {values!r}, which has no keys")
     values[leaf] = text
-
-
-def _build(kind: Any, values: Any, path: str) -> Any:
-    """A configuration class from plain values, checked; `path` is its own key and a dot."""
-    if not isinstance(values, Mapping):
-        raise InputError(f"configuration key '{path[:-1]}' takes a mapping of keys, not {str(values)!r}")
-    values, is_rope = dict(values), kind is RopeConfig
-    if is_rope:
-        choices = RopeConfig.get_known_choices()
-        name = values.pop("type", None)
-        if name is None:
-            raise InputError(f"configuration key '{path}type' is missing: one of {', '.join(sorted(choices))}")
-        if name not in choices:
-            raise unknown_name("rotary scheme", str(name), choices)
-        kind = RopeConfig.get_choice_class(name)
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in values:
-        if key not in fields:
-            known = [*fields, "type"] if is_rope else fields
-            raise unknown_name("configuration key", f"{path}{key}", [f"{path}{name}" for name in known])
-    for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            raise InputError(f"configuration key '{path}{name}' is missing; {_names(hints[name])} is needed")
-    return kind(**{name: _build_or_value(hints[name], value, f"{path}{name}") for name, value in values.items()})
-
-
-def _build_or_value(kind: Any, value: Any, key: str) -> Any:
-    """A section of the configuration, null where one may be left out, or a single value."""
-    section = next((k for k in _alternatives(kind) if dataclasses.is_dataclass(k) or k is RopeConfig), None)
-    absent = value is None or (isinstance(value, _Text) and value in ("null", "~"))
-    named = isinstance(value, str) and any(typing.get_origin(k) is Literal for k in _alternatives(kind))
-    if section is None or named or (absent and types.NoneType in _alternatives(kind)):
-        return _value(key, value, kind)
-    return _build(section, value, f"{key}.")
-
-
-def _value(key: str, value: Any, kind: Any) -> Any:
-    """One value, of exactly the type wanted: what would be converted silently (text to a number) is a mistake."""
-    kinds = tuple(typing.get_origin(k) or k for k in _alternatives(kind))
-    if isinstance(value, _Text):
-        if str in kinds and value not in ("null", "~"):
-            return str(value)
-        try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"configuration key '{key}' takes {_names(kind)}, not {str(value)!r}") from error
-    choices = [
-        str(choice) for k in _alternatives(kind) if typing.get_origin(k) is Literal for choice in typing.get_args(k)
-    ]
-    if value in choices:
-        return value
-    if kinds == (Literal,):
-        raise unknown_name(f"value of '{key}'", str(value), choices)
-    if dict in kinds and isinstance(value, dict):
-        return _plain(value)
-    if tuple in kinds and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    # YAML 1.1 reads 2e-5 as text; it is a number all the same.
-    if float in kinds and _is_number(value):
-        return float(value)
-    # type(), because a bool is an int to isinstance; a float has been dealt with, and this one is not finite.
-    if type(value) not in kinds or isinstance(value, float):
-        raise InputError(f"configuration key '{key}' takes {_names(kind)}, not {value!r}")
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """A mapping of free keys, its values from the command line read as YAML."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return yaml.safe_load(value) if isinstance(value, _Text) else value
-
-
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    return (
-        typing.get_args(kind)
-        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
-        else (kind,)
-    )
-
-
-def _names(kind: Any) -> str:
-    names = {
-        int: "an integer",
-        float: "a finite number",
-        bool: "true or false",
-        str: "text",
-        dict: "a mapping",
-        tuple: "a list of names",
-        types.NoneType: "null",
-    }
-    told = [
-        " or ".join(typing.get_args(k)) if typing.get_origin(k) is Literal else names.get(typing.get_origin(k) or k)
-        for k in _alternatives(kind)
-    ]
-    return " or ".join(name or "a mapping of keys" for name in told)
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return not isinstance(value, bool) and math.isfinite(float(value))
-    except (TypeError, ValueError):
-        return False
 
 
 def _check_values(config: TrainConfig) -> None:

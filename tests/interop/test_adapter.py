@@ -90,10 +90,11 @@ def test_a_digest_tells_models_apart_and_not_their_formats(base, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda told: told.pop("base"), "an object with rank, alpha, targets"),
-        (lambda told: told.update(more=1), "an object with rank, alpha, targets"),
-        (lambda told: told.update(targets=3), "a value of a wrong type"),
-        (lambda told: told.update(rank="many"), "a value of a wrong type"),
+        (lambda told: told.pop("base"), "model.json: key 'adapter.base' is missing; text is needed"),
+        (lambda told: told.pop("alpha"), "key 'adapter.alpha' is missing; a finite number is needed"),
+        (lambda told: told.update(more=1), "model.json: unknown key 'adapter.more'"),
+        (lambda told: told.update(targets=3), "'adapter.targets' is 3; a list of names is needed"),
+        (lambda told: told.update(rank="many"), "'adapter.rank' is 'many'; an integer is needed"),
         (lambda told: told.update(targets=["q_porj"]), "did you mean 'q_proj'"),
         (lambda told: told.update(rank=2), r"lora_a has shape \[2, 24, 3\], expected \[2, 24, 2\]"),
         (lambda told: told.update(targets=["q_proj"]), r"layers\.mlp\.down_proj\.lora_a is not part of this model"),

@@ -295,8 +295,14 @@ BAD = {
     "other architecture": (edit_config(model_type="qwen2"), r"model_type is 'qwen2', expected 'llama'"),
     "no architecture": (edit_config(model_type="absent"), r"model_type is None, expected 'llama'"),
     "other activation": (edit_config(hidden_act="gelu"), r"hidden_act is 'gelu', expected 'silu'"),
-    "missing key": (edit_config(hidden_size="absent"), r"hidden_size is None, expected a positive integer"),
-    "ill-typed key": (edit_config(num_hidden_layers="3"), r"num_hidden_layers is '3', expected a positive integer"),
+    "missing key": (
+        edit_config(hidden_size="absent"),
+        "config.json: key 'hidden_size' is missing; an integer is needed",
+    ),
+    "ill-typed key": (
+        edit_config(num_hidden_layers="3"),
+        "config.json: key 'num_hidden_layers' is '3'; an integer is needed",
+    ),
     "quantised": (edit_config(quantization_config={"bits": 4}), r"quantization_config is \{'bits': 4\}, expected null"),
     "acausal": (edit_config(is_causal=False), r"is_causal is False, expected true"),
     "sliding window": (edit_config(sliding_window=4096), r"sliding_window is 4096, expected null"),
@@ -446,9 +452,12 @@ def lose_chunks(directory: Path) -> None:
 
 
 BAD_NATIVE = {
-    "unknown field": (edit_model(colour=1), "unknown field 'colour'"),
-    "missing field": (edit_model(hidden_size=None), "field hidden_size is None, expected an integer"),
-    "rope": (edit_model(rope="eabf"), "field rope is 'eabf', expected an object"),
+    "unknown field": (edit_model(colour=1), "model.json: unknown model field 'colour'"),
+    "missing field": (
+        edit_model(hidden_size=None),
+        "model.json: model field 'hidden_size' is None; an integer is needed",
+    ),
+    "rope": (edit_model(rope="eabf"), "model field 'rope' is 'eabf'; a mapping of keys is needed"),
     "other shape": (
         edit_model(intermediate_size=50),
         r"parameter layers.mlp.gate_proj.kernel has shape \[3, 32, 48\], expected \[3, 32, 50\]",
@@ -540,20 +549,28 @@ def test_the_tokenizer_of_an_extended_model_truncates_at_its_window(
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "expected"),
+    ("name", "value", "message"),
     [
-        ("rms_norm_eps", "abc", "a positive number"),
-        ("rms_norm_eps", -1.0, "a positive number"),
-        ("tie_word_embeddings", "no", "true or false"),
-        ("eos_token_id", "x", "an integer"),
-        ("bos_token_id", "1", "an integer or null"),
-        ("pad_token_id", True, "an integer or null"),
-        ("max_position_embeddings", 64.5, "a positive integer"),
+        ("rms_norm_eps", "abc", "'rms_norm_eps' is 'abc'; a finite number"),
+        ("rms_norm_eps", -1.0, "rms_norm_eps -1.0 is negative"),
+        ("num_attention_heads", 0, "num_attention_heads 0 is not a positive number"),
+        ("eos_token_id", [2, True], r"'eos_token_id' is \[2, True\]; an integer or a list of integers or null"),
+        ("max_position_embeddings", None, "'max_position_embeddings' is None; an integer"),
+        ("max_position_embeddings", 64.5, "'max_position_embeddings' is 64.5; an integer"),
     ],
 )
-def test_config_of_a_wrong_type(name: str, value: object, expected: str) -> None:
-    with pytest.raises(InputError, match=f"{name} is {value!r}, expected {expected}"):
+def test_config_of_a_wrong_type(name: str, value: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         config_from_hf({"model_type": "llama", **SIZES, name: value})
+
+
+@pytest.mark.parametrize(
+    "name", ["num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias"]
+)
+def test_null_is_the_default_where_transformers_has_had_it_so(name: str) -> None:
+    values = {"model_type": "llama", **SIZES}
+    values.pop(name, None)
+    assert config_from_hf({**values, name: None}) == config_from_hf(values)
 
 
 def test_every_key_that_transformers_reads_is_accounted_for() -> None:

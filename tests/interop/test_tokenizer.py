@@ -427,7 +427,7 @@ def test_bad_files(tmp_path: Path, name: str | None, content: bytes, message: st
         ({"config.json": {"tokenizer_class": "T5Tokenizer"}}, "tokenizer_class is 'T5Tokenizer'"),
         ({CONFIG: {"auto_map": {"AutoTokenizer": ["own.Own", None]}}}, r"code of the model's own \(auto_map: \['own"),
         ({CONFIG: {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}}, "fast_tokenizer_files names a tokenizer"),
-        ({"generation_config.json": {"eos_token_id": "2"}}, "special token id '2'"),
+        ({"generation_config.json": {"eos_token_id": "2"}}, "'eos_token_id' is '2'; an integer"),
     ],
 )
 def test_settings_that_cannot_be_followed(

@@ -28,9 +28,10 @@ SIZES: dict[str, Any] = {
         ({"head_dim": 7}, "head_dim 7 is odd"),
         ({"num_key_value_heads": 0}, "num_key_value_heads 0 is not a positive number"),
         ({"vocab_size": -1}, "vocab_size -1 is not a positive number"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps -1e-05 is negative"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(changes: dict[str, int], message: str) -> None:
+def test_sizes_that_do_not_fit_are_refused(changes: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         LlamaConfig(**{**SIZES, **changes})
 
@@ -54,14 +55,14 @@ def test_rope_may_be_a_scheme_already_and_defaults_to_plain_rotation() -> None:
     ("changes", "message"),
     [
         ({"hiden_size": 32}, "unknown model field 'hiden_size': did you mean 'hidden_size'"),
-        ({"vocab_size": "64"}, "vocab_size is '64'; an integer is needed"),
-        ({"vocab_size": True}, "vocab_size is True; an integer is needed"),
-        ({"head_dim": None}, "head_dim is None; an integer is needed"),
-        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; a number .*1.0e-5"),
-        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; true or false"),
-        ({"pad_token_id": 0.5}, "pad_token_id is 0.5; an integer or null"),
-        ({"eos_token_id": ["</s>"]}, "eos_token_id is .*; an integer, a list or null"),
-        ({"rope": "eabf"}, "expected an object with a 'type', found 'eabf'"),
+        ({"vocab_size": "64"}, "'vocab_size' is '64'; an integer is needed"),
+        ({"vocab_size": True}, "'vocab_size' is True; an integer is needed"),
+        ({"head_dim": None}, "'head_dim' is None; an integer is needed"),
+        ({"rms_norm_eps": "0.00001"}, "'rms_norm_eps' is '0.00001'; a finite number"),
+        ({"tie_word_embeddings": "no"}, "'tie_word_embeddings' is 'no'; true or false"),
+        ({"pad_token_id": 0.5}, "'pad_token_id' is 0.5; an integer or null"),
+        ({"eos_token_id": ["</s>"]}, "'eos_token_id' is .*; an integer or a list of integers or null"),
+        ({"rope": "eabf"}, "'rope' is 'eabf'; a mapping of keys is needed"),
     ],
 )
 def test_values_of_a_wrong_type_or_name_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -71,7 +72,7 @@ def test_values_of_a_wrong_type_or_name_are_refused(changes: dict[str, Any], mes
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_missing_size_is_named(name: str) -> None:
-    with pytest.raises(InputError, match=f"model field {name} is missing"):
+    with pytest.raises(InputError, match=f"model field '{name}' is missing; an integer is needed"):
         LlamaConfig.from_fields({key: value for key, value in SIZES.items() if key != name})
 
 
