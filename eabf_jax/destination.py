@@ -26,7 +26,7 @@ def no_space(error: BaseException) -> tuple[str, BaseException] | None:
     cause: BaseException | None = error
     while cause is not None:
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            # Tensorstore reports a full disk through a ValueError whose text is all there is.
+            # TensorStore reports a full disk as a ValueError that only its text identifies.
             if getattr(cause, "errno", None) == number or os.strerror(number) in str(cause):
                 reason = "no space left" if number == errno.ENOSPC else os.strerror(number).lower()
                 return reason, cause

@@ -21,7 +21,7 @@ memory from the program. `eabf train --help` lists the keys of the configuration
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own options; the rest of its command line are configuration keys."""
+    """Declares the command's own options; its other arguments are configuration keys."""
     parser.usage = "%(prog)s --config_path FILE [--topology SLICE | --device NAME --devices N] [--dotted.key VALUE ...]"
     parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
     parser.allow_abbrev = False

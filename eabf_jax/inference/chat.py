@@ -1,4 +1,4 @@
-"""Conversations to prompts: by the model's own Jinja template, else by one of `data.chat`."""
+"""Formatting of conversations as prompts, by the model's own Jinja template or one of `data.chat`."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -9,11 +9,11 @@ from eabf_jax.interop.tokenizer import Tokenizer
 
 
 class Format(NamedTuple):
-    """How a model is talked to.
+    """The prompt format of a chat model.
 
     Attributes:
-      encode: turns, the user's last, to the tokens after which the assistant answers.
-      stop_tokens: what ends an answer.
+      encode: a function from turns, the user's last, to the prompt's tokens, which the assistant's answer follows.
+      stop_tokens: ids that end an answer.
     """
 
     encode: Callable[[Sequence[Turn]], list[int]]
@@ -21,14 +21,12 @@ class Format(NamedTuple):
 
 
 def chat_format(tokenizer: Tokenizer, template: str | None = None) -> Format:
-    """Finds how a model is talked to.
+    """Finds the prompt format of a chat model.
 
     Args:
-      tokenizer: the model's.
+      tokenizer: the model's tokenizer.
       template: a name in `data.chat.TEMPLATES` to use in place of the tokenizer's own template.
 
-    Returns:
-      The format.
     Raises:
       InputError: an unknown name, a token that the template needs is missing, or neither has a template.
     """
@@ -40,16 +38,14 @@ def chat_format(tokenizer: Tokenizer, template: str | None = None) -> Format:
 
 
 def render(source: str, turns: Sequence[Turn], tokenizer: Tokenizer, *, add_generation_prompt: bool = True) -> str:
-    """Renders a conversation as transformers' `apply_chat_template` does, up to where the assistant answers.
+    """Renders a conversation to text as transformers' `apply_chat_template` does.
 
     Args:
-      source: the template, in Jinja. It comes with the model, so it is run in a sandbox.
+      source: the Jinja template; it is run in a sandbox, because it comes with the model.
       turns: the conversation so far.
-      tokenizer: for the names of its special tokens.
-      add_generation_prompt: whether the template is to write what opens the assistant's answer.
+      tokenizer: provides the special tokens.
+      add_generation_prompt: whether the template writes the opening of the assistant's answer.
 
-    Returns:
-      The text.
     Raises:
       InputError: the template is faulty, or refuses the conversation.
     """

@@ -1,12 +1,12 @@
-"""Generation: prompts are read in chunks, layer by layer; then tokens are made in a loop that stays on the device.
+"""Generation: prefill in chunks, layer by layer, then a decode loop that stays on the device.
 
-Prompts of different lengths share a batch: each row starts in slot 0 of its cache and keeps its own position. Reading
-runs one compiled layer after another, so that a new shape costs the compilation of one layer; the decode loop is one
-program of all layers, which knows how to choose tokens and when to stop, and hands tokens out by the chunk.
+Prompts of different lengths share a batch: each row starts in slot 0 of its cache and has its own position. Prefill
+calls one compiled layer at a time, so a new shape costs the compilation of one layer. The decode loop is one program of
+all layers; it samples tokens, checks stop tokens, and returns tokens in chunks.
 
-A scheme that follows the current length changes every key and, above the first layer, every hidden state with each
-token past the pretrained window: nothing in a cache stays true. There the whole row is read again for each token, which
-is what the scheme means, unless `rope_length` fixes the length that it follows.
+With a scheme that follows the current length, each token past the pretrained window changes every key and, above the
+first layer, every hidden state, so the whole cache becomes stale. The whole row is then read again for each token, as
+the scheme is defined, unless `rope_length` fixes the length.
 """
 
 import functools
@@ -33,21 +33,21 @@ from eabf_jax.model.kv_cache import LayerCache, empty_cache, grown
 from eabf_jax.model.llama import Llama, Row
 from eabf_jax.parallel.rules import batch_ways
 
-# Tokens that the decode loop makes before the host looks at them.
+# Tokens per row that the decode loop generates before the host reads them.
 TOKENS_AT_ONCE = 16
-# Shapes are multiples of this at least: of lengths that differ by less, one program serves all.
+# Lengths are rounded up to multiples of at least this number, so that one program serves many lengths.
 _SMALLEST = 16
-# A row that has ended says this where others say a token.
+# Finished rows produce this token as padding.
 _NOTHING = -1
 
 
 class Completion(NamedTuple):
-    """What was generated for one prompt, so far or in all.
+    """The text generated for one prompt, so far or complete.
 
     Attributes:
-      tokens: the new tokens, without the one that ended them.
-      text: them as text, without a stop string; "" without a tokenizer.
-      finish: why it ended: a stop token, a stop string or the number of tokens asked for; None while it goes on.
+      tokens: the new tokens, without the stop token.
+      text: the new tokens as text, without the stop string; "" without a tokenizer.
+      finish: why generation ended: a stop token, a stop string or `max_new_tokens`; None while it continues.
     """
 
     tokens: list[int]
@@ -57,7 +57,7 @@ class Completion(NamedTuple):
 
 @dataclass(frozen=True)
 class _Setup:
-    """What programs are compiled for, beside the shapes of their arrays."""
+    """Static settings that programs are compiled for, in addition to the shapes of their arrays."""
 
     config: LlamaConfig
     dtype: Any
@@ -68,18 +68,18 @@ class _Setup:
 
 
 class _State(NamedTuple):
-    """What the decode loop carries on."""
+    """The carry of the decode loop."""
 
     caches: tuple[LayerCache, ...]
-    token: Int[Array, "B"]  # the newest token, which no cache holds yet
-    position: Int[Array, "B"]  # its place in the row
+    token: Int[Array, "B"]  # the newest token, not yet in the caches
+    position: Int[Array, "B"]  # 0-based position of `token` in its row
     ended: Bool[Array, "B"]
-    seen: Bool[Array, "B V"] | None  # tokens of the row, where a penalty asks for them
-    chosen: Int[Array, ""]  # number of tokens chosen
+    seen: Bool[Array, "B V"] | None  # tokens that occur in the row; None without a repetition penalty
+    chosen: Int[Array, ""]  # number of tokens chosen per row
 
 
 class _Choice(NamedTuple):
-    """How tokens are chosen and what ends a row."""
+    """Sampling settings, random keys and stop tokens."""
 
     numbers: Numbers
     keys: Array
@@ -87,7 +87,7 @@ class _Choice(NamedTuple):
 
 
 class Generator:
-    """A model made ready to generate."""
+    """Generates text with a model."""
 
     def __init__(
         self,
@@ -100,17 +100,17 @@ class Generator:
         attention: str = "auto",
         rope_length: int | None = None,
     ):
-        """Takes the model's weights, in its compute dtype; the model itself is not kept.
+        """Copies the model's weights in its compute dtype; does not keep the model itself.
 
         Args:
           model: any Llama without adapters.
           tokenizer: for text, stop strings and the default stop tokens.
-          mesh: devices to share the work: heads over `tensor`, rows over `data` and `fsdp`. None: the default device.
-          cache: keys and values in the "model" dtype or as "int8" with a scale a token and head.
+          mesh: splits heads over `tensor`, and rows over `data` and `fsdp`; None means the default device.
+          cache: "model" stores keys and values in the model's dtype, "int8" in 8 bits with a scale per token and head.
           prefill_chunk: tokens of each prompt that are read at a time.
           attention: the backend, a name in `model.attention.BACKENDS` or "auto".
-          rope_length: the length in tokens that a dynamic scheme is to follow, whatever the row's own; None for the
-            row's own. Other schemes do not look at it.
+          rope_length: the length in tokens that a dynamic scheme uses for all rows; None means each row's own length.
+            Other schemes ignore it.
 
         Raises:
           InputError: an unknown name, a number that is not positive, a mesh that does not fit, or a model with
@@ -119,7 +119,7 @@ class Generator:
         _check_count("prefill_chunk", prefill_chunk)
         if rope_length is not None:
             _check_count("rope_length", rope_length)
-        empty_cache(1, 1, 1, 1, model.dtype, cache)  # tells of an unknown kind
+        empty_cache(1, 1, 1, 1, model.dtype, cache)  # raises if the kind is unknown
         backend = select(attention, model.dtype, model.config.head_dim)
         if mesh is not None:
             placement.check(mesh, model.config)
@@ -134,14 +134,14 @@ class Generator:
         """Continues prompts.
 
         Args:
-          prompts: token ids, of any lengths.
-          max_new_tokens: most tokens to add to each.
+          prompts: token ids of each prompt, of any lengths.
+          max_new_tokens: maximum number of tokens to add to each prompt.
           **options: as for `stream`.
 
         Returns:
-          One completion a prompt, in their order.
+          One completion per prompt, in the same order.
         Raises:
-          InputError: as `stream`.
+          InputError: as for `stream`.
         """
         *_, last = self.stream(prompts, max_new_tokens, **options)
         return last
@@ -158,22 +158,22 @@ class Generator:
     ) -> Iterator[list[Completion]]:
         """Continues prompts, a few tokens at a time.
 
-        A row's tokens depend on its prompt, its seed and the settings, not on the rows beside it (but for the rounding
-        of products whose shapes differ).
+        A row's tokens depend on its prompt, its seed and the settings, and not on other rows, except for the rounding
+        of products whose shapes differ.
 
         Args:
-          prompts: token ids, of any lengths.
-          max_new_tokens: most tokens to add to each.
-          sampling: how tokens are chosen; None takes the likeliest.
-          seeds: of the draws, one for all rows or one a row.
-          stop_tokens: ids that end a row; None for those of the tokenizer, or else of the model's configuration.
-          stop_strings: what ends a row where it appears in the new text.
+          prompts: token ids of each prompt, of any lengths.
+          max_new_tokens: maximum number of tokens to add to each prompt.
+          sampling: how tokens are chosen; None means greedy.
+          seeds: random seeds, one for all rows or one per row.
+          stop_tokens: ids that end a row; None means the tokenizer's, or without a tokenizer the model configuration's.
+          stop_strings: strings that end a row when they appear in the new text.
 
         Yields:
-          The completions so far, one a prompt in their order; in the last ones, none has `finish` None.
+          The completions so far, one per prompt in the same order; in the last list, every `finish` is set.
         Raises:
-          InputError: no prompts, an empty one, text in place of ids, ids that the model does not have, stop strings
-            without a tokenizer, or numbers that make no sense.
+          InputError: no prompts, an empty prompt, text in place of ids, ids outside the vocabulary, stop strings
+            without a tokenizer, or a number out of range.
         """
         rows = self._checked(prompts)
         _check_count("max_new_tokens", max_new_tokens)
@@ -217,15 +217,13 @@ class Generator:
                 return
 
     def next_token_logits(self, prompts: Sequence[Sequence[int]]) -> Float[np.ndarray, "prompts V"]:
-        """Logits of the token after each prompt.
+        """Returns the logits of the token after each prompt, float32 [prompts, vocab_size].
 
         Args:
-          prompts: token ids, of any lengths.
+          prompts: token ids of each prompt, of any lengths.
 
-        Returns:
-          float32 [prompts, vocab_size].
         Raises:
-          InputError: no prompts, an empty one, or ids that the model does not have.
+          InputError: no prompts, an empty prompt, or ids outside the vocabulary.
         """
         rows = self._checked(prompts)
         padded = self._padded(rows)
@@ -233,7 +231,7 @@ class Generator:
         return np.asarray(_logits(self._setup, self._ends(), hidden))[: len(rows)]
 
     def _checked(self, prompts: Any) -> list[list[int]]:
-        """The prompts as lists of ids that the model has."""
+        """Checks the prompts and returns them as lists of ids in the vocabulary."""
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise InputError(f"prompts is {prompts!r:.80}; a list of prompts is needed, each a list of token ids")
         rows = [_whole_numbers(f"prompt {number}", row, self.config.vocab_size) for number, row in enumerate(prompts)]
@@ -257,7 +255,7 @@ class Generator:
         stops: Sequence[int],
         stop_strings: Sequence[str],
     ) -> Completion:
-        """What a row amounts to, of all tokens made for it."""
+        """Builds a row's completion from all tokens generated for it."""
         ended = bool(made) and made[-1] in stops
         tokens = list(made[:-1] if ended else made)
         finish: Any = "stop_token" if ended else "length" if len(made) >= max_new_tokens else None
@@ -276,7 +274,7 @@ class Generator:
         seeds: Sequence[int],
         stops: Sequence[int],
     ) -> Iterator[np.ndarray]:
-        """New tokens by the chunk: int32 [rows, few], `_NOTHING` where a row has ended."""
+        """Yields new tokens in chunks, int32 [rows, tokens of the chunk]; `_NOTHING` where a row has ended."""
         rope = self.config.rope
         padded = self._padded(prompts)
         fillers = len(padded) - len(prompts)
@@ -288,7 +286,7 @@ class Generator:
             jnp.array(stops, jnp.int32),
         )
         longest = max(map(len, prompts))
-        # Past its pretrained window, nothing in a cache stays true for a scheme that follows the length.
+        # Past the pretrained window, each new token makes the cache of a length-following scheme stale.
         cached = max_new_tokens
         if rope.depends_on_length and self._setup.rope_length is None:
             cached = min(cached, dict(rope.frequencies.parameters)["pretrained_window"] - longest + 1)
@@ -308,12 +306,12 @@ class Generator:
     def _loop(
         self, state: _State, length: int, count: int, steps: Steps, choice: _Choice
     ) -> Iterator[tuple[np.ndarray, Array]]:
-        """The first token of `state` and those that the loop makes, `count` in all, and which rows have ended."""
+        """Yields `count` tokens per row (the first from `state`, the rest from the loop), and which rows have ended."""
         total = length + count - 1
         yield np.asarray(state.token)[:, None], state.ended
         ahead: list[Array] = []
-        # On a GPU, who starts the loop waits for its end, and the chunk is there. Elsewhere the device has the next one
-        # to do while the host looks at this one.
+        # On a GPU, the host blocks until the loop ends, so the chunk is complete. Elsewhere the device computes the
+        # next chunk while the host reads this one.
         most = 0 if jax.default_backend() == "gpu" else 1
         left = count - 1
         while left > 0:
@@ -328,16 +326,16 @@ class Generator:
             yield np.asarray(ahead.pop()), state.ended
 
     def _with_room(self, state: _State, slots: int) -> _State:
-        """The state with caches of at least so many slots."""
+        """Returns the state with caches of at least `slots` slots."""
         if state.caches[0].k.shape[2] >= slots:
             return state
         caches, state = list(state.caches), state._replace(caches=())
-        for number, cache in enumerate(caches):  # one by one: the device need not hold all of them twice
+        for number, cache in enumerate(caches):  # one at a time, so that the device never holds all of them twice
             caches[number] = _grown(cache, slots, self._setup.mesh)
         return state._replace(caches=tuple(caches))
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-        """The prompts, and others that only fill the mesh."""
+        """Returns the prompts, plus dummy prompts so that the mesh divides their number."""
         ways = 1 if self._setup.mesh is None else batch_ways(self._setup.mesh)
         return [*prompts, *[[0]] * (-len(prompts) % ways)]
 
@@ -354,7 +352,7 @@ class Generator:
         ended: Array,
         chosen: int = 0,
     ) -> _State:
-        """Reads the prompts, which are to have so many tokens in the end, and chooses the first new token."""
+        """Reads the prompts and chooses the first new token; `total` is the final length in tokens to have room for."""
         hidden, caches, lengths = self._hidden(prompts, total)
         seen = None
         if steps.penalize:
@@ -368,7 +366,7 @@ class Generator:
     def _hidden(
         self, prompts: Sequence[Sequence[int]], total: int
     ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...], Int[Array, "B"]]:
-        """Hidden states after the last layer at each prompt's end, the caches, and the prompts' lengths."""
+        """Returns the last layer's hidden state at each prompt's last token, the caches, and the prompts' lengths."""
         longest = max(map(len, prompts))
         chunks = _chunks(longest, self._setup.chunk)
         width = chunks[-1].stop
@@ -407,7 +405,7 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _whole_numbers(name: str, values: Any, end: int) -> list[int]:
-    """A list of whole numbers from 0 up to `end`."""
+    """Checks values and returns them as a list of integers from 0 to `end` - 1."""
     if isinstance(values, str):
         raise InputError(f"{name} is the text {values!r:.80}; token ids are needed, as tokenizer.encode gives them")
     found = values.tolist() if isinstance(values, np.ndarray | jax.Array) else values
@@ -421,13 +419,13 @@ def _whole_numbers(name: str, values: Any, end: int) -> list[int]:
 
 
 def _extend(texts: list[list[int]], tokens: np.ndarray) -> None:
-    """Appends new tokens to the rows that they belong to."""
+    """Appends new tokens to their rows."""
     for text, new in zip(texts, tokens.tolist(), strict=True):
         text += [token for token in new if token != _NOTHING]
 
 
 def _chunks(length: int, size: int) -> list[slice]:
-    """Cuts a prompt into chunks of one size; the last one, if shorter, is rounded up."""
+    """Splits a prompt into chunks of equal size; a shorter last chunk is rounded up."""
     whole, rest = divmod(length, size)
     chunks = [slice(number * size, (number + 1) * size) for number in range(whole)]
     if rest:
@@ -436,24 +434,24 @@ def _chunks(length: int, size: int) -> list[slice]:
 
 
 def _slots(needed: int, total: int) -> int:
-    """How many slots a cache is to have: caches double, and never hold many more than are needed in the end."""
+    """Returns a cache's number of slots: the next power of two, but at most the rounded final length."""
     return min(_power_of_two(needed), _rounded(total))
 
 
 def _rounded(length: int) -> int:
-    """The length, or up to an eighth more: few different shapes, little waste."""
+    """Rounds a length up, by an eighth at most for lengths from 128, to get few shapes and little waste."""
     step = max(_SMALLEST, _power_of_two(length) // 16)
     return -(-length // step) * step
 
 
 def _power_of_two(length: int) -> int:
-    """The next power of two."""
+    """Returns the smallest power of two that is at least `length`."""
     return 1 << (length - 1).bit_length()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _empty(shape: tuple[int, int, int, int], dtype: Any, kind: str, mesh: Mesh | None) -> LayerCache:
-    """Made where it lies: a device need not hold what others will."""
+    """Creates a cache directly in its sharding, so that no device holds the parts of others."""
     return placement.on_mesh(mesh, empty_cache(*shape, dtype, kind))
 
 
@@ -466,7 +464,7 @@ def _grown(cache: LayerCache, slots: int, mesh: Mesh | None) -> LayerCache:
 def _begin(
     setup: _Setup, embedding: Array, tokens: Int[Array, "B T"], start: Array, lengths: Int[Array, "B"]
 ) -> tuple[Float[Array, "B T D"], Row]:
-    """Hidden states before the first layer, and what every layer is told of the tokens."""
+    """Returns the hidden states before the first layer, and the per-token inputs that all layers share."""
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     length = lengths if setup.rope_length is None else setup.rope_length
     row = decoder.rows(setup.config.rope, setup.config.head_dim, positions, length)
@@ -483,7 +481,7 @@ def _read_layer(
 
 @jax.jit
 def _collect(x: Float[Array, "B T D"], found: Float[Array, "B D"], lengths: Array, start: Array) -> Array:
-    """Each row's hidden state at its last token, where this chunk has it."""
+    """Updates `found` with the hidden states of the last tokens that are in this chunk."""
     index = lengths - 1 - start
     inside = (index >= 0) & (index < x.shape[1])
     here = jnp.take_along_axis(x, jnp.clip(index, 0, x.shape[1] - 1)[:, None, None], axis=1)[:, 0]
@@ -506,7 +504,7 @@ def _first(
     chosen: Array,
     choice: _Choice,
 ) -> _State:
-    """The state with which the decode loop begins; `token` is `_NOTHING` in rows that had ended before."""
+    """Returns the initial state of the decode loop; `token` is `_NOTHING` in rows that have already ended."""
     token = choose(logits, seen, choice.keys, chosen, steps, choice.numbers)
     token = jnp.where(ended, _NOTHING, token)
     ended |= jnp.isin(token, choice.stop_tokens)
@@ -522,7 +520,7 @@ def _decode(
     choice: _Choice,
     size: int,
 ) -> tuple[Int[Array, "B chunk"], _State]:
-    """Makes up to `size` tokens, or until every row has ended."""
+    """Generates up to `size` tokens per row; stops early once every row has ended."""
 
     def attend(q: Array, k: Array, v: Array, cache: LayerCache, positions: Array) -> tuple[Array, LayerCache]:
         q, k, v = (y[:, 0] for y in (q, k, v))
@@ -532,7 +530,7 @@ def _decode(
     def step(carry: tuple[Array, Array, _State]) -> tuple[Array, Array, _State]:
         index, made, state = carry
         row = decoder.rows(setup.config.rope, setup.config.head_dim, state.position[:, None], setup.rope_length)
-        # A row that has ended goes on in its last slot, and nobody looks.
+        # Finished rows keep overwriting one slot; their output is ignored.
         x = jnp.take(weights.embedding, jnp.maximum(state.token, 0), axis=0)[:, None]
         caches = list(state.caches)
         for number, layer in enumerate(weights.layers):
@@ -562,7 +560,7 @@ def _decode(
 
 
 def _marked(seen: Array | None, token: Array) -> Array | None:
-    """Tokens of the rows, the newest among them."""
+    """Adds the newest token of each row to `seen`."""
     if seen is None:
         return None
     return seen | (jnp.arange(seen.shape[1]) == token[:, None])

@@ -1,6 +1,6 @@
-"""Where generation's arrays lie on a mesh: heads and hidden units over `tensor`, rows over `data` and `fsdp`.
+"""Sharding of generation's arrays on a mesh: heads and hidden units over `tensor`, rows over `data` and `fsdp`.
 
-Unlike in training, nothing of a weight is left to be gathered: a decode step would wait for it.
+Unlike in training, weights are never gathered, because a decode step would have to wait for them.
 """
 
 import functools
@@ -41,12 +41,8 @@ _CACHE = {
 def check(mesh: Mesh, config: LlamaConfig) -> None:
     """Refuses a mesh that cannot hold a model for generation.
 
-    Args:
-      mesh: the devices.
-      config: the model's shape.
-
     Raises:
-      InputError: a context axis, or a tensor axis that divides something unevenly.
+      InputError: a context axis larger than 1, or a tensor axis that does not divide the model's dimensions.
     """
     if mesh.shape["context"] > 1:
         raise InputError(f"mesh context={mesh.shape['context']}: generation takes data, fsdp and tensor axes only")
@@ -58,7 +54,7 @@ def check(mesh: Mesh, config: LlamaConfig) -> None:
 
 
 def place_weights(mesh: Mesh, weights: Weights) -> Weights:
-    """Lays a model's weights out."""
+    """Places a model's weights on the mesh."""
 
     def put(arrays: Any, partitions: dict[str, P]) -> dict[str, Any]:
         places = {name: NamedSharding(mesh, partition) for name, partition in partitions.items()}
@@ -70,7 +66,7 @@ def place_weights(mesh: Mesh, weights: Weights) -> Weights:
 
 
 def cache_sharding(mesh: Mesh, cache: Any) -> Any:
-    """Shardings of a layer's cache, None where it has no such array."""
+    """Returns the shardings of a layer's cache; None for arrays that it does not have."""
     return LayerCache(
         **{
             name: None if getattr(cache, name) is None else NamedSharding(mesh, partition)  # type: ignore[arg-type]
@@ -80,19 +76,19 @@ def cache_sharding(mesh: Mesh, cache: Any) -> Any:
 
 
 def on_mesh(mesh: Mesh | None, cache: LayerCache) -> LayerCache:
-    """Lays a traced cache out; without a mesh, as it is."""
+    """Constrains a traced cache to its sharding; without a mesh, returns it unchanged."""
     return cache if mesh is None else jax.lax.with_sharding_constraint(cache, cache_sharding(mesh, cache))
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of arrays with the batch as their first dimension."""
+    """Returns the sharding of arrays with the batch as their first dimension."""
     return NamedSharding(mesh, spec("batch"))
 
 
 def chunk_attention(
     mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, *, start: int, backend: str
 ) -> tuple[Array, LayerCache]:
-    """`attend_chunk`, on each device's own rows and heads."""
+    """Runs `attend_chunk` on each device's own rows and heads."""
     attend: Any = functools.partial(attend_chunk, start=start, backend=backend)
     if mesh is None or mesh.size == 1:
         return attend(q, k, v, cache)
@@ -102,7 +98,7 @@ def chunk_attention(
 def token_attention(
     mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, positions: Array, *, backend: str
 ) -> tuple[Array, LayerCache]:
-    """`attend_token`, on each device's own rows and heads."""
+    """Runs `attend_token` on each device's own rows and heads."""
     attend: Any = functools.partial(attend_token, backend=backend)
     if mesh is None or mesh.size == 1:
         return attend(q, k, v, cache, positions)

@@ -1,4 +1,4 @@
-"""From logits to the next token: repetition penalty, temperature, top-k and top-p as transformers defines them."""
+"""Sampling the next token: repetition penalty, temperature, top-k and top-p, as transformers defines them."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,14 +12,14 @@ from eabf_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. The defaults are greedy.
+    """Sampling settings; the defaults are greedy.
 
     Attributes:
-      temperature: logits are divided by it; 0 takes the likeliest token, whatever the other settings but the penalty.
-      top_k: keep the k likeliest tokens; 0 keeps all.
-      top_p: keep the likeliest tokens whose probabilities together reach p; 1 keeps all.
-      repetition_penalty: positive logits of tokens that the prompt or the text so far has are divided by it, negative
-        ones multiplied.
+      temperature: divides the logits; 0 means greedy and ignores top_k and top_p.
+      top_k: keeps the k likeliest tokens; 0 keeps all.
+      top_p: keeps the smallest set of likeliest tokens whose probabilities add up to at least p; 1 keeps all.
+      repetition_penalty: for tokens that already occur in the row, divides positive logits and multiplies negative
+        ones; 1 means none.
     """
 
     temperature: float = 0.0
@@ -39,7 +39,7 @@ class Sampling:
 
 
 class Steps(NamedTuple):
-    """Which steps a program contains: known before tracing, while the numbers of `Numbers` may change between calls."""
+    """The steps that a program contains; static, while the values in `Numbers` may change between calls."""
 
     penalize: bool
     draw: bool
@@ -56,7 +56,7 @@ class Numbers(NamedTuple):
 
 
 def split(sampling: Sampling) -> tuple[Steps, Numbers]:
-    """Parts the settings into what a program is compiled for and what it is given."""
+    """Splits the settings into static steps, which a program is compiled for, and arrays that are its arguments."""
     draw = sampling.temperature > 0
     steps = Steps(sampling.repetition_penalty != 1, draw, draw and (sampling.top_k > 0 or sampling.top_p < 1))
     numbers = Numbers(
@@ -71,18 +71,18 @@ def split(sampling: Sampling) -> tuple[Steps, Numbers]:
 def processed(
     logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None, steps: Steps, numbers: Numbers
 ) -> Float[Array, "B V"]:
-    """The logits that a token is drawn by: penalty, temperature, top-k, top-p, in this order.
+    """Applies penalty, temperature, top-k and top-p to the logits, in this order.
 
-    Tokens as likely as the last one that top-p keeps are kept with it; transformers drops some of them.
+    Tokens tied with the last one that top-p keeps are kept too; transformers drops some of them.
 
     Args:
       logits: float32 [batch, vocab_size].
-      seen: tokens that a row has already, its prompt's among them; None for no penalty.
-      steps: the steps to take.
-      numbers: their settings.
+      seen: True for tokens that occur in the row, prompt included; None for no penalty.
+      steps: the steps to apply.
+      numbers: the settings of the steps.
 
     Returns:
-      float32, the shape of `logits`; -inf where a token is ruled out.
+      float32, the shape of `logits`; -inf for excluded tokens.
     Source: transformers, `RepetitionPenaltyLogitsProcessor`, `TemperatureLogitsWarper`, `TopKLogitsWarper` and
       `TopPLogitsWarper`, in the order in which `generate` calls them.
     """
@@ -98,7 +98,7 @@ def processed(
     last = jnp.minimum(numbers.top_k, logits.shape[-1]) - 1
     lowest = jnp.take(ordered, last, axis=-1)[:, None]
     probabilities = jax.nn.softmax(jnp.where(ordered >= lowest, ordered, -jnp.inf), axis=-1)
-    likelier = jnp.cumsum(probabilities, axis=-1) - probabilities  # what the tokens before each one sum up to
+    likelier = jnp.cumsum(probabilities, axis=-1) - probabilities  # total probability of the tokens before each one
     nucleus = jnp.where((likelier < numbers.top_p) & (ordered >= lowest), ordered, jnp.inf).min(-1, keepdims=True)
     return jnp.where(logits >= nucleus, logits, -jnp.inf)
 
@@ -116,10 +116,10 @@ def choose(
     Args:
       logits: float32 [batch, vocab_size].
       seen: as for `processed`.
-      keys: one random key a row; what a row draws depends on its own alone.
-      count: tokens generated before: the draw's number.
-      steps: the steps to take.
-      numbers: their settings.
+      keys: one random key per row; a row's draws depend only on its own key.
+      count: number of tokens generated before, folded into the keys.
+      steps: as for `processed`.
+      numbers: as for `processed`.
 
     Returns:
       int32 [batch].

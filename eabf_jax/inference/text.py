@@ -1,4 +1,4 @@
-"""Text to the tokens that a model reads, and tokens to text while they come: what may still change is held back."""
+"""Encoding of text for a model, and streaming decoding that holds back text that later tokens may change."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -8,21 +8,21 @@ from eabf_jax.interop.tokenizer import Tokenizer
 
 # How a prompt that is too long is cut.
 TRUNCATIONS = ("middle", "left")
-# How many tokens of the prompt are decoded along: the first of new text may need the last one's space or bytes.
+# Prompt tokens decoded together with new ones, whose text can depend on a space or on bytes of the tokens before.
 _CONTEXT = 8
-# What a decoder writes for bytes that are no whole character yet.
+# Decoders write this for bytes that do not yet form a complete character.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 @contextlib.contextmanager
 def only_text(source: str) -> Iterator[None]:
-    """For reading what has to be text.
+    """Turns decoding errors of the block into an `InputError`.
 
     Args:
-      source: what is read inside, as the user knows it.
+      source: name of the input that the block reads, for the message.
 
     Raises:
-      InputError: it is no UTF-8.
+      InputError: the input is not valid UTF-8.
     """
     try:
         yield
@@ -31,14 +31,11 @@ def only_text(source: str) -> Iterator[None]:
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A text as a model is to read it.
+    """Returns the token ids of a text, with a leading BOS token if the tokenizer asks for one.
 
     Args:
-      tokenizer: the model's.
+      tokenizer: the model's tokenizer.
       text: any text.
-
-    Returns:
-      Its token ids, after the token that begins every text where the tokenizer asks for it.
     """
     opening = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     return [*opening, *tokenizer.encode(text)]
@@ -63,15 +60,12 @@ def truncated(tokens: Sequence[int], room: int, how: str, bos_id: int | None) ->
 
 
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """New tokens as the text that follows the prompt's, its leading space included.
+    """Decodes new tokens as the continuation of a prompt, leading space included.
 
     Args:
-      tokenizer: the model's.
-      prompt: the tokens before.
-      tokens: the new ones.
-
-    Returns:
-      The text.
+      tokenizer: the model's tokenizer.
+      prompt: the prompt's tokens.
+      tokens: the new tokens.
     """
     context = list(prompt[-_CONTEXT:])
     before = tokenizer.decode(context).rstrip(_INCOMPLETE)
@@ -86,17 +80,17 @@ def running_text(
     *,
     is_whole: bool,
 ) -> tuple[str, int | None]:
-    """The part of a row's text that no later token can change, cut before the first stop string.
+    """Returns the part of a row's text that no later token can change, cut before the first stop string.
 
     Args:
-      tokenizer: the model's.
-      prompt: the tokens before.
-      tokens: the new ones so far.
-      stop_strings: what ends the text.
-      is_whole: whether no token is to come: then nothing is held back.
+      tokenizer: the model's tokenizer.
+      prompt: the prompt's tokens.
+      tokens: the new tokens so far.
+      stop_strings: strings that end the text.
+      is_whole: True if no more tokens follow; then nothing is held back.
 
     Returns:
-      The text, and the number of tokens up to the end of the stop string; None where there is none.
+      The text, and the number of tokens up to the end of the stop string (None without a stop string).
     """
     text = continuation(tokenizer, prompt, tokens)
     places = [place for place in map(text.find, stop_strings) if place >= 0]
@@ -115,5 +109,5 @@ def running_text(
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that begins the stop string."""
+    """Returns the length of the longest suffix of the text that is a prefix of the stop string."""
     return next((size for size in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:size])), 0)

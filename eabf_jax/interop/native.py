@@ -288,10 +288,10 @@ def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
 
 @contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Turns Orbax's log off: it warns of what is meant here, and logs with tracebacks what it raises as well.
+    """Turns off Orbax's log, whose warnings do not apply here and whose errors are raised as well.
 
-    After a failure the log stays off. The other reads or writes of the same checkpoint then fail one by one until the
-    process ends: in tasks whose errors nobody reads, and in callbacks to an event loop that is closed.
+    After a failure the log stays off: the other reads or writes of the checkpoint then also fail, in tasks that nothing
+    awaits and in callbacks to a closed event loop.
     """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]

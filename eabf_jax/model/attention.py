@@ -1,7 +1,8 @@
-"""Causal self-attention behind one function, with a backend for each kind of device.
+"""Causal self-attention behind one function signature, with backends for CPU, GPU and TPU.
 
 Dimensions, here and in `llama.py`: B batch, T length, N query heads, K key-value heads (N is a multiple of K),
-G = N / K, H head_dim. A new kernel is one more function with the signature of `reference` and one line in `BACKENDS`.
+G = N / K, H head_dim. A new kernel needs a function with the signature of `reference` and a line in `BACKENDS`; context
+parallelism also needs its two halves in `KERNELS`.
 """
 
 import functools
@@ -20,14 +21,15 @@ from eabf_jax.errors import InputError, unknown_name
 
 Attention = Callable[[Array, Array, Array, Array | None], Array]
 
-# exp() of this is 0 in float32, while a row with nothing but masked entries stays free of NaN.
+# exp() of this is 0 in float32; unlike -inf, it gives no NaN in a row whose entries are all masked.
 _MASKED = -1e30
-# What a backend gives its backward pass, beside its inputs, carries this name, so that a remat policy can keep it.
+# Residuals of a backend's backward pass, other than its inputs, carry this name, so that a remat policy can keep them.
 _CHECKPOINT_NAME = "attention_output"
-# Query and key block of the chunked backend: measured fastest of 128 to 1024 on CPU, for rows of 2,048 tokens.
+# Query and key block size of the chunked backend: the fastest of 128 to 1024 on CPU, for rows of 2,048 tokens.
 _CHUNK = 256
-# The splash kernel works on whole lanes of queries and of a head, and on blocks of at most so many queries and keys.
+# The splash kernel needs lengths and head sizes that are multiples of the lane count.
 SPLASH_LANES = 128
+# Largest query and key block for the splash kernel.
 _SPLASH_BLOCK = 512
 
 
@@ -37,13 +39,13 @@ def reference(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attends with the full [T, T] matrix of logits: the definition that the other backends are tested against.
+    """Attends with the full [T, T] matrix of logits; the other backends are tested against this definition.
 
     Args:
       q: queries, already rotated and scaled (1/sqrt(head_dim) and the scheme's logit multiplier included).
       k: keys, already rotated.
       v: values.
-      segment_ids: tokens attend only within their own segment; None is one segment.
+      segment_ids: tokens attend only within their own segment; None means one segment per row.
 
     Returns:
       The attended values, in the dtype of `v`; softmax is taken in float32.
@@ -58,14 +60,14 @@ def reference_at(
     v: Float[Array, "B S K H"],
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`reference` for some of a row's queries, in any order.
+    """Attends like `reference`, for a subset of a row's queries in any order.
 
     Args:
-      q_index: the place in the row of each query; it sees the keys up to there.
-      q: these queries.
+      q_index: each query's index in the row; a query sees the keys up to and including that index.
+      q: the queries at `q_index`.
       k: the keys of the whole row.
-      v: its values.
-      segment_ids: as for `reference`, where the queries are the row's.
+      v: the values of the whole row.
+      segment_ids: as for `reference`; allowed only where `q` holds all queries of the row in order.
 
     Returns:
       As `reference`.
@@ -82,13 +84,13 @@ def reference_at(
 
 
 class Kernel(NamedTuple):
-    """An attention kernel in two halves, which meet in the log-sum-exp of each query's logits.
+    """An attention kernel as a forward and a backward function, linked by the log-sum-exp of each query's logits.
 
     Attributes:
-      forward: (q, k, v, segment_ids, causal) -> out [B, T, N, H], log_sum_exp float32 [B, N, T]. Not causal: every
-        query sees every key, and there may be more or fewer keys than queries.
-      backward: (q, k, v, segment_ids, out, log_sum_exp, d_out, causal) -> d_q, d_k, d_v. With an `out` and a
-        `log_sum_exp` over more keys than these it gives these keys' part of the gradients.
+      forward: (q, k, v, segment_ids, causal) -> out [B, T, N, H], log_sum_exp float32 [B, N, T]. If not causal, every
+        query sees every key, and the number of keys may differ from the number of queries.
+      backward: (q, k, v, segment_ids, out, log_sum_exp, d_out, causal) -> d_q, d_k, d_v. If `out` and `log_sum_exp`
+        cover more keys than `k` holds, the result is the contribution of the keys in `k` to the gradients.
     """
 
     forward: Callable[[Array, Array, Array, Array | None, bool], tuple[Array, Array]]
@@ -96,13 +98,10 @@ class Kernel(NamedTuple):
 
 
 def keep_residuals(kernel: Kernel) -> Attention:
-    """Attention whose output and log-sum-exp a remat policy can keep, so that its forward pass is not run again.
+    """Builds attention whose output and log-sum-exp a remat policy can keep, so that the forward pass runs only once.
 
-    Both carry the name "attention_output"; the output is not to be named again, or it would be kept twice. What else
-    the backward pass needs (q, k, v) is the caller's to name.
-
-    Args:
-      kernel: the two halves.
+    Both carry the name "attention_output". Callers must not name the output again, or it is kept twice; they name
+    the other residuals (q, k, v) themselves.
 
     Returns:
       A function with the signature of `reference`.
@@ -125,7 +124,7 @@ def keep_residuals(kernel: Kernel) -> Attention:
 
 
 def named(*residuals: Array) -> tuple[Array, ...]:
-    """Gives what a kernel computes for its backward pass the name by which remat policies know it."""
+    """Tags a kernel's residuals with the name that remat policies look for."""
     return tuple(checkpoint_name(x, _CHECKPOINT_NAME) for x in residuals)
 
 
@@ -135,7 +134,7 @@ def chunked(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attends block by block with an online softmax: memory linear in T, blocks above the diagonal never computed.
+    """Attends block by block with an online softmax; memory is linear in T and blocks above the diagonal are skipped.
 
     Args and Returns: as `reference`.
     Source: "FlashAttention-2" (Dao, 2023), algorithms 1 and 2, in plain JAX for any device.
@@ -144,7 +143,7 @@ def chunked(
 
 
 class _Blocks:
-    """How the chunked kernel cuts [T, S] logits into blocks, and which of their entries count."""
+    """Splits the chunked kernel's [T, S] logits into blocks and masks them."""
 
     def __init__(self, length: int, keys: int, causal: bool):
         self.length, self.keys, self.causal = length, keys, causal
@@ -181,7 +180,7 @@ class _Blocks:
         """Masked logits of query block i against key block j: [B, K, G, q_size, k_size]."""
         k_index = j * self.k_size + jnp.arange(self.k_size)
         if self.causal:
-            # Padding comes after every real query, so causality alone keeps it out.
+            # Padding comes after every real query, so the causal mask already excludes it.
             q_index = i * self.q_size + jnp.arange(self.q_size)
             of_block = (None, None) if segments is None else (_block(segments, n, self.q_size, 1) for n in (i, j))
             mask = _mask(q_index, k_index, *of_block)
@@ -234,7 +233,7 @@ def _chunked_backward(
     causal: bool,
 ) -> tuple[Array, Array, Array]:
     blocks, kv_heads = _Blocks(q.shape[1], k.shape[1], causal), k.shape[2]
-    # Row sums of weights * d_weights: what the softmax's own derivative subtracts.
+    # Row sums of weights * d_weights, which the derivative of softmax subtracts.
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     delta, log_sum_exp = blocks.statistics(delta, kv_heads), blocks.statistics(log_sum_exp, kv_heads)
     q, d_out = blocks.queries(q, kv_heads), blocks.queries(d_out, kv_heads)
@@ -256,7 +255,7 @@ def _chunked_backward(
             d_q_i = _block(d_q, i, blocks.q_size, 3) + _dot("bkgts,bksh->bkgth", d_logits, k_j)
             return jax.lax.dynamic_update_slice_in_dim(d_q, d_q_i, i * blocks.q_size, 3), d_k_j, d_v_j
 
-        # Summed head-size first: the other way round XLA would transpose the large [t, s] operand for each product.
+        # These sums have head_dim first: with it last, XLA would transpose the large [t, s] operand in each product.
         zeros = jnp.zeros(k_j.mT.shape, jnp.float32)
         first = j if causal else 0
         d_q, d_k_j, d_v_j = jax.lax.fori_loop(first, blocks.q_count, query_block, (d_q, zeros, zeros))
@@ -289,13 +288,10 @@ def _mask(q_index: Array, k_index: Array, q_segments: Array | None, k_segments: 
 
 
 def precision_of(dtype: Any) -> jax.lax.Precision | None:
-    """The precision of matrix products: float32 means float32 on every device.
-
-    Args:
-      dtype: the compute dtype.
+    """Returns the precision of matrix products for a compute dtype, so that float32 means float32 on every device.
 
     Returns:
-      HIGHEST for float32, which TPUs and recent GPUs would otherwise round to fewer bits; None for the others.
+      HIGHEST for float32, which TPUs and recent GPUs would otherwise round to fewer bits; None for other dtypes.
     """
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
@@ -312,12 +308,12 @@ def cudnn(
 ) -> Float[Array, "B T N H"]:
     """Attends with cuDNN's fused kernel (NVIDIA GPUs, bfloat16 or float16).
 
-    Args and Returns: as `reference`. With segment ids the kernel takes a [B, 1, T, T] mask: meant for the short
-    windows of packed pretraining.
-    Source: `jax.nn.dot_product_attention`, whose two primitives are called here: its own derivative does not let go of
-    the log-sum-exp in float32.
+    Args and Returns: as `reference`. With segment ids the kernel takes a [B, 1, T, T] mask, which is meant for the
+    short windows of packed pretraining.
+    Source: `jax.nn.dot_product_attention`. Its two primitives are called directly, because its own derivative does
+    not expose the float32 log-sum-exp.
     """
-    # The kernel's backward pass refuses odd lengths. The padding comes last: causality alone keeps it out.
+    # The kernel's backward pass rejects odd lengths. Padding comes last, so the causal mask already excludes it.
     length, pad = q.shape[1], q.shape[1] % 2
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
     ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, pad)))
@@ -349,7 +345,7 @@ def _cudnn_backward(
 
 
 def _cudnn_operands(q: Array, segment_ids: Array | None) -> tuple[Array, ...]:
-    """Bias, then lengths, offsets and page tables of queries and keys: those that are not used are empty."""
+    """Bias, then lengths, offsets and page tables of queries and keys; unused operands are empty."""
     unused = jnp.zeros(0, q.dtype)
     bias = unused
     if segment_ids is not None:
@@ -363,7 +359,7 @@ def _cudnn_options(segment_ids: Array | None, causal: bool) -> dict[str, Any]:
         "scale": 1.0,
         "seed": 42,
         "dropout_rate": 0.0,
-        "variadic_args": (segment_ids is not None, False),  # a bias; its gradient
+        "variadic_args": (segment_ids is not None, False),  # has a bias, needs the bias gradient
         "mask_type": fused.MaskType.CAUSAL if causal else fused.MaskType.NO_MASK,
         "layout": fused.AttentionLayout.BTNH.value,
         "sliding_window_length": None,
@@ -373,17 +369,17 @@ def _cudnn_options(segment_ids: Array | None, causal: bool) -> dict[str, Any]:
 def cudnn_token(
     q: Float[Array, "B N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], lengths: Int[Array, "B"]
 ) -> Float[Array, "B N H"]:
-    """Attends with one query a row to the first keys of a cache, with cuDNN's fused kernel.
+    """Attends with one query per row to the first keys of a cache, with cuDNN's fused kernel.
 
     Args:
       q: queries, rotated and scaled.
       k: keys; those past a row's length are not read.
-      v: values, likewise.
-      lengths: int32 [batch], keys that each row has.
+      v: values; those past a row's length are not read.
+      lengths: int32 [batch], number of keys in each row.
 
     Returns:
       The attended values.
-    Source: what `jax.nn.dot_product_attention` calls, which itself takes no cache with its heads before its slots.
+    Source: the function behind `jax.nn.dot_product_attention`, which does not accept the [B, K, S, H] cache layout.
     """
     one = jnp.ones_like(lengths)
     out = fused.dot_product_attention(
@@ -400,7 +396,7 @@ def splash(
 ) -> Float[Array, "B T N H"]:
     """Attends with the splash kernel (TPU).
 
-    Args and Returns: as `reference`. The kernel works on whole lanes of 128: shorter heads and lengths are padded.
+    Args and Returns: as `reference`. Lengths and head sizes are padded to multiples of 128, which the kernel needs.
     Source: `jax.experimental.pallas.ops.tpu.splash_attention`.
     """
     _, length, heads, head_dim = q.shape
@@ -414,18 +410,18 @@ def splash(
 
 @functools.cache
 def splash_kernel(q_index: tuple[int, ...], heads: int, *, head_shards: int = 1, q_shards: int = 1) -> Any:
-    """The splash kernel for causal attention of queries in any order.
+    """Builds the splash kernel for causal attention of queries in any order.
 
     Args:
-      q_index: the place in the row of each query; a permutation of 0 ... length - 1, length a multiple of 128.
-      heads: query heads.
-      head_shards: devices that split the heads.
-      q_shards: devices that split the queries, each a multiple of 128.
+      q_index: each query's index in the row; a permutation of 0 ... length - 1, length a multiple of 128.
+      heads: number of query heads.
+      head_shards: number of devices that split the heads.
+      q_shards: number of devices that split the queries; each device's share is a multiple of 128.
 
     Returns:
-      A pytree to be called with q, k and v of one row, head before length.
+      A callable pytree that takes q, k and v of one row as [heads, length, H].
     """
-    # Imported here because importing the kernel takes longer than the whole model on machines that never use it.
+    # The import takes longer than importing the whole model, so machines without a TPU skip it.
     from jax.experimental.pallas.ops.tpu import splash_attention as kernel
 
     @functools.cache
@@ -433,7 +429,7 @@ def splash_kernel(q_index: tuple[int, ...], heads: int, *, head_shards: int = 1,
         return np.full((rows, columns), value)
 
     class Causal(kernel.CausalMask):
-        """As its parent, but quick where a block is all of one value: nearly everywhere in a long row."""
+        """A causal mask with a fast path for uniform blocks, which are nearly all blocks of a long row."""
 
         def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
             rows, columns = self.q_sequence[index[0]], range(self.shape[1])[index[1]]
@@ -443,8 +439,8 @@ def splash_kernel(q_index: tuple[int, ...], heads: int, *, head_shards: int = 1,
 
     mask = Causal((len(q_index),) * 2)
     mask.q_sequence = np.array(q_index, np.int32)
-    # The largest blocks that divide a device's queries: the tables of blocks grow with (length / block)^2 and have to
-    # fit the scalar memory, and the library's default of 128 leaves the matrix unit waiting.
+    # The largest block that divides a device's queries. Block tables grow with (length / block)^2 and must fit in
+    # scalar memory, and the library's default of 128 leaves the matrix unit idle.
     block = math.gcd(len(q_index) // q_shards, _SPLASH_BLOCK)
     sizes = kernel.BlockSizes(
         block_q=block,
@@ -454,7 +450,7 @@ def splash_kernel(q_index: tuple[int, ...], heads: int, *, head_shards: int = 1,
         block_q_dq=block,
         block_kv_dq=block,
     )
-    # Made once a process, whatever is being traced at the time.
+    # The result is cached per process, so it must not hold tracers of the current trace.
     with jax.ensure_compile_time_eval():
         made = kernel.make_splash_mha(
             kernel.MultiHeadMask([mask] * heads),
@@ -490,12 +486,12 @@ def select(backend: str, dtype: jnp.dtype, head_dim: int, platform: str | None =
       backend: a name in `BACKENDS`, or "auto" for the best one that the platform, dtype and head size allow.
       dtype: the compute dtype.
       head_dim: size of one head.
-      platform: "cpu", "gpu" or "tpu"; None asks JAX for the default backend.
+      platform: "cpu", "gpu" or "tpu"; None means JAX's default backend.
 
     Returns:
       A name in `BACKENDS`.
     Raises:
-      InputError: unknown name, or cuDNN asked for a dtype or head size that it does not take.
+      InputError: an unknown name, or cuDNN with a dtype or head size that it does not support.
     """
     fits_cudnn = jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
     if backend == "auto":

@@ -13,11 +13,11 @@ from eabf_jax.rope import Scheme, scheme
 class LlamaConfig:
     """Static description of a LLaMA-architecture model.
 
-    Every field but `rope` has the name and the meaning it has in Hugging Face's `LlamaConfig`; `rope` replaces
+    Every field except `rope` has the same name and meaning as in Hugging Face's `LlamaConfig`; `rope` replaces
     `rope_theta` and `rope_scaling`.
 
     Raises:
-      InputError: sizes that do not fit together.
+      InputError: a number is out of range, or sizes do not fit together.
     Source: transformers, `LlamaConfig`.
     """
 
@@ -56,14 +56,12 @@ class LlamaConfig:
 
     @classmethod
     def from_fields(cls, values: Mapping[str, Any]) -> Self:
-        """Builds the configuration from plain values, as YAML and JSON hold them.
+        """Builds the configuration from plain values, as parsed from YAML or JSON.
 
         Args:
-          values: by field name; `rope` a mapping `{type: ..., parameters}`.
+          values: values by field name; `rope` is a mapping `{type: ..., parameters}`.
 
-        Returns:
-          The configuration.
         Raises:
-          InputError: an unknown, missing or mistyped field.
+          InputError: an unknown or missing field, or a value of the wrong type.
         """
         return build(cls, values, "model field")

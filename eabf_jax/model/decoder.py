@@ -1,10 +1,10 @@
-"""LLaMA as generation runs it: each layer's weights by themselves, few large products a layer, a cache of keys.
+"""LLaMA for generation: separate weights per layer, a few large matrix products per layer, and a key-value cache.
 
-A decode step reads every weight once and does little else, so nothing may copy or cast one on the way: the weights are
-in the compute dtype, and a layer's are arrays of their own (a slice of the stacked tensors of `llama.py` would be a
-copy). q, k and v are one product, as are gate and up. The two products that end in the residual stream have few numbers
-that are sums of many: their weights have the summed dimension last, where it is one stretch of memory. The mathematics
-is that of `llama.py`, against which it is tested. Dimensions: as there.
+A decode step does little but read every weight once, so no weight may be copied or cast on the way. Weights are in the
+compute dtype, and each layer has its own arrays, because a slice of the stacked tensors of `llama.py` would be a copy.
+One product computes q, k and v; another computes gate and up. The weights of the two products that write the residual
+stream have the summed dimension last, so that each sum reads contiguous memory. The mathematics and dimensions are
+those of `llama.py`, against which this module is tested.
 """
 
 from collections.abc import Callable
@@ -22,16 +22,15 @@ from eabf_jax.model.kv_cache import LayerCache
 from eabf_jax.model.llama import Llama, Row, rms_norm, rotate
 from eabf_jax.rope import Scheme
 
-# (q, k, v, cache) -> attended values and the cache with k and v in it; [B, T, heads, H] each.
+# (q, k, v, cache) -> attended values and the cache with k and v added; arrays are [B, T, heads, H].
 CachedAttention = Callable[[Array, Array, Array, LayerCache], tuple[Array, LayerCache]]
 
 
 class LayerWeights(NamedTuple):
-    """One layer. Biases are None where the model has none."""
+    """The weights of one layer. Biases are None where the model has none."""
 
     input_norm: Array  # [D]
-    # [D, K * (G + 2) * H]: a key-value head's queries, its key and its value, then the next head's; so a mesh can split
-    # them as one.
+    # [D, K * (G + 2) * H]: per key-value head its queries, key and value, so that a mesh can split by head.
     qkv: Array
     qkv_bias: Array | None  # [K * (G + 2) * H]
     output: Array  # [D, N * H]
@@ -44,24 +43,22 @@ class LayerWeights(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The whole model."""
+    """The weights of the whole model."""
 
     embedding: Array  # [V, D]
     layers: tuple[LayerWeights, ...]
     norm: Array  # [D]
-    head: Array | None  # [D, V]; None: the embedding is the head's too
+    head: Array | None  # [D, V]; None if tied to the embedding
 
 
 def weights_of(model: Llama) -> Weights:
-    """Takes a model's parameters apart by layer, in its compute dtype.
+    """Splits a model's parameters by layer and casts them to its compute dtype.
 
     Args:
-      model: with parameters that one device can hold twice.
+      model: a model whose parameters fit on one device twice.
 
-    Returns:
-      The weights.
     Raises:
-      InputError: a model with adapters.
+      InputError: the model has adapters.
     """
     if model.lora is not None:
         raise InputError(
@@ -107,17 +104,14 @@ def _layer_weights(stacked: dict, index: int, config: LlamaConfig, dtype: jnp.dt
 
 
 def rows(rope: Scheme, head_dim: int, positions: Int[Array, "B T"], length: int | Int[Array, "B"] | None) -> Row:
-    """What every layer is told of tokens at these positions.
+    """Computes the per-token inputs that all layers share: positions, cosines and sines.
 
     Args:
       rope: the rotary scheme.
       head_dim: size of one head.
       positions: int32 [batch, length], 0-based.
-      length: the current length that dynamic schemes follow: one for all rows, known before tracing, or each row's
-        own; None for one within the pretrained window. Other schemes do not look at it.
-
-    Returns:
-      Positions, cosines and sines.
+      length: the current length in tokens, used by dynamic schemes only: an integer for all rows, known before
+        tracing, or an array with one length per row. None means within the pretrained window.
     """
     if rope.depends_on_length and isinstance(length, jax.Array):
 
@@ -142,19 +136,19 @@ def layer(
     cache: LayerCache,
     attention: CachedAttention,
 ) -> tuple[Float[Array, "B T D"], LayerCache]:
-    """One decoder layer on new tokens.
+    """Runs one decoder layer on new tokens.
 
     Args:
       config: the model's shape.
-      weights: the layer's.
-      index: 0-based, of the layer.
-      x: hidden states before it, in the compute dtype.
+      weights: this layer's weights.
+      index: 0-based layer index.
+      x: hidden states before the layer, in the compute dtype.
       row: from `rows`.
-      cache: the layer's.
+      cache: this layer's cache.
       attention: attends to the new tokens and to the cache.
 
     Returns:
-      Hidden states after the layer, and its cache with the new tokens.
+      Hidden states after the layer, and the cache with the new tokens added.
     """
     eps, groups = config.rms_norm_eps, config.num_attention_heads // config.num_key_value_heads
     qkv = _project(rms_norm(x, weights.input_norm, eps), weights.qkv, weights.qkv_bias)
@@ -172,11 +166,11 @@ def layer(
 
 
 def next_token_logits(config: LlamaConfig, weights: Weights, x: Float[Array, "B D"]) -> Float[Array, "B V"]:
-    """Logits after the last layer, float32.
+    """Computes the next token's logits from the last layer's output.
 
     Args:
       config: the model's shape.
-      weights: the model's.
+      weights: the model's weights.
       x: hidden states after the last layer, in the compute dtype.
 
     Returns:
@@ -198,7 +192,7 @@ def _project(x: Array, kernel: Array, bias: Array | None) -> Array:
 def _contract(x: Array, kernel: Array, bias: Array | None) -> Array:
     """x @ kernel.T: [..., in], [out, in] -> [..., out]."""
     if x.size == kernel.shape[1] and jax.default_backend() == "gpu":
-        # One token is no work for a matrix unit: a plain reduction reads nearer to the memory's full speed.
+        # With one token, a plain reduction gets closer to full memory bandwidth than a matrix product.
         y = (x[..., None, :].astype(jnp.float32) * kernel.astype(jnp.float32)).sum(-1).astype(x.dtype)
     else:
         y = jnp.einsum("...i,oi->...o", x, kernel, precision=precision_of(x.dtype))

@@ -1,9 +1,8 @@
-"""Keys and values of the tokens read so far, one cache a layer, and attention to them.
+"""The key-value cache of one layer, and attention to it.
 
-A row's token at position p lies in slot p, so rows of different lengths need no padding before them: a row sees its
-slots up to its own position, and what lies beyond is never read. Dimensions: B batch, T new tokens, S slots, N query
-heads, K key-value heads, G = N / K, H head_dim. A head's slots lie side by side, which is the order that a decode step
-reads them in.
+The token at position p of a row is in slot p, so rows of different lengths need no left padding: a row attends to its
+slots up to its current position, and later slots are masked. Dimensions: B batch, T new tokens, S slots, N query heads,
+K key-value heads, G = N / K, H head_dim. The slots of a head are contiguous because a decode step reads them in order.
 """
 
 from typing import NamedTuple
@@ -16,24 +15,25 @@ from jaxtyping import Array, Float, Int
 from eabf_jax.errors import unknown_name
 from eabf_jax.model.attention import BACKENDS, KERNELS, cudnn_token, precision_of
 
-# Dtypes by name; None is the model's compute dtype. Another dtype of 8 bits needs scales as int8 does.
+# Dtypes by name; None is the model's compute dtype. Any other 8-bit dtype would need scales, as int8 does.
 CACHE_DTYPES = {"model": None, "int8": jnp.int8}
 
-# exp() of this is 0 in float32, while a row with nothing but masked entries stays free of NaN.
+# exp() of this is 0 in float32; unlike -inf, it gives no NaN in a row whose entries are all masked.
 _MASKED = -1e30
 _INT8_MAX = 127.0
-# Up to here XLA's own products are taken: 1 % of a 7B step quicker at 256 slots, slower at 2,304, not measured between.
+# Caches up to this size use XLA's products, not cuDNN: 1 % of a 7B step faster at 256 slots, slower at 2,304.
+# Sizes between these two are not measured.
 _FEW_SLOTS = 1024
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys, rotated already, and values.
+    """One layer's rotated keys, and its values.
 
     Attributes:
       k: [B, K, S, H], in the compute dtype or int8.
-      v: likewise.
-      k_scale: float32 [B, K, S], what an int8 key is multiplied with; None where k holds the keys themselves.
-      v_scale: likewise.
+      v: [B, K, S, H], in the dtype of k.
+      k_scale: float32 [B, K, S], the factor of each int8 key; None if k is not quantized.
+      v_scale: float32 [B, K, S], the factor of each int8 value; None if v is not quantized.
     """
 
     k: Array
@@ -45,18 +45,16 @@ class LayerCache(NamedTuple):
 def empty_cache(
     batch: int, kv_heads: int, slots: int, head_dim: int, compute_dtype: jnp.dtype, kind: str = "model"
 ) -> LayerCache:
-    """A cache with nothing in it yet.
+    """Creates an empty cache.
 
     Args:
-      batch: rows.
-      kv_heads: key-value heads.
-      slots: tokens that a row may come to have.
+      batch: number of rows.
+      kv_heads: number of key-value heads.
+      slots: maximum number of tokens per row.
       head_dim: size of one head.
-      compute_dtype: the model's.
+      compute_dtype: the model's compute dtype.
       kind: a name in `CACHE_DTYPES`.
 
-    Returns:
-      The cache.
     Raises:
       InputError: unknown kind.
     """
@@ -71,15 +69,7 @@ def empty_cache(
 
 
 def grown(cache: LayerCache, slots: int) -> LayerCache:
-    """The same tokens in a cache of more slots.
-
-    Args:
-      cache: of at most so many slots.
-      slots: to have.
-
-    Returns:
-      The cache.
-    """
+    """Returns the cache padded to `slots` slots, at least the number it has."""
 
     def longer(x: Array) -> Array:
         more = slots - x.shape[2]
@@ -97,21 +87,21 @@ def attend_chunk(
     start: int,
     backend: str,
 ) -> tuple[Float[Array, "B T N H"], LayerCache]:
-    """Attends causally within a chunk of new tokens and to all before it, and stores the chunk.
+    """Attends causally within a chunk of new tokens and to all earlier tokens, and stores the chunk.
 
-    The chunk sees itself through a causal kernel and what is cached through an unmasked one, joined by their
-    log-sum-exps: no kernel computes a block that is masked out.
+    A causal kernel attends within the chunk and an unmasked one attends to the cache; their log-sum-exps combine the
+    two outputs. No kernel computes a block that is masked out.
 
     Args:
       q: queries, rotated and scaled.
       k: the chunk's keys, rotated.
-      v: its values.
-      cache: holds the tokens before.
+      v: the chunk's values.
+      cache: holds the earlier tokens.
       start: position of the chunk's first token in every row, known before tracing.
       backend: a name in `attention.BACKENDS`.
 
     Returns:
-      The attended values, in the dtype of v, and the cache with the chunk in it.
+      The attended values, in the dtype of v, and the cache with the chunk added.
     """
     if start == 0:
         out = BACKENDS[backend](q, k, v, None)
@@ -142,21 +132,21 @@ def attend_token(
     *,
     backend: str,
 ) -> tuple[Float[Array, "B N H"], LayerCache]:
-    """Stores each row's one new token and attends to it and all before it.
+    """Stores one new token per row and attends to it and all earlier tokens.
 
-    cuDNN's kernel reads the slots in use, of large caches that are not int8. Elsewhere all are read: a part of them
-    would be a copy. So a cache should hold few more than are in use; see `grown`.
+    For large caches that are not int8, cuDNN's kernel reads only the slots in use. In other cases all slots are read,
+    because slicing the cache would copy it. The cache should therefore be little larger than needed; see `grown`.
 
     Args:
       q: queries, rotated and scaled.
       k: keys, rotated.
       v: values.
-      cache: holds the tokens before.
-      positions: where each row's token stands, less than the number of slots.
+      cache: holds the earlier tokens.
+      positions: 0-based position of each row's token, less than the number of slots.
       backend: a name in `attention.BACKENDS`.
 
     Returns:
-      The attended values, in the dtype of v, and the cache with the tokens in it.
+      The attended values, in the dtype of v, and the cache with the tokens added.
     """
     (new_k, k_scale), (new_v, v_scale) = (_quantized(x, cache.k.dtype) for x in (k, v))
     cache = LayerCache(
@@ -166,8 +156,8 @@ def attend_token(
         None if cache.v_scale is None else _put(cache.v_scale, v_scale, positions),
     )
     if backend == "splash":
-        # For its writes of one slot, the TPU's compiler would else have the caches in another layout within the loop of
-        # tokens, copy them there and back, and hold both.
+        # Without this constraint, the TPU compiler picks another cache layout inside the decode loop to suit the
+        # one-slot writes; it then copies the caches on entry and exit and holds both copies.
         cache = cache._replace(k=_as_it_lies(cache.k), v=_as_it_lies(cache.v))
     if backend == "cudnn" and cache.k_scale is None and cache.k.shape[2] > _FEW_SLOTS:
         return cudnn_token(q, cache.k, cache.v, positions + 1), cache
@@ -186,7 +176,7 @@ def attend_token(
 
 
 def _quantized(x: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """x as the cache stores it, and what it is then to be multiplied with: float32, without the last axis."""
+    """Returns x in the cache's dtype, and the float32 scale that restores it (the shape of x without the last axis)."""
     wide = x.astype(jnp.float32)
     scale = jnp.abs(wide).max(-1) / _INT8_MAX
     if dtype != jnp.int8:
@@ -195,21 +185,21 @@ def _quantized(x: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
 
 
 def _as_it_lies(x: Array) -> Array:
-    """x in the layout that arrays have between programs."""
+    """Constrains x to the default (row-major) layout, which arrays have outside of compiled programs."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _put(stored: Array, new: Array, positions: Array) -> Array:
     """Writes [B, K, ...] into the slots of [B, K, S, ...] at each row's position."""
-    if stored.shape[0] == 1:  # a slice rather than a scatter
+    if stored.shape[0] == 1:  # a slice update is cheaper than a scatter
         return jax.lax.dynamic_update_slice_in_dim(stored, new[:, :, None], positions[0], 2)
-    # Heads are indexed too: a scatter along axes that are not the first ones would transpose the whole cache.
+    # Heads are indexed too, because a scatter along axes other than the leading ones would transpose the whole cache.
     rows, heads = jnp.arange(stored.shape[0])[:, None], jnp.arange(stored.shape[1])
     return stored.at[rows, heads, positions[:, None]].set(new, unique_indices=True)
 
 
 def _cached(cache: LayerCache, name: str, slots: int, dtype: jnp.dtype) -> Array:
-    """Keys or values of the first slots as kernels take them: [B, slots, K, H]."""
+    """Returns the keys or values of the first slots in the kernels' layout, [B, slots, K, H]."""
     taken, scale = getattr(cache, name)[:, :, :slots], getattr(cache, f"{name}_scale")
     if scale is not None:
         taken = taken.astype(jnp.float32) * scale[:, :, :slots, None]
@@ -217,5 +207,5 @@ def _cached(cache: LayerCache, name: str, slots: int, dtype: jnp.dtype) -> Array
 
 
 def _weight(log_share: Array) -> Array:
-    """[B, N, T] -> [B, T, N, 1]: what one part's output counts for."""
+    """Turns a log weight [B, N, T] into a weight [B, T, N, 1] for one part's output."""
     return jnp.exp(log_share).swapaxes(1, 2)[..., None]

@@ -1,4 +1,4 @@
-"""LLaMA from top to bottom: RMSNorm, rotary attention with the scheme's logit multiplier, SwiGLU, one scan over layers.
+"""The LLaMA model: RMSNorm, rotary attention with the scheme's logit multiplier, SwiGLU, and one scan over layers.
 
 Dimensions: B batch, T length, D hidden_size, F intermediate_size, N query heads, K key-value heads, H head_dim,
 V vocabulary, L layers. Module names are Hugging Face's; kernels are [in, out]; the tensors of all layers are stacked
@@ -22,12 +22,12 @@ from eabf_jax.model.lora import Lora
 from eabf_jax.rope import Scheme
 
 Constrain = Callable[..., Array]
-# x [..., in], a parameter [in, out], and which of a layer's it is, e.g. ("q_proj", "kernel"), to x @ parameter.
+# (x [..., in], parameter [in, out], the parameter's name within the layer, e.g. ("q_proj", "kernel")) -> x @ parameter.
 Product = Callable[[Array, Array, tuple[str, str]], Array]
 
 
 class Row(NamedTuple):
-    """What every layer is told of the tokens, beside their hidden states."""
+    """Per-token inputs that all layers share."""
 
     positions: Int[Array, "B T"]
     cos: Float[Array, "B T half"]
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 def unconstrained(x: Array, *logical_axes: str | None) -> Array:
-    """Leaves the layout of an activation to the compiler; `parallel.rules` has the one that knows a mesh."""
+    """Leaves the layout of an activation to the compiler; `parallel.rules` has the version for a mesh."""
     return x
 
 
@@ -57,10 +57,10 @@ def positions_from_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]
 def rotary_tables(
     rope: Scheme, head_dim: int, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Cosines and sines of every token's angles, times the scheme's rotation scale.
+    """Computes cosines and sines of every token's angles, times the scheme's rotation scale.
 
-    A scheme that depends on the current length takes, for each token, the length of the segment that the token is in,
-    so that neither a neighbour in the batch nor one packed into the same row changes a token's frequencies.
+    For schemes that depend on the current length, each token's length is that of its own segment. Other rows of the
+    batch and other segments of the row therefore never change a token's frequencies.
 
     Args:
       rope: the rotary scheme.
@@ -87,7 +87,7 @@ def rotary_tables(
 
 
 def _segment_lengths(positions: Array, segment_ids: Array | None) -> Array:
-    """Largest position + 1 among the tokens of each token's own segment: int32 [batch, length]."""
+    """Returns, for each token, the largest position in its segment plus 1: int32 [batch, length]."""
     if segment_ids is None:
         return jnp.broadcast_to(positions.max(1, keepdims=True) + 1, positions.shape)
     starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
@@ -97,12 +97,12 @@ def _segment_lengths(positions: Array, segment_ids: Array | None) -> Array:
 
 
 def rotate(x: Float[Array, "B T heads H"], cos: Array, sin: Array) -> Float[Array, "B T heads H"]:
-    """Rotates the two halves of each head against each other, in float32.
+    """Applies rotary embedding in float32, pairing each head's first half with its second half.
 
     Args:
       x: queries or keys.
       cos: float32 [batch, length, head_dim // 2].
-      sin: likewise.
+      sin: float32 [batch, length, head_dim // 2].
 
     Returns:
       float32, the shape of x.
@@ -114,13 +114,13 @@ def rotate(x: Float[Array, "B T heads H"], cos: Array, sin: Array) -> Float[Arra
 
 
 def product(x: Array, kernel: Array, name: tuple[str, str]) -> Array:
-    """x @ kernel on the devices as the compiler likes; `parallel.rules` has the one that knows a mesh."""
+    """Computes x @ kernel and leaves its layout to the compiler; `parallel.rules` has the version for a mesh."""
     return _product(x, kernel)
 
 
 @jax.custom_vjp
 def _product(x: Array, kernel: Array) -> Array:
-    """x @ kernel in the dtype of x; the gradient by the kernel is summed up and left in the kernel's own dtype."""
+    """Computes x @ kernel in the dtype of x; accumulates and returns the kernel's gradient in the kernel's dtype."""
     return jnp.matmul(x, kernel.astype(x.dtype), precision=precision_of(x.dtype))
 
 
@@ -139,7 +139,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel (+ the adapters' part) (+ bias), computed in the dtype of x."""
+    """y = x @ kernel (+ the adapters' product) (+ bias), computed in the dtype of x."""
 
     def __init__(
         self,
@@ -164,9 +164,9 @@ class Linear(nnx.Module):
         if lora is not None:
             init = jax.nn.initializers.normal(in_features**-0.5)
             lora_a = nnx.Param(init(rngs.params(), (*stack, in_features, lora.rank), param_dtype))
-            # Zero: the model starts as the one that the adapters belong to.
+            # Zero, so that the adapters change nothing before the first step.
             lora_b = nnx.Param(jnp.zeros((*stack, lora.rank, out_features), param_dtype))
-        # Once each: NNX takes an attribute that has been None for one that holds no parameter.
+        # Assigned once: NNX treats an attribute that was first None as one without parameters.
         self.lora_a, self.lora_b = lora_a, lora_b
 
     def __call__(self, x: Array) -> Array:
@@ -187,7 +187,7 @@ def _linears(
     param_dtype: Any,
     product: Product,
 ) -> Callable[[str, int, int], Linear]:
-    """What the projections of one module have in common; their names and sizes are left to be given."""
+    """Returns a constructor for the projections of one module; it takes their name and sizes."""
 
     def linear(name: str, in_features: int, out_features: int) -> Linear:
         return Linear(
@@ -256,7 +256,7 @@ class SelfAttention(nnx.Module):
             return constrain(y.reshape(*y.shape[:2], -1, self.head_dim), "batch", "length", "heads", None)
 
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
-        # The multiplier is folded into q in float32, before the one rounding to the compute dtype.
+        # The multiplier is applied to q in float32, so that q is rounded to the compute dtype only once.
         q = (rotate(q, row.cos, row.sin) * q_scale[:, :, None, None]).astype(x.dtype)
         k = rotate(k, row.cos, row.sin).astype(x.dtype)
         q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
@@ -279,7 +279,7 @@ class SwiGLU(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One decoder layer, or, with a non-empty `stack`, the parameters of many."""
+    """One decoder layer; with a non-empty `stack`, the stacked parameters of several layers."""
 
     def __init__(
         self,
@@ -346,9 +346,9 @@ class Llama(nnx.Module):
           dtype: compute dtype of the matrix products; norms, angles, softmax and logits are float32.
           param_dtype: dtype of the parameters.
           attention: a backend's name, "auto", or a function with the signature of `attention.reference`.
-          constrain: called with each large activation and its logical axes, to lay it out on a mesh.
-          product: multiplies activations with the layers' kernels and adapters.
-          lora: adapters beside the projections that it names.
+          constrain: called with each large activation and its logical axes, to set its layout on a mesh.
+          product: multiplies activations by the layers' kernels and adapters.
+          lora: adds adapters to the projections that it names.
 
         Raises:
           InputError: unknown backend.
@@ -381,14 +381,11 @@ class Llama(nnx.Module):
 
     @classmethod
     def abstract(cls, config: LlamaConfig, **options: Any) -> Self:
-        """The model with shapes in place of arrays: nothing is allocated or computed.
+        """Builds the model with shapes (`jax.ShapeDtypeStruct`) in place of arrays; allocates and computes nothing.
 
         Args:
           config: the model's shape.
           **options: as for `Llama`.
-
-        Returns:
-          A Llama whose parameters are `jax.ShapeDtypeStruct`.
         """
         return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **options))
 
@@ -398,26 +395,22 @@ class Llama(nnx.Module):
 
         Args:
           config: the model's shape.
-          params: nested mapping of arrays, as `parameters()` gives it.
+          params: nested mapping of arrays, as returned by `parameters()`.
           **options: as for `Llama`.
 
-        Returns:
-          A Llama that holds these arrays.
         Raises:
-          InputError: as `with_parameters`.
+          InputError: as for `with_parameters`.
         """
         return cls.abstract(config, **options).with_parameters(params)
 
     def with_parameters(self, params: Mapping[str, Any]) -> Self:
-        """The same model around other parameters.
+        """Returns a copy of the model with other parameters; this model does not change.
 
         Args:
-          params: nested mapping of arrays, as `parameters()` gives it.
+          params: nested mapping of arrays, as returned by `parameters()`.
 
-        Returns:
-          A new Llama; this one is left as it is.
         Raises:
-          InputError: a parameter is missing, unknown or of a wrong shape.
+          InputError: a parameter is missing, unknown or has the wrong shape.
         """
         graphdef, state = nnx.split(self)
         expected, given = (dict(_named_leaves(tree)) for tree in (nnx.to_pure_dict(state), params))
@@ -434,7 +427,7 @@ class Llama(nnx.Module):
         return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), given.values()))
 
     def parameters(self) -> dict[str, Any]:
-        """The parameters as a nested dict of arrays."""
+        """Returns the parameters as a nested dict of arrays."""
         return nnx.to_pure_dict(nnx.state(self, nnx.Param))
 
     def hidden_states(
@@ -443,19 +436,19 @@ class Llama(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Everything but the output projection.
+        """Runs the model up to and including the final norm, without the output projection.
 
         Args:
-          tokens: integers [batch, length], below vocab_size. Under `jax.jit` their values are not known and cannot be
-            checked: what comes of an id beyond the vocabulary is NaN there.
-          positions: integers [batch, length], 0-based; None counts from 0, anew in each segment.
-          segment_ids: integers [batch, length]; tokens see only their own segment. None is one segment a row.
+          tokens: integers [batch, length], below vocab_size. Under `jax.jit` the values cannot be checked; an id
+            beyond the vocabulary then gives NaN.
+          positions: integers [batch, length], 0-based; None counts from 0 within each segment.
+          segment_ids: integers [batch, length]; tokens see only their own segment. None means one segment per row.
 
         Returns:
           Final normed hidden states [batch, length, hidden_size], in the compute dtype.
 
         Raises:
-          InputError: an argument of another shape or dtype, or (outside of `jax.jit`) a value out of range.
+          InputError: an argument has the wrong shape or dtype, or (outside of `jax.jit`) a value is out of range.
         """
         tokens = _checked("tokens", tokens, 0, self.config.vocab_size)
         if positions is not None:
@@ -478,13 +471,10 @@ class Llama(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Row:
-        """What every layer is told of the tokens.
+        """Computes the per-token inputs that all layers share: positions, cosines and sines, and segments.
 
         Args:
           tokens, positions, segment_ids: as for `hidden_states`.
-
-        Returns:
-          Positions, the rotary scheme's cosines and sines there, and the segments.
         """
         if positions is None:
             positions = (
@@ -496,21 +486,21 @@ class Llama(nnx.Module):
         return Row(positions, cos, sin, segment_ids)
 
     def embed(self, embedding: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Hidden states before the first layer, in the compute dtype."""
+        """Returns the hidden states before the first layer, in the compute dtype."""
         x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
         return self.constrain(x, "batch", "length", None)
 
     def layer(self, parameters: Mapping[str, Any], index: Array, x: Float[Array, "B T D"], row: Row) -> Array:
-        """One decoder layer.
+        """Runs one decoder layer.
 
         Args:
-          parameters: `parameters()["layers"]` without the leading axis.
-          index: int32 scalar, 0-based: the schemes' logit multipliers may depend on it.
+          parameters: one layer's entries of `parameters()["layers"]`, without the leading axis.
+          index: int32 scalar, 0-based layer index; a scheme's logit multiplier may depend on it.
           x: hidden states before the layer.
           row: from `row`.
 
         Returns:
-          Hidden states after it, of the shape and dtype of x.
+          Hidden states after the layer, with the shape and dtype of x.
         """
         graphdef, state = nnx.split(self.layers)
         block = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(dict(parameters))))
@@ -518,7 +508,7 @@ class Llama(nnx.Module):
         return block(x, row, q_scale, self.attention, self.constrain)
 
     def output_kernel(self) -> Float[Array, "D V"]:
-        """The [hidden_size, vocab_size] matrix from hidden states to logits, in the parameters' dtype."""
+        """Returns the [hidden_size, vocab_size] matrix from hidden states to logits, in the parameters' dtype."""
         return self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
     def __call__(
@@ -527,18 +517,16 @@ class Llama(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits of the next token at every position.
+        """Computes the logits of the next token at every position.
 
         Args:
-          tokens: as for `hidden_states`.
-          positions: as for `hidden_states`.
-          segment_ids: as for `hidden_states`.
+          tokens, positions, segment_ids: as for `hidden_states`.
 
         Returns:
           float32 [batch, length, vocab_size].
 
         Raises:
-          InputError: as `hidden_states`.
+          InputError: as for `hidden_states`.
         """
         return logits(self.hidden_states(tokens, positions, segment_ids), self.output_kernel())
 
@@ -559,7 +547,7 @@ def logits(hidden: Float[Array, "... D"], kernel: Float[Array, "D V"]) -> Float[
 
 
 def _checked(name: str, given: Any, low: int, end: int, shape: tuple[int, ...] | None = None) -> Int[Array, "B T"]:
-    """What a caller gave for an array of integers [batch, length], looked at as far as it is known before tracing."""
+    """Converts an argument to int32 [batch, length]; checks shape and dtype, and the values where they are known."""
     try:
         values = given if isinstance(given, jax.Array) else np.asarray(given)
     except ValueError as error:
@@ -581,7 +569,7 @@ def _checked(name: str, given: Any, low: int, end: int, shape: tuple[int, ...] |
 
 
 def _named_leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Pairs of dotted name and array, in the order in which JAX flattens dicts."""
+    """Yields pairs of dotted name and array, in the order in which JAX flattens dicts."""
     for key in sorted(params):
         name = f"{prefix}{key}"
         if isinstance(params[key], Mapping):

@@ -1,8 +1,8 @@
-"""Low-rank adapters: y = x W + (x A) B · alpha / rank, with the model's own W left as it is.
+"""Low-rank adapters: y = x W + (x A) B · alpha / rank, where the model's W stays frozen.
 
 A [in, rank] and B [rank, out] are the leaves `lora_a` and `lora_b` beside the `kernel` of each adapted projection.
 
-Source: Hu et al. 2021 (arXiv 2106.09685); embeddings and norms trained as well: LongLoRA (arXiv 2309.12307).
+Source: Hu et al. 2021 (arXiv 2106.09685); training embeddings and norms too: LongLoRA (arXiv 2309.12307).
 """
 
 from collections.abc import Mapping
@@ -24,10 +24,10 @@ class Lora:
 
     rank: int = 8  # columns of A and rows of B; LongLoRA: 8
     alpha: float = 16.0  # the adapters' product is multiplied by alpha / rank; LongLoRA: 16
-    # q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; LongLoRA: those of attention
+    # any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; LongLoRA: the four attention projections
     targets: tuple[str, ...] = ATTENTION_PROJECTIONS
-    train_embeddings: bool = False  # token embeddings too (tied: the output with them); LongLoRA: for long windows, yes
-    train_norms: bool = False  # scales of all norms too; LongLoRA: likewise
+    train_embeddings: bool = False  # also train token embeddings (and a tied output); LongLoRA: yes for long windows
+    train_norms: bool = False  # also train the scales of all norms; LongLoRA: yes for long windows
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -44,11 +44,11 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """What the adapters' product is multiplied with."""
+        """The factor on the adapters' product, alpha / rank."""
         return self.alpha / self.rank
 
     def trains(self, path: tuple[str, ...]) -> bool:
-        """Whether the parameter at this place of the tree is trained."""
+        """Returns whether the parameter at this path of the tree is trained."""
         return (
             path[-1] in ("lora_a", "lora_b")
             or (self.train_embeddings and path[-1] == "embedding")
@@ -57,14 +57,14 @@ class Lora:
 
 
 def split_trained(params: Mapping[str, Any], lora: Lora | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parts a model's parameters into those that are trained and the others.
+    """Splits a model's parameters into trained and frozen ones.
 
     Args:
-      params: nested mapping, as `Llama.parameters()` gives it.
-      lora: the adapters; None trains all.
+      params: nested mapping, as returned by `Llama.parameters()`.
+      lora: the adapters; None trains all parameters.
 
     Returns:
-      Two nested dicts; `training.backward.merge` undoes it.
+      Two nested dicts, trained and frozen; `training.backward.merge` joins them again.
     """
     if lora is None:
         return dict(params), {}
@@ -89,7 +89,7 @@ def merged_kernel(
     lora_b: Float[np.ndarray, "... R O"],
     scale: float,
 ) -> Float[np.ndarray, "... I O"]:
-    """The one matrix that a projection and its adapters amount to, in host memory.
+    """Merges a projection's kernel and its adapters into one matrix, in host memory.
 
     Args:
       kernel: [..., in, out], of any float dtype.

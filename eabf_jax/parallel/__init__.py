@@ -1,1 +1,1 @@
-"""Laying a model out on many devices: the mesh, and the rules from logical axes to mesh axes."""
+"""Models on many devices: the mesh, and the rules that map logical axes to mesh axes."""

@@ -1,4 +1,4 @@
-"""How many bytes the collectives of a compiled program move, read from its text."""
+"""Counts the bytes that a compiled program's collectives move, from the program's text."""
 
 import math
 import re
@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Scopes (`jax.named_scope`) that say what a collective within them carries. The compiler's own have none,
-# nor have some reduce-scatters that it fuses with their padding.
+# Scopes (`jax.named_scope`) that name the data a collective carries. Collectives that the compiler inserts have no
+# scope; neither have some reduce-scatters that it fuses with their padding.
 CARRIED = ("parameters", "parameter_gradients", "keys_values", "key_value_gradients", "embedding")
 
-# Bytes that each of n devices sends for each byte of the result, with ring algorithms.
+# Bytes that each of n devices sends per byte of the result, with ring algorithms.
 _SENT = {
     "all-gather": lambda n: (n - 1) / n,
     "reduce-scatter": lambda n: n - 1.0,
@@ -38,22 +38,22 @@ class _Instruction(NamedTuple):
 class Collective(NamedTuple):
     """One collective of a program."""
 
-    kind: str  # an all-reduce of which each device keeps only its own part counts as a reduce-scatter
+    kind: str  # an all-reduce counts as a reduce-scatter if each device keeps only its own part
     carries: str  # a name in `CARRIED`, or "other"
     sent: float  # bytes that one device sends in one run of the program
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives of a program.
+    """Lists the collectives of a program.
 
-    A loop's body counts as often as the loop runs, as far as its condition compares a counter with a constant, as the
-    conditions of `jax.lax.scan` do; other loops count once.
+    A loop whose condition compares a counter with a constant, as those of `jax.lax.scan` do, multiplies its body by
+    its number of iterations. Other loops count once.
 
     Args:
       text: the optimised program, from `Compiled.as_text()`.
 
     Returns:
-      One entry an instruction.
+      One entry per instruction.
     """
     computations, entry = _parse(text)
     found: list[Collective] = []
@@ -65,8 +65,8 @@ def collectives(text: str) -> list[Collective]:
             kind = instruction.opcode.removesuffix("-start")
             if kind in _SENT:
                 channel = re.search(r"channel_id=(\d+)", instruction.rest)
-                # An asynchronous collective may stand in the computation of its start and in that of its end. Those
-                # of shard_map all have channel 1.
+                # An asynchronous collective can appear twice, where it starts and where it ends, with one channel.
+                # Channel 1 does not identify a collective: all collectives of shard_map use it.
                 if channel is None or channel[1] == "1" or channel[1] not in seen:
                     found_kind, size = _sent(instruction, kind, name)
                     found.append(Collective(found_kind, _carried(instruction.rest), times * size))
@@ -83,14 +83,14 @@ def collectives(text: str) -> list[Collective]:
 
 
 def collective_bytes(text: str, by: str = "kind") -> dict[str, float]:
-    """Bytes that one device sends in one run of a program.
+    """Sums the bytes that one device sends in one run of a program.
 
     Args:
       text: as for `collectives`.
-      by: "kind", or "carries" for what they carry.
+      by: the field of `Collective` to group by, "kind" or "carries".
 
     Returns:
-      Sums by that field; what does not occur is left out.
+      Bytes by value of that field; values that do not occur are left out.
     """
     found: dict[str, float] = defaultdict(float)
     for collective in collectives(text):
@@ -99,7 +99,7 @@ def collective_bytes(text: str, by: str = "kind") -> dict[str, float]:
 
 
 def _carried(rest: str) -> str:
-    """The innermost scope of an instruction that is one of `CARRIED`."""
+    """Returns the innermost scope of an instruction that is in `CARRIED`, or "other"."""
     path = re.search(r'op_name="([^"]*)"', rest)
     scopes = [scope for scope in path[1].split("/") if scope in CARRIED] if path else []
     return scopes[-1] if scopes else "other"
@@ -125,7 +125,7 @@ def _called(rest: str) -> Iterator[str]:
 
 
 def _trips(condition: list[_Instruction]) -> int:
-    """Runs of a loop that counts from nought to a constant; 1 where the condition is another."""
+    """Returns the iterations of a loop that counts from 0 to a constant; 1 for other conditions."""
     constants = [re.match(r"(\d+)\)", item.rest) for item in condition if item.opcode == "constant"]
     bounds = [int(match[1]) for match in constants if match]
     return max(bounds, default=1) or 1
@@ -135,7 +135,7 @@ def _sent(instruction: _Instruction, kind: str, computation: str) -> tuple[str, 
     sizes = [
         _BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
         for dtype, shape in _ARRAY.findall(instruction.type)
-        if dtype != "u32" or shape  # the handles of an asynchronous collective
+        if dtype != "u32" or shape  # u32 scalars are the handles of asynchronous collectives
     ]
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
         sizes = sizes[len(sizes) // 2 :]  # operands first, then results
@@ -146,7 +146,7 @@ def _sent(instruction: _Instruction, kind: str, computation: str) -> tuple[str, 
 
 
 def _group_size(rest: str) -> int:
-    """Devices among which a collective runs; the three ways in which XLA writes them."""
+    """Returns the number of devices in a collective's group; XLA writes groups in three ways."""
     if named := re.search(r"replica_groups=(?:@?\w*)?mesh\[(.*?)\] ?\{(.*?)\}", rest):
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
         # A part of an axis is written 'name':(offset)size.

@@ -1,12 +1,11 @@
-"""Context parallelism: the tokens of one row over many devices, each with its share of the causal triangle.
+"""Context parallelism: splits the tokens of a row over devices, with equal shares of the causal attention work.
 
-A row is cut into 2C chunks for C devices, and device r holds chunks r and 2C - 1 - r: one early, one late. Their
-queries see (r + 1) + (2C - r) = 2C + 1 chunks of keys, whatever r. The permutation is made on the host, before the
-tokens are placed; positions (and with them the entropy-aware multiplier), targets and masks are permuted with the
-tokens, so that no part of the model but attention knows of it. Keys and values are gathered from all devices of the
-row; queries, outputs and what the backward pass keeps stay where they are.
+C devices split a row into 2C chunks, and device r holds chunk r (early) and chunk 2C - 1 - r (late). Their queries see
+(r + 1) + (2C - r) = 2C + 1 chunks of keys for every r. The host permutes the tokens before it places them on devices.
+It permutes positions (and so the entropy-aware multiplier), targets and masks in the same way, so only attention has to
+handle the order. Keys and values are gathered from all devices of the row; queries, outputs and residuals do not move.
 
-Dimensions: as in `model.attention`; C ways, c = T / 2C the length of a chunk.
+Dimensions: as in `model.attention`; C devices (ways) per row, c = T / 2C the length of a chunk.
 """
 
 import functools
@@ -36,19 +35,19 @@ from eabf_jax.model.attention import (
 from eabf_jax.parallel.fsdp import reduce_scatter
 
 _AXIS = "context"
-# What a chunk's length has to be a multiple of: cuDNN's backward pass takes even lengths, splash whole lanes of them.
+# A chunk's length must be a multiple of this: cuDNN's backward pass needs even lengths, splash full lanes per device.
 _CHUNK_MULTIPLE = {BACKENDS["cudnn"]: 2, splash: SPLASH_LANES // 2}
 
 
 def zigzag_order(length: int, ways: int) -> np.ndarray:
-    """Which token of a row stands at each place, so that equal shares of the row are equal shares of the work.
+    """Returns the token order in which equal shares of a row have equal attention work.
 
     Args:
       length: tokens in a row.
-      ways: devices that split a row.
+      ways: devices that split a row; 1 keeps the row's order.
 
     Returns:
-      int [length]: `row[zigzag_order(...)]` is what is placed. One way leaves the row as it is.
+      int [length]: `row[zigzag_order(...)]` is the row as placed on the devices.
     Raises:
       InputError: the row does not divide into 2 x ways chunks.
     """
@@ -64,31 +63,29 @@ def zigzag_order(length: int, ways: int) -> np.ndarray:
 
 
 def undo_zigzag_order(length: int, ways: int) -> np.ndarray:
-    """The inverse of `zigzag_order`: `placed[undo_zigzag_order(...)]` is the row.
+    """Returns the inverse of `zigzag_order`, int [length]: `placed[undo_zigzag_order(...)]` is the row.
 
     Args:
       length: tokens in a row.
       ways: devices that split a row.
 
-    Returns:
-      int [length].
     Raises:
-      InputError: as `zigzag_order`.
+      InputError: as for `zigzag_order`.
     """
     return np.argsort(zigzag_order(length, ways))
 
 
 def context_attention(mesh: Mesh, attention: Attention, heads: PartitionSpec) -> Attention:
-    """Attention over rows whose tokens lie on many devices in `zigzag_order`.
+    """Builds attention over rows whose tokens are split over devices in `zigzag_order`.
 
     Args:
-      mesh: the device mesh, with a context axis of more than one.
+      mesh: a device mesh whose context axis is larger than 1.
       attention: a function of `model.attention.BACKENDS`.
-      heads: how [B, T, N, H] lies on the mesh.
+      heads: partition of [B, T, N, H] on the mesh.
 
     Returns:
-      A function with the signature of `reference` for arrays laid out on the mesh. Called for rows that the backend
-      cannot split, or with segment ids, it raises InputError.
+      A function with the signature of `reference` for arrays laid out on the mesh. It raises InputError for segment
+      ids, and for rows that the backend cannot split.
     """
     ways = mesh.shape[_AXIS]
     shard_map = functools.partial(jax.shard_map, mesh=mesh, out_specs=heads, check_vma=False)
@@ -135,12 +132,12 @@ def _reference(mesh: Mesh) -> Callable[[Array, Array, Array], Array]:
 
 
 def _joined(kernel: Kernel, mesh: Mesh) -> Callable[[Array, Array, Array], Array]:
-    """Attention of a device's two chunks of queries: [B, 2c, N, H], [B, 2c, K, H] twice -> [B, 2c, N, H].
+    """Builds attention for a device's two query chunks: [B, 2c, N, H], [B, 2c, K, H] twice -> [B, 2c, N, H].
 
-    Each chunk sees itself causally, and whole chunks before it: two kernels without a wasted block, whose softmaxes are
-    joined by their log-sum-exps. Backward, each kernel gets the joined output and log-sum-exp, with which its weights
-    are the joined softmax's, and its gradients that softmax's for its keys. Keys and values are gathered again there
-    rather than kept.
+    A causal kernel attends within each chunk and an unmasked one attends to all earlier chunks, so no block is wasted;
+    their log-sum-exps join the two softmaxes. In the backward pass, each kernel gets the joined output and log-sum-exp
+    and returns the joined softmax's gradients for its own keys. The backward pass gathers keys and values again
+    instead of keeping those of the whole row.
     """
     ways = mesh.shape[_AXIS]
 
@@ -177,13 +174,13 @@ def _joined(kernel: Kernel, mesh: Mesh) -> Callable[[Array, Array, Array], Array
 
 
 def _prefixes(ways: int, rank: int, chunk: int) -> list[tuple[slice, int]]:
-    """Of each of a rank's chunks of queries that has keys before it: its place on the device, and how many keys."""
+    """Returns, for each of a rank's query chunks with earlier keys, its slice on the device and the number of keys."""
     numbers = (rank, 2 * ways - 1 - rank)
     return [(slice(i * chunk, (i + 1) * chunk), number * chunk) for i, number in enumerate(numbers) if number]
 
 
 def _before(kernel: Kernel, ways: int, rank: int, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-    """Attention of a rank's queries to whole chunks before theirs: out [B, 2c, N, H], log-sum-exp [B, N, 2c]."""
+    """Attends from a rank's queries to all earlier chunks: out [B, 2c, N, H], log-sum-exp [B, N, 2c]."""
     parts = [
         kernel.forward(q[:, place], k[:, :keys], v[:, :keys], None, False)
         for place, keys in _prefixes(ways, rank, q.shape[1] // 2)
@@ -199,7 +196,7 @@ def _before(kernel: Kernel, ways: int, rank: int, q: Array, k: Array, v: Array) 
 def _before_backward(
     kernel: Kernel, ways: int, rank: int, q: Array, k: Array, v: Array, out: Array, lse: Array, d_out: Array
 ) -> tuple[Array, Array, Array]:
-    """Gradients of `_before` within the joined softmax: d_q of the rank's queries, d_k and d_v of the whole row."""
+    """Computes gradients of `_before` under the joined softmax: d_q of the rank's queries, d_k and d_v of the row."""
     parts = [
         kernel.backward(
             q[:, place], k[:, :keys], v[:, :keys], None, out[:, place], lse[:, :, place], d_out[:, place], False
@@ -211,7 +208,7 @@ def _before_backward(
         d_qs = (jnp.zeros_like(d_qs[0]), *d_qs)
 
     def row(parts: tuple[Array, ...]) -> Array:
-        """Sums gradients of prefixes of the row's keys, in float32 and one rounding."""
+        """Sums gradients for prefixes of the row's keys in float32 and rounds once."""
         wide = (x.astype(jnp.float32) for x in parts)
         rests = (((0, 0), (0, k.shape[1] - x.shape[1]), (0, 0), (0, 0)) for x in parts)
         return sum(map(jnp.pad, wide, rests), jnp.float32(0)).astype(k.dtype)
@@ -222,7 +219,7 @@ def _before_backward(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 @jax.named_scope("keys_values")
 def _gather(x: Array, mesh: Mesh) -> Array:
-    """The device's two chunks -> the whole row in its own order: [B, 2c, ...] -> [B, T, ...]."""
+    """Gathers the devices' chunks into the whole row in natural order: [B, 2c, ...] -> [B, T, ...]."""
     early, late = (jax.lax.all_gather(half, _AXIS, axis=1) for half in jnp.split(x, 2, axis=1))
     chunks = jnp.concatenate((early, jnp.flip(late, axis=1)), axis=1)
     return chunks.reshape(x.shape[0], -1, *x.shape[2:])
@@ -230,7 +227,7 @@ def _gather(x: Array, mesh: Mesh) -> Array:
 
 @jax.named_scope("key_value_gradients")
 def _scatter(x: Array, mesh: Mesh) -> Array:
-    """The transpose of `_gather`: sums over the devices, of which each keeps its two chunks."""
+    """The transpose of `_gather`: sums over the devices; each device keeps its own two chunks."""
     early, late = jnp.split(x.reshape(x.shape[0], 2 * mesh.shape[_AXIS], -1, *x.shape[2:]), 2, axis=1)
     halves = (reduce_scatter(mesh, half, _AXIS, 1) for half in (early, jnp.flip(late, axis=1)))
     return jnp.concatenate(tuple(half[:, 0] for half in halves), axis=1)
@@ -240,7 +237,7 @@ _gather.defvjp(lambda x, mesh: (_gather(x, mesh), None), lambda mesh, _, d_row: 
 
 
 def _apart(x: Array) -> Array:
-    """The device's two chunks as two rows: [B, 2c, ...] -> [2B, c, ...]."""
+    """Turns the device's two chunks into two rows: [B, 2c, ...] -> [2B, c, ...]."""
     return x.reshape(x.shape[0] * 2, x.shape[1] // 2, *x.shape[2:])
 
 
@@ -258,5 +255,5 @@ def _statistics_together(x: Array) -> Array:
 
 
 def _weight(log_share: Array) -> Array:
-    """[B, N, T] -> [B, T, N, 1]: what one part's output counts for."""
+    """Turns a log weight [B, N, T] into a weight [B, T, N, 1] for one part's output."""
     return jnp.exp(log_share).swapaxes(1, 2)[..., None]

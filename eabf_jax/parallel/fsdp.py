@@ -1,12 +1,12 @@
-"""Weights that lie in parts on the devices: gathered where they are used, their gradients summed up and scattered.
+"""Fully sharded weights: all-gathered before use, their gradients reduce-scattered.
 
-The compiler does not do this by itself. From sharding constraints alone, the TPU compiler sums up whole gradients on
-every device (an all-reduce) where each keeps only its part, and on some meshes it gathers weights by an all-reduce too:
-twice the bytes. So the collectives are written out here, in shard_map over the axes that split tokens; the tensor axis
-is left to the compiler.
+Sharding constraints alone are not enough. With them, the TPU compiler all-reduces whole gradients even where each
+device keeps only its part, and on some meshes it also gathers weights with an all-reduce, at twice the bytes. This
+module therefore writes the collectives out, in shard_map over the axes that split tokens; the compiler handles the
+tensor axis.
 
-What runs over two mesh axes runs over one after the other: the same bytes. Over both at once, the TPU compiler makes an
-all-reduce of a reduce-scatter on 64 chips, and of an all-gather too where the mesh cuts a dimension of the torus.
+A collective over two mesh axes runs over one axis after the other, which moves the same bytes. Over both at once, the
+TPU compiler turns reduce-scatters into all-reduces on 64 chips; all-gathers too, if the mesh cuts a torus dimension.
 """
 
 import functools
@@ -21,23 +21,23 @@ from jaxtyping import Array
 
 from eabf_jax.model.attention import precision_of
 
-# Mesh axes that split tokens: rows, and the tokens of a row.
+# Mesh axes that split tokens: data and fsdp split the rows of a batch, context splits each row.
 TOKEN_AXES = ("data", "fsdp", "context")
-# Those that split one dimension of each parameter, the same for all.
+# Mesh axes that together split one dimension of each sharded parameter.
 PARAMETER_AXES = ("fsdp", "context")
 
 
 def by_device(mesh: Mesh, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`jax.shard_map` over `TOKEN_AXES`; along the tensor axis, arrays stay whole to the function.
+    """Applies `jax.shard_map` over `TOKEN_AXES`; the function sees whole arrays along the tensor axis.
 
     Args:
       mesh: the device mesh.
-      function: of each device's parts of arrays.
-      in_specs: how its arguments lie on the mesh, the tensor axis included.
-      out_specs: how its results do.
+      function: takes and returns one device's parts of arrays.
+      in_specs: partitions of its arguments, tensor axis included.
+      out_specs: partitions of its results, tensor axis included.
 
     Returns:
-      The function of whole arrays.
+      A function of whole arrays.
     """
     return jax.shard_map(
         function,
@@ -55,7 +55,7 @@ def _without_tensor(spec: PartitionSpec) -> PartitionSpec:
 
 @jax.named_scope("parameters")
 def gathered(mesh: Mesh, part: Array, spec: PartitionSpec) -> Array:
-    """Within `by_device`: the whole of a parameter of which a device has its part."""
+    """Gathers a whole parameter from the devices' parts; call it within `by_device`."""
     dimension = _split(spec)
     if dimension is not None:
         for axis in reversed(PARAMETER_AXES):
@@ -66,12 +66,12 @@ def gathered(mesh: Mesh, part: Array, spec: PartitionSpec) -> Array:
 
 @jax.named_scope("parameter_gradients")
 def scattered(mesh: Mesh, partial: Array, spec: PartitionSpec) -> Array:
-    """Within `by_device`: a device's part of the sum of all devices' arrays.
+    """Sums an array over devices and returns each device's part; call it within `by_device`.
 
     Args:
       mesh: the device mesh.
-      partial: what a device adds, in the parameter's whole shape.
-      spec: how the parameter lies on the mesh.
+      partial: the device's summand, in the parameter's whole shape.
+      spec: partition of the parameter on the mesh.
 
     Returns:
       The sum, in the shape of the device's part.
@@ -85,13 +85,13 @@ def scattered(mesh: Mesh, partial: Array, spec: PartitionSpec) -> Array:
 
 
 def reduce_scatter(mesh: Mesh, x: Array, axis: str, dimension: int) -> Array:
-    """`jax.lax.psum_scatter` along a dimension, in the steps in which the compiler does it.
+    """Runs `jax.lax.psum_scatter`, in two steps where the compiler would turn one step into an all-reduce.
 
     Args:
       mesh: the device mesh.
-      x: what a device adds.
+      x: the device's summand.
       axis: a mesh axis.
-      dimension: the dimension that is cut.
+      dimension: the dimension of x to split.
 
     Returns:
       The device's part of the sum.
@@ -99,7 +99,7 @@ def reduce_scatter(mesh: Mesh, x: Array, axis: str, dimension: int) -> Array:
     ways = mesh.shape[axis]
     if ways == 1:
         return x
-    # The TPU compiler makes an all-reduce of a reduce-scatter over a slice's three dimensions at once.
+    # The TPU compiler turns a reduce-scatter over all three dimensions of a slice into an all-reduce.
     whole_slice = ways == mesh.size > 4 and mesh.devices.flat[0].platform == "tpu"
     for groups in _in_two_steps(ways) if whole_slice else (None,):
         x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, axis_index_groups=groups, tiled=True)
@@ -107,28 +107,28 @@ def reduce_scatter(mesh: Mesh, x: Array, axis: str, dimension: int) -> Array:
 
 
 def _in_two_steps(ways: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Groups of devices: reduce-scattered among the first, then the second, each has what one step would give it."""
+    """Returns two lists of device groups; reduce-scatters over the first, then the second, equal one over all."""
     places = np.arange(ways).reshape(-1, 4)
     return places.T.tolist(), places.tolist()
 
 
 def _split(spec: PartitionSpec) -> int | None:
-    """The dimension that lies in parts; None where every device has all."""
+    """Returns the dimension that is split over `PARAMETER_AXES`; None if there is none."""
     return next((number for number, axes in enumerate(spec) if axes == PARAMETER_AXES), None)
 
 
 def sharded_product(
     mesh: Mesh, tokens: PartitionSpec, *, whole: bool
 ) -> Callable[[Array, Array, PartitionSpec], Array]:
-    """Products of activations with parameters that lie in parts.
+    """Builds the product of activations with a sharded parameter.
 
     Args:
       mesh: the device mesh.
-      tokens: how [batch, length] lies on it.
-      whole: the parameters have been gathered already; their gradients are scattered all the same.
+      tokens: partition of [batch, length] on the mesh.
+      whole: the parameters are already gathered; their gradients are scattered in either case.
 
     Returns:
-      A function of x [batch, length, in], a parameter [in, out] and how that lies on the mesh, to [batch, length, out].
+      A function of x [batch, length, in], a parameter [in, out] and its partition, to [batch, length, out].
     """
     rows = PartitionSpec(*tokens, None)
 
@@ -154,8 +154,8 @@ def sharded_product(
             d_x = jnp.matmul(d_y, as_used(kernel, spec, x.dtype).T, precision=precision)
             sum_up = functools.partial(jnp.einsum, precision=precision, preferred_element_type=kernel.dtype)
             if _split(spec) == 1:
-                # Scattered along the first dimension of its transpose: the TPU compiler makes an all-reduce of a
-                # scatter of narrow columns.
+                # The transpose is scattered along its first dimension, because the TPU compiler turns a scatter of
+                # narrow columns into an all-reduce.
                 d_kernel = scattered(mesh, sum_up("...i,...o->oi", x, d_y), PartitionSpec(*reversed(spec))).T
             else:
                 d_kernel = scattered(mesh, sum_up("...i,...o->io", x, d_y), spec)
@@ -168,12 +168,12 @@ def sharded_product(
 
 
 def lookup(mesh: Mesh, tokens: PartitionSpec, spec: PartitionSpec) -> Callable[[Array, Array], Array]:
-    """Reads an embedding whose columns lie in parts: devices tell each other tokens, and hand back columns.
+    """Builds the lookup in an embedding with sharded columns: gathers token ids and exchanges the columns found.
 
     Args:
       mesh: the device mesh.
-      tokens: how [batch, length] lies on it.
-      spec: how the embedding [vocab, hidden_size] does; with columns that every device has all of, nothing is moved.
+      tokens: partition of [batch, length] on the mesh.
+      spec: partition of the embedding [vocab, hidden_size]; if its columns are not split, the lookup is local.
 
     Returns:
       A function of the embedding and tokens to vectors [batch, length, hidden_size].
@@ -192,15 +192,15 @@ def lookup(mesh: Mesh, tokens: PartitionSpec, spec: PartitionSpec) -> Callable[[
 
 
 def lookup_backward(mesh: Mesh, tokens: PartitionSpec, spec: PartitionSpec) -> Callable[[Array, Array, Array], Array]:
-    """The derivative of `lookup`, added to a sum.
+    """Builds the derivative of `lookup`, which adds to an accumulated gradient.
 
     Args:
       mesh: the device mesh.
-      tokens: how [batch, length] lies on it.
-      spec: how the sum does, by columns in parts.
+      tokens: partition of [batch, length] on the mesh.
+      spec: partition of the accumulated gradient, split by columns.
 
     Returns:
-      A function of the float32 sum [vocab, hidden_size], tokens and the gradient by the vectors, to the new sum.
+      A function of the float32 sum [vocab, hidden_size], tokens and the vectors' gradient, to the new sum.
     """
 
     @jax.named_scope("embedding")
@@ -217,7 +217,7 @@ def lookup_backward(mesh: Mesh, tokens: PartitionSpec, spec: PartitionSpec) -> C
 
 
 def _everyones(tokens: Array) -> Array:
-    """The tokens of the devices that share the columns of an embedding: [fsdp, context, batch, length]."""
+    """Gathers the tokens of all devices that split an embedding's columns: [fsdp, context, batch, length]."""
     for axis in reversed(PARAMETER_AXES):
         tokens = jax.lax.all_gather(tokens, axis)
     return tokens

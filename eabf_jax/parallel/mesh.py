@@ -11,18 +11,18 @@ from jax.sharding import Mesh
 
 from eabf_jax.errors import InputError
 
-# Slowest first: neighbours on the last axis are neighbours on the interconnect where JAX knows it.
+# Slowest-varying first: devices adjacent on the last axis are also adjacent on the interconnect, if JAX knows it.
 AXES = ("data", "fsdp", "context", "tensor")
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each mesh axis takes; `--mesh auto` chooses the simplest that the step fits on."""
+    """Number of devices per mesh axis; `--mesh auto` chooses the simplest mesh on which the step fits."""
 
     data: int = 1  # replicas of the parameters, each with its own part of the batch
-    fsdp: int = -1  # devices that share the parameters and split the batch; -1: all that the other axes leave
+    fsdp: int = -1  # devices that split the parameters and the batch; -1: all that the other axes leave
     tensor: int = 1  # devices that split every matrix product
-    context: int = 1  # devices that split every row of tokens, and share the parameters as well
+    context: int = 1  # devices that split every row of tokens, and the parameters too
 
     def __post_init__(self) -> None:
         sizes = self.sizes
@@ -43,30 +43,30 @@ def _listed(sizes: Sequence[int], separator: str) -> str:
 
 
 def use_every_core(rows: int = 8) -> None:
-    """Makes a device of every CPU core (up to eight), so that a machine without accelerator is not idle.
+    """Makes each CPU core a JAX device (up to eight), so that training without an accelerator uses all cores.
 
-    XLA runs much of a transformer's layer on one thread; two devices on two cores are about twice as fast as one. To be
-    called before JAX is first used; a number of devices set in XLA_FLAGS or JAX_NUM_CPU_DEVICES is left alone.
+    XLA runs much of a transformer layer on one thread; two devices on two cores are about twice as fast as one. Call
+    this before JAX is first used. It does nothing if XLA_FLAGS or JAX_NUM_CPU_DEVICES sets a number of devices.
 
     Args:
-      rows: what the devices are to share; their number divides it.
+      rows: a number that the device count must divide, such as the rows of a batch.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
-    # The cores that this process may use, where the system tells.
+    # The cores that this process may use, on systems that report them.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jax.config.update("jax_num_cpu_devices", max(n for n in (1, 2, 4, 8) if n <= cores and rows % n == 0))
 
 
 def axis_sizes(config: MeshConfig, count: int) -> dict[str, int]:
-    """Devices along each axis.
+    """Resolves the number of devices along each axis.
 
     Args:
       config: the size of each axis.
-      count: devices to arrange.
+      count: number of devices.
 
     Returns:
-      By axis, in the order of `AXES`.
+      Sizes by axis name, in the order of `AXES`.
     Raises:
       InputError: the axes do not multiply to the number of devices.
     """
@@ -85,24 +85,24 @@ def axis_sizes(config: MeshConfig, count: int) -> dict[str, int]:
 
 
 def gpu_memory_defaults() -> None:
-    """Lets JAX have nearly all memory of a GPU and of its host.
+    """Lets JAX use nearly all memory of a GPU and of its host; has no effect without a GPU.
 
-    To be called before JAX is first used; what is set in the environment is left alone, and nothing but a GPU reads it.
+    Call this before JAX is first used. Environment variables that are already set are kept.
     """
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
-    # The rest of the GPU's is for CUDA's own, and for kernels' workspaces outside the pool.
+    # The rest of the GPU's memory is for CUDA itself, and for kernel workspaces outside the pool.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.97")
     os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(int(0.9 * host)))
 
 
 def gpu_defaults() -> None:
-    """`gpu_memory_defaults`, and two of the compiler's choices that training does better without."""
+    """Applies `gpu_memory_defaults` and turns off two compiler features that slow training down."""
     gpu_memory_defaults()
     flags = os.environ.get("XLA_FLAGS", "")
     for flag in (
-        # cuBLAS keeps its speed on a hot device; Triton's products win the compiler's trials on a cool one.
+        # Triton's products win autotuning on a cool device, but only cuBLAS keeps its speed on a hot one.
         "--xla_gpu_enable_triton_gemm=false",
-        # A CUDA graph that is called again for the next layer is rewritten first, and Python waits for it.
+        # Reusing one CUDA graph for the next layer forces a graph update, which blocks Python.
         "--xla_gpu_enable_command_buffer=",
     ):
         if flag.partition("=")[0] not in flags:
@@ -115,10 +115,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
     Args:
       config: the size of each axis.
-      devices: the devices to arrange; None takes all of them.
+      devices: the devices to arrange; None means all.
 
-    Returns:
-      The mesh.
     Raises:
       InputError: the axes do not multiply to the number of devices.
     """
@@ -126,7 +124,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     arranged = mesh_utils.create_device_mesh(
         tuple(sizes.values()),
         devices,
-        # An axis of 32 in a torus of 4 x 4 x 4 takes half of the last dimension.
+        # Needed, for example, for an axis of 32 in a torus of 4 x 4 x 4, which takes half of the last dimension.
         allow_split_physical_axes=True,
     )
     return Mesh(arranged, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))

@@ -1,4 +1,4 @@
-"""Many processes as one run: how they find each other, and how they agree."""
+"""Multi-process runs: connecting the processes, and agreeing on values and failures."""
 
 import os
 import threading
@@ -11,27 +11,27 @@ from jax.experimental import multihost_utils
 
 from eabf_jax.errors import InputError
 
-# JAX reads the first of these itself; with the others, a machine needs no scheduler that JAX knows.
+# JAX itself reads only the first; the other two make runs possible without a scheduler that JAX detects.
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-# Seconds for which a process that failed waits for the others to end as well.
+# Seconds that a failed process waits for the others to end before it exits.
 _GRACE = 20.0
 
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """Makes this process one of a run's many; to be entered before JAX is first used.
+    """Connects this process to the other processes of a run; enter it before JAX is first used.
 
-    TPU pods, SLURM, Open MPI and Kubernetes tell JAX who the others are. Elsewhere three environment variables do:
-    `JAX_COORDINATOR_ADDRESS` (HOST:PORT of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
+    JAX detects the other processes on TPU pods, SLURM, Open MPI and Kubernetes. Elsewhere, set three environment
+    variables: `JAX_COORDINATOR_ADDRESS` (HOST:PORT of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
 
     Raises:
-      InputError: the variables are incomplete or no numbers; nothing tells who the others are; not all came.
+      InputError: the variables are missing, incomplete or malformed.
     """
     _connect()
     try:
         yield
     except BaseException:
-        # JAX would keep this process for five minutes, for others that themselves wait for it.
+        # JAX would block this process's exit for five minutes, waiting for processes that wait for this one.
         end = threading.Timer(_GRACE, os._exit, (2,))
         end.daemon = True
         end.start()
@@ -65,7 +65,7 @@ def _connect() -> None:
 
 
 def gathered(value: int) -> list[int]:
-    """The value of every process, in their order; all have to call it."""
+    """Returns the values of all processes in order of process index; every process must call it."""
     if jax.process_count() == 1:
         return [value]
     return [int(one) for one in np.ravel(multihost_utils.process_allgather(np.int32(value)))]
@@ -73,10 +73,10 @@ def gathered(value: int) -> list[int]:
 
 @contextmanager
 def all_or_none() -> Iterator[None]:
-    """What every process does for itself, without waiting for another: where one fails, none goes on.
+    """Runs a block in every process and stops all processes if it fails in any; the block must not communicate.
 
     Raises:
-      InputError: another process failed, and says why.
+      InputError: the block failed in another process, which reports the cause.
     """
     failed = True
     try:

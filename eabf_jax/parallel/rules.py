@@ -1,4 +1,4 @@
-"""Sharding as data: one table from the model's axes to mesh axes, one from parameters to the model's axes."""
+"""Sharding rules as tables: one from logical axes to mesh axes, one from parameters to logical axes."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "length": "context",
     "layers": None,
-    # Over context too: the devices of a row would otherwise each hold all that those of a column share.
+    # Split over context as well as fsdp; otherwise the devices that share a row would each hold the same part.
     "embed": PARAMETER_AXES,
     "heads": "tensor",
     "mlp": "tensor",
@@ -51,13 +51,10 @@ _LAYERS: dict[str, tuple[dict[str, tuple[str | None, ...]], str]] = {
 
 
 def parameter_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
-    """Logical axes of one parameter.
+    """Returns one logical axis name (or None) per dimension of a parameter.
 
     Args:
-      path: its place in the parameter tree, e.g. ("layers", "self_attn", "q_proj", "kernel").
-
-    Returns:
-      One logical axis name (or None) a dimension.
+      path: its path in the parameter tree, e.g. ("layers", "self_attn", "q_proj", "kernel").
     """
     stack = ("layers",) if path[0] == "layers" else ()
     if path[-1] == "embedding":
@@ -69,19 +66,19 @@ def parameter_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
 
 
 def spec(*logical_axes: str | None) -> PartitionSpec:
-    """The partition of an array with these logical axes."""
+    """Returns the partition of an array with these logical axes."""
     return PartitionSpec(*(LOGICAL_TO_MESH[axis] for axis in logical_axes))
 
 
 def parameter_shardings(mesh: Mesh, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Shardings for a parameter tree.
+    """Returns the shardings of a parameter tree.
 
     Args:
       mesh: the device mesh.
-      params: nested mapping of arrays or shapes, as `Llama.parameters()` gives it.
+      params: nested mapping of arrays or shapes, as returned by `Llama.parameters()`.
 
     Returns:
-      The same nesting, of NamedSharding.
+      A nested dict of NamedSharding with the same structure.
     Raises:
       InputError: a dimension does not divide by the mesh axes that split it.
     """
@@ -102,27 +99,22 @@ def parameter_shardings(mesh: Mesh, params: Mapping[str, Any]) -> dict[str, Any]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of a [batch, length] array."""
+    """Returns the sharding of a [batch, length] array."""
     return NamedSharding(mesh, spec("batch", "length"))
 
 
 def batch_ways(mesh: Mesh) -> int:
-    """Number of parts into which the mesh splits a batch."""
+    """Returns the number of parts into which the mesh splits a batch."""
     return _ways(mesh, LOGICAL_TO_MESH["batch"])
 
 
 def process_batch_shard(mesh: Mesh) -> tuple[int, int]:
-    """Which part of every batch this process has to load.
+    """Returns the index of the part of every batch that this process loads, and the number of parts.
 
     Processes whose devices hold parts of the same rows (a tensor or context axis across hosts) load the same part.
 
-    Args:
-      mesh: the device mesh.
-
-    Returns:
-      The part's index and the number of parts.
     Raises:
-      InputError: two processes hold some rows in common but not all, or different numbers of rows.
+      InputError: two processes share some rows but not all, or hold different numbers of rows.
     """
     ways = batch_ways(mesh)
     rows: dict[int, set[int]] = {}
@@ -136,13 +128,13 @@ def batch_part(rows: Mapping[int, set[int]], process: int) -> tuple[int, int]:
     """The pure part of `process_batch_shard`.
 
     Args:
-      rows: by process, the rows that its devices hold of a batch with one row for each part that the mesh makes.
-      process: the process asked about.
+      rows: by process index, the parts of the batch that its devices hold.
+      process: the index of the process in question.
 
     Returns:
       The part's index and the number of parts.
     Raises:
-      InputError: two processes hold some rows in common but not all, or different numbers of rows.
+      InputError: as for `process_batch_shard`.
     """
     parts = sorted({tuple(sorted(held)) for held in rows.values()})
     overlap = len({row for part in parts for row in part}) != sum(map(len, parts))
@@ -163,7 +155,7 @@ def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def activation_constraint(mesh: Mesh) -> Constrain:
-    """The `constrain` hook of `Llama` for a mesh: pins large activations to their logical axes."""
+    """Builds the `constrain` hook of `Llama` for a mesh, which pins large activations to their logical axes."""
     if mesh.size == 1:
         return unconstrained
 
@@ -174,11 +166,11 @@ def activation_constraint(mesh: Mesh) -> Constrain:
 
 
 def layer_product(mesh: Mesh, *, whole: bool = False) -> Product:
-    """The `product` hook of `Llama` for a mesh: gathers parameters where they are used and scatters their gradients.
+    """Builds the `product` hook of `Llama` for a mesh, which gathers parameters and scatters their gradients.
 
     Args:
       mesh: the device mesh.
-      whole: the parameters have been gathered already.
+      whole: the parameters are already gathered.
     """
     if all(mesh.shape[axis] == 1 for axis in TOKEN_AXES):
         return product
@@ -187,10 +179,10 @@ def layer_product(mesh: Mesh, *, whole: bool = False) -> Product:
 
 
 def check_tensor_axis(ways: int, kv_heads: int) -> None:
-    """Refuses a tensor axis that would cut heads in pieces.
+    """Refuses a tensor axis that would split a head.
 
     Args:
-      ways: devices of the axis.
+      ways: size of the tensor axis.
       kv_heads: key-value heads of the model.
 
     Raises:
@@ -204,7 +196,7 @@ def check_tensor_axis(ways: int, kv_heads: int) -> None:
 
 
 def sharded_attention(mesh: Mesh, attention: Attention, kv_heads: int) -> Attention:
-    """Runs an attention backend on each device's own rows, queries and heads: the kernels know nothing of a mesh.
+    """Runs an attention backend on each device's own rows, queries and heads, so that kernels need not handle a mesh.
 
     Args:
       mesh: the device mesh.
@@ -212,8 +204,8 @@ def sharded_attention(mesh: Mesh, attention: Attention, kv_heads: int) -> Attent
       kv_heads: key-value heads of the model.
 
     Returns:
-      A function with the same signature for arrays laid out on the mesh; with a context axis, the tokens of its rows
-      are in `context.zigzag_order`.
+      A function with the same signature for arrays laid out on the mesh; with a context axis, the tokens of each row
+      must be in `context.zigzag_order`.
     Raises:
       InputError: the tensor axis does not divide the key-value heads.
     """

@@ -1,4 +1,4 @@
-"""TPU slices by name, for a machine without a TPU: libtpu's compiler needs to be told only what they look like."""
+"""TPU slices by name, and compiling for them without a TPU: libtpu's compiler needs only the slice's shape."""
 
 import importlib.util
 import os
@@ -22,8 +22,8 @@ _CUBES = {
 }
 _SQUARES = {4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 
-# Without a TPU at hand, libtpu asks the cloud's metadata server what it runs on, unless it is told; and it keeps a lock
-# that is meant for the one process that may own a TPU.
+# Without a TPU and these settings, libtpu queries the cloud's metadata server for its hardware, and takes a lock that
+# allows only one process at a time.
 _COMPILER_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v4-8",
@@ -39,7 +39,7 @@ _COMPILER_ENVIRONMENT = {
 class Slice:
     """A part of a TPU pod."""
 
-    name: str  # as the cloud names it, e.g. v4-32
+    name: str  # Google Cloud's name, e.g. v4-32
     generation: str  # v4, v5e, v5p or v6e
     shape: tuple[int, ...]  # chips along each dimension
 
@@ -50,14 +50,14 @@ class Slice:
 
     @property
     def wrapped(self) -> tuple[bool, ...]:
-        """Which dimensions are rings: all of a slice made of whole cubes of 4 x 4 x 4, none of a smaller one."""
+        """Whether each dimension is a ring; in 3D, all are if the slice consists of whole 4 x 4 x 4 cubes."""
         if len(self.shape) == 3:
             return (all(size % 4 == 0 for size in self.shape),) * 3
-        return tuple(size == 16 for size in self.shape)  # a side of the whole pod
+        return tuple(size == 16 for size in self.shape)  # a side of the whole pod is a ring
 
     @property
     def links(self) -> int:
-        """Links that every chip has to neighbours; one of two along each dimension that is not a ring."""
+        """Links per chip: two along a ring, one along any other dimension of more than one chip."""
         return sum(2 if ring else 1 for size, ring in zip(self.shape, self.wrapped, strict=True) if size > 1)
 
 
@@ -65,7 +65,7 @@ def _slices() -> dict[str, Slice]:
     found: dict[str, Slice] = {}
     for generation in ("v4", "v5p"):
         for chips, cube in _CUBES.items():
-            name = f"{generation}-{2 * chips}"  # named by TensorCores, of which a chip has two
+            name = f"{generation}-{2 * chips}"  # the name counts TensorCores, two per chip
             found[name] = Slice(name, generation, cube)
     for generation in ("v5e", "v6e"):
         for chips, square in _SQUARES.items():
@@ -78,13 +78,11 @@ SLICES = _slices()
 
 
 def tpu_slice(name: str) -> Slice:
-    """Finds a slice.
+    """Finds a slice by name.
 
     Args:
-      name: as the cloud names it: v4-8 to v4-512, v5p-8 to v5p-512, v5e-4 (or v5litepod-4) to v5e-256, v6e-4 on.
+      name: v4-8 to v4-512, v5p-8 to v5p-512, v5e-4 (or v5litepod-4) to v5e-256, or v6e-4 to v6e-256.
 
-    Returns:
-      The slice.
     Raises:
       InputError: unknown name.
     """
@@ -95,17 +93,15 @@ def tpu_slice(name: str) -> Slice:
 
 
 def compile_only_devices(slice_: Slice) -> list[jax.Device]:
-    """The devices of a slice that is not there, to compile for.
+    """Returns the devices of a slice, one per chip, for compiling without TPU hardware.
 
-    To be called before JAX is first used: what runs in this process runs on the CPU from then on.
+    Call this before JAX is first used: it makes this process run everything on the CPU.
 
     Args:
       slice_: from `tpu_slice`.
 
-    Returns:
-      One device a chip.
     Raises:
-      InputError: libtpu, which holds the compiler, is not installed or does not load.
+      InputError: libtpu, which contains the compiler, is not installed or does not load, or does not know the slice.
     """
     for name, value in _COMPILER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -1,8 +1,8 @@
 """Inverse frequencies of every rotary scheme, one pure function per rule.
 
 A rule takes the head size, then `length` if its frequencies follow the current length, then its own parameters by
-keyword (those are the parameters that the scheme has in a config file). It returns the inverse frequencies and the
-factor that multiplies cos and sin. What is known before tracing is computed in float64 and rounded once to float32.
+keyword, which are the scheme's parameters in a config file. It returns the inverse frequencies and the factor on cos
+and sin. Values known before tracing are computed in float64 and rounded once to float32.
 
 Notation: d head size, j = 0 ... d/2 - 1 index of a frequency, b base, c pretrained window, s factor, L current length,
 theta_j = b^(-2j/d).
@@ -77,7 +77,7 @@ def ntk(head_dim: int, *, base: float = LLAMA2_BASE, factor: float) -> tuple[Fre
 
 
 def ntk_base(head_dim: int, base: float, factor: float) -> float:
-    """Returns the base b * s^(d / (d - 2)) with which plain rotary embedding is NTK-aware scaling.
+    """Returns the base b * s^(d / (d - 2)), with which plain rotary embedding equals NTK-aware scaling.
 
     Args:
       head_dim: size of an attention head, even, at least 4.
@@ -102,9 +102,9 @@ def dynamic_ntk(
 
     Args:
       head_dim: size of an attention head, even, at least 4.
-      length: L in tokens; up to c (or None) the frequencies are the plain ones. May be a traced integer.
+      length: L in tokens, may be a traced integer; the frequencies are plain for None and up to c.
       base: b.
-      factor: s, how fast the base grows with the length; 1.0 makes the factor inside the power L/c.
+      factor: s, how fast the base grows with the length; at 1.0 the term raised to the power is L/c.
       pretrained_window: c in tokens.
 
     Returns:
@@ -121,7 +121,7 @@ def dynamic_ntk(
     if _is_static(length):
         excess = max((length or 0) - pretrained_window, 0)
         return _rounded(theta * (1.0 + factor * excess / pretrained_window) ** exponents), 1.0
-    # s L/c - (s - 1) = 1 + s (L - c)/c, where L - c is exact and log1p keeps what float32 would lose near 1.
+    # s L/c - (s - 1) = 1 + s (L - c)/c; L - c is exact, and log1p avoids float32's loss of precision near 1.
     growth = jnp.log1p(_excess(length, pretrained_window) * np.float32(factor / pretrained_window))
     return _rounded(theta) * jnp.exp(_rounded(exponents) * growth), 1.0
 
@@ -139,18 +139,18 @@ def yarn(
 ) -> tuple[Frequencies, float]:
     """Computes the frequencies and the rotation scale of YaRN; with `attention_factor` 1.0, of NTK-by-parts.
 
-    A frequency that turns at least `beta_fast` times inside the pretrained window stays theta_j, one that turns at most
-    `beta_slow` times becomes theta_j / s, and those between are blended along a straight ramp.
+    A frequency that turns at least `beta_fast` times inside the pretrained window stays theta_j, and one that turns at
+    most `beta_slow` times becomes theta_j / s. A linear ramp blends the frequencies in between.
 
     Args:
       head_dim: size of an attention head, even.
       base: b.
       factor: s, target window over pretrained window.
       pretrained_window: c in tokens.
-      beta_fast: turns inside the pretrained window from which a frequency is left alone.
-      beta_slow: turns inside the pretrained window up to which a frequency is fully interpolated.
-      truncate: whether the ramp's ends are rounded outwards to whole indices of frequencies.
-      attention_factor: factor on cos and sin; None means 0.1 ln s + 1, and 1 where s is less than 1.
+      beta_fast: frequencies with at least this many turns inside the pretrained window stay unchanged.
+      beta_slow: frequencies with at most this many turns inside the pretrained window are fully interpolated.
+      truncate: whether the ramp's ends are rounded outwards to integer frequency indices.
+      attention_factor: factor on cos and sin; None means 0.1 ln s + 1, or 1 if s is less than 1.
 
     Returns:
       Inverse frequencies in radians per token, float32 [head_dim // 2], and the rotation scale.
@@ -180,17 +180,17 @@ def dynamic_yarn(
 
     Args:
       head_dim: size of an attention head, even.
-      length: L in tokens; up to c (or None) the frequencies are the plain ones. May be a traced integer.
+      length: L in tokens, may be a traced integer; the frequencies are plain for None and up to c.
       base: b.
-      factor: largest extension that the user expects, for reports and export; the frequencies follow the length alone.
+      factor: largest extension that the user expects, for reports and export; it does not affect the frequencies.
       pretrained_window: c in tokens.
-      beta_fast: turns inside the pretrained window from which a frequency is left alone.
-      beta_slow: turns inside the pretrained window up to which a frequency is fully interpolated.
-      truncate: whether the ramp's ends are rounded outwards to whole indices of frequencies.
+      beta_fast: frequencies with at least this many turns inside the pretrained window stay unchanged.
+      beta_slow: frequencies with at most this many turns inside the pretrained window are fully interpolated.
+      truncate: whether the ramp's ends are rounded outwards to integer frequency indices.
 
     Returns:
       Inverse frequencies in radians per token, float32 [head_dim // 2], and the rotation scale: a float, or a float32
-      scalar where length is traced.
+      scalar if length is traced.
 
     Raises:
       InputError: head_dim is odd or less than 2.
@@ -207,7 +207,7 @@ def dynamic_yarn(
             beta_slow=beta_slow,
             truncate=truncate,
         )
-    # theta_j (kept + (1 - kept)/s): kept is rounded before it is taken from 1, so that s = 1 leaves theta_j as it is.
+    # theta_j (kept + (1 - kept)/s); kept is rounded to float32 before 1 - kept, so that s = 1 gives exactly theta_j.
     interpolated = _interpolated_share(head_dim, base, pretrained_window, beta_fast, beta_slow, truncate)
     kept = (1.0 - interpolated).astype(np.float32)
     excess = _excess(length, pretrained_window)
@@ -225,14 +225,14 @@ def llama3(
     high_freq_factor: float = 4.0,
     pretrained_window: int,
 ) -> tuple[Frequencies, float]:
-    """Computes the frequencies of Llama 3.1: by wavelength, left alone, divided by s, or blended between.
+    """Computes the frequencies of Llama 3.1; each is kept, divided by s, or blended, depending on its wavelength.
 
     Args:
       head_dim: size of an attention head, even.
       base: b.
       factor: s, by which long wavelengths are stretched.
-      low_freq_factor: wavelengths above c / low_freq_factor are stretched in full.
-      high_freq_factor: wavelengths below c / high_freq_factor are left alone.
+      low_freq_factor: wavelengths above c / low_freq_factor are fully stretched.
+      high_freq_factor: wavelengths below c / high_freq_factor stay unchanged.
       pretrained_window: c in tokens.
 
     Returns:
@@ -256,7 +256,7 @@ def _theta(head_dim: int, base: float) -> Float64[np.ndarray, " head_dim//2"]:
 def _interpolated_share(
     head_dim: int, base: float, pretrained_window: int, beta_fast: float, beta_slow: float, truncate: bool
 ) -> Float64[np.ndarray, " head_dim//2"]:
-    """Returns how much of each frequency is interpolated: 0 for fast ones, 1 for slow ones, a ramp over j between."""
+    """Returns each frequency's share of interpolation: 0 for fast ones, 1 for slow ones, a linear ramp in j between."""
 
     def index_turning(turns: float) -> float:
         return head_dim * math.log(pretrained_window / (turns * 2.0 * math.pi)) / (2.0 * math.log(base))
@@ -264,14 +264,14 @@ def _interpolated_share(
     low, high = index_turning(beta_fast), index_turning(beta_slow)
     if truncate:
         low, high = math.floor(low), math.ceil(high)
-    # The upper clamp is d - 1, not d/2 - 1: so are the paper's code and transformers.
+    # The upper clamp is d - 1, not d/2 - 1, as in the paper's code and transformers.
     low, high = max(low, 0), min(high, head_dim - 1)
     width = high - low or 0.001
     return np.clip((np.arange(head_dim // 2) - low) / width, 0.0, 1.0)
 
 
 def _excess(length: Length, pretrained_window: int) -> Float32[Array, ""]:
-    """Returns the tokens past the pretrained window, at least 0: exact in float32 up to 2^24 tokens."""
+    """Returns the number of tokens past the pretrained window, at least 0; exact in float32 up to 2^24 tokens."""
     return jnp.maximum(jnp.asarray(length).astype(jnp.float32) - np.float32(pretrained_window), 0.0)
 
 

@@ -1,7 +1,7 @@
 """Multipliers of the attention logits, one pure function per rule.
 
-A rule takes the positions of the queries and the layer index, then its own parameters by keyword (those are the
-parameters that the scheme has in a config file), and returns one multiplier per query.
+A rule takes the positions of the queries and the layer index, then its own parameters by keyword, which are the
+scheme's parameters in a config file. It returns one multiplier per query.
 """
 
 import math
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32, Int
 
 
 def none(positions: Int[Array, " *shape"], layer: int | Int[Array, ""]) -> Float32[Array, " *shape"]:
-    """Leaves every logit alone.
+    """Leaves every logit unchanged.
 
     Args:
       positions: 0-based positions of the queries, integers of any shape.
@@ -39,15 +39,15 @@ def entropy_aware(
     Args:
       positions: 0-based positions of the queries (i = position + 1), integers of any shape.
       layer: 0-based layer index; may be a traced integer.
-      pretrained_window: c in tokens: the window before the extension, not the target.
-      unscaled_layers: number of first layers that keep t = 1; 2 in the paper, 0 in the released code's effect.
+      pretrained_window: c in tokens, the window before the extension.
+      unscaled_layers: number of first layers that keep t = 1; 2 in the paper, in effect 0 in the released code.
 
     Returns:
       Multipliers, float32, shape of `positions`.
 
     Source: Zhang et al. 2024, section 3 (entropy-aware ABF).
     """
-    # ln i / ln c = 1 + ln(1 + (i - c)/c) / ln c: the small term carries the rounding error, and 0 gives exactly 1.
+    # ln i / ln c = 1 + ln(1 + (i - c)/c) / ln c: only the small second term is rounded, and i = c gives exactly 1.
     excess = jnp.maximum(jnp.asarray(positions).astype(jnp.float32) - np.float32(pretrained_window - 1), 0.0)
     multiplier = 1.0 + jnp.log1p(excess / np.float32(pretrained_window)) * np.float32(1.0 / math.log(pretrained_window))
     return jnp.where(jnp.asarray(layer) < unscaled_layers, jnp.float32(1.0), multiplier)

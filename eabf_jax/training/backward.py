@@ -1,8 +1,8 @@
-"""The loss and its gradients, the backward pass driven by hand from layer to layer.
+"""The loss and its gradients, with a hand-written backward pass from layer to layer.
 
-JAX's own derivative of a scan over layers returns the gradients of all layers at once, to be added to what earlier
-microbatches gave: twice the memory of the gradients. Here each layer's gradient is added where the sum lies as soon
-as it is known. What a layer keeps for its backward pass is chosen by name, for each layer on its own.
+JAX's derivative of a scan over layers returns the gradients of all layers at once. Adding them to the sum over earlier
+microbatches takes twice the memory of the gradients. Here each layer's gradient is added to the sum as soon as it is
+computed. A policy per layer names the residuals that the layer keeps for its backward pass.
 """
 
 import functools
@@ -25,8 +25,8 @@ Tree = Any  # nested dict of arrays
 _TOKENS = spec("batch", "length")
 _EMBEDDING = spec(*parameter_axes(("embed_tokens", "embedding")))
 
-# What the backward pass keeps of a layer beside its input; the names are given in `model/`. None: all there is.
-# What `offload` keeps waits in host memory.
+# The residuals that a layer keeps in addition to its input, by their names in `model/`; None keeps all residuals.
+# `offload` keeps its residuals in host memory.
 REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
     "full": (),
     "attention": ("attention_output",),
@@ -38,17 +38,15 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
 
 
 def remat_by_layer(remat: str, layers: int) -> tuple[str, ...]:
-    """The policy of every layer.
+    """Expands a remat setting to one policy name per layer.
 
     Args:
-      remat: a name in `REMAT_POLICIES` for all layers, or for some of them: "dots:12,qkv" is the first twelve layers
-        `dots` and the others `qkv`.
-      layers: layers of the model.
+      remat: a name in `REMAT_POLICIES` for all layers, or a list with counts: "dots:12,qkv" means `dots` for the first
+        twelve layers and `qkv` for the others.
+      layers: number of layers in the model.
 
-    Returns:
-      One name a layer.
     Raises:
-      InputError: unknown policy, or counts that do not make up the layers.
+      InputError: unknown policy, or counts that do not add up to the number of layers.
     """
     found: list[str] = []
     parts = remat.split(",")
@@ -65,34 +63,34 @@ def remat_by_layer(remat: str, layers: int) -> tuple[str, ...]:
 
 
 class Microbatch(NamedTuple):
-    """The rows of one microbatch [batch, length], or of all of a step: arrays, or their shapes."""
+    """The rows of one microbatch [batch, length], or of all microbatches of a step; arrays or their shapes."""
 
     tokens: Any  # int32
-    targets: Any  # int32, the token after each
-    mask: Any  # bool, targets that count
+    targets: Any  # int32, the next token of each token
+    mask: Any  # bool, True where the target counts towards the loss
     positions: Any  # int32
-    segment_ids: Any  # int32, or None for one document a row
+    segment_ids: Any  # int32, or None for one document per row
 
 
 class Pieces:
     """The training computation in pieces, each a pure function of arrays.
 
-    `trained` trees hold what is optimised, `frozen` trees the other parameters in the same places: together they are
-    the model's. Gradient trees have the trained trees' structure.
+    `trained` trees hold the trained parameters and `frozen` trees the others; merged, they are the model's parameters.
+    Gradient trees have the structure of the trained trees.
     """
 
     def __init__(
         self, model: Llama, loss_chunk: int, mesh: Mesh | None = None, *, wide: bool = False, whole: bool = False
     ):
-        """Holds what is static.
+        """Stores the static settings.
 
         Args:
-          model: its parameters are not used.
-          loss_chunk: positions of a row, or of a device's part of it, whose logits exist at a time.
-          mesh: the device mesh that arrays lie on.
-          wide: gradients of layers leave their matrix products as float32, to be added to their sums by the product
-            itself; across devices they travel in the compute dtype, which is half as much.
-          whole: parameters are given whole to every device, as far as the mesh shares them for storage alone.
+          model: the model; its parameters are not used.
+          loss_chunk: positions of a row (or of a device's part of the row) whose logits are in memory at a time.
+          mesh: the device mesh of the arrays.
+          wide: matrix products return layer gradients in float32, so that a product can add to its sum directly. If
+            False, gradients have the compute dtype, which halves the bytes sent between devices.
+          whole: parameters are already gathered over the mesh axes that only shard their storage.
         """
         self._model = model
         self._chunk = loss_chunk
@@ -101,11 +99,11 @@ class Pieces:
         self._whole = whole
 
     def row(self, rows: Microbatch) -> Row:
-        """What every layer is told of the tokens."""
+        """Computes the per-token inputs that all layers share."""
         return self._model.row(rows.tokens, rows.positions, rows.segment_ids)
 
     def embed(self, parameters: Tree, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Hidden states before the first layer."""
+        """Computes the hidden states before the first layer."""
         embedding = parameters["embedding"]
         if self._mesh is None:
             return self._model.embed(embedding, tokens)
@@ -130,18 +128,18 @@ class Pieces:
     def forward(
         self, policy: str, trained: Tree, frozen: Tree, index: Array, x: Float[Array, "B T D"], row: Row
     ) -> tuple[Float[Array, "B T D"], list[Array]]:
-        """One layer.
+        """Runs the forward pass of one layer.
 
         Args:
           policy: a name in `REMAT_POLICIES`.
           trained: the layer's trained parameters.
-          frozen: its others.
-          index: int32 scalar, 0-based.
-          x: hidden states before it.
+          frozen: the layer's other parameters.
+          index: int32 scalar, 0-based layer index.
+          x: hidden states before the layer.
           row: from `row`.
 
         Returns:
-          Hidden states after it, and what `backward` is to be given beside the same arguments.
+          Hidden states after the layer, and the residuals for `backward`.
         """
         y, pullback = self._pullback(policy, trained, frozen, index, x, row)
         return y, pullback.opaque_residuals
@@ -157,17 +155,17 @@ class Pieces:
         kept: list[Array],
         d_y: Float[Array, "B T D"],
     ) -> tuple[Tree, Float[Array, "B T D"]]:
-        """The derivative of `forward`.
+        """Runs the backward pass of one layer.
 
         Args:
           policy, trained, frozen, index, x, row: as given to `forward`.
-          kept: what `forward` returned.
-          d_y: gradient of the loss by the layer's output.
+          kept: the residuals that `forward` returned.
+          d_y: gradient of the loss with respect to the layer's output.
 
         Returns:
-          Gradients by the trained parameters and by x.
+          Gradients with respect to the trained parameters and to x.
         """
-        # Traced again for the pullback's structure; what `kept` replaces is dead code to the compiler.
+        # Traced again for the pullback's structure; the compiler removes the computation that `kept` replaces.
         _, pullback = self._pullback(policy, trained, frozen, index, x, row)
         pullback.opaque_residuals = kept
         d_trained, d_x, *_ = pullback(d_y)
@@ -176,22 +174,22 @@ class Pieces:
     def head(
         self, trained: Tree, frozen: Tree, x: Float[Array, "B T D"], rows: Microbatch, gradients: Tree
     ) -> tuple[Float[Array, ""], Tree, Float[Array, "B T D"]]:
-        """Final norm, logits and loss, with their derivatives: the logits of a chunk are computed once.
+        """Computes final norm, logits and loss together with their derivatives, so that each logit is computed once.
 
         Args:
-          trained: the trained ones among `head_parameters`.
-          frozen: the others among them.
+          trained: the trained part of `head_parameters`.
+          frozen: the rest of `head_parameters`.
           x: hidden states after the last layer.
           rows: targets and mask.
-          gradients: float32 sums by the trained parameters.
+          gradients: float32 gradient sums of the trained parameters.
 
         Returns:
-          Sum of the losses that count (nats), the gradients with this microbatch's added, and the gradient by x.
+          The sum of the losses that count (nats), the gradients plus this microbatch's, and the gradient of x.
         """
         params = merge(trained, frozen)
         tied = "lm_head" not in params
         kernel = params["embed_tokens"]["embedding"].T if tied else params["lm_head"]["kernel"]
-        # Gathered before the chunks: across a sharded contraction every chunk's logits would be summed up instead.
+        # Gathered before the chunks; a sharded contraction would sum up the logits of every chunk across devices.
         kernel = self._model.constrain(kernel.astype(x.dtype), None, "vocab")
         precision = precision_of(x.dtype)
 
@@ -209,7 +207,7 @@ class Pieces:
                 chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
                 total += jnp.where(mask, log_sum - chosen, 0.0).sum()
                 d_scores = jnp.exp(scores - log_sum[..., None]) - jax.nn.one_hot(targets, kernel.shape[1])
-                # In the compute dtype, or the products below would be of float32.
+                # In the compute dtype, so that the products below are not float32.
                 d_scores = jnp.where(mask[..., None], d_scores, 0.0).astype(x.dtype)
                 d_scale, d_x = pullback(jnp.matmul(d_scores, kernel.T, precision=precision))
                 product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
@@ -232,7 +230,7 @@ class Pieces:
         specs = jax.tree.map_with_path(lambda path, _: spec(*parameter_axes(tuple(k.key for k in path))), gradients)
 
         def share(sums: Tree, *arrays: Array) -> tuple[Array, Tree, Array]:
-            """A device's own tokens; what they give is summed up over all chunks before it is over the devices."""
+            """Processes a device's own tokens; sums over all chunks first, then once over the devices."""
             total, found, d_x = run(zeros(gradients), *arrays)
             found = jax.tree.map(functools.partial(scattered, mesh), found, specs)
             return jax.lax.psum(total, TOKEN_AXES), add(sums, found), d_x
@@ -242,7 +240,7 @@ class Pieces:
         return by_device(mesh, share, in_specs, (PartitionSpec(), specs, hidden))(gradients, *arrays)
 
     def _laid_out(self, x: Array) -> Array:
-        """Hidden states, or their gradients, as the mesh shares them."""
+        """Constrains hidden states or their gradients to their layout on the mesh."""
         return self._model.constrain(x, "batch", "length", None)
 
     def _chunks(self, array: Array) -> Array:
@@ -253,7 +251,7 @@ class Pieces:
         return jnp.moveaxis(array.reshape(batch, -1, size, *rest), 1, 0)
 
     def embed_backward(self, gradients: Tree, tokens: Int[Array, "B T"], d_x: Float[Array, "B T D"]) -> Tree:
-        """Adds the derivative of `embed` to the gradients of its parameters, where they are trained."""
+        """Adds the derivative of `embed` to the gradients of the embedding, if it is trained."""
         if "embedding" not in gradients:
             return gradients
         if self._mesh is None:
@@ -262,20 +260,20 @@ class Pieces:
 
 
 def head_parameters(params: Mapping[str, Tree], tied: bool) -> dict[str, Tree]:
-    """The part of a parameter or gradient tree that `Pieces.head` takes.
+    """Selects the part of a parameter or gradient tree that `Pieces.head` takes.
 
     Args:
-      params: by top-level name; with parts of it missing where they are not trained.
-      tied: the embedding is the output's kernel as well.
+      params: trees by top-level name; parts that are not trained may be missing.
+      tied: whether the embedding is also the output kernel.
 
     Returns:
-      The trees of the final norm and of the output's kernel, so far as they are there.
+      The trees of the final norm and the output kernel that `params` contains.
     """
     return {name: params[name] for name in ("norm", "embed_tokens" if tied else "lm_head") if name in params}
 
 
 def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested mappings with different leaves as one."""
+    """Merges two nested mappings that have no leaf in common."""
     merged = dict(first)
     for key, value in second.items():
         merged[key] = merge(merged[key], value) if key in merged else value
@@ -283,7 +281,7 @@ def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]
 
 
 def zeros(params: Tree) -> Tree:
-    """Float32 zeros in the shapes of a tree."""
+    """Returns float32 zeros in the shapes of a tree."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
 
 

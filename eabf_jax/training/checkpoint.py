@@ -1,4 +1,4 @@
-"""Checkpoints of a run, in Orbax: parameters, optimizer, data position."""
+"""Orbax checkpoints of a run: parameters, optimizer state and data position."""
 
 from pathlib import Path
 from types import TracebackType
@@ -13,13 +13,10 @@ from eabf_jax.training.step import Saved
 
 
 def latest_step(run: Path) -> int:
-    """The newest whole checkpoint of a run.
+    """Returns the step of a run's newest complete checkpoint, or 0 if there is none.
 
     Args:
       run: the run's directory, which need not exist.
-
-    Returns:
-      Its step; 0 where there is none.
     """
     folder = run / CHECKPOINTS
     found = folder.iterdir() if folder.is_dir() else ()
@@ -27,12 +24,12 @@ def latest_step(run: Path) -> int:
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run: each step a folder with `params`, `optimizer` and `data`.
+    """The `checkpoints/` folder of a run, with one folder per step that contains `params`, `optimizer` and `data`.
 
-    A finished run's last one has `params` alone.
+    The last checkpoint of a finished run contains only `params`.
 
-    A step's folder appears under its name only once it is whole, so a killed run never leaves a half-written one to
-    be resumed from. Saving copies to host memory and writes in the background.
+    A step's folder gets its final name only when it is complete, so a killed run never leaves a partial checkpoint to
+    resume from. Saving copies to host memory and writes in the background.
     """
 
     def __init__(self, run: Path, keep: int):
@@ -40,7 +37,7 @@ class Checkpoints:
 
         Args:
           run: the run's directory.
-          keep: newest checkpoints kept.
+          keep: number of newest checkpoints to keep.
         """
         self._failed = False
         self._quiet = quiet_orbax()
@@ -61,27 +58,27 @@ class Checkpoints:
             self._manager.close()
         except Exception as failure:
             self._failed = True
-            # An error of the loop itself is the one to report; one of the background write stands alone.
+            # If the training loop raised an error, that one is reported rather than the background write's.
             if error is None:
                 raise _explained(failure) from failure
         finally:
-            if not self._failed:
+            if not self._failed:  # tasks left over from a failed write log errors until the process ends
                 self._quiet.__exit__(None, None, None)
 
     def latest_step(self) -> int | None:
-        """The newest whole checkpoint's step."""
+        """Returns the newest complete checkpoint's step; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, saved: Saved, data: dict[str, Any]) -> None:
-        """Saves in the background; a save still under way is waited for first.
+        """Saves in the background; waits first for a save that is still running.
 
         Args:
           step: optimizer steps taken.
-          saved: what is to be kept of the state after that step; with an empty `optimizer` it cannot be resumed from.
-          data: the loader's position, JSON.
+          saved: the state after that step; a checkpoint with an empty `optimizer` cannot be resumed from.
+          data: the loader's position, as JSON values.
 
         Raises:
-          InputError: no space left.
+          InputError: no space is left, or a quota or file size limit is reached.
         """
         items: dict[str, Any] = {"params": ocp.args.StandardSave(saved.params)}
         if saved.optimizer:
@@ -93,14 +90,14 @@ class Checkpoints:
             raise _explained(failure) from failure
 
     def restore(self, step: int, abstract: Saved) -> tuple[Saved, dict[str, Any]]:
-        """Reads a checkpoint straight to its places on the mesh.
+        """Reads a checkpoint directly into its shardings on the mesh.
 
         Args:
           step: the checkpoint's step.
-          abstract: the same of `jax.ShapeDtypeStruct` with shardings.
+          abstract: the checkpoint's structure, with `jax.ShapeDtypeStruct` leaves that have shardings.
 
         Returns:
-          What was saved, and the loader's position.
+          The saved state, and the loader's position.
         Raises:
           InputError: the checkpoint cannot be read.
         """
@@ -121,7 +118,7 @@ class Checkpoints:
         return Saved(restored["params"], restored["optimizer"]), restored["data"]
 
     def reached_preemption(self, step: int) -> bool:
-        """True where the scheduler of a pod has announced that the machine goes away (agreed among all hosts)."""
+        """Returns True if the pod's scheduler has announced a preemption; all hosts agree on the answer."""
         return self._manager.reached_preemption(step)
 
 
@@ -130,6 +127,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def _explained(failure: Exception) -> Exception:
-    """The error for a failed write: one line where it is the disk's fault, itself otherwise."""
+    """Returns the error for a failed write: one line if the disk is full or limited, else the failure itself."""
     full = no_space(failure)
     return InputError(f"{full[0]}: the checkpoint cannot be written ({_first_line(full[1])})") if full else failure

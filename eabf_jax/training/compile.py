@@ -1,4 +1,4 @@
-"""What a train step will cost: predicted from shapes, or read from the program that a compiler made of it."""
+"""The cost of a train step, predicted from shapes or read from the compiled program."""
 
 import dataclasses
 import math
@@ -31,17 +31,15 @@ from eabf_jax.training.trainer import base_config, lower_train_step, shape_confi
 
 
 def predict(config: TrainConfig, device_name: str | None = None, count: int | None = None) -> dict[str, Any]:
-    """The planner's prediction, as `eabf compile` reports it.
+    """Returns the planner's prediction as `eabf compile` reports it.
 
     Args:
       config: the run.
-      device_name: a name in `plan.DEVICES`; None is the kind at hand.
-      count: number of devices; None is the number at hand, or one of a kind that is not at hand.
+      device_name: a name in `plan.DEVICES`; None means this machine's devices.
+      count: number of devices; None means all of this machine's devices, or one device if `device_name` is given.
 
-    Returns:
-      The figures.
     Raises:
-      InputError: the step does not fit.
+      InputError: the step does not fit, or the arguments are wrong.
     """
     if count is not None and count < 1:
         raise InputError(f"--devices {count}: a positive number is needed")
@@ -68,23 +66,21 @@ def predict(config: TrainConfig, device_name: str | None = None, count: int | No
 
 
 def compile_for(config: TrainConfig, slice_: Slice) -> dict[str, Any]:
-    """Compiles the step for a TPU slice and reads what it costs.
+    """Compiles the step for a TPU slice and reads its memory and traffic from the program.
 
     Args:
-      config: the run; `auto` settings are settled by the planner.
+      config: the run; the planner chooses `auto` settings.
       slice_: from `topology.tpu_slice`.
 
-    Returns:
-      The figures.
     Raises:
-      InputError: it does not fit into a chip's memory; the TPU compiler is not installed.
+      InputError: the step does not fit into a chip's memory; the TPU compiler is not installed.
     """
     devices = compile_only_devices(slice_)
     device = DEVICES[slice_.generation]
     model_config = _model_config(config)
     arranged = make_mesh(settle_mesh(config, model_config, len(devices), device), devices)
     mesh = arranged.shape
-    # The compiler's word counts, not the planner's: what that takes for too large is compiled all the same.
+    # The compiler decides, not the planner: a step that the planner predicts to be too large is compiled anyway.
     config, predicted = choose(config, model_config, mesh, device)
     lowered = lower_train_step(config, arranged)
     began = time.perf_counter()
@@ -101,10 +97,10 @@ def compile_for(config: TrainConfig, slice_: Slice) -> dict[str, Any]:
         + memory.temp_size_in_bytes
     )
     parts = _state_bytes(compiled, lowered)
-    # The compiler tells the temporaries as one sum; gradients and kept activations are known from their shapes.
+    # The compiler reports temporaries as one sum; gradients and kept activations are known from their shapes.
     parts["gradients"] = predicted.parts["gradients"]
     rest = total - sum(parts.values())
-    # Small ones may lie in faster memory than HBM.
+    # Small activations may be in faster memory than HBM.
     parts["kept activations"] = min(predicted.parts["kept activations"], rest)
     parts["workspace"] = rest - parts["kept activations"]
     text = compiled.as_text() or ""
@@ -126,7 +122,7 @@ def compile_for(config: TrainConfig, slice_: Slice) -> dict[str, Any]:
         "host_gib_per_chip": _gib(memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes),
         "model_flops_per_chip": predicted.model_flops,
         "recomputed_flops_per_chip": predicted.recomputed_flops,
-        # The compiler counts the body of a loop once, however often it runs.
+        # The compiler counts the body of a loop once, whatever its number of iterations.
         "compiler_flops_loops_once": (compiled.cost_analysis() or {}).get("flops", 0.0),
         "collective_bytes_per_chip": traffic,
         "collective_bytes_by_what_they_carry": collective_bytes(text, by="carries"),
@@ -137,23 +133,23 @@ def compile_for(config: TrainConfig, slice_: Slice) -> dict[str, Any]:
 
 
 def roofline(predicted: Plan, slice_: Slice, collective: float) -> dict[str, float]:
-    """Estimates the time of a step from peaks: a bound, not a measurement.
+    """Estimates a step's time from hardware peaks; the result is a bound, not a measurement.
 
-    Assumed: every matrix product at the bfloat16 peak; the state read and written once a step, kept activations and
-    gathered parameters once forward and once backward in each microbatch; collectives spread evenly over all links of
-    a chip at their full rate.
+    It assumes that every matrix product runs at the bfloat16 peak, that each step reads and writes the state once, and
+    that each microbatch writes and reads kept activations once and reads parameters three times. It also assumes that
+    collectives use all links of a chip evenly at full rate.
 
     Args:
       predicted: the step's plan, for its FLOPs and sizes.
       slice_: the slice, for its links.
-      collective: bytes that a chip sends in a step.
+      collective: bytes that a chip sends per step.
 
     Returns:
-      Seconds by resource; their maximum (everything overlapped) and their sum (nothing overlapped); MFU at the maximum.
+      Seconds by resource; their maximum (full overlap) and their sum (no overlap); MFU at the maximum.
     """
     device, parts = predicted.device, predicted.parts
     updated = sum(parts[name] for name in ("parameters", "master rest", "moments", "gradients"))
-    # Parameters are read in the compute dtype forward, backward, and where a layer is recomputed.
+    # Parameters are read in the compute dtype by the forward pass, the recomputation and the backward pass.
     read = 3 * (parts["gradients"] / 2 + parts.get("frozen parameters", 0.0))
     streamed = predicted.microbatches * (2 * parts["kept activations"] + read)
     seconds = {
@@ -175,13 +171,13 @@ def _gib(size: float) -> float:
 
 
 def _state_bytes(compiled: Any, lowered: Any) -> dict[str, float]:
-    """Bytes of the step's arguments on one chip, by what they are."""
+    """Returns the bytes of the step's arguments on one chip, by part of the state."""
     shapes, _ = lowered.in_avals
     shardings, _ = compiled.input_shardings
 
     def size(tree: Any, at: Any) -> float:
         def share(leaf: Any, sharding: Any) -> float:
-            if sharding is None:  # the program does not take it: the rest of a float32 master has no elements
+            if sharding is None:  # not an argument of the program: the rest of a float32 master has no elements
                 return 0.0
             return float(leaf.dtype.itemsize * math.prod(sharding.shard_shape(leaf.shape)))
 
@@ -202,7 +198,7 @@ def _state_bytes(compiled: Any, lowered: Any) -> dict[str, float]:
 
 
 def _model_config(config: TrainConfig) -> LlamaConfig:
-    """The model with the run's window and scheme."""
+    """Returns the model's configuration with the run's window and scheme."""
     base = shape_config(config) if config.model.shape else base_config(config)
     check_window(config, base)
     return dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
@@ -211,7 +207,7 @@ def _model_config(config: TrainConfig) -> LlamaConfig:
 def _refusal(
     error: Exception, slice_: Slice, predicted: Plan, config: TrainConfig, model_config: LlamaConfig
 ) -> Exception:
-    """What to raise for a compiler's error: one line where the memory is too small, else the error as it is."""
+    """Returns the exception for a compiler error: one line if memory is too small, else the error itself."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         return error
@@ -224,14 +220,14 @@ def _refusal(
 
 
 def _what_fits(slice_: Slice, refused: Plan, config: TrainConfig, model_config: LlamaConfig) -> str:
-    """The smallest slice of the same generation, and the mesh on it, that the step fits on by prediction."""
+    """Names the smallest slice of the same generation, and a mesh on it, on which the step is predicted to fit."""
     compute = dataclasses.replace(config.compute, remat="full", microbatch_size=1)
     config = dataclasses.replace(config, compute=compute)
     for larger in SLICES.values():
         if larger.generation != slice_.generation or larger.chips < slice_.chips:
             continue
         found = next(preferred_meshes(config, model_config, larger.chips, refused.device), None)
-        # The compiler has just refused as much.
+        # The compiler has just refused the same mesh on the same slice.
         if found is not None and found.fits and (larger is not slice_ or found.mesh != refused.mesh):
             where = f"on {larger.name} " if larger is not slice_ else ""
             return (

@@ -1,4 +1,4 @@
-"""Arrays that wait in host memory: moving them, stacking them there, and the optimizer's state on its way through."""
+"""Arrays in host memory: moving them, stacking them there, and streaming the optimizer's state through the device."""
 
 import math
 from collections import deque
@@ -10,21 +10,21 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jaxtyping import Array
 
 HOST = "pinned_host"
-# Layers whose part of what lies in host memory is on its way at a time, one way.
+# Number of layers whose arrays are in transfer at a time, per direction.
 IN_FLIGHT = 3
 
 
 def on_host(sharding: NamedSharding) -> NamedSharding:
-    """The same sharding in the memory of the devices' hosts."""
+    """Returns the same sharding in the memory of the devices' hosts."""
     return sharding.with_memory_kind(HOST)
 
 
 def moved(tree: Any, shardings: Any) -> Any:
-    """Copies arrays to another memory; where they were is free as soon as that is done.
+    """Copies arrays to another memory and deletes them, which frees their memory as soon as the copy is done.
 
     Args:
-      tree: arrays; they cannot be used any more.
-      shardings: where to, in the same places.
+      tree: arrays; unusable afterwards.
+      shardings: shardings of the copies, in a tree of the same structure.
 
     Returns:
       The copies.
@@ -35,26 +35,26 @@ def moved(tree: Any, shardings: Any) -> Any:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes that the arrays of a tree take on one device."""
+    """Returns the bytes that the arrays of a tree take on one device."""
     leaves = jax.tree.leaves(tree)
     return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
 
 
 class Streamed:
-    """The optimizer's state, part by part, on its way from host memory to its update and back.
+    """Streams the optimizer's state, part by part, from host memory to its update and back.
 
-    A copy to the device starts when all computation that was queued before it is done. So parts are asked for between
-    the layers of the last backward pass, as fast as these make room, and the first ones are there when it ends; the
-    last ones leave while the next step begins.
+    A copy to the device starts only when all computation queued before it is done. Copies are therefore queued between
+    the layers of the last backward pass, as these layers free memory. The first parts have arrived when that pass ends;
+    the last parts leave while the next step begins.
     """
 
     def __init__(self, parts: list[Any], on_device: list[Any], on_host: list[Any]):
-        """Takes the state.
+        """Takes the parts of the state.
 
         Args:
           parts: trees of arrays in host memory, in the order of their update.
-          on_device: their shardings on the device.
-          on_host: their shardings in host memory.
+          on_device: the shardings of each part on the device.
+          on_host: the shardings of each part in host memory.
         """
         self._sizes = [device_bytes(part) for part in parts]
         self._waiting, self._targets, self._homes = deque(parts), deque(on_device), deque(on_host)
@@ -65,14 +65,14 @@ class Streamed:
         self.granted = 0
 
     def grant(self, size: int) -> None:
-        """Tells of so many more bytes of the device's memory that parts may take."""
+        """Grants the parts `size` more bytes of device memory, and starts the copies that now fit."""
         self.granted += size
         self._room += size
         while self._waiting and self._room >= self._sizes[self._next]:
             self._fetch()
 
     def grant_least(self) -> None:
-        """Makes sure that some parts can be on their way each way, and one at its update."""
+        """Raises the grant to the minimum: `IN_FLIGHT` parts in transfer each way, and one part in its update."""
         self.grant(max(0, (2 * IN_FLIGHT + 1) * max(self._sizes) - self.granted))
 
     def _fetch(self) -> None:
@@ -81,20 +81,20 @@ class Streamed:
         self._coming.append(moved(self._waiting.popleft(), self._targets.popleft()))
 
     def take(self) -> Any:
-        """The next part, on the device."""
+        """Returns the next part, on the device."""
         while not self._coming:
             self._settle_one()
         return self._coming.popleft()
 
     def give(self, part: Any) -> Any:
-        """Sends an updated part home; returns it as it will lie there."""
+        """Starts the copy of an updated part to host memory; returns the copy."""
         size = device_bytes(part)
         parked = moved(part, self._homes.popleft())
         self._leaving.append((parked, size))
         return parked
 
     def settle(self, size: float) -> None:
-        """Waits until no more than so many bytes of parts are still on the device on their way home."""
+        """Waits until the parts still being copied to host memory take at most `size` bytes on the device."""
         while sum(bytes_ for _, bytes_ in self._leaving) > size:
             self._settle_one()
 
@@ -106,7 +106,7 @@ class Streamed:
 
 
 class Shards:
-    """The parts of an array that this process holds, in NumPy: a leaf to JAX, by device."""
+    """The shards of an array that this process holds, as NumPy arrays by device; JAX treats the object as a leaf."""
 
     def __init__(self, array: Array):
         self.shape = array.shape
@@ -114,11 +114,11 @@ class Shards:
 
 
 def stacked(at: NamedSharding, *layers: Shards) -> Array:
-    """One array from those of all layers, stacked in host memory.
+    """Stacks the arrays of all layers in host memory and places the result.
 
     Args:
-      at: where it is to lie.
-      layers: the layers' arrays, each sharded as `at` but for the leading axis.
+      at: sharding of the result.
+      layers: the layers' arrays, each sharded as `at` without its leading axis.
 
     Returns:
       The array [layers, ...].
@@ -134,15 +134,12 @@ def stacked(at: NamedSharding, *layers: Shards) -> Array:
 
 
 def layer_of(leaf: Array, number: int, at: NamedSharding) -> Array:
-    """One layer of a stacked array, on the device.
+    """Copies one layer of a stacked array to the device.
 
     Args:
       leaf: [layers, ...], on the device or in host memory.
-      number: the layer.
-      at: where it is to lie.
-
-    Returns:
-      The layer's array.
+      number: 0-based layer index.
+      at: sharding of the result.
     """
     if leaf.sharding.memory_kind != HOST:
         return jax.device_put(leaf[number], at)

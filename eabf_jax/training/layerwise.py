@@ -1,9 +1,9 @@
-"""The optimizer step as a program for each layer, called from Python: for GPUs.
+"""The optimizer step as one program per layer, called from Python; for GPUs.
 
-A GPU gains by it over one program that scans: parameters, gradients and what the backward pass keeps lie in buffers of
-their own, where the matrix products read and write them without a copy; every layer may keep something else; and the
-optimizer's state may lie in host memory and pass through the device a few layers at a time, which XLA would have to
-plan for the whole program. The device does not wait for Python: calls are queued far faster than they are computed.
+It has three advantages over one program that scans the layers. Parameters, gradients and residuals have their own
+buffers, which matrix products read and write without a copy. Each layer can keep different residuals. The optimizer's
+state can stay in host memory and pass through the device a few layers at a time; in one program, XLA would have to
+schedule that. The device does not wait for Python, which queues calls much faster than the device runs them.
 """
 
 import functools
@@ -39,7 +39,7 @@ from eabf_jax.training.step import Saved, StepMetrics, TrainState, clip_factor, 
 
 
 class Layerwise:
-    """The step as a program for each layer; `layers` in the trees of its state is a list."""
+    """The step as one program per layer; in the trees of its state, `layers` is a list."""
 
     def __init__(
         self,
@@ -75,23 +75,23 @@ class Layerwise:
         def by_layer(tree: Tree) -> Tree:
             return {**tree, "layers": jax.tree.map(one_layer, tree["layers"])} if tree else {}
 
-        # Stacked moments and frozen layers pass through host memory: beside those of the layers, the device has no
-        # room for them.
+        # Stacked moments and frozen layers pass through host memory, because the device has no room for them next to
+        # the same arrays by layer.
         moments = jax.tree.map(parked, masters)
         self.abstract = Saved(masters, {"mu": moments, "nu": moments})
         self.frozen = {**frozen, "layers": jax.tree.map(parked, frozen["layers"])} if frozen else {}
         self._masters, self._frozen = by_layer(masters), by_layer(frozen)
         self._programs: dict[Any, Any] = {}
-        # Collectives run beside the computation only if they are scheduled so; one device has none.
+        # Collectives overlap with computation only under this scheduler; a single device has no collectives.
         overlap = mesh.size > 1 and mesh.devices.flat[0].platform == "gpu"
         self._options: Any = {"compiler_options": {"xla_gpu_enable_latency_hiding_scheduler": True}} if overlap else {}
         self._numbers: list[Array] = []
-        self._stream: Streamed | None = None  # parts of the optimizer's state that are still on their way home
-        self._room = 0  # bytes that one backward pass frees for them
+        self._stream: Streamed | None = None  # parts of the optimizer's state that are still returning to the host
+        self._room = 0  # bytes that one backward pass frees for these parts
         self._sizes: dict[str, int] = {}  # bytes that a layer keeps, by policy
-        self._back: deque[Array] = deque()  # of each offloaded layer, what tells that it is back from host memory
+        self._back: deque[Array] = deque()  # per offloaded layer, an array that is ready once the layer is back
 
-    # Programs. Each is compiled for the shapes and shardings that the one before it returns.
+    # Programs. Each is compiled for the shapes and shardings that the previous program returns.
 
     def compile(self) -> float:
         """See `Step`."""
@@ -152,7 +152,7 @@ class Layerwise:
 
         def finish(squares: list[Array], total: Array, mask: Array) -> tuple[Array, ...]:
             count = mask.sum()
-            # Averaged over the trained tokens of the global batch, however they fall into microbatches and devices.
+            # Averaged over the trained tokens of the global batch, however microbatches and devices split them.
             scale = 1.0 / jnp.maximum(count, 1).astype(jnp.float32)
             norm = jnp.sqrt(sum(squares, start=jnp.float32(0))) * scale
             return total * scale, norm, scale * clip_factor(norm, self._clip_norm), count
@@ -171,7 +171,7 @@ class Layerwise:
     def _compile(
         self, name: Any, function: Callable[..., Any], *shapes: Any, donate: Any = (), outputs: Any = None
     ) -> Any:
-        """Compiles a program under a name; returns the shapes and shardings of what it returns."""
+        """Compiles a program and stores it under a name; returns the shapes and shardings of its results."""
         options = {} if outputs is None else {"out_shardings": outputs}
         compiled = jax.jit(function, donate_argnums=donate, **options).lower(*shapes).compile(**self._options)
         self._programs[name] = compiled
@@ -190,7 +190,7 @@ class Layerwise:
         total = jax.device_put(np.float32(0), self._replicated)
         before, coming = self._stream, self._streamed(state) if self._on_host else None
         for number in numbers[: batch.tokens.shape[0]]:
-            # Calls queued further ahead than the backward pass before would wait for memory, and not for long.
+            # Calls queued beyond the previous backward pass would wait for memory, and the allocator soon gives up.
             jax.block_until_ready(total)
             rows, row, x = run["start"]({**params, **frozen}["embed_tokens"], batch, number)
             x, kept = self._forward(params, frozen, x, row, before)
@@ -214,7 +214,7 @@ class Layerwise:
     def _forward(
         self, params: Tree, frozen: Tree, x: Array, row: Row, leaving: Streamed | None
     ) -> tuple[Array, list[Any]]:
-        """All layers; returns what each keeps, its input first."""
+        """Runs the forward pass of all layers; returns each layer's input and residuals."""
         others = frozen.get("layers", [{}] * self._layers)
         kept: list[Any] = []
         offloaded: list[Any] = []
@@ -222,16 +222,16 @@ class Layerwise:
         room = self._layers - self._remat.count("offload")
         for number, policy in enumerate(self._remat):
             if 0 <= number - room < len(offloaded):
-                jax.block_until_ready(offloaded[number - room])  # its place on the device is this layer's
+                jax.block_until_ready(offloaded[number - room])  # this layer needs the device memory that it frees
             used += self._sizes[policy]
-            if leaving:  # what the step before has sent home makes room as this one needs it
+            if leaving:  # waits only until enough of the previous step's state has left for this layer to fit
                 leaving.settle(max(0, self._room - used))
             y, saved = self._programs["forward", policy](
                 params["layers"][number], others[number], self._numbers[number], x, row
             )
             kept.append([x, saved])
             if policy == "offload":
-                if self._back:  # the microbatch before has left this much host memory
+                if self._back:  # the previous microbatch no longer uses this much host memory
                     jax.block_until_ready(self._back.popleft())
                 kept[number] = jax.device_put(kept[number], self._kept_at[1])
                 offloaded.append(kept[number])
@@ -248,14 +248,14 @@ class Layerwise:
         d_x: Array,
         coming: Streamed | None,
     ) -> Array:
-        """All layers, the last one first; adds to `gradients`, and empties `kept` for what is `coming`."""
+        """Runs all backward passes, last layer first; adds to `gradients`, and grants the freed memory to `coming`."""
         others = frozen.get("layers", [{}] * self._layers)
         freed = 0
         for number in reversed(range(self._layers + IN_FLIGHT)):
             ahead = number - IN_FLIGHT
             if ahead >= 0 and self._remat[ahead] == "offload":
                 kept[ahead] = moved(kept[ahead], self._kept_at[0])
-                # The smallest: it stays on the device until somebody has waited for it.
+                # The smallest array, because it stays on the device until a later forward pass has waited for it.
                 self._back.append(min(jax.tree.leaves(kept[ahead]), key=device_bytes))
             if number >= self._layers:
                 continue
@@ -272,12 +272,12 @@ class Layerwise:
                 saved,
             )
             del x, saved
-            if coming:  # a quarter stays free: what comes lies in pieces of other sizes
+            if coming:  # a quarter stays free, because the incoming parts have other sizes than the freed buffers
                 coming.grant(min(freed, 3 * self._room // 4) - coming.granted)
         return d_x
 
     def _used(self, kind: str, tree: Tree) -> Tree:
-        """Parameters as the layers take them: whole, where they are brought together once a step."""
+        """Returns the parameters that the layers use: gathered, if they are gathered once per step."""
         if not self._gathered:
             return tree
         run = self._programs
@@ -289,7 +289,7 @@ class Layerwise:
         }
 
     def _places(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """The parts that are updated one after the other: name of the part's programs, place in the trees."""
+        """Yields the parts in update order: the name of the part's programs, and its path in the trees."""
         for name in self._masters:
             if name == "layers":
                 yield from ((name, (name, number)) for number in range(self._layers))
@@ -297,7 +297,7 @@ class Layerwise:
                 yield name, (name,)
 
     def _streamed(self, state: TrainState) -> Streamed:
-        """The optimizer's state, about to come from host memory."""
+        """Prepares to stream the optimizer's state from host memory."""
         places = list(self._places())
         parts = [[_part(tree, place) for tree in (state.rest, state.mu, state.nu)] for _, place in places]
         device, host = ([self._optimizer_shardings(name, host=host) for name, _ in places] for host in (False, True))
@@ -306,11 +306,11 @@ class Layerwise:
     def _update(
         self, state: TrainState, gradients: Tree, scale: Array, coming: Streamed | None
     ) -> tuple[TrainState, Array]:
-        """Updates part by part."""
+        """Updates the parameters part by part; returns the new state and the parameters' norm."""
         trees = [{**tree, "layers": list(tree["layers"])} for tree in state[1:5]]
         squares = []
         if coming:
-            jax.block_until_ready(scale)  # what the backward pass kept is free from here on
+            jax.block_until_ready(scale)  # from here on, the memory of the residuals is free
             coming.grant_least()
         for name, place in self._places():
             params, *optimizer = (_part(tree, place) for tree in trees)
@@ -332,13 +332,13 @@ class Layerwise:
 
     @functools.cache  # noqa: B019 - lives as long as the run
     def _optimizer_shardings(self, name: str, *, host: bool) -> Any:
-        """Shardings of one part's rest, mu and nu."""
+        """Returns the shardings of one part's rest, mu and nu."""
         at = _shardings(self._masters[name])
         halves = jax.eval_shape(lambda tree: split_tree(tree, self._dtype)[1], self._masters[name])
         rest = jax.tree.map(lambda leaf, sharding: sharding if leaf.size else self._replicated, halves, at)
         return jax.tree.map(on_host, [rest, at, at]) if host else [rest, at, at]
 
-    # To and from checkpoints, in which the layers are stacked.
+    # Conversion to and from checkpoints, in which the layers are stacked.
 
     def begin(self, params: Tree, frozen: Tree | None = None) -> TrainState:
         """See `Step`."""
@@ -364,7 +364,7 @@ class Layerwise:
             params, rest = halves(_unstacked(masters, place, self._masters))
             keep(trees[0], name, params, _shardings(self._masters[name]))
             keep(trees[1], name, rest, rest_at)
-        # The moments come when the stacked parameters are gone: the device may not have room for both.
+        # The moments follow once the stacked parameters are freed, because the device may not have room for both.
         jax.block_until_ready(trees)
         jax.tree.map(lambda leaf: leaf.delete(), masters["layers"])
         none = {
@@ -409,7 +409,7 @@ class Layerwise:
 
 
 def _unstacked(tree: Tree, place: tuple[Any, ...], parts: Tree) -> Tree:
-    """One part of a tree with stacked layers, on the device."""
+    """Copies one part of a tree with stacked layers to the device."""
     at = _shardings(parts[place[0]])
     if len(place) == 1:
         return jax.device_put(tree[place[0]], at)
@@ -417,7 +417,7 @@ def _unstacked(tree: Tree, place: tuple[Any, ...], parts: Tree) -> Tree:
 
 
 def _whole(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """A parameter that the devices of the axes fsdp and context each have all of."""
+    """Returns the shape of a parameter that is gathered over the mesh axes fsdp and context."""
     shared = spec("embed")[0]
     at = NamedSharding(
         leaf.sharding.mesh, PartitionSpec(*(None if axes == shared else axes for axes in leaf.sharding.spec))

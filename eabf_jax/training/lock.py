@@ -1,4 +1,4 @@
-"""One process at a time in a run's directory."""
+"""A lock that admits one process at a time to a run's directory."""
 
 import errno
 import fcntl
@@ -18,16 +18,16 @@ LOCK_FILE = "train.lock"
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Holds a run's directory, which is made where it is not there, until the block ends.
+    """Locks a run's directory until the block ends; creates the directory if it does not exist.
 
-    The operating system ends the lock of a process that has ended, however it did. On a file system that other hosts
-    share, it holds between them as far as that file system has locks.
+    The operating system releases the lock when the process ends for any reason. On a file system shared with other
+    hosts, the lock covers those hosts only if that file system supports locks.
 
     Args:
       run: the run's directory.
 
     Raises:
-      InputError: another process holds it.
+      InputError: another process holds the lock.
     """
     run.mkdir(parents=True, exist_ok=True)
     path = run / LOCK_FILE
@@ -40,7 +40,7 @@ def locked(run: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
-        with suppress(OSError):  # it is not empty, as a rule
+        with suppress(OSError):  # usually the directory is not empty
             run.rmdir()
 
 
@@ -52,7 +52,7 @@ def _acquire(path: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = False
         except OSError as error:
-            # Anything else: the file system has no locks. What a process of this host wrote tells enough, then.
+            # Any other error: the file system has no locks. Then the file of a live process on this host counts as one.
             held = error.errno in (errno.EAGAIN, errno.EACCES) or _lives(holder)
         if held:
             os.close(descriptor)
@@ -60,7 +60,7 @@ def _acquire(path: Path) -> int:
                 f"{path.parent} is in use: process {holder.get('process', '?')} on {holder.get('host', '?')} has been "
                 f"training there since {holder.get('since', '?')}; wait for it, stop it, or name another directory"
             )
-        # Its holder may have removed the file between our opening and our locking it.
+        # Another process may have removed the file after it was opened here and before it was locked.
         with suppress(FileNotFoundError):
             if os.fstat(descriptor).st_ino == path.stat().st_ino:
                 return descriptor
@@ -68,7 +68,7 @@ def _acquire(path: Path) -> int:
 
 
 def _holder(descriptor: int) -> dict[str, Any]:
-    """What the process that holds the lock wrote, as far as it has."""
+    """Reads the record of the process that holds the lock; empty if it is missing or incomplete."""
     try:
         found = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:
@@ -77,13 +77,13 @@ def _holder(descriptor: int) -> dict[str, Any]:
 
 
 def _lives(holder: dict[str, Any]) -> bool:
-    """Whether the process is one of this host, and has not ended."""
+    """Returns whether the holder is a running process on this host."""
     if holder.get("host") != socket.gethostname() or not isinstance(holder.get("process"), int):
         return False
     try:
         os.kill(holder["process"], 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # the process exists and belongs to another user
         return True
     return True

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy, in chunks so that the full logits never exist."""
+"""Next-token cross-entropy, computed in chunks so that the full logits are never in memory."""
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,15 @@ def token_losses(
     chunk: int = 1024,
     start: int = 0,
 ) -> Float[Array, "B scored"]:
-    """Negative log-likelihood of every token but the first, given those before it.
+    """Computes the negative log-likelihood of every token except the first, given the tokens before it.
 
     Args:
       model: the model.
       tokens: int32 [batch, length].
       positions: int32 [batch, length] or None, as for the model.
       segment_ids: int32 [batch, length] or None, as for the model.
-      chunk: positions of a row whose logits exist at a time.
-      start: tokens up to this index are read, but not scored.
+      chunk: positions of a row whose logits are in memory at a time.
+      start: tokens up to and including this index are context only and are not scored.
 
     Returns:
       float32 [batch, length - 1 - start], in nats; entry t belongs to token start + t + 1.
@@ -40,7 +40,7 @@ def token_losses(
         x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
         return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    # Recomputed in the backward pass: keeping the logits of every chunk would be keeping them all.
+    # Recomputed in the backward pass; otherwise the logits of all chunks would be kept.
     @jax.checkpoint
     def losses(kernel: Array, hidden: Array, targets: Array) -> Array:
         scores = logits(hidden, kernel)
@@ -56,16 +56,16 @@ def next_tokens(
     loss_mask: Bool[np.ndarray, "B T"],
     segment_ids: Int[np.ndarray, "B T"],
 ) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
-    """The token after each token, and where it counts.
+    """Returns each token's next token, and a mask of the targets that count.
 
     Args:
       tokens: int32 [batch, length].
-      loss_mask: bool [batch, length]: tokens to be learned.
+      loss_mask: bool [batch, length]; True for tokens to be learned.
       segment_ids: int32 [batch, length]; 0 is padding.
 
     Returns:
-      Targets int32 [batch, length], and bool [batch, length]: the target is to be learned, and of the same segment. The
-      last column has no target.
+      Targets int32 [batch, length], and bool [batch, length]: True where the target is to be learned and in the same
+      segment. The last column has no target.
     """
     same = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] > 0)
     last = ((0, 0), (0, 1))

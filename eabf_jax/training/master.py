@@ -1,8 +1,8 @@
-"""Float32 master parameters kept in two halves: what the model computes with, and the rest of the bits.
+"""Float32 master parameters stored in two halves: the parameters in the compute dtype, and the remaining bits.
 
-A float32 number rounded to bfloat16 differs from itself by less than 2**16 units of its last bit, so the bfloat16
-number and a 16-bit integer are the float32 number exactly, in the same four bytes: the model computes with the first
-half as it lies, and no update is lost.
+Rounding a float32 number to bfloat16 changes it by at most 2**15 units in its last place. The bfloat16 number and a
+16-bit integer therefore hold the float32 number exactly, in the same four bytes. The model computes with the first half
+directly, and no update is lost to rounding.
 """
 
 from typing import Any
@@ -13,16 +13,15 @@ from jaxtyping import Array, Float
 
 
 def split(master: Float[Array, "..."], dtype: Any) -> tuple[Array, Array]:
-    """Cuts float32 parameters into the compute dtype and what is missing to be exact.
+    """Splits float32 parameters into the compute dtype and the rest needed to restore them exactly.
 
     Args:
       master: float32, finite.
       dtype: the compute dtype.
 
     Returns:
-      The nearest numbers in `dtype` (halves away from zero), and the rest: int16 for bfloat16, nothing (an array
-      without elements) for float32, the float32 numbers themselves for float16, whose exponent is too short for the
-      trick.
+      The nearest numbers in `dtype` (for bfloat16, ties round away from zero), and the rest: int16 for bfloat16, an
+      empty array for float32, and the float32 numbers themselves for float16, whose exponent is too short to be split.
     """
     dtype = jnp.dtype(dtype)
     if dtype == jnp.float32:
@@ -36,7 +35,7 @@ def split(master: Float[Array, "..."], dtype: Any) -> tuple[Array, Array]:
 
 
 def join(params: Float[Array, "..."], rest: Array) -> Float[Array, "..."]:
-    """The float32 parameters that `split` was given, bit for bit."""
+    """Restores the float32 parameters that `split` was given, bit for bit."""
     if params.dtype == jnp.float32:
         return params
     if params.dtype != jnp.bfloat16:
@@ -46,6 +45,6 @@ def join(params: Float[Array, "..."], rest: Array) -> Float[Array, "..."]:
 
 
 def split_tree(masters: Any, dtype: Any) -> tuple[Any, Any]:
-    """`split` for every leaf of a tree: two trees."""
+    """Applies `split` to every leaf of a tree; returns two trees."""
     pairs = jax.tree.map(lambda leaf: split(leaf, dtype), masters)
     return jax.tree.transpose(jax.tree.structure(masters), jax.tree.structure((0, 0)), pairs)

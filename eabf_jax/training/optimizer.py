@@ -10,14 +10,14 @@ from eabf_jax.training.recipe import RecipeConfig
 
 
 def learning_rate_schedule(recipe: RecipeConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up to the peak, then cosine to zero (or constant).
+    """Returns linear warm-up to the peak, followed by cosine decay to zero or a constant.
 
     Args:
       recipe: peak, warm-up steps and kind of schedule.
       steps: optimizer steps of the run.
 
     Returns:
-      Function from the 0-based step to the learning rate; after the last step it is 0 (cosine).
+      A function from the 0-based step to the learning rate; with cosine decay, the rate is 0 after the last step.
     """
     after = (
         optax.cosine_decay_schedule(recipe.learning_rate, max(steps - recipe.warmup_steps, 1))
@@ -31,19 +31,16 @@ def learning_rate_schedule(recipe: RecipeConfig, steps: int) -> optax.Schedule:
 
 
 def decayed(params: Any) -> Any:
-    """True for the parameters that weight decay applies to: all but norm scales and biases."""
+    """Returns a tree with True for the parameters under weight decay: all except norm scales and biases."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
 def make_optimizer(recipe: RecipeConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW; the gradients that it is given are clipped already, over all parameters together.
+    """Returns AdamW as an optax transformation; it expects gradients that are already clipped by their global norm.
 
     Args:
       recipe: the hyperparameters.
       steps: optimizer steps of the run, for the schedule.
-
-    Returns:
-      The optax transformation.
     """
     return optax.adamw(
         learning_rate_schedule(recipe, steps),
@@ -58,20 +55,20 @@ def make_optimizer(recipe: RecipeConfig, steps: int) -> optax.GradientTransforma
 def updated(
     optimizer: optax.GradientTransformation, step: Array, masters: Any, mu: Any, nu: Any, gradients: Any
 ) -> tuple[Any, Any, Any]:
-    """One update of a tree of parameters, or of any part of it.
+    """Updates a tree of parameters, or any part of it.
 
-    Optax would count the steps in the state of every part; here the caller counts them once.
+    Optax counts steps in each part's state; here the caller keeps one count for all parts.
 
     Args:
       optimizer: from `make_optimizer`.
-      step: int32 scalar, steps taken before.
+      step: int32 scalar, number of steps already taken.
       masters: float32 parameters.
       mu: first moments.
       nu: second moments.
       gradients: float32, clipped.
 
     Returns:
-      New parameters, first and second moments.
+      New parameters, first moments and second moments.
     """
     state = optax.tree.set(optimizer.init(masters), count=step, mu=mu, nu=nu)
     updates, state = optimizer.update(gradients, state, masters)

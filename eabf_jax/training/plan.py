@@ -1,6 +1,6 @@
-"""How much memory a train step will take on each device, from shapes alone, and the settings that make it fit.
+"""Predicts a train step's memory per device from shapes alone, and finds settings with which the step fits.
 
-All amounts are bytes of one device, or of its share of the host's memory.
+All amounts are bytes on one device, or in its share of the host's memory.
 """
 
 import contextlib
@@ -33,21 +33,21 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """What the planner has to know of an accelerator."""
+    """The planner's figures for one kind of accelerator."""
 
     name: str
-    kind: str  # a part of `jax.Device.device_kind`
+    kind: str  # a substring of `jax.Device.device_kind`
     platform: Literal["gpu", "tpu", "cpu"]
-    memory: float  # bytes that a program can have: less than is on the data sheet
+    memory: float  # bytes available to a program; less than the data sheet says
     flops: float  # dense bfloat16 FLOP/s
-    bandwidth: float  # bytes/s of its memory
+    bandwidth: float  # memory bandwidth, bytes/s
     link: float = 0.0  # bytes/s of one link to a neighbour, one way (TPU)
     host_memory: float = 128 * GIB  # bytes of its share of the host's memory
 
 
-# GPUs: 97 % of what CUDA reports, as `mesh.gpu_memory_defaults` lets JAX have. TPUs: what the compiler leaves to a
-# program (v4, by its own message: 30.75 of 32 GiB; the others in proportion), bandwidths from "How to Scale Your Model"
-# (Google DeepMind). A machine that is not at hand is taken to have 128 GiB of host memory a device.
+# GPU memory: 97 % of what CUDA reports, the fraction set by `mesh.gpu_memory_defaults`. TPU memory: what the compiler
+# leaves to a program (v4, by the compiler's message: 30.75 of 32 GiB; others in proportion). TPU bandwidths: "How to
+# Scale Your Model" (Google DeepMind). Host memory of other machines is assumed to be 128 GiB per device.
 DEVICES = {
     device.name: device
     for device in (
@@ -62,18 +62,18 @@ DEVICES = {
     )
 }
 
-# What the backward pass keeps of a layer, least first. `offload` is `dots` in host memory; `none` is for tiny models.
+# Remat policies in order of memory, least first. `offload` is `dots` in host memory; `none` is for tiny models.
 _KEEPING = ("full", "attention", "qkv", "dots")
-# Of the peak, what matrix products and attention of a layer reach (measured on one H100: 0.66); bytes/s between a GPU
-# and its host, one way and both ways together (likewise).
+# Measured on one H100: the fraction of peak FLOP/s that a layer's matrix products and attention reach, and bytes/s
+# between a GPU and its host, in one direction and in both directions together.
 _EFFICIENCY, _ONE_WAY, _BOTH_WAYS = 0.66, 53e9, 84e9
-# `auto` leaves this part of the memory free: the prediction is not exact, and allocators leave gaps.
+# `auto` leaves this fraction of memory free, because the prediction is not exact and allocators leave gaps.
 _SPARE = 0.03
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A prediction: where the memory goes when most of it is in use."""
+    """The predicted memory use of a step at its peak, and the settings that it is for."""
 
     device: Device
     mesh: Mapping[str, int]
@@ -82,39 +82,39 @@ class Plan:
     microbatches: int
     remat: str
     optimizer_memory: str
-    gather: str  # when parameters come together: for each `layer`, or once a `step`
-    parts: Mapping[str, float]  # bytes of one device at the step's peak
+    gather: str  # when parameters are gathered: for each `layer`, or once per `step`
+    parts: Mapping[str, float]  # bytes on one device at the step's peak
     host: Mapping[str, float]  # bytes of host memory for one device
-    model_flops: float  # of one device in an optimizer step; recomputation is not counted
-    recomputed_flops: float  # likewise; what it computes a second time
-    waiting: float  # seconds of an optimizer step for which the device waits for its host's memory
+    model_flops: float  # FLOPs of one device per optimizer step, without recomputation
+    recomputed_flops: float  # FLOPs that one device repeats per optimizer step
+    waiting: float  # seconds per optimizer step that the device waits for transfers to and from host memory
 
     @property
     def total(self) -> float:
-        """Bytes of one device."""
+        """Bytes on one device."""
         return sum(self.parts.values())
 
     @property
     def fits(self) -> bool:
-        """Whether the device and its host have as much; a quarter of the host's is left to data and system."""
+        """Whether the step fits on the device and its host; a quarter of host memory is left for data and system."""
         return self.total <= self.device.memory and sum(self.host.values()) <= 0.75 * self.device.host_memory
 
     @property
     def roomy(self) -> bool:
-        """Whether it fits with as much to spare as a prediction should leave."""
+        """Whether the step fits with a margin for errors of the prediction."""
         return self.fits and self.total <= (1 - _SPARE) * self.device.memory
 
     @property
     def can_checkpoint(self) -> bool:
-        """Whether the host has room for float32 parameters and moments on their way to the disk, beside what waits."""
-        on_the_way = 3 * self.parts["gradients"]  # as many float32 numbers
+        """Whether host memory has room for a checkpoint's float32 parameters and moments on their way to disk."""
+        on_the_way = 3 * self.parts["gradients"]  # parameters and two moments, each as large as the gradients
         return sum(self.host.values()) + on_the_way <= 0.95 * self.device.host_memory
 
     @property
     def seconds(self) -> float:
-        """A rough time of the optimizer step, to compare the plans of one run by."""
+        """A rough time of the optimizer step, for comparing the plans of one run."""
         compute = (self.model_flops + self.recomputed_flops) / (_EFFICIENCY * self.device.flops)
-        # In every microbatch the parameters are read three times and the sums of the gradients read and written.
+        # Every microbatch reads the parameters three times, and reads and writes the gradient sums once.
         parameters = self.parts["parameters"] + self.parts.get("frozen parameters", 0.0)
         traffic = self.microbatches * (3 * parameters + 2 * self.parts["gradients"])
         return compute + traffic / self.device.bandwidth + self.waiting
@@ -132,13 +132,17 @@ def device_named(name: str) -> Device:
 
 
 def device_at_hand() -> Device:
-    """The kind of device that JAX sees, with the memory that it really gives a program."""
+    """Returns the kind of device that JAX sees, with the memory that is actually available to a program.
+
+    Raises:
+      InputError: the device is unknown and does not report its memory.
+    """
     device = jax.devices()[0]
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
     if device.platform == "cpu":
         return Device("cpu", "cpu", "cpu", memory=host, flops=1e11, bandwidth=2e10, host_memory=host)
     limit = (device.memory_stats() or {}).get("bytes_limit")
-    # The longest that fits: "TPU v5 lite" is not a "TPU v5".
+    # The longest match wins, because "TPU v5" is also a substring of "TPU v5 lite".
     known = [spec for spec in DEVICES.values() if spec.kind in device.device_kind]
     if not known and limit is None:
         raise InputError(
@@ -153,13 +157,11 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
     """Predicts the memory of a step whose settings are all given.
 
     Args:
-      config: the run; nothing in `compute` is `auto`.
+      config: the run; nothing in `compute` may be `auto`.
       model_config: the model's shape.
-      mesh_shape: devices by mesh axis.
+      mesh_shape: number of devices by mesh axis.
       device: the kind of device.
 
-    Returns:
-      The prediction.
     Raises:
       InputError: the mesh does not divide the model or the batch; an unknown remat policy.
     """
@@ -182,7 +184,7 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
     gathered_layers, gathered_head = step.gathered_layers, step.gathered_head
     if compute.gather == "step":
         gathered_layers = gathered_head = step.gathered_step
-    # (kept activations, gathered parameters, workspace) of each phase. Behind a layer's backward pass nothing is kept.
+    # (kept activations, gathered parameters, workspace) of each phase. A layer's backward pass frees what it kept.
     phases = []
     forward_seconds = step.tokens * step.forward_flops / rate
     kept = leaving = parked = 0.0
@@ -202,10 +204,10 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
         )
         phases.append((kept + back, gathered_layers, step.layer_workspace(policies[index])))
         kept -= step.kept(policies[index]) if policies[index] != "offload" else 0.0
-    # What is parked comes back during the backward pass, which takes about twice as long as the forward one.
+    # Offloaded activations return during the backward pass, which takes about twice as long as the forward pass.
     waiting += microbatches * max(0.0, parked / _ONE_WAY - 2 * len(policies) * forward_seconds)
-    # While a layer is updated, the next ones' state comes from the host and the last ones' goes there, whose gradients
-    # are gone.
+    # While one layer is updated, the state of the next layers arrives from the host and that of the last layers leaves.
+    # The gradients of updated layers are already freed.
     passing = (2 * IN_FLIGHT + 1) * sum(layer[name] for name in _OPTIMIZER) - (IN_FLIGHT + 1) * layer["gradients"]
     phases.append((0.0, 0.0, passing if on_host else 0.0))
     waiting += 2 * sum(optimizer.values()) / _BOTH_WAYS if on_host else 0.0
@@ -242,7 +244,7 @@ _OPTIMIZER = ("master rest", "moments")
 
 
 def _held(parameters: float, dtype: str) -> dict[str, float]:
-    """Bytes of the state that belongs to some parameters; see `master.split`."""
+    """Returns the bytes of state for a number of parameters; see `master.split`."""
     narrow = jnp.dtype(dtype).itemsize
     rest = {"bfloat16": 2, "float16": 4, "float32": 0}[dtype]
     return {
@@ -255,22 +257,22 @@ def _held(parameters: float, dtype: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Step:
-    """Sizes of one device's part of a microbatch, and what follows from them."""
+    """Sizes of one device's part of a microbatch, and the memory and FLOPs that follow from them."""
 
     rows: int
     length: int  # tokens of a row on this device
     window: int  # tokens of the whole row
-    bytes: int  # of a number in the compute dtype
+    bytes: int  # bytes of one number in the compute dtype
     hidden: int
     wide: int
     query: int
     key_value: int
     heads: int
     vocabulary: int
-    chunk: int  # tokens of a row whose logits exist at a time
+    chunk: int  # tokens of a row whose logits are in memory at a time
     counts: "_Counts"
     layers: int
-    shared: int  # devices that the parameters of a layer are on, and come together from to be used
+    shared: int  # devices that a layer's parameters are sharded over and gathered from
     head_is_trained: bool
 
     @classmethod
@@ -304,14 +306,14 @@ class _Step:
         return self.rows * self.length
 
     def _kept(self, policy: str) -> dict[str, float]:
-        """Bytes a token that a policy keeps of a layer beside its input, by the policy that first keeps them."""
+        """Bytes per token and layer that a policy keeps besides the input, by the smallest policy that keeps them."""
         sizes = {
             "attention": self.bytes * self.query + 4 * self.heads,  # the output, and float32 log-sum-exp
             "qkv": self.bytes * (self.query + 2 * self.key_value),
-            "dots": self.bytes * (self.hidden + 2 * self.wide),  # the residual between, gate and up
+            "dots": self.bytes * (self.hidden + 2 * self.wide),  # the residual stream between the halves, gate and up
         }
         if policy == "none":
-            # Both norms in float32, three times; their outputs, and what lies between gate and down.
+            # Three float32 arrays for each of the two norms, the norms' outputs, and the arrays between gate and down.
             return {**sizes, "none": 24 * self.hidden + self.bytes * (self.hidden + self.query + 4 * self.wide)}
         policy = "dots" if policy == "offload" else policy
         return {name: sizes[name] for name in _KEEPING[1 : _KEEPING.index(policy) + 1]}
@@ -322,7 +324,7 @@ class _Step:
 
     @property
     def _products(self) -> dict[str, float]:
-        """FLOPs a token of a layer's forward pass, by the policy that first keeps their result."""
+        """FLOPs per token of a layer's forward pass, by the smallest policy that keeps their result."""
         return {
             "attention": 2.0 * self.window * self.query,  # causal
             "qkv": 2.0 * self.hidden * (self.query + 2 * self.key_value),
@@ -331,68 +333,67 @@ class _Step:
 
     @property
     def forward_flops(self) -> float:
-        """FLOPs a token of a layer's forward pass."""
+        """FLOPs per token of a layer's forward pass."""
         return sum(self._products.values()) + 2.0 * self.hidden * self.wide
 
     def recomputed_flops(self, policy: str) -> float:
-        """FLOPs a token that the backward pass of one layer repeats."""
+        """FLOPs per token that the backward pass of one layer repeats."""
         return sum(self._products[name] for name in self._products.keys() - self._kept(policy).keys())
 
     @property
     def forward_workspace(self) -> float:
-        """Bytes of a layer's forward pass beside what is kept: the normed input, gate, up and their product."""
+        """Bytes that a layer's forward pass needs and does not keep: the normed input, gate, up and their product."""
         return self.tokens * self.bytes * (self.hidden + 3 * self.wide) + self._tables
 
     def layer_workspace(self, policy: str) -> float:
-        """Bytes of a layer's backward pass beside what is kept.
+        """Bytes that a layer's backward pass needs on top of what the policy keeps.
 
-        At its peak, in the MLP, there are q, k, v, the attention's output and the residual between; the layer's normed
-        input; gate, up and the gradients of gate, up and their product; the gradients of the layer's output and of the
-        normed input. What the policy keeps of these has been counted already.
+        The peak is in the MLP. It holds q, k, v, the attention output and the residual stream between the halves; the
+        layer's normed input; gate, up and the gradients of gate, up and their product; and the gradients of the layer's
+        output and of the normed input. Arrays that the policy keeps are not counted again.
         """
         recomputed = sum(self._kept("dots").values()) - sum(
             size for name, size in self._kept(policy).items() if name != "none"
         )
         gradients = self.bytes * (3 * self.hidden + 3 * self.wide)
-        # Keys and values of the whole row, and their gradients, where the row is cut.
+        # Keys and values of the whole row, and their gradients, if the row is split over devices.
         row = 4 * self.bytes * self.key_value * (self.window - self.length)
         return self.tokens * (recomputed + gradients) + self.rows * row + self._tables
 
     @property
     def _tables(self) -> float:
-        """Cosines and sines, and the gradient that goes from layer to layer."""
+        """Bytes of cosines and sines, and of the gradient passed from layer to layer."""
         return self.tokens * (4 * self.query / self.heads + self.bytes * self.hidden)
 
     @property
     def gathered_layers(self) -> float:
-        """Bytes of a layer's parameters that come together from several devices, and of its gradients before they are
-        shared out."""
+        """Bytes of a layer's gathered parameters, and of its gradients before they are scattered."""
         counts = self.counts
         one = (2 * counts.trained_in_layers + counts.frozen_in_layers) / self.layers
         return self.bytes * self.shared * one if self.shared > 1 else 0.0
 
     @property
     def gathered_step(self) -> float:
-        """Bytes of all parameters that come together once a step, and of a layer's gradients."""
+        """Bytes of all parameters, gathered once per step, and of one layer's gradients."""
         counts = self.counts
         number = counts.trained + counts.frozen + counts.trained_in_layers / self.layers
         return self.bytes * self.shared * number if self.shared > 1 else 0.0
 
     @property
     def gathered_head(self) -> float:
-        """Bytes of the output's kernel, where several devices share it."""
+        """Bytes of the gathered output kernel, if it is sharded."""
         return self.bytes * self.hidden * self.vocabulary if self.shared > 1 else 0.0
 
     @property
     def head_workspace(self) -> float:
-        """Bytes of the loss: a chunk's logits and their gradient, gradients of the kernel and of all hidden states."""
+        """Bytes of the loss: one chunk's logits and their gradient, and the gradients of kernel and hidden states."""
         logits = self.rows * self.chunk * self.vocabulary * (4 + 4 + self.bytes)
         kernel = 4 * self.hidden * self.vocabulary if self.head_is_trained else 0
         return logits + kernel + 2 * self.bytes * self.tokens * self.hidden + self._tables
 
 
 class _Counts(NamedTuple):
-    """Numbers on one device: parameters that are trained and those that are not, and how many of them are in layers."""
+    """Trained and frozen parameters on one device, and how many of each are in layers."""
 
     trained: float
     trained_in_layers: float
@@ -419,20 +420,21 @@ def _shapes(model_config: LlamaConfig, lora: Lora | None) -> dict[str, Any]:
 def choose(
     config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str, int], device: Device
 ) -> tuple[TrainConfig, Plan]:
-    """Settles what `compute` leaves to the planner: `microbatch_size`, `remat` and `optimizer_memory`, where `auto`.
+    """Chooses the `compute` settings that are `auto`: `microbatch_size`, `remat`, `optimizer_memory` and `gather`.
 
-    The fastest by `Plan.seconds` of those that fit with some room; the smallest where none does, for `check` to refuse.
+    Takes the fastest settings by `Plan.seconds` among those that fit with a margin. If none fit, takes the smallest
+    and leaves it to `check` to refuse them.
 
     Args:
       config: the run.
       model_config: the model's shape.
-      mesh_shape: devices by mesh axis.
+      mesh_shape: number of devices by mesh axis.
       device: the kind of device.
 
     Returns:
       The configuration without `auto`, and its prediction.
     Raises:
-      InputError: as `plan`.
+      InputError: as for `plan`.
     """
     candidates = list(_candidates(config, model_config, mesh_shape, device))
     roomy = [found for found in candidates if found.roomy]
@@ -469,13 +471,13 @@ def _candidates(
 
 
 def _streaming(config: TrainConfig, device: Device) -> bool:
-    """Whether the step's executor can keep things in host memory."""
+    """Returns whether the step's executor can keep arrays in host memory."""
     executor = config.compute.executor
     return executor == "layerwise" or (executor == "auto" and device.platform == "gpu")
 
 
 def _remats(layers: int, *, streaming: bool) -> Iterator[str]:
-    """Every policy, and every mix of two of them in which the first layers keep more, or in host memory."""
+    """Yields every policy, and every mix of two policies in which the first layers keep more or use host memory."""
     keeping = (*_KEEPING, "offload") if streaming else _KEEPING
     yield from keeping
     for less, more in itertools.combinations(keeping, 2):
@@ -483,12 +485,12 @@ def _remats(layers: int, *, streaming: bool) -> Iterator[str]:
             yield f"{more}:{count},{less}"
 
 
-# No more tokens at a time than are needed to keep a device busy: the rest of its memory is better spent otherwise.
+# This many tokens at a time keep a device busy; its remaining memory is better spent otherwise.
 _MOST_TOKENS = 32768
 
 
 def _microbatch_sizes(config: TrainConfig, mesh_shape: Mapping[str, int]) -> list[int]:
-    """Divisors of a device's rows."""
+    """Returns the microbatch sizes to try: divisors of a device's rows, within `_MOST_TOKENS`."""
     rows = max(1, config.recipe.batch_size // (mesh_shape["data"] * mesh_shape["fsdp"]))
     most = max(1, _MOST_TOKENS * mesh_shape["context"] // config.window)
     return [size for size in range(1, min(rows, most) + 1) if rows % size == 0]
@@ -507,33 +509,26 @@ def _settled(config: TrainConfig, found: Plan) -> TrainConfig:
 
 
 def meshes(devices: int) -> Iterator[dict[str, int]]:
-    """Every way to arrange devices without replicas, the simplest first.
-
-    Args:
-      devices: how many.
-
-    Yields:
-      Devices by mesh axis.
-    """
+    """Yields every mesh of `devices` devices without replicas, as sizes by axis, simplest first."""
     for tensor, context in itertools.product((1, 2, 4, 8), (2**power for power in range(9))):
         if devices % (tensor * context) == 0:
             yield {"data": 1, "fsdp": devices // (tensor * context), "context": context, "tensor": tensor}
 
 
 def mesh_plans(config: TrainConfig, model_config: LlamaConfig, devices: int, device: Device) -> Iterator[Plan]:
-    """Plans for every mesh that divides the model, the batch and the window; `mesh` itself is not looked at.
+    """Plans the step for every mesh that divides the model, the batch and the window, whatever `config.mesh` says.
 
     Args:
       config: the run.
       model_config: the model's shape.
-      devices: how many.
+      devices: number of devices.
       device: the kind of device.
 
     Yields:
-      A plan by mesh, with what `compute` leaves open settled for each, the simplest mesh first.
+      One plan per mesh, with all `auto` settings chosen, simplest mesh first.
     """
     for sizes in meshes(devices):
-        # A device of a row takes two chunks of it; splash (TPU) takes whole half lanes of them.
+        # Each device holds two chunks of a row; on TPU, splash needs chunks that are multiples of half a lane count.
         chunks = sizes["context"] * (128 if device.platform == "tpu" else 2)
         if sizes["context"] > 1 and (config.window % chunks or config.recipe.objective == "pretrain"):
             continue
@@ -542,16 +537,16 @@ def mesh_plans(config: TrainConfig, model_config: LlamaConfig, devices: int, dev
 
 
 def preferred_meshes(config: TrainConfig, model_config: LlamaConfig, devices: int, device: Device) -> Iterator[Plan]:
-    """Meshes to try, in order: the simplest that the step fits on with a margin, then the one that needs least.
+    """Yields meshes to try: the simplest on which the step fits with a margin, then the one that needs least memory.
 
     Args:
       config: the run.
       model_config: the model's shape.
-      devices: how many.
+      devices: number of devices.
       device: the kind of device.
 
     Yields:
-      One or two plans; none where no mesh of so many devices divides model, batch and window.
+      One or two plans; none if no mesh with this number of devices divides model, batch and window.
     """
     simplest = least = None
     for found in mesh_plans(config, model_config, devices, device):
@@ -563,18 +558,16 @@ def preferred_meshes(config: TrainConfig, model_config: LlamaConfig, devices: in
 
 
 def settle_mesh(config: TrainConfig, model_config: LlamaConfig, devices: int, device: Device) -> MeshConfig:
-    """The run's mesh; where it is `auto`, the first of `preferred_meshes`.
+    """Returns the run's mesh; if it is `auto`, the first of `preferred_meshes`.
 
     Args:
       config: the run.
       model_config: the model's shape.
-      devices: how many.
+      devices: number of devices.
       device: the kind of device.
 
-    Returns:
-      The size of each axis.
     Raises:
-      InputError: no mesh of so many devices divides model, batch and window.
+      InputError: no mesh with this number of devices divides model, batch and window.
     """
     if not isinstance(config.mesh, str):
         return config.mesh
@@ -588,20 +581,20 @@ def settle_mesh(config: TrainConfig, model_config: LlamaConfig, devices: int, de
 
 
 def mesh_told(mesh: Mapping[str, int]) -> str:
-    """A mesh as settings, without axes of one device."""
+    """Formats a mesh as settings; except for fsdp, axes of one device are left out."""
     return ", ".join(f"mesh.{axis} {size}" for axis, size in mesh.items() if size > 1 or axis == "fsdp")
 
 
 def check(found: Plan, config: TrainConfig, model_config: LlamaConfig) -> None:
-    """Refuses a step that cannot fit.
+    """Refuses a step that does not fit.
 
     Args:
-      found: its prediction.
-      config: the run that it is of.
+      found: the step's prediction.
+      config: the run.
       model_config: the model's shape.
 
     Raises:
-      InputError: the numbers, and the nearest settings that do fit.
+      InputError: the step does not fit; the message gives the numbers, and the nearest settings that do fit.
     """
     if found.fits:
         return
@@ -618,7 +611,7 @@ def check(found: Plan, config: TrainConfig, model_config: LlamaConfig) -> None:
 
 
 def _remedies(found: Plan, config: TrainConfig, model_config: LlamaConfig) -> Iterator[str]:
-    """Settings that fit, the smallest change first."""
+    """Yields settings that fit, smallest change first."""
 
     def fits(window: int, mesh: Mapping[str, int], lora: Lora | None = config.lora, **compute: Any) -> bool:
         changed = dataclasses.replace(_settled(config, found).compute, **compute)

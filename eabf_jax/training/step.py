@@ -1,7 +1,7 @@
 """One optimizer step: microbatches, float32 gradient accumulation, clipping, update.
 
-`Program` is the step as one jitted program that scans over stacked layers, for TPUs and CPUs; `layerwise.Layerwise` is
-the same step as a program for each layer, for GPUs. Both are a `Step`.
+`Program` runs the step as one jitted program that scans over stacked layers, for TPUs and CPUs. `layerwise.Layerwise`
+runs the same step as one program per layer, for GPUs. Both implement `Step`.
 """
 
 import itertools
@@ -32,10 +32,10 @@ from eabf_jax.training.recipe import ComputeConfig
 
 
 class TrainState(NamedTuple):
-    """What an optimizer step reads and replaces: arrays, or their shapes or shardings in the same places.
+    """The state that an optimizer step reads and replaces; leaves are arrays, shapes or shardings.
 
-    `params` and `rest` are together the float32 master parameters (see `master`); `mu` and `nu` are AdamW's moments.
-    All four have the same tree.
+    `params` and `rest` together are the float32 master parameters (see `master`); `mu` and `nu` are AdamW's moments.
+    All four have the same tree structure.
     """
 
     step: Any  # int32 scalar: optimizer steps taken
@@ -47,18 +47,18 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What an optimizer step reports."""
+    """The metrics of one optimizer step."""
 
     loss: Float[Array, ""]  # nats per trained token, over the global batch
     gradient_norm: Float[Array, ""]  # before clipping
     parameter_norm: Float[Array, ""]  # after the update
-    tokens: Int[Array, ""]  # tokens that the loss was averaged over
+    tokens: Int[Array, ""]  # trained tokens, over which the loss is averaged
 
 
 class Saved(NamedTuple):
-    """The part of a state that a checkpoint holds, whoever ran the step: layers stacked, parameters float32."""
+    """The part of a state that a checkpoint holds, for every `Step`: layers stacked, parameters in float32."""
 
-    params: Tree  # those that are trained
+    params: Tree  # the trained parameters
     optimizer: Tree  # {"mu": ..., "nu": ...}
 
 
@@ -67,39 +67,36 @@ class Step(Protocol):
 
     @property
     def abstract(self) -> Saved:
-        """Shapes and shardings of what a checkpoint holds."""
+        """Shapes and shardings of the arrays in a checkpoint."""
 
     @property
     def frozen(self) -> Tree:
-        """Shapes and shardings of the parameters that are not trained: layers stacked, in the compute dtype."""
+        """Shapes and shardings of the frozen parameters: layers stacked, in the compute dtype."""
 
     def compile(self) -> float:
-        """Compiles; returns the seconds that it took."""
+        """Compiles the step; returns the seconds it took."""
 
     def begin(self, params: Tree, frozen: Tree | None = None) -> TrainState:
-        """A fresh state from float32 parameters with stacked layers, and those not trained, which it consumes."""
+        """Creates a state from float32 parameters with stacked layers and the frozen ones; consumes its arguments."""
 
     def restored(self, step: int, saved: Saved, frozen: Tree | None = None) -> TrainState:
-        """The state of a checkpoint, and the parameters not trained, which it consumes."""
+        """Creates a state from a checkpoint and the frozen parameters; consumes its arguments."""
 
     def saved(self, state: TrainState, *, moments: bool = True) -> Saved:
-        """What a checkpoint is to hold of a state; without the moments, `optimizer` is empty."""
+        """Returns the part of a state that a checkpoint holds; without the moments, `optimizer` is empty."""
 
     def __call__(self, state: TrainState, batch: Microbatch) -> tuple[TrainState, StepMetrics]:
-        """One step over arrays [microbatches, rows, length]; consumes the state."""
+        """Runs one step over arrays [microbatches, rows, length]; consumes the state."""
 
 
 def build_model(config: LlamaConfig, compute: ComputeConfig, mesh: Mesh, lora: Lora | None = None) -> Llama:
-    """The model as the step runs it on the mesh, with shapes in place of parameters.
+    """Builds the model for a step on the mesh, with float32 shapes in place of parameters.
 
     Args:
       config: the model's shape.
       compute: dtype and attention backend.
       mesh: the device mesh.
       lora: the adapters to train; None trains every parameter.
-
-    Returns:
-      A Llama whose parameters are float32 shapes.
     """
     platform = mesh.devices.flat[0].platform
     backend = BACKENDS[select(compute.attention, jnp.dtype(compute.dtype), config.head_dim, platform)]
@@ -115,7 +112,7 @@ def build_model(config: LlamaConfig, compute: ComputeConfig, mesh: Mesh, lora: L
 
 
 class Program:
-    """The step as one program."""
+    """The step as one jitted program."""
 
     def __init__(
         self,
@@ -132,10 +129,10 @@ class Program:
         Args:
           model: from `build_model`.
           optimizer: from `make_optimizer`.
-          compute: remat policy, loss chunk.
+          compute: dtype, remat policy and loss chunk.
           mesh: the device mesh.
-          clip_norm: largest norm of the gradient.
-          batch: shapes and shardings of the arrays that the step takes, each [microbatches, rows, length].
+          clip_norm: largest norm of the gradient; larger gradients are scaled down to it.
+          batch: shapes and shardings of the step's input arrays, each [microbatches, rows, length].
 
         Raises:
           InputError: unknown remat policy; a dimension that the mesh does not divide.
@@ -211,7 +208,7 @@ class Program:
         start = (jnp.float32(0), zeros(state.params))
         (total, gradients), _ = jax.lax.scan(accumulate, start, batch)
         count = batch.mask.sum()
-        # Averaged over the trained tokens of the global batch, however they fall into microbatches and devices.
+        # Averaged over the trained tokens of the global batch, however microbatches and devices split them.
         scale = 1.0 / jnp.maximum(count, 1).astype(jnp.float32)
         norm = optax.tree.norm(gradients) * scale
         scale *= clip_factor(norm, self._clip_norm)
@@ -220,7 +217,7 @@ class Program:
         return TrainState(state.step + 1, params, rest, mu, nu, state.frozen), metrics
 
     def _microbatch(self, state: TrainState, rows: Microbatch, gradients: Tree) -> tuple[Array, Tree]:
-        """The summed loss of one microbatch; its gradients are added to those given."""
+        """Returns the summed loss of one microbatch, and `gradients` plus this microbatch's gradients."""
         pieces, params, frozen = self._pieces, state.params, state.frozen
         whole = merge(params, frozen)
         row = pieces.row(rows)
@@ -232,7 +229,7 @@ class Program:
             )
             return trained, others, index
 
-        # One scan for each run of layers with the same policy.
+        # One scan per run of consecutive layers with the same policy.
         runs = [(policy, [index for index, _ in group]) for policy, group in self._runs()]
         kept = []
         for policy, indices in runs:
@@ -256,7 +253,7 @@ class Program:
             ) -> tuple[tuple[Array, Tree], None]:
                 (d_y, sums), (index, (x, saved)) = carry, inputs
                 d_layer, d_x = pieces.backward(policy, *layer(index), x, row, saved, d_y)
-                # Added where the sums lie: the gradients of all layers never exist beside them.
+                # Added to the sums in place, so that no second copy of all layers' gradients exists.
                 sums = jax.tree.map(lambda a, g: a.at[index].add(g.astype(jnp.float32)), sums, d_layer)
                 return (d_x, sums), None
 
@@ -272,7 +269,7 @@ class Program:
 
 
 def clip_factor(norm: Float[Array, ""], largest: float) -> Float[Array, ""]:
-    """What to multiply gradients of that norm with, so that it is at most `largest`."""
+    """Returns the factor that scales gradients of this norm down to at most `largest`."""
     return jnp.where(norm > largest, largest / norm, 1.0)
 
 
@@ -286,13 +283,13 @@ def update(
     gradients: Tree,
     scale: Float[Array, ""],
 ) -> tuple[Tree, Tree, Tree, Tree, Float[Array, ""]]:
-    """AdamW on float32 master parameters: on all of them, or on any part.
+    """Applies AdamW to float32 master parameters, or to any part of their tree.
 
     Args:
       optimizer: from `make_optimizer`.
       step, params, rest, mu, nu: as in `TrainState`.
       gradients: float32 sums over the microbatches.
-      scale: what the sums are to be multiplied with.
+      scale: factor on the sums, which averages and clips them.
 
     Returns:
       New params, rest, mu and nu, and the sum of squares of the new master parameters.
@@ -305,17 +302,17 @@ def update(
 
 
 def with_shardings(shapes: Tree, shardings: Tree) -> Any:
-    """Shapes with the shardings that stand in the same places."""
+    """Combines a tree of shapes with a tree of shardings."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
 
 
 def narrowed(shapes: Tree, dtype: Any) -> Any:
-    """Shapes and shardings of a tree that is kept in another dtype."""
+    """Replaces the dtype in a tree of shapes and shardings."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), shapes)
 
 
 def microbatch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of a [microbatches, rows, length] batch array."""
+    """Returns the sharding of a [microbatches, rows, length] batch array."""
     return NamedSharding(mesh, PartitionSpec(None, *spec("batch", "length")))

@@ -1,4 +1,4 @@
-"""What a run reports: a progress bar for people, JSON lines and TensorBoard for programs."""
+"""Progress and metrics of a run: a progress bar, JSON lines and TensorBoard."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from eabf_jax.model.lora import Lora
 
 TENSORBOARD = "tensorboard"
 
-# Dense bfloat16 peak of one device in FLOP/s, by a part of `jax.Device.device_kind`; from the vendors' data sheets.
+# Dense bfloat16 peak of one device in FLOP/s, by a substring of `jax.Device.device_kind`; from vendor data sheets.
 PEAK_FLOPS = {
     "H100": 989.4e12,
     "H200": 989.4e12,
@@ -35,19 +35,16 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 peak of a device.
+    """Returns the dense bfloat16 peak of a device in FLOP/s; None if it is not in `PEAK_FLOPS`.
 
     Args:
       device_kind: `jax.Device.device_kind`.
-
-    Returns:
-      FLOP/s, or None for a device that is not in `PEAK_FLOPS`.
     """
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
 
 
 def parameter_count(config: LlamaConfig) -> int:
-    """Number of parameters of a model, biases included."""
+    """Returns the number of parameters of a model, biases included."""
     query, key_value = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     hidden, wide = config.hidden_size, config.intermediate_size
     layer = 2 * hidden * (query + key_value) + 3 * hidden * wide + 2 * hidden
@@ -57,16 +54,16 @@ def parameter_count(config: LlamaConfig) -> int:
 
 
 def flops_per_token(config: LlamaConfig, length: int, lora: Lora | None = None) -> float:
-    """Model FLOPs of forward and backward for one trained token; recomputation is not counted.
+    """Returns the model FLOPs of forward and backward pass per trained token, without recomputation.
 
     Args:
       config: the model's shape.
-      length: tokens a row; causal attention.
-      lora: the adapters where they are trained in place of the model, which then has no gradients of its own.
+      length: tokens per row; attention is causal.
+      lora: the adapters, if they are trained in place of the model's kernels.
 
     Returns:
-      6 x (parameters in matrix products) + 6 x layers x (query heads x head_dim) x length; with adapters 4 x those
-      that are not trained, and 6 x the adapters' own.
+      6 x (parameters in matrix products) + 6 x layers x (query heads x head_dim) x length. With adapters, frozen
+      parameters count 4 x, because they have no gradients.
     """
     embedding = config.vocab_size * config.hidden_size
     looked_up = 0 if config.tie_word_embeddings else embedding
@@ -79,7 +76,7 @@ def flops_per_token(config: LlamaConfig, length: int, lora: Lora | None = None) 
 
 
 def _adapter_count(config: LlamaConfig, lora: Lora) -> int:
-    """Numbers in the adapters of all layers."""
+    """Returns the number of parameters in the adapters of all layers."""
     query, key_value = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     hidden, wide = config.hidden_size, config.intermediate_size
     ends = {
@@ -95,16 +92,16 @@ def _adapter_count(config: LlamaConfig, lora: Lora) -> int:
 
 
 class Tracker:
-    """Writes one record a step to `metrics.jsonl`, to `tensorboard/`, and to the terminal."""
+    """Writes one record per step to `metrics.jsonl`, to `tensorboard/`, and to the terminal."""
 
     def __init__(self, run: Path, *, steps: int, start: int, quiet: bool = False):
-        """Opens the files; records after `start` (of a run that was killed after its last checkpoint) are dropped.
+        """Opens the files; drops records after `start`, left by a run that was killed after its last checkpoint.
 
         Args:
           run: the run's directory.
           steps: optimizer steps of the whole run.
           start: steps already taken.
-          quiet: True on all but the first process of a pod: nothing is written or shown.
+          quiet: writes and shows nothing; True in every process except the first.
         """
         self._steps, self._start, self._quiet = steps, start, quiet
         self._began = time.monotonic()
@@ -123,7 +120,7 @@ class Tracker:
         self._file = path.open("a")
         folder = run / TENSORBOARD
         folder.mkdir(exist_ok=True)
-        # The plain writer, in this thread: SummaryWriter's own thread dies of a full disk unseen, and the run hangs.
+        # Writes from this thread: on a full disk, SummaryWriter's own thread dies silently and the run hangs.
         self._events = EventsWriter(str(folder / "events"), f".{start}")
         restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._events.write_event(event_pb2.Event(wall_time=time.time(), step=start + 1, session_log=restart))
@@ -143,11 +140,11 @@ class Tracker:
             self._file.close()
             self._events.close()
         except OSError:
-            if error is None:  # else the first failure is the one to report
+            if error is None:  # otherwise the first failure is reported
                 raise
 
     def compiled(self) -> None:
-        """Notes that the step is compiled: the time left is reckoned from here."""
+        """Marks the step as compiled and starts the clock for the remaining time."""
         self._began = time.monotonic()
         self._progress.update(self._task, note="first step ...")
 
@@ -156,7 +153,7 @@ class Tracker:
 
         Args:
           step: optimizer steps taken so far.
-          metrics: numbers by name, None for one that is not known; `loss` and `tokens_per_second` are shown to people.
+          metrics: numbers by name, None if unknown; must contain `loss` and `tokens_per_second`.
         """
         left = (time.monotonic() - self._began) / (step - self._start) * (self._steps - step)
         note = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s"
@@ -176,13 +173,13 @@ class Tracker:
         self._events.flush()
 
     def _say(self, line: str) -> None:
-        """A line of its own where there is no terminal to draw a bar on."""
+        """Prints a line if there is no terminal for the progress bar."""
         if not self._console.is_terminal:
             self._console.print(line, soft_wrap=True, highlight=False)
 
 
 def _step_of(line: str) -> float:
-    """The step of a record; infinite for a line that a kill cut short."""
+    """Returns the step of a record; infinity for a truncated line, as a killed run leaves it."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

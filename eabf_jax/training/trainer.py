@@ -61,29 +61,29 @@ from eabf_jax.training.recipe import (
 from eabf_jax.training.step import Program, Saved, Step, build_model, microbatch_sharding
 from eabf_jax.training.tracking import TENSORBOARD, Tracker, flops_per_token, peak_flops
 
-# All that a run writes: what overwriting removes, and nothing else of what may lie beside.
+# Everything that a run writes; overwriting removes these entries and no others.
 _RUN_ENTRIES = (CONFIG_FILE, DATASET_FILE, MODEL_FILE, METRICS_FILE, TENSORBOARD, CHECKPOINTS, *TOKENIZER_FILES)
 
 
 def train(config: TrainConfig) -> Path:
-    """Runs the recipe from a model and a dataset to a run directory, resuming where an earlier start was cut off.
+    """Runs the recipe from a model and a dataset to a run directory; resumes a run that was interrupted.
 
     Args:
       config: from `recipe.load_config`.
 
     Returns:
-      The run's directory: a native model directory with `config.yaml`, `metrics.jsonl` and `tensorboard/` beside.
+      The run's directory: a native model directory that also holds `config.yaml`, `metrics.jsonl` and `tensorboard/`.
     Raises:
-      InputError: input that the user can correct; a loss that is not finite (the last good checkpoint stays);
-        another process that trains in the same directory; `Preempted` where the machine was taken away (a checkpoint
-        was written).
+      InputError: wrong input; a metric that is not finite (the last good checkpoint stays); another process that trains
+        in the same directory.
+      Preempted: a signal or a preemption stopped the run.
     """
     with contextlib.ExitStack() as held:
         return _train(config, held)
 
 
 def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
-    """`train`; `held` is given what the process holds until it ends."""
+    """Implements `train`; `held` receives the lock, which it releases when training ends."""
     run = Path(config.output)
     with all_or_none():
         base = base_config(config)
@@ -134,14 +134,14 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
     with all_or_none():
         if jax.process_index() == 0:
             held.enter_context(locked(run))
-        _check_output(run, config)  # who held it before may have left something
+        _check_output(run, config)  # the previous holder of the lock may have written here
     start = _reached(run, config)
     if start >= steps:
         return run
     state = None
     frozen = _frozen_params(config, step_of.frozen)
     if not start:
-        # The model first: nothing is written for one that cannot be read.
+        # The model is read first, so that nothing is written if it cannot be read.
         state = step_of.begin(_initial_params(config, model_config, step_of.abstract), frozen)
         with all_or_none():
             _begin_run(run, config, model_config, tokenizer, adapter)
@@ -187,10 +187,10 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
                     },
                 )
                 once = {}
-                # A signal to one process stops all of them, behind the same step.
+                # A signal to one process stops all processes after the same step.
                 stopping = any(gathered(preempted.is_set())) or checkpoints.reached_preemption(step)
                 due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
-                if step == steps:  # nobody goes on from here: a third of the size
+                if step == steps:  # nothing resumes from the last step; without moments it takes a third of the size
                     checkpoints.save(step, step_of.saved(state, moments=False), {})
                 elif due or (stopping and planned.can_checkpoint):
                     checkpoints.save(step, step_of.saved(state), batches.get_state())
@@ -201,28 +201,23 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
 
 
 def _least_device() -> Device:
-    """The devices at hand, with the least memory that any process sees: all have to choose the same settings."""
+    """Returns the local device with the least memory that any process sees, so that all choose the same settings."""
     device = device_at_hand()
     memory, host = (min(gathered(int(size) >> 20)) << 20 for size in (device.memory, device.host_memory))
     return dataclasses.replace(device, memory=memory, host_memory=host)
 
 
 class Preempted(InputError):
-    """The machine is being taken away; a checkpoint was written."""
+    """A signal or a preemption stopped the run; a checkpoint was written if host memory has room for one."""
 
 
 def base_config(config: TrainConfig) -> LlamaConfig:
-    """Shape, window (`model.window` where that is set) and scheme of the model that a run starts from.
+    """Returns the configuration of a run's initial model, before the run changes window and scheme.
 
-    Its parameters are not read.
+    Its window is `model.window` if that is set. The parameters are not read.
 
-    Args:
-      config: the run.
-
-    Returns:
-      The model's configuration before the run changes its window and scheme.
     Raises:
-      InputError: neither a path nor a shape, or the two disagree; a `model.window` that is larger than the model's.
+      InputError: neither a path nor a shape is given, or the two disagree; `model.window` is larger than the model's.
     """
     if config.model.path is None:
         return shape_config(config)
@@ -239,7 +234,7 @@ def base_config(config: TrainConfig) -> LlamaConfig:
 
 
 def shape_config(config: TrainConfig) -> LlamaConfig:
-    """The model that `model.shape` describes; see `base_config`."""
+    """Returns the configuration that `model.shape` describes; see `base_config`."""
     if config.model.shape is None:
         raise InputError(
             "the configuration names no model: set model.path (a directory) or model.shape (to start anew)"
@@ -255,16 +250,10 @@ def _with_window(config: TrainConfig, base: LlamaConfig) -> LlamaConfig:
 
 
 def microbatch_count(config: TrainConfig, mesh: Mesh) -> int:
-    """Microbatches of one optimizer step.
+    """Returns the microbatches per optimizer step: batch_size / (microbatch_size x devices that split the batch).
 
-    Args:
-      config: the run.
-      mesh: the device mesh.
-
-    Returns:
-      batch_size / (microbatch_size x devices that split the batch).
     Raises:
-      InputError: that is not a whole number.
+      InputError: the result is not an integer.
     """
     ways, size, batch = batch_ways(mesh), int(config.compute.microbatch_size), config.recipe.batch_size
     if batch % (ways * size):
@@ -282,18 +271,17 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int, 
       batch: arrays `tokens`, `loss_mask`, `positions`, `segment_ids`, each [rows of this process, length].
       mesh: the device mesh.
       microbatches: number of microbatches.
-      every_token: the loss is over every token, and rows hold several documents; otherwise it is over the tokens in
-        `loss_mask`, and each row holds one document (padding after it).
+      every_token: True if rows hold several documents and the loss covers every token. If False, each row holds one
+        document followed by padding, and the loss covers the tokens in `loss_mask`.
 
     Returns:
-      Global arrays [microbatches, rows of a microbatch, length], the tokens of a row in the order in which the mesh's
-      context axis shares them.
+      Global arrays [microbatches, rows of a microbatch, length]; the tokens of a row are in `zigzag_order`.
     """
     segment_ids = batch["segment_ids"]
     learned = np.ones_like(batch["loss_mask"]) if every_token else batch["loss_mask"]
     targets, mask = next_tokens(batch["tokens"], learned, segment_ids)
-    # Padding comes after every real token of a single document: causality alone keeps it out, and the kernels are
-    # faster without a mask.
+    # With one document per row, padding comes last, so the causal mask already excludes it; kernels are faster without
+    # segment ids.
     rows = Microbatch(batch["tokens"], targets, mask, batch["positions"], segment_ids if every_token else None)
     local, length = batch["tokens"].shape
     order = zigzag_order(length, mesh.shape["context"])
@@ -307,18 +295,18 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int, 
 
 
 def prepare_step(config: TrainConfig, mesh: Mesh, model_config: LlamaConfig | None = None, steps: int = 1) -> Step:
-    """The run's optimizer step, planned from shapes alone.
+    """Builds the run's optimizer step from shapes alone.
 
     Args:
-      config: the run.
+      config: the run; the planner chooses the settings of `compute` that are `auto`.
       mesh: the device mesh.
       model_config: the model with the run's window and scheme; None takes it from `model.shape`, or else `model.path`.
       steps: optimizer steps of the run, for the schedule.
 
     Returns:
-      The step of the executor that `compute.executor` names; what `compute` leaves open is chosen by the planner.
+      A step of the kind that `compute.executor` names.
     Raises:
-      InputError: as `train` for the same configuration, but for one that does not fit into memory.
+      InputError: as for `train`, except that the memory is not checked.
     """
     if model_config is None:
         base = shape_config(config) if config.model.shape else base_config(config)
@@ -356,16 +344,16 @@ def prepare_step(config: TrainConfig, mesh: Mesh, model_config: LlamaConfig | No
 
 
 def lower_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
-    """Traces and lowers the run's optimizer step, as one program, from shapes alone: nothing is allocated.
+    """Traces and lowers the run's optimizer step as one program, from shapes alone; allocates nothing.
 
     Args:
-      config: the run; `model.shape` describes the model where it is given, so that no weights are needed.
+      config: the run; if `model.shape` is given, it describes the model and no weights are needed.
       mesh: the mesh to lower for.
 
     Returns:
       The lowered step, ready for `compile()`.
     Raises:
-      InputError: as `train` for the same configuration.
+      InputError: as for `prepare_step`.
     """
     compute = dataclasses.replace(config.compute, executor="program")
     step = prepare_step(dataclasses.replace(config, compute=compute), mesh, steps=config.recipe.steps or 1)
@@ -374,7 +362,7 @@ def lower_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def _initial_params(config: TrainConfig, model_config: LlamaConfig, abstract: Saved) -> Tree:
-    """Float32 parameters to be trained, from `model.path`; what is not there is drawn by the recipe's seed."""
+    """Reads the trained parameters from `model.path` as float32; draws missing ones with the recipe's seed."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
     if config.model.path is None:
         return random_params(model_config, config.recipe.seed, shardings)
@@ -392,7 +380,7 @@ def _initial_params(config: TrainConfig, model_config: LlamaConfig, abstract: Sa
 
 
 def _frozen_params(config: TrainConfig, shapes: Tree) -> Tree:
-    """The parameters that are not trained, in the compute dtype."""
+    """Reads the frozen parameters in the compute dtype."""
     if not shapes or config.model.path is None:
         return {}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
@@ -400,7 +388,7 @@ def _frozen_params(config: TrainConfig, shapes: Tree) -> Tree:
 
 
 def _adapter(run: Path, config: TrainConfig) -> Adapter | None:
-    """What the run's model.json is to tell of adapters; refuses to go on over another base than the run began with."""
+    """Returns the adapter entry for the run's model.json; refuses to resume with a different base model."""
     if config.lora is None:
         return None
     if config.model.path is None:
@@ -417,21 +405,18 @@ def _adapter(run: Path, config: TrainConfig) -> Adapter | None:
 
 
 def random_params(model_config: LlamaConfig, seed: int, shardings: Tree) -> Tree:
-    """Random float32 parameters, drawn where they are to lie.
+    """Draws random float32 parameters directly on their devices.
 
     Args:
       model_config: the model.
-      seed: of the draw.
-      shardings: by parameter.
-
-    Returns:
-      The parameters.
+      seed: seed of the random numbers.
+      shardings: a NamedSharding per parameter, as a nested dict.
     """
     return jax.jit(lambda: Llama(model_config, rngs=nnx.Rngs(seed)).parameters(), out_shardings=shardings)()
 
 
 def _tokenizer(config: TrainConfig) -> Tokenizer | None:
-    """The tokenizer to keep beside the model; a model may have none, a directory named for it may not."""
+    """Loads the tokenizer to store with the model; `model.tokenizer` must have one, `model.path` need not."""
     if config.model.tokenizer is not None:
         return load_tokenizer(config.model.tokenizer)
     if config.model.path is not None and has_tokenizer(config.model.path):
@@ -440,7 +425,7 @@ def _tokenizer(config: TrainConfig) -> Tokenizer | None:
 
 
 def _check_vocabularies(config: TrainConfig, base: LlamaConfig, tokenizer: Tokenizer | None) -> None:
-    """Refuses tokens that the embedding has no row for, and tokens of another tokenizer than the model's."""
+    """Refuses a dataset whose token ids exceed the embedding, or that was made with another tokenizer."""
     directory = config.data.directory
     metadata = read_metadata(directory)
     if metadata.get("vocab_size", 0) > base.vocab_size:
@@ -461,12 +446,12 @@ def _check_vocabularies(config: TrainConfig, base: LlamaConfig, tokenizer: Token
 
 
 def _reached(run: Path, config: TrainConfig) -> int:
-    """The step that the run goes on from: what the first process sees, should a shared directory lag behind."""
+    """Returns the step to resume from, as process 0 sees it, because a shared directory can lag in other processes."""
     return gathered(0 if config.overwrite else latest_step(run))[0]
 
 
 def _check_output(run: Path, config: TrainConfig) -> None:
-    """Refuses an output directory that is not this very run, cut off earlier or finished, and not free to be one."""
+    """Refuses an output directory unless it is empty, holds this same run, or holds a run to overwrite."""
     if jax.process_index() != 0:
         return
     sources = (config.model.path, config.model.tokenizer, config.data.directory)
@@ -500,7 +485,7 @@ def _check_output(run: Path, config: TrainConfig) -> None:
 def _begin_run(
     run: Path, config: TrainConfig, model_config: LlamaConfig, tokenizer: Tokenizer | None, adapter: Adapter | None
 ) -> None:
-    """Writes what a run begins with; config.yaml comes first, so that a start cut off in here is known for this run."""
+    """Writes the run's initial files; config.yaml comes first, so that an interrupted start can still be resumed."""
     if jax.process_index() != 0:
         return
     with replacing(run, _RUN_ENTRIES) if config.overwrite else contextlib.nullcontext():
@@ -514,7 +499,7 @@ def _begin_run(
 
 @contextlib.contextmanager
 def _preemption_flag() -> Iterator[threading.Event]:
-    """An event that SIGTERM (a preempted machine) or the first Ctrl-C sets, so that the loop can save and stop."""
+    """Yields an event that SIGTERM (preemption) or the first Ctrl-C sets, so that the loop can save and stop."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag  # only the main thread may handle signals
@@ -524,7 +509,7 @@ def _preemption_flag() -> Iterator[threading.Event]:
 
     def set_flag(number: int, frame: Any) -> None:
         flag.set()
-        signal.signal(number, before[number])  # the second one is not held back
+        signal.signal(number, before[number])  # a second signal takes effect at once
 
     for number in before:
         signal.signal(number, set_flag)
