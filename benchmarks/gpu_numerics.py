@@ -4,14 +4,14 @@ python benchmarks/gpu_numerics.py --json benchmarks/results/gpu_numerics_h100.js
 python benchmarks/gpu_numerics.py --device cpu --schemes eabf --json OUT.json
 
 Attention kernels are compared with NumPy in float64. Models of three layers are compared with the same model in float32
-with dense attention, whose gradients are JAX's own: the loss, the gradient of every kind of parameter and hidden states
-of the programs that the layerwise step runs, logits of prompts read in chunks, and logits of tokens decoded from a
-cache by rows of different lengths, in bfloat16 and with an int8 cache.
+with dense attention and JAX's own gradients. The comparisons are the loss and the gradients of every kind of parameter
+and of hidden states in the programs of the layerwise step, logits of prompts read in chunks, and logits of tokens
+decoded from a cache by rows of different lengths, in bfloat16 and with an int8 cache.
 
-An error is |a - b| / |b| in the Euclidean norm. It may be at most twice that of the plain way to compute the same in
-bfloat16: dense attention, every weight of it written out. Both round the same numbers to 8 bits, in different order, so
-that their errors are of the same size; a wrong mask, scale or position is many times as large. Where keys and values
-are rounded to int8, the plain way rounds them too. Exit status 1: an error is beyond its limit.
+An error is |a - b| / |b| in the Euclidean norm. It may be at most twice the error of a plain bfloat16 computation with
+dense attention that writes out every attention weight. Both round the same numbers to 8 bits in different order, so
+their errors have the same size, while a wrong mask, scale or position makes one many times larger. If keys and values
+are rounded to int8, the plain computation rounds them too. Exit status 1 means that an error exceeds its limit.
 """
 
 import argparse
@@ -35,25 +35,26 @@ from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.interop.directory import write_json
 
 LENIENCE = 2.0
-# Values of the schemes' parameters that have no default; `pretrained_window` is within the text, so that it matters.
+# Values of the schemes' parameters without a default; `pretrained_window` is shorter than the text, so it has an
+# effect.
 FACTOR, LOW, HIGH = 4.0, 1.0, 4.0
 
 
 class Sizes(NamedTuple):
-    """How large the comparisons are.
+    """The sizes of the comparisons.
 
     Attributes:
-      length: tokens of a row in training, and of a text and what continues it.
+      length: tokens per row in training, and of a text with its continuation.
       chunk: tokens of a prompt read at a time.
-      window: pretrained, of the schemes.
-      decoded: tokens decoded.
-      hidden: of the model, in which a head has `head_dim`.
-      head_dim: of the model that every scheme is tried on.
-      wide: head size of one more model; None for no such.
-      policies: of remat, for EABF; other schemes have the first one.
-      lengths: of the attention kernels.
-      slots: of the caches that a token attends to: XLA's products read the few, cuDNN the many.
-      caches: kinds of them.
+      window: pretrained window of the schemes.
+      decoded: number of decoded tokens.
+      hidden: hidden size of the model.
+      head_dim: head size of the model that every scheme is tried on.
+      wide: head size of another model; None for none.
+      policies: remat policies for EABF; other schemes use the first one.
+      lengths: row lengths for the attention kernels.
+      slots: sizes of the caches that a token attends to: XLA's products read the small ones, cuDNN the large ones.
+      caches: kinds of caches.
     """
 
     length: int
@@ -69,7 +70,7 @@ class Sizes(NamedTuple):
     caches: tuple[str, ...]
 
 
-# On the GPU the caches hold more than the 1,024 slots from where on cuDNN's kernel attends to them.
+# On the GPU, caches have more than 1,024 slots, so that cuDNN's kernel attends to them.
 SIZES = {
     "gpu": Sizes(
         length=1200, chunk=600, window=256, decoded=5, hidden=256, head_dim=64, wide=128,
@@ -81,25 +82,25 @@ SIZES = {
         slots=(48,), caches=("int8",),
     ),
 }  # fmt: skip
-# XLA has no bfloat16 products for CPUs that the backward pass of `chunked` could use.
+# XLA's CPU backend lacks bfloat16 products that the backward pass of `chunked` needs.
 BACKENDS = {"gpu": "auto", "cpu": "reference"}
-HEADS, KV_HEADS, LAYERS, VOCABULARY = 4, 2, 3, 256  # the multiplier of EABF begins with the third layer
+HEADS, KV_HEADS, LAYERS, VOCABULARY = 4, 2, 3, 256  # EABF's multiplier begins at the third layer
 
 
 def distance(found: Any, expected: Any) -> float:
-    """|found - expected| / |expected|, in float64."""
+    """Returns |found - expected| / |expected|, in float64."""
     found, expected = (np.asarray(x, np.float64) for x in (found, expected))
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def comparison(path: str, what: str, found: Any, plain: Any, expected: Any, **where: Any) -> dict[str, Any]:
-    """Holds a result against its reference.
+    """Compares a result with its reference.
 
     Args:
-      path: what computed it.
-      what: it is.
+      path: the code that computed it.
+      what: name of the result.
       found: the result.
-      plain: the same as bfloat16 gives it in the plain way.
+      plain: the result of the plain bfloat16 computation.
       expected: the reference.
       **where: scheme and shape.
 
@@ -117,19 +118,19 @@ def comparison(path: str, what: str, found: Any, plain: Any, expected: Any, **wh
 
 
 def dense(q: Any, k: Any, v: Any, mask: Any, d_out: Any) -> dict[str, np.ndarray]:
-    """Attention and its gradients, written out in float64.
+    """Computes attention and its gradients, written out in float64.
 
     Args:
       q: [batch, length, heads, head_dim].
       k: [batch, keys, kv_heads, head_dim].
-      v: likewise.
+      v: [batch, keys, kv_heads, head_dim].
       mask: [batch, length, keys], true where a query sees a key.
-      d_out: gradient by the output.
+      d_out: gradient of the output.
 
     Returns:
       `out`, `d_q`, `d_k` and `d_v`.
     """
-    # [batch, kv_heads, heads of each, tokens, head_dim]: products of the last two.
+    # [batch, kv_heads, heads of each, tokens, head_dim]: matrix products run over the last two axes.
     rows, kv_heads, head_dim = k.shape[0], k.shape[2], k.shape[3]
 
     def by_head(x: Any) -> np.ndarray:
@@ -144,14 +145,14 @@ def dense(q: Any, k: Any, v: Any, mask: Any, d_out: Any) -> dict[str, np.ndarray
     weights /= weights.sum(-1, keepdims=True)
     d_weights = d_out @ v.mT
     d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
-    # A key serves all heads of its group.
+    # All heads of a group share a key.
     d_k, d_v = ((x.mT @ y).sum(2, keepdims=True) for x, y in ((d_logits, q), (weights, d_out)))
     found = {"out": weights @ v, "d_q": d_logits @ k, "d_k": d_k, "d_v": d_v}
     return {name: by_token(x) for name, x in found.items()}
 
 
 def drawn(seed: int, *shapes: tuple[int, ...]) -> list[Any]:
-    """Normal numbers in bfloat16; those of the first shape, the queries, make logits of unit variance."""
+    """Draws normal numbers in bfloat16; the first shape, the queries, is scaled for logits of unit variance."""
     import jax.numpy as jnp
 
     random = np.random.default_rng(seed)
@@ -160,7 +161,7 @@ def drawn(seed: int, *shapes: tuple[int, ...]) -> list[Any]:
 
 
 def attention_case(backend: str, length: int, kv_heads: int, head_dim: int, packed: bool) -> list[dict[str, Any]]:
-    """A training kernel, forward and backward, on rows of one length."""
+    """Checks a training kernel, forward and backward, on rows of one length."""
     import jax
     import jax.numpy as jnp
 
@@ -189,7 +190,7 @@ def attention_case(backend: str, length: int, kv_heads: int, head_dim: int, pack
 
 
 def int8_rounded(x: Any) -> Any:
-    """Keys or values rounded to 8 bits with a scale of their own for each token and head."""
+    """Rounds keys or values to 8 bits, with a separate scale for each token and head."""
     import jax.numpy as jnp
 
     wide = x.astype(jnp.float32)
@@ -198,7 +199,7 @@ def int8_rounded(x: Any) -> Any:
 
 
 def token_case(backend: str, slots: int, kv_heads: int, head_dim: int, kind: str) -> list[dict[str, Any]]:
-    """One query a row against a cache that rows of different lengths fill in part."""
+    """Checks one query per row against a cache that rows of different lengths fill in part."""
     import jax
     import jax.numpy as jnp
 
@@ -215,7 +216,7 @@ def token_case(backend: str, slots: int, kv_heads: int, head_dim: int, kind: str
     def found(q: Any, k: Any, v: Any, newest: Any, positions: Any) -> Any:
         cache = empty_cache(rows, kv_heads, slots, head_dim, jnp.bfloat16, kind)
         _, cache = attend_chunk(q, k, v, cache, start=0, backend=backend)
-        # What lies beyond a row's end must not be seen.
+        # Slots beyond a row's end must not be seen.
         beyond = jnp.arange(slots) >= positions[:, None, None]
         cache = cache._replace(
             k=jnp.where(beyond[..., None], 100, cache.k).astype(cache.k.dtype),
@@ -243,7 +244,7 @@ def token_case(backend: str, slots: int, kv_heads: int, head_dim: int, kind: str
 
 
 def scheme_of(name: str, window: int) -> Any:
-    """A scheme by its name, extended beyond a pretrained window."""
+    """Builds a scheme by name, extended beyond a pretrained window."""
     from eabf_jax.rope import parameters_of, scheme
 
     values = {"base": 10_000.0, "factor": FACTOR, "pretrained_window": window, "low_freq_factor": LOW,
@@ -253,7 +254,7 @@ def scheme_of(name: str, window: int) -> Any:
 
 
 def configuration(sizes: Sizes, rope: Any, head_dim: int) -> Any:
-    """A small model of a shape."""
+    """Returns the configuration of a small model."""
     from eabf_jax.model import LlamaConfig
 
     return LlamaConfig(
@@ -271,10 +272,10 @@ def configuration(sizes: Sizes, rope: Any, head_dim: int) -> Any:
 
 
 class Dense:
-    """A model with dense attention: in float32 the reference, in bfloat16 the plain way."""
+    """A model with dense attention: the reference in float32, and the plain computation in bfloat16."""
 
     def __init__(self, config: Any, parameters: Any, dtype: str, rounded: Callable[[Any], Any] = lambda x: x):
-        """Compiles nothing yet; `rounded` is applied to keys and values."""
+        """Stores the model without compiling anything; `rounded` is applied to keys and values."""
         import jax
         import jax.numpy as jnp
 
@@ -298,12 +299,12 @@ class Dense:
         self._both, self._logits = jax.jit(jax.value_and_grad(loss, has_aux=True)), jax.jit(logits)
 
     def loss_and_gradients(self, tokens: Any, targets: Any) -> tuple[Any, Any]:
-        """Sum of the losses, and its gradients."""
+        """Returns the sum of the losses, and its gradients."""
         (total, _), gradients = self._both(self._parameters, tokens, targets)
         return total, gradients
 
     def logits_after(self, texts: Sequence[Sequence[int]], width: int) -> np.ndarray:
-        """Logits of the token after each text; texts are padded to one width with another segment."""
+        """Returns the logits of the token after each text; texts are padded to one width with another segment."""
         tokens = np.zeros((len(texts), width), np.int32)
         ids = np.ones((len(texts), width), np.int32)
         for row, text in enumerate(texts):
@@ -315,7 +316,7 @@ class Dense:
 def as_in_training(
     config: Any, parameters: Any, backend: str, policy: str, tokens: Any, targets: Any
 ) -> tuple[Any, Any]:
-    """Loss and gradients as the layerwise step has them: a program for each piece, bfloat16, gradients in float32."""
+    """Computes loss and gradients like the layerwise step: a program for each piece, bfloat16, gradients in float32."""
     import jax
     import jax.numpy as jnp
 
@@ -353,7 +354,7 @@ def as_in_training(
 
 
 def named(tree: Any) -> dict[str, Any]:
-    """Leaves by dotted name."""
+    """Returns the leaves of a tree by dotted name."""
     import jax
 
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -361,10 +362,10 @@ def named(tree: Any) -> dict[str, Any]:
 
 
 class Case:
-    """One model and one text, on which everything is compared."""
+    """One model and one text for all comparisons."""
 
     def __init__(self, sizes: Sizes, backend: str, name: str, head_dim: int):
-        """Draws weights and tokens; nothing is computed yet."""
+        """Draws weights and tokens without computing anything."""
         import jax
         import jax.numpy as jnp
 
@@ -376,7 +377,8 @@ class Case:
         random = np.random.default_rng(1)
 
         def draw(path: Any, leaf: Any) -> Any:
-            # Sizes with which activations stay near 1; what bfloat16 holds, as the references begin with the same.
+            # Sizes that keep activations near 1. The values are exact in bfloat16, so that references begin with the
+            # same weights.
             sizes = {"scale": (1.0, 0.1), "embedding": (0.0, 1.0), "kernel": (0.0, leaf.shape[-2:][0] ** -0.5)}
             return jnp.asarray(random.normal(*sizes[path[-1].key], leaf.shape), jnp.bfloat16).astype(jnp.float32)
 
@@ -386,15 +388,15 @@ class Case:
         self._tokens, self._targets = random.integers(0, VOCABULARY, (2, 2, sizes.length)).astype(np.int32)
 
     def training(self, policies: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Loss and gradients."""
+        """Compares loss and gradients."""
         texts = self._tokens, self._targets
         loss, gradients = self._exact.loss_and_gradients(*texts)
         plain_loss, plain_gradients = self._plain.loss_and_gradients(*texts)
         for policy in policies:
             total, found = as_in_training(self._config, self._parameters, self._backend, policy, *texts)
             where, path = {**self._where, "remat": policy}, f"training, {self._backend}"
-            # In one number the plain way's roundings may cancel out by chance. The limit is twice the most by which
-            # rounding to 8 bits changes a number.
+            # In a single number, the plain computation's roundings may cancel by chance. The limit is twice the largest
+            # relative change from rounding to 8 bits.
             error, limit = distance(total, loss), LENIENCE * 2.0**-9
             yield {"path": path, **where, "what": "loss", "error": error, "limit": limit,
                    "plain_error": distance(plain_loss, loss), "within": error <= limit}  # fmt: skip
@@ -403,7 +405,7 @@ class Case:
                 yield comparison(path, f"gradient of {name}", gradient, plain[name], exact[name], **where)
 
     def generation(self, kind: str) -> Iterator[dict[str, Any]]:
-        """Logits after prompts of different lengths, read in chunks, and after each of some tokens decoded."""
+        """Compares logits after prompts of different lengths, read in chunks, and after a few decoded tokens."""
         import jax.numpy as jnp
 
         from eabf_jax.inference import Generator
@@ -428,7 +430,7 @@ class Case:
         yield compared("prefill", generator.next_token_logits(prompts), prompts)
         texts = [list(prompt) for prompt in prompts]
         completions = generator.generate(prompts, sizes.decoded + 1)
-        if not config.rope.depends_on_length:  # else every token has the texts read again, as prompts are
+        if not config.rope.depends_on_length:  # otherwise every token reads the texts again, like prompts
             decode = decoding(generator, prompts, longest + sizes.decoded)
             for step in range(sizes.decoded):
                 for text, completion in zip(texts, completions, strict=True):
@@ -439,14 +441,14 @@ class Case:
         yield self._choices(prompts, completions, plain, where)
 
     def _choices(self, prompts: Any, completions: Any, plain: Dense, where: dict[str, Any]) -> dict[str, Any]:
-        """How far the tokens of the compiled loop are below the reference's likeliest, in logits."""
+        """Measures how far the tokens of the compiled loop are below the reference's likeliest tokens, in logits."""
         worst = limit = 0.0
         for made in range(self._sizes.decoded + 1):
             texts = [p + c.tokens[:made] for p, c in zip(prompts, completions, strict=True)]
             exact, rounded = (model.logits_after(texts, self._sizes.length) for model in (self._exact, plain))
             chosen = np.array([c.tokens[made] for c in completions])
             worst = max(worst, float((exact.max(-1) - exact[np.arange(len(chosen)), chosen]).max()))
-            # Of two tokens each may be wrong by as much as a logit may.
+            # Two tokens are compared, and the logit of each may be off by the limit of a logit.
             limit = max(limit, 2 * LENIENCE * float(np.abs(rounded - exact).max()))
         return {"path": f"generate, {self._backend}", **where, "what": "logits of greedy tokens below the likeliest",
                 "error": worst, "plain_error": limit / (2 * LENIENCE), "limit": limit,
@@ -454,7 +456,7 @@ class Case:
 
 
 def decoding(generator: Any, prompts: Any, total: int) -> Callable[[Any, Any], Any]:
-    """The step of the generator's loop up to the logits, on caches into which it has read the prompts."""
+    """Returns the step of the generator's loop up to the logits, on caches that hold the prompts."""
     import jax
     import jax.numpy as jnp
 
@@ -487,7 +489,7 @@ def decoding(generator: Any, prompts: Any, total: int) -> Callable[[Any, Any], A
 
 
 def model_case(sizes: Sizes, backend: str, name: str, head_dim: int, policies: Sequence[str]) -> list[dict[str, Any]]:
-    """A whole model under one scheme, in training and in generation."""
+    """Checks a whole model under one scheme, in training and in generation."""
     case = Case(sizes, backend, name, head_dim)
     return [*case.training(policies), *(x for kind in sizes.caches for x in case.generation(kind))]
 
@@ -496,7 +498,7 @@ Job = Callable[[], list[dict[str, Any]]]
 
 
 def jobs(sizes: Sizes, backend: str, schemes: Sequence[str]) -> list[Job]:
-    """What is compared, each part for itself."""
+    """Lists all comparisons as independent jobs."""
     model, first = functools.partial(model_case, sizes, backend), sizes.policies[:1]
     found: list[Job] = [
         functools.partial(model, name, sizes.head_dim, sizes.policies if name == "eabf" else first) for name in schemes
@@ -515,9 +517,10 @@ def jobs(sizes: Sizes, backend: str, schemes: Sequence[str]) -> list[Job]:
 
 
 def done(running: Sequence[Job], workers: int) -> Iterator[list[dict[str, Any]]]:
-    """What each part found, as they end; with more than one worker, in processes.
+    """Yields the results of each job as it ends; several workers run in separate processes.
 
-    They are no threads: cuDNN records a CUDA graph when it loads a plan, which another thread's work spoils.
+    They are not threads, because cuDNN records a CUDA graph when it loads a plan, and another thread's work breaks
+    that.
     """
     if workers == 1:
         yield from (job() for job in running)

@@ -1,8 +1,8 @@
-"""Greedy text of a model, ours against transformers' `generate`, token for token in float32.
+"""Compares our greedy text of a model with transformers' `generate`, token for token in float32.
 
 python benchmarks/greedy_parity.py --model DIR --json benchmarks/results/greedy_parity_smollm2_cpu.json
 
-DIR is a Hugging Face directory, such as `python convert/from_gguf.py` makes of SmolLM2-135M-Instruct's GGUF file.
+DIR is a Hugging Face directory, for example SmolLM2-135M-Instruct converted by `python convert/from_gguf.py`.
 """
 
 import argparse
@@ -33,12 +33,12 @@ def measure(model: Path, tokens: int) -> dict[str, Any]:
 
     Args:
       model: a Hugging Face directory.
-      tokens: how many new ones.
+      tokens: number of new tokens.
 
     Returns:
-      For each prompt, how many tokens are the same from the first on, and the text.
+      For each prompt, the number of equal tokens from the first on, and the text.
     Raises:
-      InputError: no such directory, or one without a tokenizer.
+      InputError: no such directory, or a directory without a tokenizer.
     """
     ours, tokenizer = load(model, dtype="float32")
     if tokenizer is None:

@@ -1,10 +1,10 @@
-"""lm-evaluation-harness with our model class against its own Hugging Face backend: same requests, same results.
+"""Compares our model class in lm-evaluation-harness with its Hugging Face backend: same requests, same results.
 
 python benchmarks/harness_parity.py --model DIR --json benchmarks/results/harness_parity_smollm2_cpu.json
 
-DIR is a Hugging Face directory, such as `python convert/from_gguf.py` makes of SmolLM2-135M-Instruct's GGUF file. The
-tasks are LongBench's twelve as the harness defines them, on short documents of our own, with the prompts in the model's
-chat template where LongBench sets them into one; and local ones for log-likelihoods. Both in float32, greedy.
+DIR is a Hugging Face directory, for example SmolLM2-135M-Instruct converted by `python convert/from_gguf.py`. The tasks
+are LongBench's twelve as the harness defines them, on our own short documents, and local tasks for log-likelihoods.
+Prompts are in the model's chat template where LongBench uses one. Both run greedily in float32.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL = ("local_choice", "local_last_word", "local_rolling")
-# Whole windows of the texts to be scored, so that some take several.
+# A window for scoring that some texts exceed, so that they need several windows.
 WINDOW = 2048
 
 
@@ -26,7 +26,7 @@ def measure(model: Path) -> dict[str, Any]:
       model: a Hugging Face directory.
 
     Returns:
-      For each task the scores of both, and how far the answers to its requests agree.
+      For each task, the scores of both, and how closely the answers to its requests agree.
     """
     import lm_eval
     import transformers
@@ -36,7 +36,7 @@ def measure(model: Path) -> dict[str, Any]:
     from eabf_jax.evaluation.harness import EabfLM
     from eabf_jax.evaluation.longbench import GROUP
 
-    os.chdir(ROOT)  # the task files name their documents from there
+    os.chdir(ROOT)  # the task files name their documents relative to it
     tasks_of = "tests/evaluation/harness_tasks"
     arguments = argparse.Namespace(apply_chat_template=True, num_fewshot=None, limit=None, include_path=tasks_of)
     names = (GROUP, *LOCAL)
@@ -87,7 +87,7 @@ def _compared(task: str, ours: tuple[dict, list], theirs: tuple[dict, list]) -> 
         ]
         row["largest_difference"] = max(abs(mine[0] - reference[0]) for mine, reference in pairs)
         row["log_likelihoods"] = [reference[0] for _, reference in pairs]
-        # Float32 sums in two orders, of up to some hundred tokens.
+        # The tolerance covers float32 sums over up to a few hundred tokens in different order.
         row["equal"] = same_requests and all(
             mine[1:] == reference[1:] and abs(mine[0] - reference[0]) <= 2e-5 * max(1, abs(reference[0]))
             for mine, reference in pairs

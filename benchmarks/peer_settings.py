@@ -1,4 +1,4 @@
-"""The switches of the training peer: what they are called, and which there are. Imports neither JAX nor PyTorch."""
+"""Names and choices of the training peer's switches. Imports neither JAX nor PyTorch."""
 
 import fnmatch
 import itertools
@@ -19,7 +19,7 @@ class Setting(NamedTuple):
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    # the kernel of scaled_dot_product_attention: PyTorch's own choice, or that one alone
+    # the kernel of scaled_dot_product_attention: PyTorch's own choice, or only the named one
     "attention": ("default", "cudnn", "flash"),
     # compiled: every decoder layer through torch.compile
     "layers": ("eager", "compiled"),
@@ -34,15 +34,15 @@ ALL = tuple(Setting(*words) for words in itertools.product(*CHOICES.values()))
 
 
 def matching(patterns: str) -> list[Setting]:
-    """Settings that match.
+    """Returns the settings that match patterns.
 
     Args:
-      patterns: settings with commas between them, `*` for every choice: "*/compiled/liger/checkpointed/bfloat16".
+      patterns: comma-separated settings, with `*` for every choice: "*/compiled/liger/checkpointed/bfloat16".
 
     Returns:
       The settings, in the order of ALL; those without Liger's kernels first.
     Raises:
-      ValueError: a pattern that matches none.
+      ValueError: a pattern matches no setting.
     """
     wanted = [pattern for pattern in patterns.split(",") if pattern]
     for pattern in wanted:

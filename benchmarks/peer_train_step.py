@@ -1,15 +1,15 @@
 """The peer of train_step.py: the same optimizer step in PyTorch with Hugging Face transformers, random weights.
 
-`train_step.py` starts this as a process of its own, so that each stack has the whole GPU. It imports nothing of
-eabf_jax, and runs alone as well:
+`train_step.py` runs this in a separate process, so that each stack has the whole GPU. It imports nothing from eabf_jax,
+and also runs alone:
 
     python benchmarks/peer_train_step.py --json peer.json --rope-theta 500000 --length 16384 \
         --settings default/eager/none/checkpointed/bfloat16,default/compiled/liger/checkpointed/bfloat16 \
         --shape '{"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
                   "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128}'
 
-Liger's kernels replace functions of transformers for the rest of the process: all settings of a command have them, or
-none has.
+Liger's kernels replace functions of transformers for the rest of the process, so either all settings of a command use
+them or none.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 
 from peer_settings import Setting, matching
 
-# Segments that grow keep PyTorch's allocator from failing on fragmentation, which would cost it its longest lengths.
+# Expandable segments keep PyTorch's allocator from failing on fragmentation, which would cost it the longest lengths.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
@@ -38,7 +38,7 @@ ATTENTION = {"default": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPB
 
 
 def settings(text: str) -> list[Setting]:
-    """Settings with commas between them, all with Liger's kernels or all without."""
+    """Parses comma-separated settings, all with Liger's kernels or all without."""
     try:
         found = matching(text)
     except ValueError as error:
@@ -49,7 +49,7 @@ def settings(text: str) -> list[Setting]:
 
 
 def build_model(shape: dict[str, Any], rope_theta: float, told: Setting, device: str) -> LlamaForCausalLM:
-    """A model with random weights, made on the device itself.
+    """Builds a model with random weights directly on the device.
 
     Args:
       shape: fields of transformers' LlamaConfig.
@@ -76,22 +76,22 @@ def build_model(shape: dict[str, Any], rope_theta: float, told: Setting, device:
     if told.checkpointing == "checkpointed":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if told.layers == "compiled":
-        # The layer as it is called, checkpointing included: the compiler then leaves out of the recomputation what the
-        # backward pass does not need, which it cannot where checkpointing calls a compiled forward pass.
+        # The whole layer is compiled, checkpointing included, so the compiler can skip recomputing what the backward
+        # pass does not need. It could not if checkpointing called a compiled forward pass.
         for number, layer in enumerate(model.model.layers):
             model.model.layers[number] = torch.compile(layer)
     return model
 
 
 class Clock:
-    """Times stretches of a step without making the host wait for the device in between."""
+    """Times intervals of a step without making the host wait for the device in between."""
 
     def __init__(self, device: str):
         self._device = device
         self._marks: list[Any] = []
 
     def mark(self) -> None:
-        """Ends a stretch and begins the next."""
+        """Ends an interval and begins the next."""
         if self._device == "cuda":
             mark = torch.cuda.Event(enable_timing=True)
             mark.record()
@@ -100,7 +100,7 @@ class Clock:
             self._marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Seconds of every stretch; waits for the device."""
+        """Returns the seconds of every interval; waits for the device."""
         pairs = list(zip(self._marks, self._marks[1:], strict=False))
         if self._device == "cuda":
             torch.cuda.synchronize()
@@ -135,7 +135,7 @@ def measure(told: Setting, options: argparse.Namespace, device: str) -> dict[str
         clock.mark()
         size = (count, options.microbatch_size, options.length)
         for tokens in torch.randint(options.shape["vocab_size"], size, device=device):
-            # The backward pass runs the layers' forward again: it needs the same kernels forced.
+            # The backward pass runs the layers' forward again, so it needs the same forced kernels.
             with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
                 with autocast:
                     loss = model(input_ids=tokens, labels=tokens).loss / count
@@ -197,12 +197,12 @@ def main() -> None:
             figures = measure(told, options, device)
         except torch.OutOfMemoryError as error:
             figures = {"out_of_memory": True, "error": str(error).splitlines()[0]}
-        except Exception as error:  # one setting that a release cannot run must not hide the others
+        except Exception as error:  # a setting that a release cannot run must not hide the others
             figures["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         figures |= told._asdict() | {"cuda": torch.version.cuda, "wall_seconds": time.perf_counter() - began}
         figures |= {"microbatches": options.microbatches, "microbatch_size": options.microbatch_size}
         report[str(told)] = figures
-        # The next setting begins with nothing of this one on the device.
+        # Frees everything of this setting on the device before the next one.
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()

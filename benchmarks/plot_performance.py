@@ -1,9 +1,9 @@
-"""Draws docs/performance/*.png and writes the tables of docs/performance.md and the tables of speed in README.md.
+"""Draws docs/performance/*.png, and writes the tables of docs/performance.md and the speed tables of README.md.
 
     python benchmarks/plot_performance.py
 
-Every figure in the page comes from a file in benchmarks/results, written by train_step.py or generate.py; the page says
-which, and marks the figures whose code has changed since.
+Every figure comes from a file in benchmarks/results that a benchmark wrote. The page names that file, and marks figures
+whose code has changed since.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from eabf_jax.errors import InputError
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- begin: {}, written by benchmarks/plot_performance.py -->", "<!-- end -->"
 
-STACKS = {"ours": "eabf-jax", "peer": "strongest peer", "masters": "its float32 setting"}
-# By stack of the peer: the entry's keys of the setting and of the ratio, and how the names of its settings end.
+STACKS = {"ours": "eabf-jax", "peer": "strongest peer", "masters": "peer, float32 state"}
+# By stack of the peer: an entry's keys for the setting and the ratio, and the last word of its settings' names.
 PEERS = {
     "peer": ("strongest_peer", "ratio_to_strongest_peer", "bfloat16"),
     "masters": ("strongest_float32_peer", "ratio_to_strongest_float32_peer", "autocast"),
@@ -34,7 +34,7 @@ Group = tuple[str, str, int]  # configuration, device, number of devices
 
 
 def all_results(directory: Path) -> list[dict[str, Any]]:
-    """The reports that lie in a directory, `file` added to each."""
+    """Reads the reports in a directory, and adds `file` to each."""
     paths = sorted(directory.glob("*.json"))
     return [{**json.loads(path.read_text(encoding="utf-8")), "file": path.name} for path in paths]
 
@@ -43,12 +43,12 @@ def read_results(directory: Path) -> list[dict[str, Any]]:
     """Reads the reports of train_step.py.
 
     Args:
-      directory: where they lie; JSON files of other benchmarks are passed over.
+      directory: directory of the results; files of other benchmarks are skipped.
 
     Returns:
       The reports, oldest first.
     Raises:
-      InputError: there is none.
+      InputError: there are none.
     """
     reports = [report for report in all_results(directory) if report.get("benchmark") == "train_step"]
     if not reports:
@@ -57,12 +57,12 @@ def read_results(directory: Path) -> list[dict[str, Any]]:
 
 
 def entries_of(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The report's measurements, one a length, with its `file`."""
+    """Returns a report's measurements, one per length, with its `file`."""
     return [{**entry, "file": report["file"]} for entry in report.get("lengths", [report])]
 
 
 def grouped(reports: Sequence[Mapping[str, Any]]) -> dict[Group, list[Mapping[str, Any]]]:
-    """Reports by configuration, device and number of devices, each group oldest first."""
+    """Groups reports by configuration, device and number of devices, each group oldest first."""
     groups: dict[Group, list[Mapping[str, Any]]] = {}
     for report in reports:
         group = (report["name"], report.get("device", "unknown device"), report.get("devices", 1))
@@ -71,9 +71,9 @@ def grouped(reports: Sequence[Mapping[str, Any]]) -> dict[Group, list[Mapping[st
 
 
 def stacks_of(entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Figures by stack at one length: ours, the strongest setting of the peer, and that with float32 parameters.
+    """Returns the figures of each stack at one length: ours, the strongest peer setting, and that with float32 state.
 
-    Where no setting ran, `peer` is one that did not. Results from before the peer's switches were tried have no peer.
+    If no setting ran, `peer` is a setting that failed. Older results, without the peer's switches, have no peer.
     """
     found: dict[str, Mapping[str, Any]] = {"ours": entry}
     peers = entry["peers"] if "strongest_peer" in entry else {}
@@ -86,13 +86,13 @@ def stacks_of(entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def curves(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Mapping[str, Any]]]:
-    """What the lines of a picture go through.
+    """Finds the points that the lines of a picture go through.
 
     Args:
       reports: the group's, oldest first.
 
     Returns:
-      By stack, by length, the figures of the report in which it was fastest; where it never ran, of the newest.
+      By stack and length, the figures of the fastest report; of the newest report if the stack never ran.
     """
     found: dict[str, dict[int, Mapping[str, Any]]] = {}
     for entry in (entry for report in reports for entry in entries_of(report)):
@@ -108,9 +108,9 @@ def _rate(figures: Mapping[str, Any]) -> float:
 
 
 def draw(group: Group, reports: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws tokens per second and memory against length: a point each measurement, a cross where memory ran out.
+    """Draws tokens per second and memory against length: a point per measurement, a cross where memory ran out.
 
-    Of each stack, a line goes through the points of `curves`; so what the tables list is all in the picture.
+    For each stack, a line goes through the points of `curves`, so the picture has everything that the tables list.
 
     Args:
       group: for the title.
@@ -121,7 +121,7 @@ def draw(group: Group, reports: Sequence[Mapping[str, Any]], path: Path) -> None
     panels = (("tokens_per_second", "tokens per second"), ("peak_gib", "peak device memory (GiB)"))
     found = curves(reports)
     entries = [entry for report in reports for entry in entries_of(report)]
-    # Ours is the emphasised one.
+    # Ours comes last, which emphasises it.
     stacks = sorted(found, key=lambda stack: stack == "ours")
     for number, (key, label) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, 2, number)
@@ -129,7 +129,7 @@ def draw(group: Group, reports: Sequence[Mapping[str, Any]], path: Path) -> None
             points = found[stack]
             style = line_style(index, len(stacks) if "ours" in found else len(stacks) + 1)
             ran = sorted(length for length, figures in points.items() if figures.get(key) is not None)
-            # Of each stack one label for both panels.
+            # Each stack has one label for both panels.
             name = STACKS.get(stack, stack) if number == 1 else None
             axes.plot(ran, [points[length][key] for length in ran], label=name, **style)
             measured = [(entry["length"], stacks_of(entry).get(stack, {}).get(key)) for entry in entries]
@@ -137,13 +137,13 @@ def draw(group: Group, reports: Sequence[Mapping[str, Any]], path: Path) -> None
             unjoined = {**style, "linestyle": "", "markerfacecolor": "none"}
             axes.plot([length for length, _ in each], [value for _, value in each], **unjoined)
             full = sorted(length for length, figures in points.items() if figures.get("out_of_memory"))
-            # Just above the axis, one stack's crosses over another's.
+            # Just above the axis, with each stack's crosses at a different height.
             at = {"transform": axes.get_xaxis_transform(), "color": style["color"]}
             axes.plot(full, [0.03 * (1 + index)] * len(full), "x", **at)
         length_axis(axes, sorted({length for points in found.values() for length in points}))
         axes.margins(y=0.1)
         axes.set_ylim(bottom=0)
-        axes.set(xlabel="tokens a row (× : out of memory)", ylabel=label)
+        axes.set(xlabel="tokens per row (×: out of memory)", ylabel=label)
         axes.grid(alpha=0.3)
     name, device, devices = group
     figure.suptitle(f"{name}, full fine-tuning step, {devices} × {device}", fontsize=11)
@@ -152,24 +152,24 @@ def draw(group: Group, reports: Sequence[Mapping[str, Any]], path: Path) -> None
 
 
 def picture_name(group: Group) -> str:
-    """File name of a group's picture."""
+    """Returns the file name of a group's picture."""
     name, device, devices = group
     return re.sub(r"[^a-z0-9]+", "_", f"{name} {devices}x {device}".lower()).strip("_") + ".png"
 
 
 def number(value: float | None, form: str) -> str:
-    """A number as a table shows it, a dash where there is none."""
+    """Formats a number for a table; None is a dash."""
     return "–" if value is None else format(value, form)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table."""
+    """Returns the lines of a Markdown table."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return [*lines, ""]
 
 
 def speed_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every measurement of a group: each stack at each length, the shortest first."""
+    """Returns the table of a group's measurements: each stack at each length, shortest first."""
     rows = []
     measured = [(report, entry) for report in reports for entry in entries_of(report)]
     for report, entry in sorted(measured, key=lambda pair: pair[1]["length"]):
@@ -190,39 +190,40 @@ def speed_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
             row += [f"{ratio:.2f} ×" if ratio else "–"]
             rows.append([*row, source(report)])
     header = ("length", "stack", "tokens/s (slowest–fastest step)", "MFU", "peak GiB", "planned GiB", "microbatches")
-    return table([*header, "settings", "ours is", "from"], rows)
+    return table([*header, "settings", "ours / peer", "source"], rows)
 
 
 def spread(figures: Mapping[str, Any]) -> str:
-    """Tokens per second of the median step, and of the slowest and the fastest one."""
+    """Formats the tokens per second of the median step, and of the slowest and fastest step."""
     rate, seconds = figures["tokens_per_second"], sorted(figures["seconds"])
     tokens = rate * statistics.median(seconds)
-    return f"{rate:,.0f} ({tokens / seconds[-1]:,.0f}–{tokens / seconds[0]:,.0f}, {len(seconds)} steps)"
+    steps = "1 step" if len(seconds) == 1 else f"{len(seconds)} steps"
+    return f"{rate:,.0f} ({tokens / seconds[-1]:,.0f}–{tokens / seconds[0]:,.0f}, {steps})"
 
 
 def peak(figures: Mapping[str, Any]) -> str:
-    """Peak memory; that the allocator had no more to give is said, for then the figure is a limit and no need."""
+    """Formats the peak memory; says if it equals the allocator's limit, because then it may not be what was needed."""
     told = number(figures["peak_gib"], ".1f")
-    return f"{told}, all there is" if figures["peak_gib"] == figures.get("limit_gib") and told != "–" else told
+    return f"{told}, the limit" if figures["peak_gib"] == figures.get("limit_gib") and told != "–" else told
 
 
 def source(report: Mapping[str, Any]) -> str:
-    """Links to a result file, with its date and commit, and says whether the code that it measures has changed."""
+    """Links to a result file with its date and commit, and says whether the measured code has changed."""
     link = f"[{report['file']}](../benchmarks/results/{report['file']})"
     told = " ".join(filter(None, (report.get("date", "")[:10], report.get("commit"))))
     files = changed(report)
     if files is None:
-        return f"{link} **stale**: from before results told what they measure"
+        return f"{link} **stale**: no record of the code measured"
     return f"{link} {told}" + (f" **stale**: {', '.join(map(short, files))} changed since" if files else "")
 
 
 def short(file: str) -> str:
-    """A file's name without its folders."""
+    """Returns a file's name without its folders."""
     return Path(file).name
 
 
 def settings_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every setting of the peer that was tried in a group; none where none was."""
+    """Returns the table of all peer settings tried in a group; empty if there are none."""
     rows = [
         [
             f"{entry['length']:,}",
@@ -237,12 +238,12 @@ def settings_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
         if "strongest_peer" in entry
         for name, peer in sorted(entry["peers"].items(), key=lambda item: -_rate(item[1]))
     ]
-    header = ("length", "setting of the peer", "tokens/s (slowest–fastest step)", "peak GiB", "microbatches", "from")
+    header = ("length", "peer setting", "tokens/s (slowest–fastest step)", "peak GiB", "microbatches", "source")
     return table(header, rows) if rows else []
 
 
 def settings_of(figures: Mapping[str, Any]) -> str:
-    """What a stack was told: we, what to keep and where the optimizer's state lies; a peer, its setting."""
+    """Describes a stack's settings: ours by kept values and place of the optimizer state, a peer's by name."""
     if "compute" in figures:
         return f"keeps {figures['compute']['remat']}, state on {figures['compute']['optimizer_memory']}"
     return str(figures.get("setting", "–"))
@@ -254,16 +255,16 @@ def single_figures(
     header: Sequence[str],
     cells: Callable[[Mapping[str, Any]], Sequence[str]],
 ) -> list[str]:
-    """A table over all groups of the entries that have one more kind of figure.
+    """Returns a table, over all groups, of the entries that have an additional kind of figure.
 
     Args:
       groups: from `grouped`.
-      key: of that figure in an entry.
+      key: the figure's key in an entry.
       header: names of its columns.
-      cells: its columns, from the figure.
+      cells: computes its columns from the figure.
 
     Returns:
-      The lines; none where no entry has it.
+      The lines; empty if no entry has the figure.
     """
     rows = [
         [name, f"{devices} × {device}", f"{entry['length']:,}", *cells(entry[key]), source(report)]
@@ -272,11 +273,11 @@ def single_figures(
         for entry in entries_of(report)
         if key in entry
     ]
-    return table(["configuration", "device", "length", *header, "from"], rows) if rows else []
+    return table(["configuration", "device", "length", *header, "source"], rows) if rows else []
 
 
 def scaling_table(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """What several devices reach, of as many times the most that one of their kind does at the same length."""
+    """Returns the table of scaling: the rate of N devices over N times the best rate of one, at the same length."""
     rows = []
     for (name, device, devices), reports in groups.items():
         alone, together = fastest(groups.get((name, device, 1), [])), fastest(reports)
@@ -284,12 +285,12 @@ def scaling_table(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> list[s
             share = together[length] / (devices * alone[length])
             cells = (f"{length:,}", f"{together[length]:,.0f}", f"{alone[length]:,.0f}", f"{share:.1%}")
             rows.append([name, f"{devices} × {device}", *cells])
-    header = ("configuration", "devices", "length", "tokens/s", "one device's", "of as many times one")
+    header = ("configuration", "devices", "length", "tokens/s", "tokens/s of one device", "scaling efficiency")
     return ["### Several devices", "", *table(header, rows)] if rows else []
 
 
 def fastest(reports: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """By length, our most tokens per second."""
+    """Returns our highest tokens per second by length."""
     found: dict[int, float] = {}
     for entry in (entry for report in reports for entry in entries_of(report)):
         if "tokens_per_second" in entry:
@@ -298,7 +299,7 @@ def fastest(reports: Sequence[Mapping[str, Any]]) -> dict[int, float]:
 
 
 def torchtitan_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Every measurement of torchtitan_step.py; other reports are passed over."""
+    """Returns the table of all measurements of torchtitan_step.py; skips other reports."""
     rows = []
     for report in (report for report in reports if report.get("benchmark") == "torchtitan_step"):
         for mode, figures in report["modes"].items():
@@ -307,14 +308,14 @@ def torchtitan_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
             else:
                 cells = ["out of memory" if figures["out_of_memory"] else "failed", "–", "–"]
             rows.append([report["name"], f"{report['length']:,}", mode, *cells, source(report)])
-    header = ("configuration", "length", "activation checkpointing", "tokens/s", "MFU", "peak GiB", "from")
+    header = ("configuration", "length", "activation checkpointing", "tokens/s", "MFU", "peak GiB", "source")
     return ["### torchtitan", "", *table(header, rows)] if rows else []
 
 
 def whole_run_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Every measurement of whole_run.py, in seconds; other reports are passed over."""
+    """Returns the table of all measurements of whole_run.py, in seconds; skips other reports."""
     parts = {
-        "from start to export": "total_seconds",
+        "total": "total_seconds",
         "before the first step": "before_first_step_seconds",
         "of which compiling": "compile_seconds",
         "steps": "steps_seconds",
@@ -331,12 +332,12 @@ def whole_run_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
         for report in reports
         if report.get("benchmark") == "whole_run"
     ]
-    header = ("configuration, device", *parts, "host GiB (planned)", "from")
-    return ["### From `python train.py` to the exported model, seconds", "", *table(header, rows)] if rows else []
+    header = ("configuration, device", *parts, "host GiB (planned)", "source")
+    return ["### From `python train.py` to the exported model (seconds)", "", *table(header, rows)] if rows else []
 
 
 def numerics_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Every result of gpu_numerics.py by what computed it; other reports are passed over."""
+    """Returns the table of all results of gpu_numerics.py, by computation; skips other reports."""
     rows = []
     for report in (report for report in reports if report.get("benchmark") == "gpu_numerics"):
         for path in dict.fromkeys(x["path"].partition(", token")[0] for x in report["comparisons"]):
@@ -344,12 +345,12 @@ def numerics_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
             worst = max(x["error"] / x["limit"] for x in found)
             beyond = sum(not x["within"] for x in found)
             rows.append([path, report["device"], str(len(found)), f"{worst:.0%}", str(beyond), source(report)])
-    header = ("what computed", "device", "comparisons", "largest error, of its limit", "beyond", "from")
+    header = ("computation", "device", "comparisons", "largest error, % of its limit", "over the limit", "source")
     return ["### Numerics", "", *table(header, rows)] if rows else []
 
 
 def page(groups: Mapping[Group, Sequence[Mapping[str, Any]]], more: Sequence[str] = ()) -> str:
-    """The part of docs/performance.md that is written from results.
+    """Returns the part of docs/performance.md that is written from results.
 
     Args:
       groups: from `grouped`.
@@ -388,18 +389,18 @@ def page(groups: Mapping[Group, Sequence[Mapping[str, Any]]], more: Sequence[str
 
 
 def generation_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Every measurement of generate.py.
+    """Returns the table of all measurements of generate.py.
 
     Args:
-      reports: from `all_results`; those of other benchmarks are passed over.
+      reports: from `all_results`; those of other benchmarks are skipped.
 
     Returns:
-      The lines; none without a result.
+      The lines; empty without a result.
     """
     rows = []
     for report in (report for report in reports if {"shape", "cache", "runs"} <= report.keys()):
         for name, ours in report["runs"].items():
-            # A file without `strongest_peer` holds a peer that was slower than it had to be, or none.
+            # In a file without `strongest_peer`, the peer was slower than necessary, or missing.
             setting = report.get("strongest_peer", {}).get(name)
             theirs = report["peer"][name][setting] if setting else {}
             ratio = report.get("ratio_to_strongest_peer", {}).get(name)
@@ -415,24 +416,31 @@ def generation_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
                     f"{decode_rate(theirs)}: {setting}{left_out(report, name)}" if setting else "–",
                     number(theirs.get("bandwidth_share"), ".1%"),
                     f"{ratio:.2f} ×" if ratio else "–",
-                    source(report) + ("" if "spread" in ours or "error" in ours else "; one figure, of the best run"),
+                    source(report) + ("" if "spread" in ours or "error" in ours else "; best run only"),
                 ]
             )
-    header = ("shape, device", "cache", "rows × prompt", "first token, s", "its MFU", "tokens/s (slowest–fastest run)")
-    peer = ("strongest setting of transformers' `generate`, tokens/s", "its share", "ours is")
-    found = table([*header, "share of the memory bandwidth", *peer, "from"], rows)
+    header = (
+        "shape, device",
+        "cache",
+        "rows × prompt",
+        "first token (s)",
+        "prefill MFU",
+        "tokens/s (slowest–fastest run)",
+    )
+    peer = ("fastest setting of transformers' `generate`, tokens/s", "its share", "ours / peer")
+    found = table([*header, "share of the memory bandwidth", *peer, "source"], rows)
     return ["### Generation", "", *found] if rows else []
 
 
 def left_out(report: Mapping[str, Any], name: str) -> str:
-    """How many settings of `generate` a run tried, where it did not try all of them."""
+    """Says how many settings of `generate` a run tried, if it did not try all of them."""
     settings = report["peer"][name].values()
     tried = sum("left_out" not in figures for figures in settings)
     return "" if tried == len(settings) else f" ({tried} of {len(settings)} settings tried)"
 
 
 def decode_rate(figures: Mapping[str, Any]) -> str:
-    """Tokens per second of the median run, and of the slowest and the fastest one where the file has them."""
+    """Formats the tokens per second of the median run, and of the slowest and fastest run if the file has them."""
     if "tokens_per_second" not in figures:
         return "out of memory" if figures.get("out_of_memory") else "failed"
     told = f"{figures['tokens_per_second']:,.1f}"
@@ -444,7 +452,7 @@ def decode_rate(figures: Mapping[str, Any]) -> str:
 
 
 def readme_training(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """The README's table of optimizer steps: of each length our fastest measurement, the strongest peer beside it."""
+    """Returns the README's table of optimizer steps: our fastest measurement per length, and the strongest peer."""
     rows = []
     for (name, device, devices), reports in groups.items():
         measured = [(report, entry) for report in reports for entry in entries_of(report)]
@@ -462,12 +470,12 @@ def readme_training(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> list
             ]
             cells.append(number(entry["mfu"], ".1%"))
             rows.append([*cells, *(against(entry, stack) for stack in PEERS)])
-    header = ("configuration", "devices", "row", "tokens/s", "MFU", "strongest peer", "the same, float32 state")
+    header = ("configuration", "devices", "tokens per row", "tokens/s", "MFU", "strongest peer", "with float32 state")
     return table(header, rows)
 
 
 def against(entry: Mapping[str, Any], stack: str) -> str:
-    """A peer of PEERS at a length: its speed, its setting, and how many times as fast we are."""
+    """Describes a peer at a length: its speed, its setting, and our speed divided by it."""
     figures = stacks_of(entry).get(stack, {})
     if "tokens_per_second" not in figures:
         return "out of memory" if figures.get("out_of_memory") else "–"
@@ -476,7 +484,7 @@ def against(entry: Mapping[str, Any], stack: str) -> str:
 
 
 def short_setting(name: str) -> str:
-    """A setting of the training peer for people: what is not as it comes."""
+    """Describes a training peer's setting by what differs from the defaults."""
     attention, layers, kernels, checkpointing, _ = name.split("/")
     told = [
         "compiled layers" if layers == "compiled" else "eager layers",
@@ -488,7 +496,7 @@ def short_setting(name: str) -> str:
 
 
 def readme_generation(reports: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The README's table of generation: tokens per second, share of the memory bandwidth, strongest peer."""
+    """Returns the README's table of generation: tokens per second, share of the memory bandwidth, fastest peer."""
     rows = []
     for report in (report for report in reports if {"shape", "cache", "runs"} <= report.keys()):
         for name, ours in report["runs"].items():
@@ -509,36 +517,43 @@ def readme_generation(reports: Iterable[Mapping[str, Any]]) -> list[str]:
                     theirs + ratio,
                 ]
             )
-    header = ("shape, device", "cache", "rows × prompt", "tokens/s", "of the memory bandwidth", "strongest `generate`")
+    header = (
+        "shape, device",
+        "cache",
+        "rows × prompt",
+        "tokens/s",
+        "share of the memory bandwidth",
+        "fastest `generate`",
+    )
     return table(header, rows)
 
 
 def stale_mark(report: Mapping[str, Any]) -> str:
-    """A dagger behind a figure whose code has changed since."""
+    """Returns a dagger for a figure whose code has changed since."""
     return "" if changed(report) == [] else " †"
 
 
 def write_part(path: Path, part: str, text: str) -> None:
-    """Replaces what stands between a pair of markers.
+    """Replaces the text between a pair of markers.
 
     Args:
       path: a Markdown file.
-      part: which of its parts.
-      text: what goes there.
+      part: name of the part, as in its markers.
+      text: the new text.
 
     Raises:
-      InputError: the file has not one such pair of markers.
+      InputError: the file does not have exactly one such pair of markers.
     """
     written = path.read_text(encoding="utf-8")
     begin = BEGIN.format(part)
     if written.count(begin) != 1 or END not in written.partition(begin)[2]:
-        raise InputError(f"{path} has no part between {begin!r} and {END!r}, into which the tables would go")
+        raise InputError(f"{path} has no part between {begin!r} and {END!r} to write the tables into")
     before, _, rest = written.partition(begin)
     path.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 def parts(results: Path) -> dict[str, str]:
-    """Everything that is written from a directory of results, by part."""
+    """Builds everything that is written from a directory of results, by part."""
     groups, reports = grouped(read_results(results)), all_results(results)
     tables = (torchtitan_table, whole_run_table, numerics_table, generation_table)
     more = "\n".join(line for one in tables for line in [*one(reports), ""]).strip().splitlines()
@@ -553,7 +568,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="directory of the results")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/performance.md", help="the page with the markers")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="likewise")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the README with the markers")
     options = parser.parse_args()
     pictures = options.page.parent / "performance"
     pictures.mkdir(exist_ok=True)

@@ -1,8 +1,8 @@
-"""Where a figure comes from, and whether the code that it measures has changed since.
+"""Records where a figure comes from, and detects whether the code that it measures has changed since.
 
-Every benchmark puts `record(...)` into its result file. `changed(report)` names the measured files that are different
-now: plot_performance.py marks such a figure as stale. A digest is of the code alone: comments, docstrings and layout
-do not count.
+Every benchmark puts `record(...)` into its result file. `changed(report)` returns the measured files that have changed,
+and plot_performance.py marks such a figure as stale. A digest covers only the code, not comments, docstrings and
+layout.
 """
 
 import ast
@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
-# What this folder does to arrays it does across devices: a figure of one device does not depend on it.
+# The code in this folder only acts across devices, so figures of one device do not depend on it.
 SHARING = "eabf_jax/parallel/"
 _STEP = (
     *(f"eabf_jax/model/{name}.py" for name in ("attention", "llama")),
@@ -31,8 +31,7 @@ _STEP = (
         for name in ("backward", "host_memory", "layerwise", "loss", "master", "optimizer", "plan", "step")
     ),
 )
-# What each benchmark measures: the files whose code runs between the first and the last reading of its clock, and those
-# that choose the settings of what runs.
+# The code that each benchmark measures: the files that run while its clock runs, and those that choose their settings.
 MEASURED: Mapping[str, tuple[str, ...]] = {
     "train_step": ("benchmarks/train_step.py", "benchmarks/peer_train_step.py", *_STEP),
     "torchtitan_step": ("benchmarks/torchtitan_step.py",),
@@ -61,20 +60,20 @@ PACKAGES = (
     *("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12"),
     *("torch", "transformers", "triton", "liger-kernel", "torchtitan"),
 )
-# Settings from outside that change a measurement.
+# Prefixes of environment variables that change a measurement.
 ENVIRONMENT = ("XLA_", "JAX_", "LIBTPU_", "CUDA_VISIBLE_DEVICES", "PYTORCH_", "TORCH", "NCCL_")
 COMMIT = "BENCHMARK_COMMIT"
 
 
 def record(benchmark: str) -> dict[str, Any]:
-    """What every result file says of its origin.
+    """Returns the origin of a result, as every result file has it.
 
     Args:
       benchmark: a key of MEASURED.
 
     Returns:
-      `benchmark`, `command`, `date`, `commit` (null where the files are no git checkout and BENCHMARK_COMMIT does not
-      tell), `versions`, `environment`, `card` (null without an NVIDIA driver) and `sources`, the digests by file.
+      `benchmark`, `command`, `date`, `commit` (null outside a git checkout if BENCHMARK_COMMIT is not set), `versions`,
+      `environment`, `card` (null without an NVIDIA driver) and `sources`, the digests by file.
     """
     return {
         "benchmark": benchmark,
@@ -89,13 +88,13 @@ def record(benchmark: str) -> dict[str, Any]:
 
 
 def changed(report: Mapping[str, Any]) -> list[str] | None:
-    """Names the measured files whose code is not what it was.
+    """Returns the measured files whose code has changed.
 
     Args:
       report: a result file.
 
     Returns:
-      The files, none where the figure is of today's code; None where the file does not say what it measured.
+      The files, empty if the figure is of today's code; None if the report does not record what it measured.
     """
     sources = report.get("sources")
     if sources is None:
@@ -106,22 +105,22 @@ def changed(report: Mapping[str, Any]) -> list[str] | None:
 
 
 def digest(path: Path) -> str | None:
-    """Digest of a Python file's code, without comments, docstrings and layout; None where there is no such file."""
+    """Computes a digest of a Python file's code, without comments, docstrings and layout; None if it does not exist."""
     if not path.is_file():
         return None
     return hashlib.sha256(_canonical(ast.parse(path.read_text(encoding="utf-8"))).encode()).hexdigest()[:16]
 
 
 def _canonical(node: Any) -> str:
-    """A syntax tree as text that no release of Python writes differently, as ast.dump and ast.unparse do."""
+    """Writes a syntax tree as text that, unlike ast.dump's and ast.unparse's, is equal in all releases of Python."""
     if isinstance(node, list):
-        # A string that stands alone is a docstring, or does nothing either.
+        # A string on its own is a docstring or has no effect.
         return "[" + " ".join(_canonical(item) for item in node if not _is_text(item)) + "]"
     if not isinstance(node, ast.AST):
         return repr(node)
     if isinstance(node, ast.JoinedStr):  # Python 3.12 adds empty strings
         return "f[" + " ".join(_canonical(part) for part in node.values if getattr(part, "value", None) != "") + "]"
-    # What is empty is left out: later releases have fields that earlier ones lack.
+    # Empty fields are left out, because later releases have fields that earlier ones lack.
     fields = [
         f"{name}={_canonical(value)}" for name, value in ast.iter_fields(node) if value is not None and value != []
     ]
@@ -133,7 +132,7 @@ def _is_text(node: Any) -> bool:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, `-dirty` where tracked files differ from it."""
+    """Returns the checked-out commit, with `-dirty` if tracked files differ from it."""
     told = os.environ.get(COMMIT)
     if told:
         return told
@@ -142,14 +141,14 @@ def commit() -> str | None:
 
 
 def card() -> str | None:
-    """Name, memory, power limit and driver of the first card."""
+    """Returns name, memory, power limit and driver of the first card."""
     fields = "name,memory.total,power.limit,driver_version"
     found = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
     return found.splitlines()[0] if found else None
 
 
 def versions() -> dict[str, str]:
-    """Versions of those of PACKAGES that are installed."""
+    """Returns the versions of the installed PACKAGES."""
     found = {}
     for name in PACKAGES:
         try:
@@ -160,7 +159,7 @@ def versions() -> dict[str, str]:
 
 
 def _output(*command: str) -> str:
-    """What a program prints; nothing where it is not there or fails."""
+    """Returns the output of a program; empty if it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""Chooses base and learning rate of an experiment's configurations, every scheme from the same choices.
+"""Chooses base and learning rate for an experiment's configurations, from the same choices for every scheme.
 
     eabf prepare --src SHAREGPT --dst data/sharegpt_32k_select --tokenizer models/smollm2-135m --template chatml \
         --min-tokens 10000 --max-tokens 32768 --num-conversations 100 --held-out 8
@@ -6,12 +6,12 @@
         --schemes pi,yarn,abf,eabf,ntk_by_parts_entropy --bases 500000,1000000,2000000 \
         --data data/sharegpt_32k_select --json OUT.json --time-limit 540 --recipe.batch_size 8 --recipe.steps 6
 
-Each scheme's configuration is trained on the dataset's training split with every learning rate and, where it is `abf`
-or `eabf`, with every base; the other schemes keep the base that their configuration names. The run with the lowest loss
-over all positions of the validation documents is chosen. These are the held-out documents without the first --skip,
-which an evaluation may report. Further options with a dot go to train.py, the same for all.
+Each scheme's configuration is trained on the dataset's training split with every learning rate and, for `abf` and
+`eabf`, with every base; other schemes keep the base of their configuration. The run with the lowest loss over all
+positions of the validation documents is chosen. These are the held-out documents without the first --skip, which an
+evaluation may report. Further options with a dot go to train.py, the same for all schemes.
 
-The file is written after each training run. When time is up, the exit status is 3, and the same command goes on.
+The file is written after each training run. When the time is up, the exit status is 3, and the same command resumes.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from eabf_jax.training.recipe import TrainConfig, load_config
 from eabf_jax.training.trainer import train
 
 UNFINISHED = 3
-# Their base is a choice; the others interpolate the frequencies that the model was pretrained with.
+# Schemes whose base is a choice; the others interpolate the pretrained frequencies.
 ADJUSTED_BASE = ("abf", "eabf")
 
 
@@ -48,13 +48,13 @@ def values(option: str, text: str) -> list[float]:
     """Reads a list of positive numbers.
 
     Args:
-      option: its name on the command line.
-      text: numbers with commas between them.
+      option: the option's name on the command line.
+      text: comma-separated numbers.
 
     Returns:
       The numbers.
     Raises:
-      InputError: something else.
+      InputError: the text is something else.
     """
     try:
         found = [float(part) for part in text.split(",")]
@@ -68,11 +68,11 @@ def values(option: str, text: str) -> list[float]:
 def configuration(
     arguments: argparse.Namespace, cell: dict[str, Any], output: str, overrides: list[str]
 ) -> TrainConfig:
-    """The configuration of one training run.
+    """Builds the configuration of one training run.
 
     Args:
       arguments: the command line.
-      cell: `scheme`, and `learning_rate` and `base`, None for the configuration's own.
+      cell: `scheme`, `learning_rate` and `base`; None keeps the configuration's value.
       output: the run's directory.
       overrides: further options for train.py.
 
@@ -89,7 +89,7 @@ KEYS = {"recipe.learning_rate": "learning_rate", "rope.base": "base"}
 
 
 def choices(arguments: argparse.Namespace, overrides: list[str]) -> list[dict[str, Any]]:
-    """Every training run: each scheme with the same learning rates and, if it adjusts the base, the same bases."""
+    """Lists all training runs: each scheme with the same learning rates and, if it adjusts the base, the same bases."""
     cells = []
     for scheme in arguments.schemes.split(","):
         plain = {"scheme": scheme, "learning_rate": None, "base": None}
@@ -101,10 +101,10 @@ def choices(arguments: argparse.Namespace, overrides: list[str]) -> list[dict[st
 
 
 def measure(config: TrainConfig, documents: Any, batch_size: int) -> dict[str, Any]:
-    """Trains, and measures what came of it.
+    """Trains a model and measures it.
 
     Args:
-      config: the run.
+      config: the run's configuration.
       documents: int32 [documents, length], for validation.
       batch_size: documents that each device reads at a time.
 
@@ -120,14 +120,14 @@ def measure(config: TrainConfig, documents: Any, batch_size: int) -> dict[str, A
 
 
 def chosen(cells: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The best cell of each scheme.
+    """Finds the best cell of each scheme.
 
     Args:
       cells: with `loss`.
 
     Returns:
-      By scheme: base, rate and loss, and whether each is the least or the greatest of several that were tried, so that
-      the best may lie beyond.
+      By scheme: base, learning rate and loss, and whether base and rate are the smallest or largest of several tried,
+      so that the best value may lie beyond.
     """
     found: dict[str, dict[str, Any]] = {}
     for scheme in dict.fromkeys(cell["scheme"] for cell in cells):

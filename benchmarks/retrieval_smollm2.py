@@ -1,14 +1,14 @@
-"""Passkey and line retrieval of SmolLM2, untouched and under each scheme, before and after training to 32k.
+"""Runs passkey and line retrieval for SmolLM2, untouched and under each scheme, before and after training to 32k.
 
     python convert/from_gguf.py --src SmolLM2-135M-Instruct.Q4_1.gguf --dst models/smollm2-135m
     eabf prepare --src SHAREGPT --dst data/sharegpt_32k_100 --tokenizer models/smollm2-135m --template chatml \
         --min-tokens 10000 --max-tokens 32768 --num-conversations 100
     python benchmarks/retrieval_smollm2.py --output retrieval --time-limit 560
 
-Each scheme is trained by its configuration (configs/smollm2_135m_SCHEME_32k.yaml: they differ in `rope` alone) and
-exported; then every model answers the same prompts. What is there already is not done again, so that a run that was cut
-off, or whose time was up (exit status 3), goes on when the same command is given again. Further options with a dot
-(--recipe.batch_size 4) and --window go to train.py.
+Each scheme is trained by its configuration (configs/smollm2_135m_SCHEME_32k.yaml, which differ only in `rope`) and
+exported; then every model answers the same prompts. Existing results are not repeated, so the same command resumes a
+run that was interrupted or whose time was up (exit status 3). Further options with a dot (--recipe.batch_size 4) and
+--window go to train.py.
 """
 
 import argparse
@@ -40,10 +40,10 @@ UNFINISHED = 3
 
 
 class Clock:
-    """How much of the time allowed is left."""
+    """The remaining time."""
 
     def __init__(self, limit: float | None):
-        """Starts.
+        """Starts the clock.
 
         Args:
           limit: seconds; None for no end.
@@ -52,15 +52,15 @@ class Clock:
 
     @property
     def left(self) -> float | None:
-        """Seconds, or None."""
+        """Remaining seconds, or None."""
         return None if self._end is None else self._end - time.monotonic()
 
     def check(self, needed: float, what: str) -> None:
-        """Ends the program where there is no time for what comes next.
+        """Ends the program if there is no time for the next part.
 
         Args:
-          needed: seconds.
-          what: what comes next.
+          needed: seconds that it needs.
+          what: its name.
         """
         if self.left is not None and self.left < needed:
             print(f"time is up before {what}; the same command goes on from here", flush=True)
@@ -68,16 +68,16 @@ class Clock:
 
 
 def train(scheme: str, arguments: argparse.Namespace, overrides: list[str], clock: Clock) -> Path:
-    """Trains and exports one scheme; each of the two only if it is not done.
+    """Trains and exports one scheme; skips either part if it is done.
 
     Args:
       scheme: its name in the configurations' names.
       arguments: the command line.
       overrides: further options for train.py.
-      clock: when it is up, the run stops behind a step with a checkpoint, and so does the program.
+      clock: when the time is up, the run stops after a step with a checkpoint, and the program ends.
 
     Returns:
-      The exported model.
+      The directory of the exported model.
     """
     exported = arguments.output / "exported" / scheme
     if exported.is_dir():
@@ -91,7 +91,7 @@ def train(scheme: str, arguments: argparse.Namespace, overrides: list[str], cloc
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with subprocess.Popen(command, env=environment) as process:
         try:
-            # Behind the step that it is in, it still writes a checkpoint.
+            # After its current step, the process still writes a checkpoint.
             status = process.wait(None if clock.left is None else max(clock.left - 20, 1))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
@@ -105,7 +105,7 @@ def train(scheme: str, arguments: argparse.Namespace, overrides: list[str], cloc
 
 
 def make_prompts(arguments: argparse.Namespace) -> list[Prompt]:
-    """The prompts of the tasks, of which only the passkey's have a depth."""
+    """Makes the prompts of the tasks; only the passkey's have a depth."""
     tokenizer = tokenizer_of(arguments.base)
     chat, lengths = arguments.chat_template, arguments.lengths
     made = []
@@ -119,18 +119,18 @@ def make_prompts(arguments: argparse.Namespace) -> list[Prompt]:
 def evaluate(
     label: str, directory: str, rope: Any, prompts: list[Prompt], settings: dict[str, Any], path: Path
 ) -> dict[str, Any]:
-    """Asks one model all questions and keeps what came of it.
+    """Asks one model all questions and writes the results.
 
     Args:
-      label: what to call it.
-      directory: the model's.
-      rope: the scheme in place of its own, or None.
+      label: the model's name.
+      directory: the model's directory.
+      rope: a scheme that replaces the model's own, or None.
       prompts: the questions.
-      settings: what they were made with, and how the model computes.
+      settings: how the prompts were made, and how the model computes.
       path: the file to write.
 
     Returns:
-      What the file holds.
+      The content of the file.
     """
     begun = time.perf_counter()
     model, _ = load(directory, rope=rope, dtype=settings["dtype"])
@@ -154,7 +154,7 @@ def report(output: Path, parts: list[dict[str, Any]], pretrained_window: int) ->
 
     Args:
       output: the folder for them.
-      parts: from `evaluate`, one a model.
+      parts: from `evaluate`, one per model.
       pretrained_window: the base's window, in tokens.
     """
     names = ("settings", "device", "devices", "versions", "command", "date", "commit")
@@ -210,10 +210,10 @@ def main() -> None:
     arguments.lengths = numbers("--lengths", arguments.lengths, "lengths such as 4096,8192")
     arguments.depths = numbers("--depths", arguments.depths, "depths such as 0,50,100")
     window = read_config(arguments.base).max_position_embeddings
-    # What is wrong with the prompts asked for is to be told before hours of training.
+    # Errors in the requested prompts are reported before hours of training.
     ends = {"lengths": [min(arguments.lengths), max(arguments.lengths)], "samples": 1, "line_samples": 1}
     make_prompts(argparse.Namespace(**{**vars(arguments), **ends}))
-    # Before JAX is used here: until then, the device belongs to the training processes.
+    # Runs before this process uses JAX, because the training processes need the device.
     exported = {scheme: train(scheme, arguments, overrides, clock) for scheme in schemes}
     gpu_defaults()
     models: list[tuple[str, str, Any]] = [("untouched", arguments.base, None)]

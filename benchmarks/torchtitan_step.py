@@ -1,11 +1,11 @@
-"""Times torchtitan's optimizer step on one GPU, on the shape and the lengths of a configuration.
+"""Times torchtitan's optimizer step on one GPU, with the shape and window of a configuration.
 
     pip install torchtitan
     python benchmarks/torchtitan_step.py --config_path configs/llama2_7b_eabf_16k.yaml --json OUT.json
 
-Its own Trainer runs its own Llama: layers and loss compiled, bfloat16 parameters and moments (`training.dtype`), fused
-AdamW, gradients clipped to a norm of 1. Weights and tokens are random. Each mode of activation checkpointing is a
-process of its own.
+torchtitan's Trainer runs its own Llama: compiled layers and loss, bfloat16 parameters and moments (`training.dtype`),
+fused AdamW, gradients clipped to a norm of 1. Weights and tokens are random. Each mode of activation checkpointing runs
+in a separate process.
 """
 
 import argparse
@@ -39,11 +39,11 @@ MODES: Mapping[str, Mapping[str, str]] = {
 
 
 def measure(shape: Mapping[str, Any], base: float, mode: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Times steps of torchtitan's Trainer in this process, which no other may have used torch.distributed in.
+    """Times steps of torchtitan's Trainer in this process, which must not have used torch.distributed before.
 
     Args:
       shape: fields of LlamaConfig.
-      base: of the rotary embedding.
+      base: base of the rotary embedding.
       mode: a key of MODES.
       options: the command line.
 
@@ -62,7 +62,7 @@ def measure(shape: Mapping[str, Any], base: float, mode: str, options: argparse.
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
     class Rows:
-        """Random rows: each token is to be predicted from those before it."""
+        """Random rows, in which each token is predicted from those before it."""
 
         def __iter__(self) -> Iterator[tuple[dict[str, Any], Any]]:
             while True:
@@ -119,14 +119,14 @@ def measure(shape: Mapping[str, Any], base: float, mode: str, options: argparse.
 
 
 def figures(shape: LlamaConfig, length: int, microbatches: int, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds `tokens_per_second` and its MFU to what `measure` found."""
+    """Adds `tokens_per_second` and its MFU to the figures of `measure`."""
     rate = microbatches * length / statistics.median(measured["seconds"])
     mfu = model_flops_utilisation(rate, shape, length, measured["device"])
     return {**measured, "out_of_memory": False, "tokens_per_second": rate, "mfu": mfu}
 
 
 def run_mode(mode: str, shape: LlamaConfig, options: argparse.Namespace) -> dict[str, Any]:
-    """One mode's figures, from a process of its own; `error` where it ended otherwise."""
+    """Returns one mode's figures from a separate process, or `error` if it failed."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "figures.json"
         command = [sys.executable, __file__, *sys.argv[1:], "--only", mode, "--json", str(path)]
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=4, help="rows of a step, one at a time (default: 4)")
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed, after one that is not (default: 3)")
     parser.add_argument("--modes", nargs="+", default=list(MODES), metavar="MODE", help=", ".join(MODES))
-    parser.add_argument("--only", choices=MODES, help=argparse.SUPPRESS)  # what this program starts
+    parser.add_argument("--only", choices=MODES, help=argparse.SUPPRESS)  # for its own subprocesses
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     options = parser.parse_args()
     config = load_config(["--config_path", options.config_path, "--model.path", "null"])

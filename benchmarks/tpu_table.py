@@ -1,12 +1,12 @@
-"""Which is the smallest TPU v4 slice for each model and window? Compiles 7B, 13B and 70B train steps to find out.
+"""Finds the smallest TPU v4 slice for each model and window by compiling 7B, 13B and 70B train steps.
 
     python benchmarks/tpu_table.py            # compiles what results/tpu_table.json lacks and writes docs/tpu.md
     python benchmarks/tpu_table.py --afresh   # compiles everything again: about an hour on two cores
     python benchmarks/tpu_table.py --afresh 70b --afresh 131072   # only commands with one of these words
 
-No TPU is needed, only its compiler (pip install libtpu). The planner names the smallest slice and the mesh on it; the
-compiler then has to accept that one and refuse the next smaller. Every compilation is an `eabf compile` command, which
-is kept with its figures, the day, and the commit that was compiled.
+This needs no TPU, only its compiler (pip install libtpu). The planner predicts the smallest slice and its mesh; the
+compiler must then accept that slice and refuse the next smaller one. Every compilation is an `eabf compile` command,
+which is stored with its figures, the date, and the commit that was compiled.
 """
 
 import argparse
@@ -41,15 +41,15 @@ MODELS = {
 }
 WINDOWS = (16_384, 65_536, 131_072)
 V4 = [slice_ for name, slice_ in SLICES.items() if name.startswith("v4-")]
-# What fits in the least memory: nothing of a layer is kept but its input.
+# The settings with the least memory: each layer keeps only its input.
 SETTINGS = {"compute.remat": "full", "compute.optimizer_memory": "device", "compute.microbatch_size": "1"}
-# Larger slices than the smallest that are compiled as well.
+# Slices larger than the smallest that are also compiled.
 ALSO = [("7B", 16_384, "v4-16"), ("7B", 16_384, "v4-32"), ("7B", 131_072, "v4-32")]
 
 
 @cache
 def preferred(model: str, window: int, chips: int) -> list[Plan]:
-    """Meshes to try, in order; see `preferred_meshes`."""
+    """Returns the meshes to try, in order; see `preferred_meshes`."""
     overrides = [text for name, value in SETTINGS.items() for text in (f"--{name}", value)]
     config = load_config(["--config_path", str(ROOT / MODELS[model]), "--window", str(window), *overrides])
     shape = LlamaConfig.from_fields(config.model.shape or {})
@@ -58,17 +58,17 @@ def preferred(model: str, window: int, chips: int) -> list[Plan]:
 
 
 def command(model: str, window: int, slice_name: str, mesh: Mapping[str, int]) -> list[str]:
-    """The command line of one compilation."""
+    """Returns the command line of one compilation."""
     axes = {f"mesh.{axis}": str(size) for axis, size in mesh.items() if axis != "data"}
     options = {"topology": slice_name, "config_path": MODELS[model], "window": str(window), **axes, **SETTINGS}
     return ["eabf", "compile", *(text for name, value in options.items() for text in (f"--{name}", value))]
 
 
 class Cells:
-    """What has been compiled, by command; every new cell is written at once."""
+    """Compiled results by command; every new cell is written immediately."""
 
     def __init__(self, path: Path, afresh: Sequence[str] = ()):
-        """Reads what is known, but for commands with one of the texts of `afresh` in them."""
+        """Reads the known results, except commands that contain one of the texts in `afresh`."""
         self.path = path
         known = json.loads(path.read_text()).get("cells", {}) if path.exists() else {}
         self.cells: dict[str, dict[str, Any]] = {
@@ -76,7 +76,7 @@ class Cells:
         }
 
     def compile(self, arguments: list[str]) -> dict[str, Any]:
-        """Figures of the command, or its `error`, from the file where it has them."""
+        """Returns the figures of a command, or its `error`, from the file if it has them."""
         line = shlex.join(arguments)
         if line not in self.cells:
             print(line, flush=True)
@@ -101,7 +101,7 @@ class Cells:
 
 
 def _commit() -> str:
-    """The commit of the working tree; with "-dirty" where files differ from it."""
+    """Returns the commit of the working tree, with "-dirty" if files differ from it."""
     described = ["git", "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=7"]
     return subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -110,7 +110,7 @@ def fill(cells: Cells) -> dict[str, Any]:
     """Compiles what is missing.
 
     Args:
-      cells: what is there.
+      cells: the known results.
 
     Returns:
       The table: a row for each model and window.
@@ -137,7 +137,7 @@ def fill(cells: Cells) -> dict[str, Any]:
 
 
 def _try(cells: Cells, row: dict[str, Any], name: str, chips: int) -> bool:
-    """Compiles a row's step for a slice, with the meshes that are preferred; True where one fits."""
+    """Compiles a row's step for a slice, with the preferred meshes; returns whether one fits."""
     for entry in preferred(row["model"], row["window"], chips):
         arguments = command(row["model"], row["window"], name, entry.mesh)
         figures = cells.compile(arguments)
@@ -150,10 +150,10 @@ def _try(cells: Cells, row: dict[str, Any], name: str, chips: int) -> bool:
 
 
 def tables(results: Mapping[str, Any]) -> str:
-    """The page's tables, in Markdown."""
+    """Returns the page's tables, in Markdown."""
     cells, names = results["cells"], [slice_.name for slice_ in V4]
     columns = (
-        *("model", "window", "smallest slice", "mesh", "GiB a chip", "compute", "links", "a step, at least"),
+        *("model", "window", "smallest slice", "mesh", "GiB per chip", "compute", "links", "step time, at least"),
         *("tokens/s, at most", "compiled", "command"),
     )
     lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
@@ -182,7 +182,7 @@ def tables(results: Mapping[str, Any]) -> str:
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
-    """Compiled GiB in bold, predicted ones in italics."""
+    """Formats compiled GiB in bold and predicted GiB in italics."""
     compiled, planned = row["compiled_gib"].get(name), row["planned_gib"][name]
     if compiled is not None:
         return "refused" if compiled["gib"] is None else f"**{compiled['gib']:.1f}**"
@@ -190,7 +190,7 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
 
 
 def write_page(results: Mapping[str, Any], page: Path) -> None:
-    """Replaces what lies between the page's markers."""
+    """Replaces the text between the page's markers."""
     before, _, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:

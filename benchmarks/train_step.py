@@ -1,12 +1,12 @@
-"""Measures the optimizer step of a configuration, and beside it what Hugging Face transformers does with the same work.
+"""Measures the optimizer step of a configuration, and Hugging Face transformers' step with the same work.
 
-Random weights and random tokens; the step itself is the one that train.py runs: microbatches, accumulation, clipping,
-update. Every stack runs in a process of its own, one after the other, and has the whole device. README.md beside this
-file says how to read the figures.
+Weights and tokens are random. The step is the one that train.py runs: microbatches, accumulation, clipping, update. The
+stacks run one after the other in separate processes, and each has the whole device. README.md beside this file explains
+the figures.
 
     python benchmarks/train_step.py --config_path configs/llama2_7b_eabf_16k.yaml --sequences 2 --json OUT.json
 
-Besides the options below it takes every key of the configuration, as train.py does: --compute.remat full
+In addition to the options below, it takes every key of the configuration, like train.py: --compute.remat full
 """
 
 import argparse
@@ -49,9 +49,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     Returns:
       The benchmark's own options, and the configuration's arguments.
     Raises:
-      InputError: values that do not go together.
+      InputError: an option has an invalid value.
     """
-    # No abbreviations: they would take keys of the configuration for options.
+    # Abbreviations are off, because they would take keys of the configuration for options.
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -84,7 +84,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="microbatches of a step while settings are tried; the strongest then takes as many as we do",
     )
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
-    parser.add_argument("--own-process", action="store_true", help=argparse.SUPPRESS)  # set by this program itself
+    parser.add_argument("--own-process", action="store_true", help=argparse.SUPPRESS)  # for its own subprocesses
     options, rest = parser.parse_known_args(arguments)
     try:
         options.peers = matching(options.peers)
@@ -98,12 +98,12 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def integers(text: str) -> list[int]:
-    """Numbers separated by commas."""
+    """Parses comma-separated integers."""
     return [int(number) for number in text.split(",")]
 
 
 def configure(arguments: Sequence[str], options: argparse.Namespace, length: int | None) -> TrainConfig:
-    """The configuration of one measurement.
+    """Builds the configuration of one measurement.
 
     Args:
       arguments: `--config_path FILE` and any `--dotted.key value`.
@@ -111,11 +111,11 @@ def configure(arguments: Sequence[str], options: argparse.Namespace, length: int
       length: the window to measure at; None for the configuration's own.
 
     Returns:
-      The configuration with random weights in place of `model.path`. At a length within the model's window, where there
-      would be nothing to extend, the model's window (and the scheme's notion of it) is half the length instead: that
-      changes no shape and no amount of work.
+      The configuration with random weights instead of `model.path`. At a length within the model's window there is
+      nothing to extend, so the window of the model and the scheme is set to half the length. This changes neither
+      shapes nor the amount of work.
     Raises:
-      InputError: the configuration says nothing of the model's shape.
+      InputError: the configuration has no model shape.
     """
     config = load_config(arguments)
     if config.model.shape is None:
@@ -134,7 +134,7 @@ def configure(arguments: Sequence[str], options: argparse.Namespace, length: int
 
 
 def _with_window(values: dict[str, Any], window: int) -> dict[str, Any]:
-    """A scheme's dictionary, every `pretrained_window` in it at most the window."""
+    """Limits every `pretrained_window` in a scheme's dictionary to the window."""
     return {
         key: _with_window(value, window)
         if isinstance(value, dict)
@@ -146,26 +146,26 @@ def _with_window(values: dict[str, Any], window: int) -> dict[str, Any]:
 
 
 def rope_config(values: dict[str, Any]) -> Any:
-    """A scheme's dictionary as the configuration's `rope`."""
+    """Turns a scheme's dictionary into the configuration's `rope`."""
     return RopeConfig.get_choice_class(values["type"])(**{k: v for k, v in values.items() if k != "type"})
 
 
 def rotary_base(values: dict[str, Any]) -> float:
-    """The base of a scheme's dictionary; of a composition, that of its frequencies."""
+    """Returns the base in a scheme's dictionary; for a composition, that of its frequencies."""
     return values["base"] if "base" in values else rotary_base(values["frequencies"])
 
 
 def random_batch(generator: np.random.Generator, rows: int, length: int, vocab_size: int) -> dict[str, np.ndarray]:
-    """Rows without padding, one document each, every token learned.
+    """Makes rows without padding, one document each, with loss on every token.
 
     Args:
       generator: source of the tokens.
-      rows: of the batch.
-      length: tokens of a row.
+      rows: rows per batch.
+      length: tokens per row.
       vocab_size: exclusive bound of the tokens.
 
     Returns:
-      What `data.loader` gives: arrays [rows, length].
+      A batch as from `data.loader`: arrays [rows, length].
     """
     size = (rows, length)
     return {
@@ -177,16 +177,16 @@ def random_batch(generator: np.random.Generator, rows: int, length: int, vocab_s
 
 
 def model_flops_utilisation(tokens_per_second: float, config: LlamaConfig, length: int, device: str) -> float | None:
-    """MFU: model FLOPs (recomputation not counted) as a share of the dense bfloat16 peak.
+    """Computes the MFU: model FLOPs, without recomputation, as a share of the dense bfloat16 peak.
 
     Args:
       tokens_per_second: of one device.
       config: the model's shape.
-      length: tokens of a row.
+      length: tokens per row.
       device: its kind, as JAX or PyTorch names it.
 
     Returns:
-      The share, or None for a device whose peak is not known.
+      The share, or None for a device whose peak is unknown.
     """
     peak = peak_flops(device)
     return tokens_per_second * flops_per_token(config, length) / peak if peak else None
@@ -200,9 +200,9 @@ def own_figures(config: TrainConfig, options: argparse.Namespace) -> dict[str, A
       options: from `parse`.
 
     Returns:
-      The figures that README.md describes, those of the peers and the ratios to them left out.
+      The figures that README.md describes, except those of the peers and the ratios to them.
     """
-    # Not before here: the process that starts the others must not touch the device.
+    # Imported only here, because the process that starts the others must not use the device.
     from eabf_jax.parallel.mesh import gpu_defaults, make_mesh
 
     gpu_defaults()
@@ -214,7 +214,7 @@ def own_figures(config: TrainConfig, options: argparse.Namespace) -> dict[str, A
     device = mesh.devices.flat[0]
     figures: dict[str, Any] = {"device": device.device_kind, "platform": device.platform, "devices": mesh.size}
     try:
-        # A step that the planner takes for too large is tried all the same: that measures the planner too.
+        # A step that the planner considers too large is still tried, which also tests the planner.
         config, predicted = choose(config, shape_of(config), mesh.shape, device_at_hand())
         figures |= {"compute": dataclasses.asdict(config.compute), "planned_gib": predicted.total / GIB}
         return figures | _measure(config, options, mesh)
@@ -248,7 +248,7 @@ def _measure(config: TrainConfig, options: argparse.Namespace, mesh: Any) -> dic
     def step(prepared: Any, state: Any) -> tuple[Any, float, Any]:
         rows = random_batch(generator, config.recipe.batch_size, config.window, model.vocab_size)
         began = time.perf_counter()
-        # The state too: a step is over when the last parameter is written, not when the loss is known.
+        # Waits for the state too: a step is over when the last parameter is written, not when the loss is known.
         state, metrics = jax.block_until_ready(prepared(state, placed(rows)))
         return state, time.perf_counter() - began, metrics
 
@@ -300,19 +300,19 @@ def _measure(config: TrainConfig, options: argparse.Namespace, mesh: Any) -> dic
 
 
 def _most(memory: Sequence[dict[str, int]], key: str) -> float | None:
-    """The largest value over the devices, in GiB; None where the backend keeps no account (CPU)."""
+    """Returns the largest value over the devices, in GiB; None if the backend has no statistics (CPU)."""
     return max((stats[key] / GIB for stats in memory if key in stats), default=None)
 
 
 def multiplier_cost(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """What the logit multiplier costs.
+    """Computes the cost of the logit multiplier.
 
     Args:
       pairs: seconds of a step with the configuration's scheme, and of the step with `default` just before it.
 
     Returns:
-      The seconds, and by how much of a step the first is slower (the median of the pairs: neighbours in time share the
-      device's clock).
+      The seconds, and the relative slowdown of the first: the median over pairs, whose steps run at the same device
+      clock.
     """
     return {
         "seconds_with": [pair[0] for pair in pairs],
@@ -322,12 +322,12 @@ def multiplier_cost(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
 
 
 def shape_of(config: TrainConfig) -> LlamaConfig:
-    """The model that a configuration from `configure` trains."""
+    """Returns the shape of the model that a configuration from `configure` trains."""
     return LlamaConfig.from_fields({**(config.model.shape or {}), "rope": config.scheme})
 
 
 def run_own(arguments: Sequence[str], length: int, scratch: Path) -> dict[str, Any]:
-    """Runs `own_figures` in a process of its own.
+    """Runs `own_figures` in a separate process.
 
     Args:
       arguments: this program's command line.
@@ -335,7 +335,7 @@ def run_own(arguments: Sequence[str], length: int, scratch: Path) -> dict[str, A
       scratch: directory for the process's result.
 
     Returns:
-      Its figures, or `error` alone.
+      Its figures, or only `error`.
     """
     result = scratch / "own.json"
     own = ["--own-process", "--lengths", str(length), "--json", str(result)]
@@ -345,7 +345,7 @@ def run_own(arguments: Sequence[str], length: int, scratch: Path) -> dict[str, A
 def run_peers(
     config: TrainConfig, options: argparse.Namespace, own: dict[str, Any], scratch: Path
 ) -> Iterator[dict[str, Any]]:
-    """Tries the settings of the peer on the shapes that our step was measured on, then measures the strongest.
+    """Tries the peer settings on the shapes of our measured step, then measures the strongest setting.
 
     Args:
       config: from `configure`.
@@ -354,8 +354,9 @@ def run_peers(
       scratch: directory for the process's result.
 
     Yields:
-      By setting, the figures so far. In the end the strongest has taken as many microbatches a step as we did, and so
-      has the same setting with float32 parameters and moments (`autocast`); the others at most `--search-microbatches`.
+      The figures so far, by setting. At the end, the strongest setting has run with our number of microbatches per
+      step, and so has the same setting with float32 parameters and moments (`autocast`). The others have run with at
+      most `--search-microbatches`.
     """
     ours = own.get("microbatches", options.search_microbatches)
     few = min(options.search_microbatches, ours)
@@ -379,7 +380,7 @@ def _run_peer(
     microbatches: int,
     scratch: Path,
 ) -> dict[str, Any]:
-    """Measures settings of the peer in a process of their own; by setting, the figures."""
+    """Measures peer settings in a separate process; returns the figures by setting."""
     model, result = shape_of(config), scratch / "peers.json"
     ignored = ("rope", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     shape = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ignored}
@@ -396,7 +397,7 @@ def _run_peer(
         "json": result,
     }
     if "platform" in own:
-        # Never a peer on another kind of device than ours, were it for want of a build of PyTorch for it.
+        # The peer never runs on another kind of device than ours, even if PyTorch has no build for ours.
         arguments["device"] = {"gpu": "cuda"}.get(own["platform"], own["platform"])
     command = [sys.executable, str(Path(__file__).with_name("peer_train_step.py"))]
     found = _run_process([*command, *(f"--{key}={value}" for key, value in arguments.items())], result)
@@ -410,7 +411,7 @@ def _run_peer(
 
 
 def _run_process(command: Sequence[str], result: Path) -> dict[str, Any]:
-    """Runs a program that writes its result as JSON; what it wrote before it failed is kept."""
+    """Runs a program that writes its result as JSON; keeps what it wrote before a failure."""
     result.unlink(missing_ok=True)
     status = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}).returncode
     found = json.loads(result.read_text()) if result.exists() else {}
@@ -418,16 +419,16 @@ def _run_process(command: Sequence[str], result: Path) -> dict[str, Any]:
 
 
 def strongest(peers: dict[str, Any], microbatches: int, precision: str = "bfloat16") -> str | None:
-    """Names the fastest setting of the peer.
+    """Returns the fastest setting of the peer.
 
     Args:
       peers: figures by setting.
-      microbatches: of our step. A setting that was measured with fewer is reckoned up to as many, so that it pays for
-        as few updates; one that was measured with as many goes before all that were not.
+      microbatches: of our step. The rate of a setting measured with fewer is extrapolated to this number, so that each
+        pays for equally few updates. A setting measured with this number goes before all others.
       precision: of the settings to choose from.
 
     Returns:
-      The setting, or None where none of them ran.
+      The setting, or None if none of them ran.
     """
     ran = {
         name: figures
@@ -446,7 +447,7 @@ def strongest(peers: dict[str, Any], microbatches: int, precision: str = "bfloat
 
 
 def ratio_to(own: dict[str, Any], peer: dict[str, Any] | None) -> float | None:
-    """Our tokens per second on each device over the peer's on one, or None where one of the two did not run."""
+    """Divides our tokens per second per device by the peer's on one device; None if one of the two did not run."""
     if "tokens_per_second" not in own or peer is None or "tokens_per_second" not in peer:
         return None
     return own["tokens_per_second_per_device"] / peer["tokens_per_second"]
@@ -455,7 +456,7 @@ def ratio_to(own: dict[str, Any], peer: dict[str, Any] | None) -> float | None:
 def measure_at(
     config: TrainConfig, arguments: Sequence[str], options: argparse.Namespace, scratch: Path
 ) -> Iterator[dict[str, Any]]:
-    """All figures at one length, as they come: ours, then the peer's with them."""
+    """Yields the figures at one length as they grow: first ours, then with the peer's."""
     own = run_own(arguments, config.window, scratch)
     microbatches = own.get("microbatches", options.search_microbatches)
     for peers in itertools.chain([{}], run_peers(config, options, own, scratch)):
@@ -473,13 +474,13 @@ def measure_at(
 
 
 def headline(entries: Sequence[dict[str, Any]], window: int) -> dict[str, Any]:
-    """The entry that stands for the run: the one at the configuration's window, else the longest that ran."""
+    """Returns the entry that represents the run: the one at the configuration's window, else the longest that ran."""
     ran = [entry for entry in entries if "tokens_per_second" in entry] or list(entries)
     return next((entry for entry in ran if entry["length"] == window), max(ran, key=lambda entry: entry["length"]))
 
 
 def summary(entry: dict[str, Any]) -> str:
-    """A line for us, and one for each setting of the peer."""
+    """Formats a line for us, and one for each setting of the peer."""
     lines = []
     for name, figures in (("ours", entry), *entry["peers"].items()):
         if "tokens_per_second" in figures:
@@ -504,7 +505,7 @@ def main() -> None:
         write_json(options.json, own_figures(configure(rest, options, length), options))
         return
     asked = configure(rest, options, None)
-    # Every configuration is read before the first one takes its time.
+    # All configurations are read first, so that errors appear before any measurement.
     configs = [configure(rest, options, length) for length in options.lengths or [asked.window]]
     report: dict[str, Any] = {
         **record("train_step"),
@@ -519,7 +520,7 @@ def main() -> None:
             for entry in measure_at(config, arguments, options, Path(scratch)):
                 entries = [*done, entry]
                 swept = {"lengths": entries, "longest": longest(entries)} if options.lengths else {}
-                # After each process: a machine that is taken away keeps what it has measured.
+                # Written after each process, so that an interrupted run keeps its measurements.
                 write_json(options.json, {**report, **headline(entries, asked.window), **swept})
             print(summary(entries[-1]), flush=True)
     print(f"figures: {options.json}")
@@ -534,7 +535,7 @@ def main() -> None:
 
 
 def longest(entries: Sequence[dict[str, Any]]) -> dict[str, int | None]:
-    """The longest window that ran, ours and the peer's with any setting."""
+    """Returns the longest window that ran, for us and for the peer with any setting."""
 
     def most(ran: Callable[[dict[str, Any]], bool]) -> int | None:
         return max((entry["length"] for entry in entries if ran(entry)), default=None)

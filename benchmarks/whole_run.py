@@ -1,9 +1,9 @@
-"""Times the recipe as a user has it: `python train.py` on a converted model, then `python convert/to_hf.py`.
+"""Times the recipe as a user runs it: `python train.py` on a converted model, then `python convert/to_hf.py`.
 
-Unlike train_step.py, whose clock covers the optimizer steps alone, this one covers everything from the start of one
-program to the end of the other: Python and JAX starting, weights and conversations read from disk, compilation, the
-steps, checkpoints, the final save, and the export. The model has random weights of the configuration's shape and stands
-on disk in bfloat16, as `convert/from_hf.py` would leave it; making it is outside the clock.
+train_step.py times only the optimizer steps. This program times everything from the start of one program to the end of
+the other: starting Python and JAX, reading weights and conversations from disk, compilation, the steps, checkpoints,
+the final save, and the export. The model has random weights of the configuration's shape, on disk in bfloat16 as
+`convert/from_hf.py` writes them; creating it is not timed.
 
     python benchmarks/whole_run.py --config_path configs/llama2_7b_eabf_16k.yaml --data data/sharegpt_16k_100 \
         --tokenizer assets/tiny --scratch /tmp/whole --json OUT.json
@@ -39,12 +39,12 @@ GIB = 2**30
 
 
 def random_model(config: LlamaConfig, directory: Path, tokenizer: Path) -> None:
-    """Writes a native model directory with random weights in bfloat16; all layers have the same.
+    """Writes a native model directory with random bfloat16 weights, the same in all layers.
 
     Args:
       config: the model's shape.
-      directory: what to make.
-      tokenizer: a directory whose tokenizer files are put beside the weights.
+      directory: the directory to create.
+      tokenizer: a directory whose tokenizer files are copied beside the weights.
     """
     generator, leaves = np.random.default_rng(0), {}
     for entry in parameters(config):
@@ -64,12 +64,12 @@ def timed(command: list[str]) -> dict[str, Any]:
     """Runs a program to its end.
 
     Args:
-      command: its words.
+      command: program and arguments.
 
     Returns:
-      `seconds` of it, `host_gib` that it took at most, `ended` on the clock of time.time().
+      `seconds`, peak `host_gib`, and `ended` on the clock of time.time().
     Raises:
-      InputError: it failed.
+      InputError: the program failed.
     """
     print("$", " ".join(command), flush=True)
     began = time.perf_counter()
@@ -84,13 +84,13 @@ def timed(command: list[str]) -> dict[str, Any]:
 def figures(
     train: dict[str, Any], export: dict[str, Any], metrics: list[dict[str, Any]], last: float
 ) -> dict[str, Any]:
-    """Takes the run apart.
+    """Splits the time of a run into its parts.
 
     Args:
       train: from `timed`.
       export: from `timed`.
       metrics: the lines of the run's metrics.jsonl.
-      last: when the last of them was written, on the clock of time.time().
+      last: when the last line was written, on the clock of time.time().
 
     Returns:
       Seconds of each part; they add up to `total_seconds`.
@@ -114,7 +114,7 @@ def figures(
 
 
 def planned(config_path: str, overrides: list[str], report: Path) -> dict[str, Any]:
-    """What `eabf compile` says of the run, in a process of its own: this one must leave the device alone."""
+    """Returns the prediction of `eabf compile` from a separate process, because this one must not use the device."""
     command = [sys.executable, "-m", "eabf_jax", "compile", "--config_path", config_path, "--json", str(report)]
     subprocess.run([*command, *overrides], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     found: dict[str, Any] = json.loads(report.read_text())

@@ -1,4 +1,4 @@
-"""GGUF file to Hugging Face directory: python convert/from_gguf.py --src FILE --dst DIR [--dtype NAME]."""
+"""Converts a GGUF file to Hugging Face: python convert/from_gguf.py --src FILE --dst DIR [--dtype NAME]."""
 
 from eabf_jax.cli import convert
 

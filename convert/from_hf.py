@@ -1,4 +1,4 @@
-"""Hugging Face directory to native model directory: python convert/from_hf.py --src DIR --dst DIR [--overwrite]."""
+"""Converts a Hugging Face directory to a native one: python convert/from_hf.py --src DIR --dst DIR [--overwrite]."""
 
 from eabf_jax.cli import convert
 

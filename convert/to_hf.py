@@ -1,4 +1,4 @@
-"""Native or run directory to Hugging Face: python convert/to_hf.py --src DIR --dst DIR [--step N] [--dtype NAME]."""
+"""Exports a model or run to Hugging Face: python convert/to_hf.py --src DIR --dst DIR [--step N] [--dtype NAME]."""
 
 from eabf_jax.cli import convert
 

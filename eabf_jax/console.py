@@ -1,4 +1,4 @@
-"""Tables and progress bars for people; in tables names wrap, figures never break, and a pipe gets whole lines."""
+"""Tables and progress bars for people. In tables names wrap and figures never break; files and pipes get whole lines."""
 
 import copy
 import dataclasses
@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column, Table
 from rich.text import Text
 
-_NAME = 12  # characters that a column of names keeps before figures go into a table of their own
-_SIDES = 3  # of a column: a space on either side and a border
+_NAME = 12  # minimum width of a name column before figures move to a separate table
+_SIDES = 3  # per column: a space on either side and a border
 
 
 class Grid(Table):
@@ -22,8 +22,8 @@ class Grid(Table):
         """Declares the columns.
 
         Args:
-          names: heads of the columns that name a row.
-          figures: heads of the others.
+          names: headers of the columns that name a row.
+          figures: headers of the other columns.
           title: above the table.
         """
         heads = [Column(escape(head), overflow="fold") for head in names]
@@ -35,26 +35,23 @@ class Grid(Table):
         """Adds a row.
 
         Args:
-          names: one a column of names, as they are.
-          figures: one a column of figures, Rich's markup among them.
+          names: one per column of names, as literal text.
+          figures: one per column of figures; may contain Rich markup.
           style: of the whole row.
         """
         self.add_row(*map(escape, names), *figures, style=style)
 
     def plain(self) -> dict[str, Any]:
-        """The table as model cards take it: `title`, `header` and `rows`, all text."""
+        """Returns the table in the form that model cards use: `title`, `header` and `rows`, all text."""
         header, *rows = zip(*([_text(cell).plain for cell in _cells(column)] for column in self.columns), strict=True)
         return {"title": _text(self.title).plain, "header": list(header), "rows": [list(row) for row in rows]}
 
 
 def show(grid: Grid) -> None:
-    """Prints a table on standard output: as wide as it is, unless that is a terminal.
+    """Prints a table on standard output, at full width unless that is a terminal.
 
-    On a terminal that is too narrow, names wrap; where that is not enough, the figures go into several tables, each of
-    them with the names.
-
-    Args:
-      grid: the table.
+    On a terminal that is too narrow, names wrap. If that is not enough, the figures are split over several tables, each
+    with the names.
     """
     console = Console()
     names, figures = grid.columns[: grid.names], grid.columns[grid.names :]
@@ -74,13 +71,13 @@ def show(grid: Grid) -> None:
         shown.columns = [dataclasses.replace(column, _index=index) for index, column in enumerate([*names, *part])]
         shown.title = grid.title if number == 0 else None
         shown.caption = grid.caption if number == len(parts) - 1 else None
-        # A single column may be wider than the terminal: better that than a figure that is cut.
+        # A single column may be wider than the terminal, because a figure must not be cut.
         console.width = max(console.width, least + sum(map(_across, part)))
         console.print(shown)
 
 
 def _figure_width(column: Column) -> int:
-    """Of the widest figure; the head wraps between words."""
+    """Returns the width of the widest figure; the header wraps between words."""
     head, *cells = _cells(column)
     return max([*(len(word) for word in _text(head).plain.split()), *(_text(cell).cell_len for cell in cells), 1])
 

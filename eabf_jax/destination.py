@@ -1,4 +1,4 @@
-"""Where results go: to a name that is free, or in place of an earlier result of our own, and of nothing else."""
+"""Where results go: to an unused name, or in place of an earlier result of ours and nothing else."""
 
 import errno
 import json
@@ -53,20 +53,21 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 class Mark(NamedTuple):
-    """What a directory of one kind of ours is known by: a file with a JSON object in it, and keys of that object."""
+    """How to recognise a directory that we wrote: a file with a JSON object, and keys of that object."""
 
     kind: str
     file: str
     keys: tuple[str, ...]
 
     def fault(self, directory: Path) -> str | None:
-        """Tells why a directory is not known for one of this kind.
+        """Returns why a directory is not recognised as this kind.
 
         Args:
           directory: an existing directory.
 
         Returns:
-          The reason, None where it is one. A mark that lists `files` holds only while these are all that is there.
+          The reason, or None if it is of this kind. A mark that lists `files` is valid only if the directory holds
+          exactly those.
         """
         try:
             found = json.loads((directory / self.file).read_text(encoding="utf-8"))
@@ -85,7 +86,7 @@ class Mark(NamedTuple):
 
 
 def file_sizes(directory: Path) -> dict[str, int]:
-    """Bytes of every file below a directory, by its path there."""
+    """Returns the size in bytes of every file below a directory, by its relative path."""
     return {str(path.relative_to(directory)): path.stat().st_size for path in directory.rglob("*") if path.is_file()}
 
 
@@ -94,17 +95,17 @@ def check_destination(
 ) -> None:
     """Refuses a directory that a result must not be written to.
 
-    An earlier result that a killed process had set aside, to put the new one in its place, is put back first.
+    If a killed process had set an earlier result aside to replace it, that result is first put back.
 
     Args:
-      destination: the directory to make.
-      mark: what an earlier result of this kind is known by; None where none is ever replaced.
+      destination: the directory to create.
+      mark: how to recognise an earlier result of this kind; None if results are never replaced.
       overwrite: whether an earlier result may be replaced.
       sources: files and directories that the result is made from.
 
     Raises:
-      InputError: it is a file or a symbolic link; its parent cannot be written; it is, holds or lies in a source; it
-        is not empty, and `overwrite` is not given or what it holds is not known for ours.
+      InputError: the destination is a file or a symbolic link; its parent is not writable; it is, contains or is inside
+        a source; it is not empty, and `overwrite` is not set or its content is not recognised as ours.
     """
     target = Path(destination)
     if target.is_symlink():
@@ -134,14 +135,14 @@ def check_destination(
 
 
 def check_apart(destination: Path | str, sources: Iterable[Path | str]) -> None:
-    """Refuses a destination that is, holds or lies in what the result is made from, symbolic links followed.
+    """Refuses a destination that is, contains or is inside a source of the result; follows symbolic links.
 
     Args:
       destination: the directory to write.
-      sources: files and directories.
+      sources: files and directories that the result is made from.
 
     Raises:
-      InputError: such a destination.
+      InputError: the destination overlaps a source.
     """
     target = Path(destination).resolve()
     for source in sources:
@@ -152,17 +153,17 @@ def check_apart(destination: Path | str, sources: Iterable[Path | str]) -> None:
 
 
 def make_partial(destination: Path | str) -> Path:
-    """Makes a directory beside the destination to write the result into; `put_in_place` gives it the name.
+    """Creates a directory beside the destination to write the result into; `put_in_place` renames it.
 
     Args:
-      destination: checked by `check_destination`; its parents are made too.
+      destination: checked by `check_destination`; missing parents are created.
 
     Returns:
-      An empty directory with ordinary permissions, of an absolute path.
+      The absolute path of an empty directory with ordinary permissions.
     """
     target = Path(destination).absolute()  # through the parent, so that "." has a name
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Not named by the process: in containers, the one that was killed had the same number.
+    # The name has no process id: in containers, a killed process may have had the same id.
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     mask = os.umask(0)
     os.umask(mask)
@@ -171,7 +172,7 @@ def make_partial(destination: Path | str) -> Path:
 
 
 def put_in_place(finished: Path, destination: Path | str) -> None:
-    """Gives a finished directory its name; what had the name is set aside until then, and put back on any error.
+    """Renames a finished directory to its destination; an earlier one is set aside, and put back on any error.
 
     Args:
       finished: from `make_partial`.
@@ -196,17 +197,17 @@ def put_in_place(finished: Path, destination: Path | str) -> None:
 
 
 def _set_aside(target: Path) -> list[Path]:
-    """What `put_in_place` has set aside; it is at rest only after a process was killed."""
+    """Lists what `put_in_place` has set aside; leftovers mean that a process was killed."""
     return sorted(target.parent.glob(f".{escape(target.name)}.old-*"))
 
 
 @contextmanager
 def replacing(directory: Path, names: Iterable[str]) -> Iterator[None]:
-    """Sets entries of a directory aside while others are written, and deletes them then, or puts them back on an error.
+    """Sets entries of a directory aside while new ones are written, then deletes them, or puts them back on an error.
 
     Args:
-      directory: an existing directory, which no other process writes to.
-      names: entries; those that are not there do not matter.
+      directory: an existing directory that no other process writes to.
+      names: entries to replace; they need not exist.
     """
     names = tuple(names)
     there = [name for name in names if (directory / name).exists()]

@@ -1,23 +1,23 @@
-"""Errors that name what a user got wrong; the command line prints them as one line and exits with status 2."""
+"""Errors in the user's input; the command line prints them as one line and exits with status 2."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Input that the user can correct: the message says what is wrong, the value found, and what would be right."""
+    """Input that the user can correct; the message names the problem, the value found and the expected value."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
-    """Builds the error for a name that is not in a table, with the nearest known name where one is near.
+    """Builds the error for an unknown name, with the nearest known name if there is one.
 
     Args:
       kind: what the name stands for, e.g. "rotary scheme".
       name: the name found.
-      known: the names that would be right.
+      known: the allowed names.
 
     Returns:
-      An InputError, to be raised by the caller.
+      An InputError for the caller to raise.
     """
     choices = sorted(known)
     near = difflib.get_close_matches(name, choices, n=1)

@@ -1,7 +1,7 @@
-"""Pictures, drawn without a display.
+"""Draws pictures without a display.
 
-Colours are told apart by colour-blind people and in print: lines by the palette of Okabe and Ito, each with a marker of
-its own as well, heat maps by cividis.
+Colours remain distinct for colour-blind readers and in print: lines use the palette of Okabe and Ito, each with its own
+marker, and heat maps use cividis.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,19 +27,19 @@ _MARKERS = "os^DvPX<>p*h"
 def loss_by_position(
     curves: Mapping[str, Sequence[BandLoss]], path: Path, *, pretrained_window: int | None = None, title: str = ""
 ) -> None:
-    """Draws the mean loss over documents in bands of positions, one line a model, the last one emphasised.
+    """Draws the mean loss over documents in bands of positions, one line per model, the last one emphasised.
 
-    Around each line, the 95 % confidence interval over documents.
+    The band around each line is the 95 % confidence interval over documents.
 
     Args:
       curves: by label, from `evaluation.perplexity.band_losses`.
-      path: the picture; its suffix (.png, .svg, .pdf) says which kind.
+      path: the picture; its suffix (.png, .svg, .pdf) sets the format.
       pretrained_window: position to mark, in tokens.
       title: above the axes.
     """
     figure, axes = _axes("position (tokens)", "loss (nats per token)", title)
     for number, (label, row) in enumerate(curves.items()):
-        # A mean over a band is as long as the band. Its marker stands at another place for each line.
+        # The mean of a band is drawn as long as the band. Each line has its marker at a different place.
         share = (number + 1) / (len(curves) + 1)
         places = [at for band in row for at in (band.start, (1 - share) * band.start + share * band.end, band.end)]
         points = [
@@ -48,7 +48,7 @@ def loss_by_position(
         markers = (1, 3 * max(1, len(row) // 8))
         _line(axes, places, points, label=label, markevery=markers, **line_style(number, len(curves)))
     axes.set_xlim(left=0)
-    # A model that falls apart would flatten the others.
+    # On a linear axis, a model that fails would flatten the others.
     _log_axis(axes)
     _mark(axes, pretrained_window)
     _legend(figure, axes)
@@ -56,11 +56,11 @@ def loss_by_position(
 
 
 def perplexity_by_window(windows: Mapping[str, Sequence[WindowPerplexity]], path: Path, *, title: str = "") -> None:
-    """Draws sliding-window perplexity against the window, one line a model with its 95 % confidence interval.
+    """Draws sliding-window perplexity against the window, one line per model with its 95 % confidence interval.
 
     Args:
       windows: by label.
-      path: the picture; its suffix (.png, .svg, .pdf) says which kind.
+      path: the picture; its suffix (.png, .svg, .pdf) sets the format.
       title: above the axes.
     """
     figure, axes = _axes("window (tokens)", "perplexity", title)
@@ -76,17 +76,17 @@ def perplexity_by_window(windows: Mapping[str, Sequence[WindowPerplexity]], path
 def share_by_length(
     shares: Mapping[str, Mapping[int, Share]], path: Path, *, pretrained_window: int | None = None, title: str = ""
 ) -> None:
-    """Draws the share of prompts answered against their length, one line a model with its 95 % confidence intervals.
+    """Draws the share of prompts answered against their length, one line per model with its 95 % confidence intervals.
 
     Args:
       shares: by label and length in tokens.
-      path: the picture; its suffix (.png, .svg, .pdf) says which kind.
+      path: the picture; its suffix (.png, .svg, .pdf) sets the format.
       pretrained_window: length to mark, in tokens.
       title: above the axes.
     """
     figure, axes = _axes("length (tokens)", "answered (percent)", title)
     for number, (label, row) in enumerate(shares.items()):
-        # Many models answer all or nothing: side by side, none hides another.
+        # Many models answer all prompts or none; a horizontal offset keeps them from hiding each other.
         beside = 2 ** (0.04 * (number - (len(shares) - 1) / 2))
         found = 100 * np.array([(s.hits / s.total, s.low, s.high) for s in row.values()])
         reach = np.maximum(np.abs(found[:, 1:] - found[:, :1]).T, 0)
@@ -102,13 +102,13 @@ def share_by_length(
 def heat_maps(
     cells: Mapping[str, Sequence[Cell]], path: Path, *, pretrained_window: int | None = None, title: str = ""
 ) -> None:
-    """Draws the share of prompts answered at every length and depth, one map a model, side by side.
+    """Draws the share of prompts answered at every length and depth, one map per model, side by side.
 
     Args:
       cells: by label, on one grid of lengths and depths.
-      path: the picture; its suffix (.png, .svg, .pdf) says which kind.
-      pretrained_window: the line behind the last length within it is marked, in tokens.
-      title: above all.
+      path: the picture; its suffix (.png, .svg, .pdf) sets the format.
+      pretrained_window: in tokens; a line is drawn after the last length within it.
+      title: above all maps.
     """
     across = min(len(cells), 5)
     down = -(-len(cells) // across)
@@ -132,11 +132,11 @@ def heat_maps(
         panel.set_title(label, fontsize=9)
         panel.set_xticks(range(len(lengths)), [_thousands(length) for length in lengths], fontsize=8)
         panel.set_yticks(range(len(depths)), [str(depth) for depth in depths], fontsize=8)
-        # The last panel of a column has the lengths below it, even where the row below goes on without one.
+        # The last panel of a column has the lengths below it, even if the next row of panels is shorter.
         panel.tick_params(labelbottom=number + across >= len(cells))
         within = sum(length <= (pretrained_window or 0) for length in lengths)
         if 0 < within < len(lengths):
-            # Black and white by turns is seen on any colour.
+            # Alternating black and white is visible on any colour.
             panel.axvline(within - 0.5, color="black", linewidth=2)
             panel.axvline(within - 0.5, color="white", linestyle="--", linewidth=2)
     marked = f" (dashed: the pretrained window, {pretrained_window:,})" if pretrained_window else ""
@@ -149,7 +149,7 @@ def heat_maps(
 
 
 def ink_on(colour: Sequence[float]) -> str:
-    """Black or white, whichever is easier to read on a colour.
+    """Returns black or white, whichever is easier to read on a colour.
 
     Args:
       colour: sRGB, from 0 to 1.
@@ -164,14 +164,14 @@ def ink_on(colour: Sequence[float]) -> str:
 
 
 def line_style(number: int, count: int) -> dict[str, Any]:
-    """How a line of several looks: up to a dozen differ in colour or dashes, and in the marker.
+    """Returns the style of one of several lines: up to a dozen differ in colour or dashes, and in the marker.
 
     Args:
-      number: which line, from 0.
-      count: of how many; the last of several is emphasised, and lies below the others so as not to hide them.
+      number: index of the line, from 0.
+      count: number of lines; the last of several is emphasised, and is drawn below the others so as not to hide them.
 
     Returns:
-      Keywords of `Axes.plot`.
+      Keyword arguments for `Axes.plot`.
     """
     marker = _MARKERS[number % len(_MARKERS)]
     if number == count - 1 > 0:
@@ -179,7 +179,7 @@ def line_style(number: int, count: int) -> dict[str, Any]:
     return {
         "marker": marker,
         "markersize": 6,
-        "markerfacecolor": "none",  # of two in one place, both are seen
+        "markerfacecolor": "none",  # two markers in one place are both visible
         "linewidth": 1.5,
         "color": _COLOURS[number % len(_COLOURS)],
         "linestyle": _LINES[number // len(_COLOURS) % len(_LINES)],
@@ -196,14 +196,14 @@ def _axes(x: str, y: str, title: str) -> tuple[Figure, Axes]:
 
 
 def _line(axes: Axes, x: Sequence[float], points: Sequence[tuple[float, float, float]], **style: Any) -> None:
-    """A line through the first of each three numbers, and a band between the others."""
+    """Draws a line through the first number of each triple, and a band between the other two."""
     (drawn,) = axes.plot(x, [point[0] for point in points], **style)
     low, high = [point[1] for point in points], [point[2] for point in points]
     axes.fill_between(x, low, high, color=drawn.get_color(), alpha=0.08, linewidth=0)
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Names the lines, from top to bottom as they end on the right."""
+    """Adds a legend, in the order of the lines' right ends from top to bottom."""
     handles, labels = axes.get_legend_handles_labels()
     ends = [np.asarray(getattr(handle, "lines", [handle])[0].get_ydata())[-1] for handle in handles]
     order = sorted(range(len(labels)), key=lambda number: -ends[number])
@@ -214,18 +214,18 @@ def _legend(figure: Figure, axes: Axes) -> None:
 def _log_axis(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    # Between powers of ten there are labels where the axis spans less than one.
+    # If the axis spans less than one power of ten, there are labels between powers of ten.
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 1)))
     axes.grid(which="minor", alpha=0.3)
 
 
 def _mark(axes: Axes, pretrained_window: int | None) -> None:
-    """Marks the pretrained window, where the axes, whose limits are set, reach it."""
+    """Marks the pretrained window if it is within the limits of the axes, which are already set."""
     left, right = axes.get_xlim()
     if pretrained_window is None or not left < pretrained_window < right:
         return
     axes.axvline(pretrained_window, color="grey", linestyle="--", linewidth=1)
-    # Beside the line, on the side where there is more room.
+    # The label is on the side of the line that has more room.
     x = axes.transAxes.inverted().transform(axes.transData.transform((pretrained_window, axes.get_ylim()[1])))[0]
     side, offset = ("left", 4) if x < 0.5 else ("right", -4)
     axes.annotate(
@@ -236,11 +236,11 @@ def _mark(axes: Axes, pretrained_window: int | None) -> None:
 
 
 def length_axis(axes: Axes, lengths: Sequence[int]) -> None:
-    """Makes the x axis one of lengths, each twice the one before as far from it.
+    """Makes the x axis logarithmic with base 2, with labels at the given lengths.
 
     Args:
-      axes: what is drawn there has its x in tokens.
-      lengths: tokens, where to put a label.
+      axes: x is in tokens.
+      lengths: where to put labels, in tokens.
     """
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [_thousands(length) for length in lengths])
@@ -252,11 +252,11 @@ def _thousands(length: int) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a picture beside its place, then under its name: a failed write leaves nothing that looks whole.
+    """Writes a picture to a temporary file and renames it, so that a failed write leaves no incomplete picture.
 
     Args:
       figure: the picture.
-      path: its file; the ending names the format.
+      path: its file; the suffix sets the format.
     """
     with whole(path) as partial:
         figure.savefig(partial, dpi=150)

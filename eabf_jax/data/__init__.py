@@ -1,4 +1,4 @@
-"""Conversations and texts to batches: read, clean, render, store, load."""
+"""Turns conversations and texts into batches: read, clean, render, store, load."""
 
 from eabf_jax.data.chat import TEMPLATES, Encoded, Turn, encode_conversation
 from eabf_jax.data.dataset import Records, num_records, read_metadata

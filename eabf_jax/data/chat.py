@@ -1,4 +1,4 @@
-"""Chat templates: conversations to tokens, with a mask on the tokens that the assistant is to learn."""
+"""Chat templates: turn conversations into tokens, with a mask on the tokens that the assistant learns."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, takewhile
@@ -21,7 +21,7 @@ class Turn(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """What a template needs of a tokenizer."""
+    """The methods of a tokenizer that templates use."""
 
     vocab_size: int
     bos_id: int | None
@@ -32,15 +32,15 @@ class Tokenizer(Protocol):
     chat_template: str | None
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Turns text into ids, without adding any of its own."""
+        """Turns text into ids, without adding special tokens."""
         ...
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Turns text with special tokens into ids, and says which characters each is of."""
+        """Turns text with special tokens into ids, with the range of characters of each."""
         ...
 
     def token_id(self, piece: str) -> int | None:
-        """The id of a special token's string, None where there is none."""
+        """The id of a special token's string, or None if there is none."""
         ...
 
 
@@ -48,9 +48,9 @@ class Segment(NamedTuple):
     """A stretch of a rendered exchange.
 
     Attributes:
-      text: the text, or what a special token is called: "bos", "eos", or its string.
-      is_response: whether its tokens are to be learned.
-      is_special: whether it is one special token; text is never searched for such, so that what a user wrote cannot
+      text: the text, or the name of a special token: "bos", "eos", or its string.
+      is_response: whether its tokens are learned.
+      is_special: whether it is one special token. Text is never parsed for special tokens, so a user's text cannot
         pass for markup.
     """
 
@@ -60,7 +60,7 @@ class Segment(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """A question and its answer; `system` is the system prompt where the exchange opens a conversation that has one."""
+    """A question and its answer; `system` is the system prompt if the exchange opens a conversation that has one."""
 
     user: str
     assistant: str
@@ -69,7 +69,7 @@ class Exchange(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Tokens, and which of them the assistant is to learn."""
+    """Tokens, and a mask of those that the assistant learns."""
 
     tokens: Int32[np.ndarray, " length"]
     loss_mask: Bool[np.ndarray, " length"]
@@ -105,7 +105,7 @@ def _vicuna(exchange: Exchange) -> Iterator[Segment]:
 
 
 def _chatml(exchange: Exchange) -> Iterator[Segment]:
-    """ChatML without a system prompt of its own."""
+    """ChatML without a default system prompt."""
     begin = Segment("<|im_start|>", is_special=True)
     end = Segment("<|im_end|>", is_special=True)
     if exchange.system is not None:
@@ -116,7 +116,7 @@ def _chatml(exchange: Exchange) -> Iterator[Segment]:
 
 
 def _llama_3(exchange: Exchange) -> Iterator[Segment]:
-    """Llama 3 Instruct as Meta's code renders it: a header before each message, <|eot_id|> behind it."""
+    """Llama 3 Instruct as Meta's code renders it: a header before each message, <|eot_id|> after it."""
     end = Segment("<|eot_id|>", is_special=True)
 
     def header(role: str) -> Iterator[Segment]:
@@ -140,12 +140,12 @@ TEMPLATES: dict[str, Callable[[Exchange], Iterable[Segment]]] = {
     "chatml": _chatml,
 }
 
-# The template that comes with the model's tokenizer, in place of one by name.
+# The template that comes with the model's tokenizer, instead of one in TEMPLATES.
 OWN = "own"
 
 
 def check_template(template: str) -> None:
-    """Refuses a name that is no template's.
+    """Refuses an unknown template name.
 
     Args:
       template: a name in `TEMPLATES`, or `OWN`.
@@ -186,8 +186,8 @@ def exchanges(turns: Sequence[Turn]) -> list[Exchange]:
 def encode_exchange(exchange: Exchange, template: str, tokenizer: Tokenizer) -> Encoded:
     """Renders and tokenizes one exchange.
 
-    Text between two special tokens is tokenized in one go, as it would be in the whole rendered conversation; the
-    mask begins where the tokens stop being those of the prompt alone.
+    Text between two special tokens is tokenized in one go, as in the whole rendered conversation. The mask begins at
+    the first token that differs from tokenizing the prompt alone.
 
     Args:
       exchange: question and answer.
@@ -206,16 +206,16 @@ def encode_exchange(exchange: Exchange, template: str, tokenizer: Tokenizer) -> 
 
 
 def encode_prompt(turns: Sequence[Turn], template: str, tokenizer: Tokenizer) -> list[int]:
-    """Renders and tokenizes a conversation up to where the assistant is to answer.
+    """Renders and tokenizes a conversation up to the point where the assistant answers.
 
     Args:
-      turns: at most one system turn, then user and assistant in alternation, the user last; `OWN` takes what the
-        model's template does.
+      turns: at most one system turn, then user and assistant in alternation, the user last; `OWN` accepts what the
+        model's template accepts.
       template: a name in `TEMPLATES`, or `OWN`.
       tokenizer: the model's tokenizer.
 
     Returns:
-      The token ids: with an answer's behind them, those of `encode_conversation`.
+      The token ids. Followed by those of an answer, they equal `encode_conversation`.
 
     Raises:
       InputError: as `encode_conversation`.
@@ -230,11 +230,11 @@ def encode_prompt(turns: Sequence[Turn], template: str, tokenizer: Tokenizer) ->
 
 
 def answer_ends(template: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end an answer.
+    """Returns the tokens that end an answer.
 
     Args:
-      template: a name in `TEMPLATES`, or `OWN`: then the special token that the model's template writes behind an
-        answer, if it writes one.
+      template: a name in `TEMPLATES`, or `OWN` for the special token that the model's template writes after an answer,
+        if it writes one.
       tokenizer: the model's tokenizer.
 
     Returns:
@@ -264,11 +264,11 @@ def encode_conversation(turns: Sequence[Turn], template: str, tokenizer: Tokeniz
 
     Returns:
       int32 tokens [length] and bool mask [length]: true on the assistant's tokens and on the token that ends its turn;
-      with `OWN` on what the model's template marks with `{% generation %}`.
+      with `OWN`, on what the model's template marks with `{% generation %}`.
 
     Raises:
       InputError: turns that do not alternate, an unknown template, a special token that the tokenizer lacks, or a
-        template of the model's that marks nothing.
+        model's template that marks nothing.
     """
     check_template(template)
     paired = exchanges(turns)
@@ -278,16 +278,16 @@ def encode_conversation(turns: Sequence[Turn], template: str, tokenizer: Tokeniz
 
 
 def encode_beginning(turns: Sequence[Turn], template: str, tokenizer: Tokenizer, enough: int) -> Encoded:
-    """Renders and tokenizes as many exchanges of a conversation as make `enough` tokens, which may not be all.
+    """Renders and tokenizes the first exchanges of a conversation, until they have `enough` tokens.
 
     Args:
       turns: as in `encode_conversation`.
-      template: a name in `TEMPLATES`, or `OWN`, which is rendered as a whole.
+      template: a name in `TEMPLATES`, or `OWN`, which renders the whole conversation.
       tokenizer: the model's tokenizer.
-      enough: the tokens that are wanted.
+      enough: the number of tokens wanted.
 
     Returns:
-      The tokens of the exchanges, and their mask; not cut.
+      The tokens of the exchanges and their mask, not truncated.
 
     Raises:
       InputError: as `encode_conversation`.
@@ -307,10 +307,10 @@ def encode_beginning(turns: Sequence[Turn], template: str, tokenizer: Tokenizer,
 def split_conversation(
     turns: Sequence[Turn], template: str, tokenizer: Tokenizer, *, min_tokens: int, max_tokens: int
 ) -> list[Encoded]:
-    """Cuts a conversation into pieces of whole exchanges, each as long as it may be.
+    """Splits a conversation into pieces of whole exchanges, each as long as allowed.
 
-    Every piece is rendered as a conversation of its own, with the system prompt repeated. An exchange that is too long
-    by itself is cut at `max_tokens`. Pieces that are too short, or in which nothing is left to learn, are dropped.
+    Every piece is rendered as a separate conversation and repeats the system prompt. A single exchange that is too long
+    is cut at `max_tokens`. Pieces that are too short, or have nothing left to learn, are dropped.
 
     Args:
       turns: as in `encode_conversation`.
@@ -336,7 +336,7 @@ def split_conversation(
 
 
 def _named_pieces(paired: Sequence[Exchange], template: str, tokenizer: Tokenizer, max_tokens: int) -> list[Encoded]:
-    """The pieces of a conversation, made of exchanges that are encoded one by one."""
+    """Builds the pieces of a conversation from exchanges that are encoded one by one."""
     pieces: list[Encoded] = []
     current: list[Encoded] = []
     length = 0
@@ -354,7 +354,7 @@ def _named_pieces(paired: Sequence[Exchange], template: str, tokenizer: Tokenize
 
 
 def _own_pieces(turns: Sequence[Turn], tokenizer: Tokenizer, max_tokens: int) -> list[Encoded]:
-    """The pieces of a conversation by the model's template, which only renders whole ones."""
+    """Builds the pieces of a conversation by the model's template, which only renders whole conversations."""
     count = len(exchanges(turns))
     system = turns[: len(turns) - 2 * count]
     spoken = turns[len(system) :]
@@ -399,7 +399,7 @@ def _encode_segments(segments: Iterable[Segment], template: str, tokenizer: Toke
 
 
 def _own_template(tokenizer: Tokenizer) -> str:
-    """The source of the model's own template."""
+    """Returns the source of the model's own template."""
     if tokenizer.chat_template is None:
         unnamed = f"none that is called default ({', '.join(sorted(tokenizer.chat_templates))})"
         raise InputError(
@@ -410,13 +410,13 @@ def _own_template(tokenizer: Tokenizer) -> str:
 
 
 def _render_own(turns: Sequence[Turn], tokenizer: Tokenizer, *, add_generation_prompt: bool) -> Rendered:
-    """The conversation by the model's own template."""
+    """Renders a conversation by the model's own template."""
     source = _own_template(tokenizer)
     return render(source, turns, tokenizer.special_tokens, add_generation_prompt=add_generation_prompt)
 
 
 def _encode_own(turns: Sequence[Turn], tokenizer: Tokenizer) -> Encoded:
-    """Tokens by the model's own template, and those of them that it marks: each that reaches into a marked stretch."""
+    """Encodes by the model's own template; the mask has each token that overlaps a marked stretch."""
     rendered = _render_own(turns, tokenizer, add_generation_prompt=False)
     if not rendered.is_marked:
         raise InputError(
@@ -435,13 +435,13 @@ def _encode_own(turns: Sequence[Turn], tokenizer: Tokenizer) -> Encoded:
 
 
 def _own_ends(tokenizer: Tokenizer) -> list[int]:
-    """The token that the model's own template writes behind an answer, where it is one that text cannot spell."""
+    """Returns the token that the model's own template writes after an answer, if text cannot spell it."""
     _own_template(tokenizer)
     answer = "The-answer-is-this."
     try:
         turns = [Turn("user", "A question."), Turn("assistant", answer)]
         text = _render_own(turns, tokenizer, add_generation_prompt=False).text
-    except InputError:  # it may want something else to be said, which is for the conversation itself to find out
+    except InputError:  # the template may refuse this probe; rendering the conversation itself reports real faults
         return []
     behind = text.rpartition(answer)[2].lstrip() if answer in text else ""
     first = tokenizer.encode(behind, special=True)[:1]
@@ -461,7 +461,7 @@ def _special_id(name: str, template: str, tokenizer: Tokenizer) -> int:
 
 
 def _encode_text(segments: Sequence[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Tokenizes neighbouring texts as one, and marks the tokens of those to be learned."""
+    """Tokenizes adjacent texts as one, and marks the tokens of those that are learned."""
     ids = tokenizer.encode("".join(segment.text for segment in segments))
     mask = [False] * len(ids)
     begin = 0
@@ -476,5 +476,5 @@ def _encode_text(segments: Sequence[Segment], tokenizer: Tokenizer) -> tuple[lis
 
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the common beginning of two sequences."""
+    """Returns the length of the common prefix of two sequences."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

@@ -1,4 +1,4 @@
-"""The Jinja chat template that comes with a model, rendered as transformers does it, and what it marks as learned."""
+"""Renders a model's own Jinja chat template as transformers does, and finds the text that it marks as learned."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,12 @@ class Message(Protocol):
 
     @property
     def role(self) -> str:
-        """Who speaks."""
+        """The speaker."""
         ...
 
     @property
     def text(self) -> str:
-        """What is said."""
+        """The text."""
         ...
 
 
@@ -33,8 +33,8 @@ class Rendered(NamedTuple):
     """A rendered conversation.
 
     Attributes:
-      text: the text, special tokens spelt out.
-      learned: begin and end of each stretch that the template marks with `{% generation %}`.
+      text: the text, with special tokens spelt out.
+      learned: start and end of each stretch that the template marks with `{% generation %}`.
       is_marked: whether the template has that tag at all.
     """
 
@@ -60,10 +60,10 @@ def render(
       source: the template, in Jinja.
       messages: the conversation so far.
       special_tokens: text of the tokenizer's special tokens by name, such as bos_token.
-      add_generation_prompt: whether the template is to write what opens the assistant's answer.
+      add_generation_prompt: whether the template writes the opening of the assistant's answer.
 
     Returns:
-      The text, and which of it is to be learned.
+      The text, and the stretches of it that are learned.
     Raises:
       InputError: the template is faulty, or refuses the conversation.
     Source: transformers, `utils/chat_template_utils.py`.
@@ -87,23 +87,23 @@ def render(
             **special_tokens,
             **{_MARK: mark},
         )
-        for block in stream:  # `mark` counts what has come before
+        for block in stream:  # `mark` counts the text rendered so far
             blocks.append(block)
-    except Exception as error:  # a template is a program of its own, which may fail in any way
+    except Exception as error:  # a template is a program and may fail in any way
         raise InputError(
             f"the model's chat template does not take this conversation: {error}; --template names another"
         ) from error
     return Rendered("".join(blocks), learned, is_marked)
 
 
-# The name under which a template finds what notes the stretches of `{% generation %}`.
+# The name under which a template finds the function that records the stretches of `{% generation %}`.
 _MARK = "_learned"
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}` … `{% endgeneration %}`: what the assistant is to learn."""
+    """`{% generation %}` … `{% endgeneration %}`: the text that the assistant learns."""
 
-    tags = frozenset({"generation"})  # type: ignore[assignment]  # jinja2 only looks names up in it
+    tags = frozenset({"generation"})  # type: ignore[assignment]  # jinja2 only looks up names in it
     is_used = False
 
     def parse(self, parser: Parser) -> nodes.Node:
@@ -135,7 +135,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own escapes what HTML would.
+    # Jinja's own filter escapes characters for HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

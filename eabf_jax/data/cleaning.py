@@ -1,4 +1,4 @@
-"""Cleaning of conversations: HTML to Markdown, what the web page left behind, broken turns, copies, language."""
+"""Cleans conversations: HTML to Markdown, web page remains, broken turns, copies, language."""
 
 import hashlib
 import re
@@ -12,11 +12,11 @@ import py3langid
 from eabf_jax.data.chat import Turn
 from eabf_jax.data.forms import Passage, Unusable
 
-# Two conversations that share a first exchange of this many characters are the same one, shared twice at different
-# lengths; shorter openings ("hi" - "Hello! How can I help you?") are shared by strangers.
+# Two conversations with an equal first exchange of this many characters are one conversation that was shared twice, at
+# different lengths. Shorter openings ("hi" - "Hello! How can I help you?") also occur in unrelated conversations.
 SHARED_OPENING = 400
 
-# Buttons of the page and of common browser extensions, which copying a turn took along.
+# Labels of buttons, from the page and from common browser extensions, that were copied with a turn.
 _BUTTONS = ("Share Prompt", "지금 번역하기")
 _COPY_CODE = re.compile(r"^[ \t]*Copy code[ \t]*\n?", re.MULTILINE)
 _PAGE = r"[ \t]*\d+ / \d+[ \t]*"
@@ -34,15 +34,15 @@ _ENDS_AS_HTML = re.compile(rf"</(?:{_BLOCK})>\s*\Z", re.IGNORECASE)
 _CODE = re.compile(r"```.*?(?:```|\Z)|https?://\S+", re.DOTALL)
 _SAMPLED_TURNS = 12
 _SAMPLED_CHARACTERS = 300
-# The identifier tells languages of Latin script apart well; text in several scripts it calls English too readily.
+# The identifier separates languages of Latin script well, but calls text in several scripts English too often.
 _LATIN_SHARE = 0.9
 _LAST_LATIN = "\u024f"
 
 
 class Cleaned(NamedTuple):
-    """A conversation after cleaning: `turns` alternate, from the user to the assistant, after at most one system turn.
+    """A conversation after cleaning: `turns` alternate between user and assistant, after at most one system turn.
 
-    `fault` says why nothing is left, where nothing is.
+    `fault` says why nothing is left, if nothing is.
     """
 
     turns: list[Turn]
@@ -52,16 +52,16 @@ class Cleaned(NamedTuple):
 def clean_conversation(raw: Sequence[Turn], *, from_pages: bool = True) -> Cleaned:
     """Cleans every turn and repairs the alternation.
 
-    Turns that are empty go; two turns in a row of one speaker become one, once if they are equal; what precedes the
-    first user turn goes, save system turns; an unanswered last question goes. A conversation with a system turn
-    further on is given up: a template has one place for it, and the answers after it follow it.
+    Empty turns are dropped. Consecutive turns of one speaker are joined, or deduplicated if they are equal. Turns
+    before the first user turn are dropped, except system turns, and so is an unanswered last question. A conversation
+    with a later system turn is rejected: a template has only one place for it, and the answers after it depend on it.
 
     Args:
       raw: the turns as the file has them.
-      from_pages: whether the texts may be HTML, or hold what a web page left; else they are only stripped.
+      from_pages: whether the texts may be HTML or have web page remains; if not, they are only stripped.
 
     Returns:
-      The turns left, or the reason why none is.
+      The remaining turns, or the reason why there are none.
     """
     turns: list[Turn] = []
     system: list[str] = []
@@ -88,18 +88,15 @@ def clean_conversation(raw: Sequence[Turn], *, from_pages: bool = True) -> Clean
 
 
 def without_surrogates(text: str) -> str:
-    """Replaces what is no character; JSON may hold it, UTF-8 may not."""
+    """Replaces lone surrogates, which JSON allows but UTF-8 does not."""
     return _LONE_SURROGATE.sub("\ufffd", text)
 
 
 def clean_passage(passage: Passage) -> Passage:
-    """Leaves a passage as it is, save what is no character.
+    """Keeps a passage unchanged except for lone surrogates.
 
     Args:
       passage: the passage as the file has it.
-
-    Returns:
-      The passage.
 
     Raises:
       Unusable: there is nothing to learn.
@@ -110,7 +107,7 @@ def clean_passage(passage: Passage) -> Passage:
 
 
 def passage_turns(passage: Passage) -> list[Turn]:
-    """A passage as turns, by which `Copies` and `language` look at it: a prompt, and its text in slices."""
+    """Returns a passage as turns for `Copies` and `language`: its prompt, and its text in slices."""
     slices = [
         passage.text[begin : begin + _SAMPLED_CHARACTERS] for begin in range(0, len(passage.text), _SAMPLED_CHARACTERS)
     ]
@@ -118,13 +115,13 @@ def passage_turns(passage: Passage) -> list[Turn]:
 
 
 def clean_text(text: str) -> str:
-    """Cleans one turn: HTML to Markdown where it is HTML, page furniture and superfluous blank lines out.
+    """Cleans one turn: turns HTML into Markdown and removes page remains and extra blank lines.
 
     Args:
       text: the turn as the file has it.
 
     Returns:
-      Its text, stripped; empty where nothing but furniture was there.
+      Its text, stripped; empty if there were only page remains.
     """
     text = without_surrogates(text.replace("\r\n", "\n"))
     if is_html(text):
@@ -138,29 +135,16 @@ def clean_text(text: str) -> str:
 
 
 def is_html(text: str) -> bool:
-    """Whether a turn is a rendered page and not a text that speaks of HTML.
+    """Tells whether a turn is rendered HTML and not text about HTML.
 
-    A rendered turn begins with a bare block tag, or with the page's own `div`, and ends by closing a block; what has a
-    code fence is Markdown already.
-
-    Args:
-      text: the turn.
-
-    Returns:
-      True if it should be turned into Markdown.
+    A rendered turn begins with a bare block tag or the page's `div`, and ends by closing a block. Text with a code
+    fence is already Markdown.
     """
     return "```" not in text and _STARTS_AS_HTML.match(text) is not None and _ENDS_AS_HTML.search(text) is not None
 
 
 def html_to_markdown(text: str) -> str:
-    """Turns HTML into Markdown, code blocks into fences with their language, buttons and pictures into nothing.
-
-    Args:
-      text: HTML, as the page rendered a turn.
-
-    Returns:
-      Markdown.
-    """
+    """Turns the HTML of a rendered turn into Markdown, with fenced code blocks and without buttons and pictures."""
     soup = bs4.BeautifulSoup(text, "html.parser")
     for furniture in soup.find_all(["button", "svg", "script", "style", "img"]):
         furniture.decompose()
@@ -169,7 +153,7 @@ def html_to_markdown(text: str) -> str:
         if code is None:
             continue
         language = _code_language(code)
-        # The page puts a bar with the language's name into the block, which is no part of the code.
+        # The page adds a bar with the language's name to the block, which is not part of the code.
         plain = soup.new_tag("code", attrs={"class": f"language-{language}"} if language else {})
         plain.string = code.get_text().rstrip("\n")
         block.clear()
@@ -184,32 +168,32 @@ def html_to_markdown(text: str) -> str:
 
 
 def _code_language(code: bs4.element.Tag | None) -> str | None:
-    """The language that a code block's class names."""
+    """Returns the language named by a code block's class."""
     classes = code.get("class") if code is not None else None
     names = [name.removeprefix("language-") for name in classes or () if name.startswith("language-")]
     return names[0] if names else None
 
 
 class Copies:
-    """Remembers the conversations seen, by digests of their text.
+    """Remembers seen conversations by digests of their text.
 
-    Two are copies when all their turns are equal, or when they begin with the same exchange of at least
-    `SHARED_OPENING` characters: one conversation that was shared twice, of which one part could otherwise be
-    trained on and the other held out.
+    Two conversations are copies if all their turns are equal, or if they begin with the same exchange of at least
+    `SHARED_OPENING` characters. The latter is one conversation shared twice, which could otherwise be both trained on
+    and held out.
     """
 
     def __init__(self) -> None:
-        """Begins with nothing seen."""
+        """Starts empty."""
         self._seen: set[bytes] = set()
 
     def is_new(self, turns: Sequence[Turn]) -> bool:
-        """Notes a conversation.
+        """Records a conversation.
 
         Args:
           turns: cleaned turns.
 
         Returns:
-          False if it is a copy of one noted before.
+          False if it is a copy of an earlier one.
         """
         spoken = [turn.text for turn in turns if turn.role != "system"]
         opening = spoken[:2]
@@ -226,13 +210,13 @@ def _text_digest(texts: Sequence[str]) -> bytes:
 
 
 def language(turns: Sequence[Turn]) -> str:
-    """Names the language of a conversation, from samples of turns spread over it, without code and addresses.
+    """Identifies the language of a conversation from sampled turns, without code and addresses.
 
     Args:
       turns: cleaned turns.
 
     Returns:
-      ISO 639 code such as "en"; "mul" for text in more than one script that would pass as English.
+      ISO 639 code such as "en"; "mul" for text in several scripts that would pass as English.
     """
     stride = max(1, len(turns) // _SAMPLED_TURNS)
     sampled = [_CODE.sub(" ", turn.text)[:_SAMPLED_CHARACTERS] for turn in turns[::stride]]

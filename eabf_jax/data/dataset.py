@@ -25,7 +25,7 @@ DATASET = Mark("a prepared dataset", METADATA_FILE, ("format", "splits"))
 FORMAT = 1
 SHARD_BYTES = 1 << 28
 
-# What two tokenizers have to agree on to pass for the same: scripts, digits, code, white space, special-looking text.
+# Two tokenizers that agree on this count as equal: scripts, digits, code, white space, text that looks special.
 _PROBE = (
     "The quick brown fox can't jump over 13,579 lazy dogs.\n\tdef f(x):\n        return x**2  # naïve\n"
     "Größe, год, 東京, 한국어, العربية, 🙂 <s> </s> <|im_start|> [INST] <<SYS>> https://example.org/?a=b&c=%20\n\n"
@@ -43,7 +43,7 @@ def _features() -> tfds.features.FeaturesDict:
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Tells tokenizers apart by what they do, whichever file they come from.
+    """Computes a digest of a tokenizer's behaviour, which does not depend on the file it comes from.
 
     Args:
       tokenizer: any tokenizer.
@@ -68,9 +68,9 @@ class _Split:
 
 
 class DatasetWriter:
-    """Writes a dataset beside its destination and moves it there when it is whole.
+    """Writes a dataset beside its destination and moves it there when it is complete.
 
-    Use as a context manager: what is not finished when it ends leaves nothing behind.
+    Use it as a context manager: on exit, an unfinished dataset is removed.
     """
 
     def __init__(
@@ -84,13 +84,13 @@ class DatasetWriter:
         """Checks that the destination may be written.
 
         Args:
-          directory: where the dataset is to be.
-          overwrite: replace a dataset that is there.
-          sources: what it is made from.
-          shard_bytes: begin another file when one has reached this size.
+          directory: destination of the dataset.
+          overwrite: whether to replace an existing dataset.
+          sources: files that the dataset is made from.
+          shard_bytes: size at which a new file begins.
 
         Raises:
-          InputError: as `check_destination`: something other than a dataset is never replaced.
+          InputError: as `check_destination`; only a dataset is ever replaced.
         """
         self.directory = Path(directory)
         self._shard_bytes = shard_bytes
@@ -102,16 +102,16 @@ class DatasetWriter:
         self._check_destination()
 
     def __enter__(self) -> "DatasetWriter":
-        """Makes the folder to write into."""
+        """Creates the directory to write into."""
         with self._as_input_error():
             self._partial = make_partial(self.directory)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Removes what has not become a dataset."""
+        """Removes an unfinished dataset."""
         for split in self._splits.values():
             if split.writer is not None:
-                # Closing releases the file; that it fails for lack of space was reported by the write before it.
+                # Closing releases the file. If it fails for lack of space, the write before it has reported that.
                 try:
                     split.writer.close()
                 except RuntimeError:
@@ -125,10 +125,10 @@ class DatasetWriter:
         Args:
           split: name of the split.
           record: int32 tokens [length] and bool mask [length].
-          identifier: where it comes from.
+          identifier: id of the source conversation or document.
 
         Raises:
-          InputError: it cannot be written, for lack of space or of permission.
+          InputError: the record cannot be written, for lack of space or permission.
         """
         state = self._splits.setdefault(split, _Split())
         example = {"tokens": record.tokens, "loss_mask": record.loss_mask, "id": identifier}
@@ -152,10 +152,10 @@ class DatasetWriter:
         """Completes the dataset and moves it to its destination.
 
         Args:
-          metadata: what to keep of how it was made; JSON values.
+          metadata: how the dataset was made; JSON values.
 
         Raises:
-          InputError: it cannot be written.
+          InputError: the dataset cannot be written.
         """
         with self._as_input_error():
             assert self._partial is not None
@@ -181,7 +181,7 @@ class DatasetWriter:
             writer.close()
 
     def _finish_split(self, name: str, split: _Split) -> splits.SplitInfo:
-        """Gives the shards their final names, which say how many there are."""
+        """Gives the shards their final names, which include their number."""
         assert self._partial is not None
         self._close_shard(split)
         template = self._template(name)
@@ -219,7 +219,7 @@ class DatasetWriter:
 
     @contextmanager
     def _as_input_error(self) -> Iterator[None]:
-        """Turns a failure to write into one line."""
+        """Turns a failed write into a one-line error."""
         try:
             yield
         except (OSError, RuntimeError) as error:
@@ -235,7 +235,7 @@ def _lengths_file(split: str) -> str:
 
 
 def read_metadata(directory: Path | str) -> dict[str, Any]:
-    """Reads how a dataset was made: template, max_tokens, tokenizer digest, seed, counts, and figures for each split.
+    """Reads how a dataset was made: template, max_tokens, tokenizer digest, seed, counts, and figures per split.
 
     Args:
       directory: a dataset made by `eabf prepare`.
@@ -244,7 +244,7 @@ def read_metadata(directory: Path | str) -> dict[str, Any]:
       The metadata; `["splits"][name]` has records, tokens, response_tokens, longest (tokens) and the files' sizes.
 
     Raises:
-      InputError: there is no such dataset, or it is not whole.
+      InputError: there is no such dataset, or it is incomplete.
     """
     path = Path(directory) / METADATA_FILE
     try:
@@ -279,7 +279,7 @@ def num_records(directory: Path | str, split: str) -> int:
 
 
 def record_lengths(directory: Path | str, split: str) -> Int32[np.ndarray, " records"]:
-    """Reads how long each record is.
+    """Reads the length of each record.
 
     Args:
       directory: a dataset made by `eabf prepare`.
@@ -312,7 +312,7 @@ def _split_metadata(directory: Path | str, split: str) -> dict[str, Any]:
 class Records:
     """The records of one split, by number.
 
-    Each is a dictionary: tokens int32 [length], loss_mask bool [length], id (a string).
+    Each record is a dictionary: tokens int32 [length], loss_mask bool [length], id (a string).
     """
 
     def __init__(self, directory: Path | str, split: str):
@@ -323,7 +323,7 @@ class Records:
           split: name of the split.
 
         Raises:
-          InputError: no such dataset or split, or files that are missing, cut off or of another kind.
+          InputError: no such dataset or split, or files that are missing, truncated or of another kind.
         """
         self._directory = Path(directory)
         for name, size in _split_metadata(directory, split)["files"].items():
@@ -334,7 +334,7 @@ class Records:
                 raise InputError(f"{path} {state}: prepare the dataset again")
         try:
             self._source = tfds.builder_from_directory(self._directory).as_data_source(split=split)
-        # TFDS reports damaged files through whatever its parsers raise.
+        # For damaged files, TFDS raises whatever its parsers raise.
         except Exception as error:
             raise InputError(f"{directory} cannot be opened: {_first_line(error)}; prepare the dataset again") from None
 

@@ -1,7 +1,7 @@
-"""What an entry of a file means: a conversation, or a passage of text. One function and one line in `FORMS` a form.
+"""Reads an entry of a file as a conversation or a passage of text. A form is one function and one line in `FORMS`.
 
-An entry that the model's text cannot represent raises `Unusable`: what is left out of a conversation would change what
-the answers in it are answers to.
+An entry that the model's text cannot represent raises `Unusable`, because leaving a part out of a conversation would
+change what its answers refer to.
 """
 
 import json
@@ -20,7 +20,7 @@ QUESTION_KEYS = ("instruction", "question", "query")
 INPUT_KEYS = ("input", "context")
 ANSWER_KEYS = ("output", "response", "answer", "completion")
 DOCUMENT_KEYS = ("text", "content")
-# Under which a file's one object may hold the list of its entries.
+# Keys under which the single object of a file may hold the list of its entries.
 ENTRY_LIST_KEYS = (*TURN_LIST_KEYS, "data", "records", "examples", "entries", "rows", "train")
 
 ROLES: dict[str, Role] = {
@@ -34,7 +34,7 @@ TOOL_ROLES |= {"function_call", "function_response", "function-call", "function-
 _TOOLS = "tool use"
 _MEDIA = "pictures, sound or files"
 _REASONING = "reasoning apart from the answer"
-# Keys that give an entry, or a turn's conversation, up where they hold anything.
+# An entry is unusable if one of these keys, in it or in one of its turns, holds anything.
 REFUSED_IN_ENTRIES = {
     **dict.fromkeys(("tools", "functions"), _TOOLS),
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _MEDIA),
@@ -45,9 +45,9 @@ REFUSED_IN_TURNS = {
     **dict.fromkeys(("image", "images", "audio", "video", "videos", "files", "attachments"), _MEDIA),
     **dict.fromkeys(("reasoning", "reasoning_content", "thinking"), _REASONING),
 }
-# Say of a turn whether it is to be learned. Every answer is learned here, and nothing else.
+# Keys that say whether a turn is learned. We learn every answer, and nothing else.
 LEARNED_KEYS = ("weight", "train", "loss")
-# Say of an entry whether its answer is a good one.
+# Keys that say whether an entry's answer is a good one.
 VERDICT_KEYS = ("label", "kto_tag")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 
@@ -56,21 +56,17 @@ class Unusable(ValueError):
     """An entry that cannot become training text.
 
     Attributes:
-      reason: why, in words to count by.
+      reason: why; entries are counted by this text.
     """
 
     def __init__(self, reason: str):
-        """Keeps the reason.
-
-        Args:
-          reason: why.
-        """
+        """Stores the reason."""
         super().__init__(reason)
         self.reason = reason
 
 
 class Passage(NamedTuple):
-    """Text that is used word for word, without a template: `text` is learned, after `prompt`, which is not.
+    """Text that is used verbatim, without a template: `prompt` is not learned, and the `text` after it is.
 
     A document is a passage without a prompt.
     """
@@ -87,10 +83,10 @@ class Form:
     """One way to write an entry.
 
     Attributes:
-      read: an entry's content; raises `Unusable`.
-      claims: whether an entry has this form's keys, whatever they hold.
+      read: returns an entry's content, or raises `Unusable`.
+      claims: whether an entry has this form's keys, whatever their values.
       needs: the keys, for messages.
-      from_pages: whether such texts are copied from web pages as a rule, and are to be cleaned of what these left.
+      from_pages: whether such texts usually come from web pages and are cleaned of their remains.
     """
 
     read: Callable[[Any], Content]
@@ -100,7 +96,7 @@ class Form:
 
 
 def turn_list(entry: Any) -> list[Any]:
-    """The turns of a conversation, unread.
+    """Returns the turns of a conversation, unread.
 
     Args:
       entry: an object with a list of turns, or the list itself.
@@ -116,7 +112,7 @@ def turn_list(entry: Any) -> list[Any]:
     found: list[list[Any]] = []
     for key in TURN_LIST_KEYS:
         turns = entry.get(key) if isinstance(entry, dict) else None
-        # Tables hold nested values as JSON.
+        # Table files store nested values as JSON.
         if isinstance(turns, str) and turns.lstrip().startswith("["):
             try:
                 turns = json.loads(turns)
@@ -132,15 +128,15 @@ def turn_list(entry: Any) -> list[Any]:
 
 
 def is_turn(value: Any) -> bool:
-    """Whether a value looks like a turn of a conversation: it says who speaks."""
+    """Tells whether a value looks like a turn of a conversation, that is, names its speaker."""
     return isinstance(value, dict) and any(key in value for key in ROLE_KEYS)
 
 
 def holds_entries(key: str | None, first: Any) -> bool:
-    """Tells a list of entries from one conversation.
+    """Tells a list of entries from a single conversation.
 
     Args:
-      key: what the list stands under in a file's one object; None for a top-level array.
+      key: the list's key in the single object of a file; None for a top-level array.
       first: its first element.
 
     Returns:
@@ -156,28 +152,28 @@ def holds_entries(key: str | None, first: Any) -> bool:
 
 
 def role_of(turn: Any) -> Role | None:
-    """Who speaks in a turn; None where that is not known, or where its keys disagree."""
+    """Returns the speaker of a turn; None if it is unknown or its keys disagree."""
     known = {ROLES[name] for name in _names(turn) if name in ROLES}
     return known.pop() if len(known) == 1 else None
 
 
 def _names(turn: Any) -> list[str]:
-    """What a turn calls its speaker."""
+    """Returns the names that a turn gives its speaker."""
     found = [turn.get(key) for key in ROLE_KEYS] if isinstance(turn, dict) else []
     return [name.strip().lower() for name in found if isinstance(name, str)]
 
 
 def text_of(turn: Any) -> str:
-    """The text of a turn.
+    """Returns the text of a turn.
 
     Args:
       turn: a turn as the file has it.
 
     Returns:
-      Its text; parts are joined by a line feed, as vLLM and llama.cpp join them for templates that take a string.
+      Its text. Parts are joined by a line feed, as vLLM and llama.cpp do for templates that take a string.
 
     Raises:
-      Unusable: it has none, or more than text.
+      Unusable: it has no text, or more than text.
     """
     given = [turn[key] for key in TEXT_KEYS if turn.get(key) is not None]
     content = next(filter(None, given), "" if "" in given else None)
@@ -201,14 +197,14 @@ def conversation(entry: Any, turns: Sequence[Any]) -> list[Turn]:
     """Reads a conversation.
 
     Args:
-      entry: what holds the turns.
+      entry: the object that holds the turns.
       turns: the turns as the file has them.
 
     Returns:
-      The turns, after the system prompt that stands beside them.
+      The turns, after the system prompt of the entry if it has one.
 
     Raises:
-      Unusable: something in it is not understood, or cannot be represented.
+      Unusable: a part of it is unknown or cannot be represented.
     """
     _check(entry, REFUSED_IN_ENTRIES)
     _check_verdict(entry)
@@ -225,7 +221,7 @@ def _turn(turn: Any) -> Turn:
     if role is None:
         raise Unusable("unknown role")
     for key in LEARNED_KEYS:
-        # A weight of 1 on a question says nothing where only answers are learned; `train: true` would add it.
+        # A weight of 1 on a question changes nothing if only answers are learned; `train: true` would add the question.
         is_asked = turn.get(key) not in ((None, 1) if role == "assistant" else (None, 0))
         if is_asked and (key != "weight" or role == "assistant"):
             raise Unusable("turns that say whether they are learned")
@@ -238,10 +234,10 @@ def _sharegpt(entry: Any) -> list[Turn]:
 
 
 def _instructions(entry: Any) -> list[Turn]:
-    """Alpaca's `instruction`, `input`, `output`, with LLaMA-Factory's `system` and `history`, and the like."""
+    """Alpaca's `instruction`, `input`, `output`, with LLaMA-Factory's `system` and `history`, and similar keys."""
     _check(entry, REFUSED_IN_ENTRIES)
     _check_verdict(entry)
-    # Alpaca's data is also found with the rendered prompt beside what it was made from.
+    # Some copies of Alpaca's data have the rendered prompt in addition to its parts.
     question = [_string(entry, QUESTION_KEYS) or _string(entry, ("prompt",)), _string(entry, INPUT_KEYS)]
     answer = _string(entry, ANSWER_KEYS)
     turns = _system_turns(entry)
@@ -254,7 +250,7 @@ def _instructions(entry: Any) -> list[Turn]:
 
 
 def _completions(entry: Any) -> Content:
-    """`prompt` and `completion`: texts, used word for word, or two lists of turns (as TRL has them)."""
+    """`prompt` and `completion`: texts, used verbatim, or two lists of turns (as in TRL)."""
     prompt, completion = entry.get("prompt"), entry.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         if any(role_of(turn) == "assistant" for turn in prompt):
@@ -272,12 +268,12 @@ def _document(entry: Any) -> Passage:
 
 
 def _has(entry: Any, *alternatives: Sequence[str]) -> bool:
-    """Whether an entry has a key of each group."""
+    """Tells whether an entry has a key of each group."""
     return isinstance(entry, dict) and all(any(key in entry for key in keys) for keys in alternatives)
 
 
 def _string(entry: Any, keys: Sequence[str]) -> str:
-    """The text under one of some keys, empty where all of them are missing or null."""
+    """Returns the text under one of the keys, empty if all of them are missing or null."""
     given = [entry[key] for key in keys if entry.get(key) not in (None, "")]
     if not all(isinstance(text, str) for text in given):
         raise Unusable(f"{' or '.join(keys)} that is no text")
@@ -292,7 +288,7 @@ def _system_turns(entry: Any) -> list[Turn]:
 
 
 def _check(value: Any, refused: dict[str, str]) -> None:
-    """Gives up what holds anything under a refused key; an empty list, or one written as JSON, is nothing."""
+    """Raises if a refused key holds anything; an empty list, also one written as JSON, counts as nothing."""
     for key, reason in refused.items() if isinstance(value, dict) else ():
         if value.get(key) not in (None, "", False, [], {}, "[]", "{}", "null"):
             raise Unusable(reason)
@@ -306,7 +302,7 @@ def _check_verdict(entry: Any) -> None:
 SHAREGPT = "sharegpt"
 TEXT = "text"
 AUTO = "auto"
-# In the order in which `auto` tries them: data sets keep the rendered text beside the turns that it was made from.
+# In the order in which `auto` tries them: turns come first, because datasets may have the rendered text beside them.
 FORMS: dict[str, Form] = {
     SHAREGPT: Form(
         _sharegpt,
@@ -333,7 +329,7 @@ def find_form(entry: Any, wanted: str) -> str | None:
       wanted: one of `FORMATS`.
 
     Returns:
-      Name of the form, None where its keys are those of none, or not of the one wanted.
+      Name of the form; None if the keys match no form, or not the one wanted.
 
     Raises:
       InputError: an unknown format.

@@ -1,4 +1,4 @@
-"""What is where in a set of files: ids and places, no texts, so that single conversations can be read in any order."""
+"""Indexes a set of files by ids and offsets, without texts, so that conversations can be read in any order."""
 
 import json
 import tempfile
@@ -19,12 +19,12 @@ class Index:
 
     Attributes:
       conversations: every conversation, its parts joined.
-      entries: number of whole entries read.
-      forms: how many of them have which form.
-      unusable: how many of them have none, by reason.
-      kept_apart: conversations whose ids look like parts of one, which is not proved.
-      broken: the faults of files that `keep_complete` went on with.
-      skipped: files of the directories given that are of no known kind.
+      entries: number of complete entries read.
+      forms: number of entries per form.
+      unusable: number of entries without a form, by reason.
+      kept_apart: conversations whose ids look like parts of one, without proof.
+      broken: the faults of files of which `keep_complete` used the complete entries.
+      skipped: files in the given directories that are of unknown kinds.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class Index:
 
         Args:
           paths: files, or directories of files.
-          form: one of `forms.FORMATS`; `auto` takes, for each file, that of the first entry that has one.
-          keep_complete: go on with the whole entries of a file that is cut off or malformed.
-          chunk_bytes: how much to read at a time.
+          form: one of `forms.FORMATS`; `auto` takes, for each file, the form of the first entry that has one.
+          keep_complete: use the complete entries of a truncated or malformed file.
+          chunk_bytes: bytes to read at a time.
           progress: called with the number of bytes read so far, over all files.
 
         Raises:
@@ -58,7 +58,7 @@ class Index:
         self._length = array("Q")
         self._is_copied = array("B")
         self._forms: list[Form] = []
-        # Entries that cannot be read again where they stand: compressed, repaired, or no JSON at all.
+        # Entries that cannot be read again from their file: compressed, repaired, or not JSON.
         self._copies = tempfile.TemporaryFile(prefix="eabf-prepare-")  # noqa: SIM115
         parts = Parts()
         bytes_before = 0
@@ -76,7 +76,7 @@ class Index:
         self.kept_apart = parts.kept_apart
 
     def _add_file(self, path: Path, entries: Iterator[Entry], wanted: str, parts: Parts, keep_complete: bool) -> None:
-        """Notes the entries of one file, and refuses a file of which none can be used."""
+        """Records the entries of one file, and refuses a file without usable entries."""
         name = None
         read = used = 0
         unclaimed = ""
@@ -127,7 +127,7 @@ class Index:
           found: one of `conversations`.
 
         Returns:
-          Its turns in order, each once; or a passage.
+          Its turns in order, without repeats; or a passage.
 
         Raises:
           Unusable: it cannot become training text.
@@ -142,11 +142,11 @@ class Index:
         return conversation(first, turns)
 
     def form_of(self, found: Conversation) -> Form:
-        """The form that a conversation is read by."""
+        """Returns the form of a conversation."""
         return self._forms[self._file[found.entries[0]]]
 
     def _note(self, number: int, entry: Entry) -> None:
-        """Keeps an entry's place; its text too where that place is not in a file that can be read again."""
+        """Records an entry's place, and its text too if the entry cannot be read again from its file."""
         offset, length = entry.offset, entry.length
         self._is_copied.append(offset is None)
         if offset is None:

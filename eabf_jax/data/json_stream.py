@@ -1,6 +1,6 @@
-"""JSON files of any size, entry by entry: an array, a list inside an object, or one value after another (JSONL).
+"""Reads JSON files of any size, entry by entry: an array, a list inside an object, or consecutive values (JSONL).
 
-No more than one chunk of a file, or one entry, is held at a time.
+At most one chunk of a file, or one entry, is in memory at a time.
 """
 
 import codecs
@@ -15,12 +15,12 @@ CHUNK_BYTES = 1 << 20
 LARGEST_ENTRY = 1 << 28
 
 _DECODER = json.JSONDecoder()
-# Byte order marks too: a file that was put together from several has them in its middle.
+# Byte order marks count as white space: a concatenated file has them in the middle.
 _WHITESPACE = re.compile("[ \t\r\n\ufeff]*")
 _TRAILING_COMMA = re.compile(r",(?=\s*[\]}])")
 _LITERALS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 _UNFINISHED_NUMBER = re.compile(r"-?\d*(\.|[eE][+-]?)?")
-# No token of JSON other than a string is longer than this, so an error further from the end is no lack of input.
+# No JSON token except a string is longer than this, so an error further from the end is not a lack of input.
 _LONGEST_TOKEN = 16
 
 
@@ -28,9 +28,9 @@ class Entry(NamedTuple):
     """One entry of a file.
 
     Attributes:
-      offset: its first byte; None where the file's bytes from there on are not the entry's JSON.
+      offset: its first byte; None if the file's bytes there are not the entry's JSON.
       length: in bytes.
-      value: what it holds.
+      value: the parsed value.
     """
 
     offset: int | None
@@ -39,20 +39,20 @@ class Entry(NamedTuple):
 
 
 class BrokenFile(InputError):
-    """A file that stops being JSON somewhere.
+    """A file that is not valid JSON from some byte on.
 
     Attributes:
-      offset: byte where it does; for a file cut off, its end.
-      entries: whole entries before that byte.
+      offset: that byte; for a truncated file, its end.
+      entries: number of complete entries before that byte.
     """
 
     def __init__(self, what: str, offset: int, entries: int, entry_start: int):
         """Builds the message.
 
         Args:
-          what: what is wrong, to be followed by the place.
+          what: what is wrong; the place is appended.
           offset: byte where it is wrong.
-          entries: whole entries before it.
+          entries: number of complete entries before it.
           entry_start: byte where the first incomplete entry begins.
         """
         super().__init__(
@@ -79,11 +79,11 @@ class _Text:
         self.position = 0
         self.offset = 0
         self.entries = 0
-        # Byte of the last comma taken out: an entry with such a byte cannot be read again as it stands.
+        # Byte of the last comma removed: an entry that contains this byte cannot be read again from the file.
         self.last_repair = -1
 
     def extend(self) -> bool:
-        """Reads on; the more text is waiting, the more, so that parsing a long entry again stays linear in total."""
+        """Reads more text, in growing amounts, so that parsing a long entry repeatedly stays linear in total."""
         if self._ended:
             return False
         waiting = len(self.text) - self.position
@@ -95,7 +95,7 @@ class _Text:
         except UnicodeDecodeError as error:
             self._bad_byte = self._bytes_read - len(error.object) + error.start
             added = error.object[: error.start].decode("utf-8")
-            # A character that lacks its last bytes at the end of the file means a file cut off, not a wrong encoding.
+            # An incomplete character at the end of the file means that the file is truncated, not a wrong encoding.
             if self._ended and error.reason == "unexpected end of data":
                 self._bad_byte = None
             self._ended = True
@@ -104,7 +104,7 @@ class _Text:
         return True
 
     def skip_space(self, ahead: int = 0) -> tuple[str, int]:
-        """The next character that is not white space, empty at the end, and how far it is from the position."""
+        """Returns the next character that is not white space (empty at the end) and its distance from the position."""
         while True:
             ahead = _WHITESPACE.match(self.text, self.position + ahead).end() - self.position  # type: ignore[union-attr]
             if self.position + ahead < len(self.text):
@@ -113,18 +113,18 @@ class _Text:
                 return "", ahead
 
     def peek(self) -> str:
-        """Moves to the next character that is not white space, and returns it; empty at the end of the file."""
+        """Moves to the next character that is not white space and returns it; empty at the end of the file."""
         mark, ahead = self.skip_space()
         self.advance(ahead)
         return mark
 
     def advance(self, characters: int) -> None:
-        """Moves on."""
+        """Moves the position forward."""
         self.offset = self._byte_at(self.position + characters)
         self.position += characters
 
     def value(self, ahead: int = 0) -> tuple[Any, int]:
-        """Parses the JSON value that begins so many characters ahead; returns it, and how far ahead it ends."""
+        """Parses the JSON value that begins `ahead` characters ahead; returns it and how far ahead it ends."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.position + ahead)
@@ -148,7 +148,7 @@ class _Text:
                 return value, end - self.position
 
     def broken(self, what: str, position: int | None = None, in_string: bool = False) -> BrokenFile:
-        """Builds the error for the current entry; no `what` means that the file ends too early."""
+        """Builds the error for the current entry; an empty `what` means that the file ends too early."""
         if self._bad_byte is not None:
             return BrokenFile(f"{self.name} is not UTF-8", self._bad_byte, self.entries, self.offset)
         if not what:
@@ -158,16 +158,16 @@ class _Text:
         return BrokenFile(f"{self.name} is not valid JSON: {what}", offset, self.entries, self.offset)
 
     def is_whole(self) -> bool:
-        """Whether all that was read is text."""
+        """Tells whether everything that was read is text."""
         return self._bad_byte is None
 
     def _byte_at(self, position: int) -> int:
-        """Byte offset of a character at or after the current position."""
+        """Returns the byte offset of a character at or after the current position."""
         passed = self.text[self.position : position]
         return self.offset + (len(passed) if passed.isascii() else len(passed.encode()))
 
     def _without_trailing_comma(self, position: int) -> bool:
-        """Puts a space for a comma before a closing bracket near an error; False if there is none."""
+        """Replaces a comma before a closing bracket near an error by a space; returns False if there is none."""
         before = len(self.text[self.position : position].rstrip()) + self.position
         for place in (position, before - 1):
             if place >= self.position and _TRAILING_COMMA.match(self.text, place):
@@ -178,7 +178,7 @@ class _Text:
 
 
 def _is_unfinished(rest: str) -> bool:
-    """Whether the text from an error to the end of the file could be the beginning of something right."""
+    """Tells whether the text from an error to the end of the file could be the beginning of valid JSON."""
     rest = rest.strip()
     return any(word.startswith(rest) for word in _LITERALS) or _UNFINISHED_NUMBER.fullmatch(rest) is not None
 
@@ -187,7 +187,7 @@ HoldsEntries = Callable[[str | None, Any], bool]
 
 
 def is_top_level(key: str | None, first: Any) -> bool:
-    """The default: a top-level array holds entries, a list inside an object does not."""
+    """The default for `holds_entries`: a top-level array holds entries, a list inside an object does not."""
     return key is None
 
 
@@ -202,17 +202,17 @@ def scan(
 
     Args:
       stream: the file, opened in binary mode at its beginning.
-      name: what to call it in an error.
-      chunk_bytes: how much to read at a time; changes nothing but speed and memory.
-      holds_entries: whether a list holds entries, by its key (None for a top-level array) and its first element. A
-        top-level array that does not is one entry itself; an object without such a list is, too.
-      repair: read past commas before a closing bracket.
+      name: the file's name in errors.
+      chunk_bytes: bytes to read at a time; affects only speed and memory.
+      holds_entries: whether a list holds entries, given its key (None for a top-level array) and its first element. A
+        top-level array that holds none is a single entry, and so is an object without such a list.
+      repair: accept commas before a closing bracket.
 
     Returns:
       An iterator over the entries, objects or arrays, in file order.
 
     Raises:
-      BrokenFile: the file is cut off or malformed; every whole entry before that place has been yielded by then.
+      BrokenFile: the file is truncated or malformed; raised after every complete entry before that place was yielded.
     """
     source = _Text(stream, name, chunk_bytes, repair)
     opening = source.peek()
@@ -259,7 +259,7 @@ def _array(source: _Text) -> Iterator[Entry]:
 
 
 def _list_inside(source: _Text, holds_entries: HoldsEntries) -> int:
-    """How far ahead, in the object that begins at the current position, a list of entries begins; 0 if none does."""
+    """Returns how far ahead a list of entries begins in the object at the current position; 0 if there is none."""
     try:
         mark, ahead = source.skip_space(1)
         while mark == '"':
@@ -275,12 +275,12 @@ def _list_inside(source: _Text, holds_entries: HoldsEntries) -> int:
             if mark == ",":
                 mark, ahead = source.skip_space(ahead + 1)
     except BrokenFile:
-        pass  # An entry that is broken, which whoever reads entries tells with its place.
+        pass  # The entry is broken; reading the entries reports it with its place.
     return 0
 
 
 def _is_list_of_entries(source: _Text, ahead: int, holds_entries: HoldsEntries, key: str | None) -> bool:
-    """Whether the list that begins so far ahead holds entries; a top-level one that cannot be told does."""
+    """Tells whether the list `ahead` characters ahead holds entries; an unclear top-level list does."""
     mark, ahead = source.skip_space(ahead + 1)
     try:
         return holds_entries(key, source.value(ahead)[0]) if mark not in ("]", "") else key is None
@@ -289,7 +289,7 @@ def _is_list_of_entries(source: _Text, ahead: int, holds_entries: HoldsEntries, 
 
 
 def _leave_object(source: _Text, holds_entries: HoldsEntries) -> None:
-    """Moves past what follows the list of entries in its object; refuses a second such list, and what comes after."""
+    """Moves past the rest of the object; refuses a second list of entries, and anything after the object."""
     while source.peek() == ",":
         source.advance(1)
         if source.peek() == "}" and source.repair:

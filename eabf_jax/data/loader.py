@@ -1,4 +1,4 @@
-"""Batches for training: deterministic by seed, divided among processes, resumable at any batch."""
+"""Batches for training: deterministic by seed, split over processes, resumable at any batch."""
 
 import functools
 from pathlib import Path
@@ -13,9 +13,9 @@ from eabf_jax.errors import InputError, unknown_name
 Mode = Literal["conversations", "packed"]
 MODES: tuple[Mode, ...] = ("conversations", "packed")
 
-# Of the documents that packed rows are cut from.
+# Cache size for the documents that packed rows are cut from.
 _CACHE_BYTES = 2**30
-# Records are read ahead by threads: enough to hide decompression behind a step, and few enough for two cores.
+# Threads prefetch records: enough to hide decompression behind a step, and few enough for two cores.
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
@@ -33,35 +33,35 @@ def make_loader(
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Makes an iterator over batches.
 
-    A batch is a dictionary of arrays [batch, length]: tokens int32, loss_mask bool (token t is to be predicted, from
-    what precedes it), positions int32, segment_ids int32 (0 on padding). In mode "conversations" each row is one
-    record, padded at the end. In mode "packed" the records of the split, in one shuffled order, are joined and cut
-    into rows: segments count from 1 in each row, positions restart with each of them, and all tokens but a segment's
-    first are to be predicted; the last incomplete row of the split is dropped.
+    A batch is a dictionary of arrays [batch, length]: tokens int32, loss_mask bool (token t is predicted from the
+    tokens before it), positions int32, segment_ids int32 (0 on padding). In mode "conversations" each row is one
+    record, padded at the end. In mode "packed" the records of the split, in one shuffled order, are joined and cut into
+    rows. Segments count from 1 in each row, positions restart in each segment, and all tokens except a segment's first
+    are predicted. The last incomplete row of the split is dropped.
 
-    Every epoch is a new shuffle of the rows, without its last incomplete batch. Each process gets its
-    `batch_size / process_count` rows: those of process 0, 1, … one below the other are the batch of a single process.
+    Every epoch is a new shuffle of the rows, without its last incomplete batch. Each process gets its `batch_size /
+    process_count` rows: stacked in the order of the processes, they are the batch of a single process.
 
-    The iterator's `get_state()` is a JSON-able dictionary; `set_state` of an iterator made with the same arguments
-    goes on after the batch that was last taken.
+    The iterator's `get_state()` returns a JSON-serialisable dictionary. `set_state` of an iterator made with the same
+    arguments resumes after the last batch taken.
 
     Args:
       directory: a dataset made by `eabf prepare`.
       split: "train" or "held_out".
-      batch_size: rows of a step over all processes.
-      length: tokens of a row.
+      batch_size: rows per step over all processes.
+      length: tokens per row.
       seed: 0 to 2**32 - 1.
-      epochs: how often to go through the split; None for without end.
+      epochs: number of passes through the split; None for no end.
       mode: "conversations" or "packed".
-      process_index: which process this is.
-      process_count: how many there are.
+      process_index: index of this process.
+      process_count: number of processes.
 
     Returns:
       A Grain iterator, with `get_state` and `set_state`.
 
     Raises:
-      InputError: no such dataset, records longer than `length`, fewer rows than a batch, or a batch that the processes
-        cannot share evenly.
+      InputError: no such dataset, records longer than `length`, fewer rows than a batch, or a batch that does not
+        divide evenly by the processes.
     """
     if batch_size % process_count:
         raise InputError(
@@ -76,28 +76,28 @@ def make_loader(
         rows = _Padded(records, length)
     else:
         rows = _Packed(records, record_lengths(directory, split), length, seed)
-    # Cut before batching, so that every process has the same number of batches; batches of a process's own size, of
-    # which it takes every process_count-th, so that it reads no row of another.
+    # Rows are cut before batching, so that every process has the same number of batches. Batches have the size of one
+    # process, which takes every process_count-th, so that it reads no rows of other processes.
     batches = grain.MapDataset.source(rows).shuffle(seed=seed)[: steps * batch_size].batch(batch_size // process_count)
     own = batches[process_index::process_count].repeat(epochs)
     return iter(own.to_iter_dataset(_READ_OPTIONS))
 
 
 def steps_per_epoch(directory: Path | str, split: str, *, batch_size: int, length: int, mode: Mode) -> int:
-    """Counts the whole batches of an epoch.
+    """Counts the complete batches of an epoch.
 
     Args:
       directory: a dataset made by `eabf prepare`.
       split: name of the split.
-      batch_size: rows of a step over all processes.
-      length: tokens of a row.
+      batch_size: rows per step over all processes.
+      length: tokens per row.
       mode: "conversations" or "packed".
 
     Returns:
       The number of steps.
 
     Raises:
-      InputError: no such dataset, records longer than `length` (in mode "conversations"), or not one whole batch.
+      InputError: no such dataset, records longer than `length` (in mode "conversations"), or less than one batch.
     """
     if mode not in MODES:
         raise unknown_name("loader mode", mode, MODES)
@@ -144,11 +144,11 @@ class _Padded:
 
 
 class _Packed:
-    """Windows on all records joined, each record's place in which is known from the lengths alone."""
+    """Windows on all joined records; the lengths alone give each record's place."""
 
     def __init__(self, records: Records, lengths: np.ndarray, length: int, seed: int):
         self._length = length
-        # A long document is in many rows: read it once, as long as memory allows.
+        # A long document spans many rows; the cache reads it only once, if memory allows.
         kept = max(1, int(_CACHE_BYTES / (4 * lengths.mean())))
         self._tokens = functools.lru_cache(maxsize=kept)(lambda number: records[number]["tokens"])
         self._order = np.random.default_rng(seed).permutation(len(lengths))

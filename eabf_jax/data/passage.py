@@ -1,4 +1,4 @@
-"""Passages to tokens, word for word: no template, loss on every token but the prompt's."""
+"""Turns passages into tokens verbatim: no template, and loss on every token except the prompt's."""
 
 from itertools import takewhile
 from typing import Protocol
@@ -10,24 +10,24 @@ from eabf_jax.data.forms import Passage
 
 
 class TextTokenizer(Tokenizer, Protocol):
-    """What texts need of a tokenizer: a template's needs, and how a text begins."""
+    """The tokenizer methods that passages use: those of templates, and how a text begins."""
 
     adds_bos: bool
 
 
 def encode_passage(passage: Passage, tokenizer: TextTokenizer) -> Encoded:
-    """Tokenizes a passage as a model is to read it.
+    """Tokenizes a passage as the model reads it.
 
-    It begins with BOS where the tokenizer asks for that, and ends with EOS. Prompt and text are tokenized in one go;
-    the mask begins where the tokens stop being those of the prompt alone.
+    It begins with BOS if the tokenizer asks for that, and ends with EOS. Prompt and text are tokenized in one go. The
+    mask begins at the first token that differs from tokenizing the prompt alone.
 
     Args:
       passage: the passage.
       tokenizer: the model's tokenizer.
 
     Returns:
-      int32 tokens [length] and bool mask [length]: true on the text's tokens and on EOS, save the first
-      token of all, which nothing stands before.
+      int32 tokens [length] and bool mask [length]: true on the text's tokens and on EOS, except on the very first
+      token, which has no context.
     """
     opening = _opening(tokenizer)
     tokens = tokenizer.encode(passage.prompt + passage.text)
@@ -39,11 +39,11 @@ def encode_passage(passage: Passage, tokenizer: TextTokenizer) -> Encoded:
 
 
 def split_passage(passage: Passage, tokenizer: TextTokenizer, *, min_tokens: int, max_tokens: int) -> list[Encoded]:
-    """Cuts a passage into pieces, each as long as it may be.
+    """Splits a passage into pieces, each as long as allowed.
 
-    Every piece of a document begins with BOS where the tokenizer asks for that. A passage with a prompt is one piece,
-    cut at `max_tokens`, since nothing after that would stand behind its prompt. Pieces that are too short, or in which
-    nothing is left to learn, are dropped.
+    Every piece of a document begins with BOS if the tokenizer asks for that. A passage with a prompt is one piece, cut
+    at `max_tokens`, because later pieces would lack the prompt. Pieces that are too short, or have nothing left to
+    learn, are dropped.
 
     Args:
       passage: the passage.
@@ -63,7 +63,7 @@ def split_passage(passage: Passage, tokenizer: TextTokenizer, *, min_tokens: int
         for begin in begins
     ]
     for piece in pieces:
-        piece.loss_mask[0] = False  # Nothing stands before it.
+        piece.loss_mask[0] = False  # It has no context.
     return [piece for piece in pieces if len(piece.tokens) >= min_tokens and piece.loss_mask.any()]
 
 

@@ -1,4 +1,4 @@
-"""Files of conversations or texts to a dataset of tokens and loss masks, counting every stage."""
+"""Turns conversations or texts into a dataset of tokens and loss masks, with counts of every stage."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -24,23 +24,23 @@ LANGUAGES = ("en", "any")
 
 @dataclass(frozen=True)
 class Options:
-    """What to prepare.
+    """Options of `prepare`.
 
     Attributes:
       sources: files, or directories of files.
       destination: directory of the dataset.
-      format: the form of their entries, a name in `forms.FORMATS`.
+      format: the form of the entries, a name in `forms.FORMATS`.
       template: chat template, a name in `chat.TEMPLATES`.
       min_tokens: fewest tokens of a training record.
-      max_tokens: most tokens of a record; longer conversations are split at turn borders.
-      num_conversations: training records wanted; None for all there are, 0 for a dataset that is only held out.
+      max_tokens: most tokens of a record; longer conversations are split between exchanges.
+      num_conversations: training records wanted; None for all, 0 for only a held-out split.
       held_out: held-out records wanted.
-      held_out_min_tokens: fewest tokens of a held-out conversation, of which the first `max_tokens` become its record;
-        None for `max_tokens`, so that every position of every held-out record is measured.
+      held_out_min_tokens: fewest tokens of a held-out conversation, whose first `max_tokens` become its record; None
+        for `max_tokens`, so that every position of every held-out record is measured.
       language: "en", or "any" for no filter.
       seed: decides the order in which conversations are taken.
-      portion: the part of the conversations that may be used, as a range of a hash of their ids in [0, 1).
-      keep_complete: go on with the whole entries of a broken file.
+      portion: the part of the conversations to use, as a range in [0, 1) of a hash of their ids.
+      keep_complete: use the complete entries of a broken file.
       overwrite: replace a dataset at the destination.
     """
 
@@ -60,10 +60,10 @@ class Options:
     overwrite: bool = False
 
     def check(self) -> None:
-        """Refuses options that contradict each other.
+        """Refuses contradictory options.
 
         Raises:
-          InputError: naming the first one that is wrong.
+          InputError: names the first wrong option.
         """
         chat.check_template(self.template)
         if self.format not in FORMATS:
@@ -101,28 +101,28 @@ class SplitCounts:
 
 @dataclass
 class Report:
-    """How many were left after each stage.
+    """How many entries or conversations each stage kept.
 
-    The stages from `examined` on count conversations, and stop as soon as enough records are there.
+    The stages from `examined` on count conversations, and end as soon as there are enough records.
 
     Attributes:
-      entries: whole entries of the files.
+      entries: complete entries of the files.
       conversations: after joining the parts of one conversation; prompt and answer, or a document, count as one.
-      in_portion: of those, in the portion asked for.
+      in_portion: conversations in the requested portion.
       examined: read and cleaned.
       cleaned: with at least one question and its answer left.
-      distinct: not a copy of an earlier one.
-      in_language: in the language asked for.
-      long_enough: with enough tokens, in a piece of their own, for one of the splits.
-      forms: how many entries have which form.
-      unusable: why the other entries have none.
-      kept_apart: conversations whose ids look like parts of one, which is not proved (see `sharegpt.Parts`).
+      distinct: not a copy of an earlier conversation.
+      in_language: in the requested language.
+      long_enough: with a piece that has enough tokens for one of the splits.
+      forms: number of entries per form.
+      unusable: why the other entries have no form.
+      kept_apart: conversations whose ids look like parts of one, without proof (see `sharegpt.Parts`).
       dropped_in_cleaning: why reading or cleaning dropped conversations.
       splits: records, conversations, tokens and response tokens of each split.
-      broken_files: what was wrong with files of which only the whole entries were used.
-      skipped_files: files in the directories given that are of no kind that is read.
-      shortages: splits for which fewer records were found than asked for.
-      destination: where the dataset is.
+      broken_files: the faults of files of which only the complete entries were used.
+      skipped_files: files in the given directories that are of unknown kinds.
+      shortages: splits with fewer records than requested.
+      destination: directory of the dataset.
     """
 
     entries: int = 0
@@ -144,7 +144,7 @@ class Report:
     destination: str = ""
 
     def stages(self) -> list[tuple[str, int]]:
-        """The stages in order, each with its count."""
+        """Returns the stages in order, each with its count."""
         return [
             ("entries in the files", self.entries),
             ("conversations, parts joined", self.conversations),
@@ -157,7 +157,7 @@ class Report:
         ]
 
     def notes(self, stage: str) -> list[tuple[str, int]]:
-        """What else there is to say of a stage.
+        """Returns additional notes on a stage.
 
         Args:
           stage: its name in `stages`.
@@ -181,22 +181,22 @@ def _prefixed(prefix: str, counts: dict[str, int]) -> dict[str, int]:
 def prepare(options: Options, tokenizer: TextTokenizer, console: Console | None = None) -> Report:
     """Makes a dataset of tokens and loss masks from files of conversations or texts.
 
-    Conversations are taken in an order that depends on the seed and their ids only. The first `held_out` of them that
-    are long enough for it are held out, whatever number is wanted for training; the others are for training,
-    split into records at turn borders, until there are `num_conversations`. So of two runs that differ in this number
-    alone, the smaller training set is the beginning of the larger one, and both hold out the same.
+    Conversations are taken in an order that depends only on the seed and their ids. The first `held_out` of them that
+    are long enough are held out, whatever the size of the training set. The others are for training, split into records
+    between exchanges, until there are `num_conversations`. If two runs differ only in this number, the smaller training
+    set is the beginning of the larger one, and both hold out the same conversations.
 
     Args:
       options: what to prepare.
       tokenizer: the model's tokenizer.
-      console: where progress is shown (stderr by default).
+      console: where to show progress (default: stderr).
 
     Returns:
       The counts of every stage.
 
     Raises:
-      InputError: contradicting options, unreadable or broken files, a destination in use, no space, or nothing left,
-        with the counts of every stage.
+      InputError: contradictory options, unreadable or broken files, a destination in use, no disk space, or nothing
+        left (with the counts of every stage).
     """
     options.check()
     console = console or Console(stderr=True)
@@ -220,7 +220,7 @@ def prepare(options: Options, tokenizer: TextTokenizer, console: Console | None 
 
 
 def _index(options: Options, console: Console) -> Index:
-    """Pass one, with a bar over the bytes read."""
+    """Runs the first pass, with a progress bar over the bytes read."""
     size = sum(path.stat().st_size for path in options.sources if path.is_file())
     with progress_bar(amount=DownloadColumn(), console=console) as bar:
         advance = track(bar, "reading", size)
@@ -236,13 +236,13 @@ def _fill(
     index: Index,
     chosen: list[Conversation],
 ) -> bool:
-    """Pass two: takes conversations one by one until both splits have their records; tells if a template was used."""
+    """Runs the second pass until both splits have their records; returns whether a template was used."""
     used_template = False
     wanted = {HELD_OUT: options.held_out, TRAIN: options.num_conversations}
     dropped: Counter[str] = Counter()
     copies = Copies()
     with progress_bar(console=console) as bar:
-        # Without a number wanted, the end is that of the conversations; else the records wanted, if it is not that.
+        # The bar counts records if a number is wanted, and conversations otherwise.
         train_wanted = options.num_conversations
         records_wanted = None if train_wanted is None else options.held_out + train_wanted
         unit = "conversations examined" if records_wanted is None else "records"
@@ -285,7 +285,7 @@ def _fill(
 
 
 def _clean(index: Index, conversation: Conversation) -> tuple[Content, list[chat.Turn]]:
-    """Reads and cleans one; also as turns, by which copies and languages are told. Unusable: nothing is left."""
+    """Reads and cleans one, also as turns for detecting copies and languages; raises Unusable if nothing is left."""
     content = index.read(conversation)
     if isinstance(content, Passage):
         passage = clean_passage(content)
@@ -303,7 +303,7 @@ def _records(report: Report, split: str) -> int:
 def _assign(
     content: Content, options: Options, tokenizer: TextTokenizer, open_splits: set[str]
 ) -> tuple[str, list[chat.Encoded]]:
-    """Decides which split a conversation belongs to, and cuts it into that split's records."""
+    """Assigns a conversation to a split and cuts it into that split's records."""
     if HELD_OUT in open_splits:
         needed = options.max_tokens if options.held_out_min_tokens is None else options.held_out_min_tokens
         beginning = _beginning(content, options, tokenizer, max(options.max_tokens, needed))
@@ -319,14 +319,14 @@ def _assign(
 
 
 def _beginning(content: Content, options: Options, tokenizer: TextTokenizer, enough: int) -> chat.Encoded:
-    """Encodes as many exchanges as decide whether a conversation can be held out, which is most often not all."""
+    """Encodes enough exchanges to decide whether a conversation can be held out, usually not all of them."""
     if isinstance(content, Passage):
         return encode_passage(content, tokenizer)
     return chat.encode_beginning(content, options.template, tokenizer, enough)
 
 
 def _check_filled(options: Options, report: Report) -> None:
-    """Refuses an empty split, and notes one that is smaller than asked for."""
+    """Refuses an empty split, and records one that is smaller than requested."""
     for split, wanted in ((TRAIN, options.num_conversations), (HELD_OUT, options.held_out)):
         found = _records(report, split)
         if wanted == 0 or (wanted is not None and found >= wanted):
@@ -342,7 +342,7 @@ def _check_filled(options: Options, report: Report) -> None:
 
 
 def _metadata(options: Options, tokenizer: TextTokenizer, report: Report, used_template: bool) -> dict[str, object]:
-    """What the dataset says about how it was made."""
+    """Returns the dataset's record of how it was made."""
     return {
         "forms": report.forms,
         "template": options.template if used_template else None,

@@ -1,4 +1,4 @@
-"""Joining the parts of ShareGPT conversations, which FastChat split, by their ids."""
+"""Joins the parts of ShareGPT conversations that FastChat split, by their ids."""
 
 import hashlib
 import json
@@ -11,8 +11,8 @@ from typing import Any
 
 from eabf_jax.data.forms import TURN_LIST_KEYS, Unusable, role_of, text_of
 
-# FastChat's splitter begins another part where one more exchange would make more than 2,048 tokens (its default), and
-# a token stands for one byte at least. So what it split is longer than this.
+# FastChat's splitter begins a new part when one more exchange would exceed 2,048 tokens (its default), and a token has
+# at least one byte. A conversation that it split is therefore longer than this.
 SPLIT_BYTES = 2048
 
 _PART_ID = re.compile(r"(.+)_(\d{1,9})", re.DOTALL)
@@ -20,10 +20,10 @@ _PART_ID = re.compile(r"(.+)_(\d{1,9})", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Where one conversation is: the entries that hold its parts, in order.
+    """The entries that hold the parts of one conversation, in order.
 
     Attributes:
-      id: id of its first part, or a digest of its text where the file gives none.
+      id: id of its first part, or a digest of its text if the file has no id.
       place: the id that decides its place in the order, and its portion.
       entries: indices into the index's entries.
       starts: position of each entry's first turn in the conversation.
@@ -38,26 +38,26 @@ class Conversation:
 
 
 class Parts:
-    """What joining needs to know of every entry, and the rule by which they are joined.
+    """Collects what joining needs to know of every entry, and joins them by one rule.
 
     FastChat's splitter gives the parts of a long conversation its id and the position of their first turn (`abc_0`,
-    `abc_12`); an older one repeats the last answer of a part at the beginning of the next. Other data sets count their
-    samples in the same way (`identity_0`, `identity_2`). So the entries whose ids share what precedes the number are
-    joined if all of this holds for all of them, and each stands for itself if anything does not:
+    `abc_12`). An older splitter repeats the last answer of a part at the beginning of the next. Other datasets number
+    their samples in the same way (`identity_0`, `identity_2`). The entries whose ids share the name before the number
+    are therefore joined only if all of the following hold for all of them, and are kept apart otherwise:
 
-    - the numbers are the positions of first turns: from 0, each where the part before it ends, or one less where its
-      first turn is that part's last one again; entries that are the same twice count once;
-    - no part and the exchange after it would have fitted into one part (`SPLIT_BYTES`);
-    - what else the entries hold is equal.
+    - The numbers are the positions of first turns. They begin at 0, and each part starts where the previous part ends,
+      or one turn earlier if it repeats the previous part's last turn. Duplicate entries count once.
+    - No part could have held the next exchange too (`SPLIT_BYTES`).
+    - The other values of the entries are equal.
 
-    Where no question follows an answer, they are cut: what comes before and after are conversations of their own.
+    Where an answer is not followed by a question, the entries are cut into separate conversations.
 
     Attributes:
-      kept_apart: number of conversations whose ids look like parts of one, which the rule does not join.
+      kept_apart: number of conversations whose ids look like parts of one, but which the rule does not join.
     """
 
     def __init__(self) -> None:
-        """Begins with no entry."""
+        """Starts without entries."""
         self.kept_apart = 0
         self._alone: set[int] = set()
         self._ids: list[str] = []
@@ -71,11 +71,11 @@ class Parts:
         self._ends_with_answer = array("B")
 
     def add(self, entry: Any, turns: Sequence[Any] | None) -> None:
-        """Notes one entry.
+        """Records one entry.
 
         Args:
-          entry: what the file has.
-          turns: its turns; None for an entry that is no conversation, which is never a part.
+          entry: the value in the file.
+          turns: its turns; None for an entry that is not a conversation, which is never a part.
         """
         identifier = entry.get("id") if isinstance(entry, dict) else None
         if isinstance(identifier, str | int) and identifier != "":
@@ -92,7 +92,7 @@ class Parts:
             beside = {key: value for key, value in entry.items() if key != "id" and key not in TURN_LIST_KEYS}
         self._turns.append(len(whole))
         self._bytes.append(sum(sizes))
-        # Three: the first of them may be the last turn of the part before.
+        # Three, because the first of them may repeat the last turn of the previous part.
         self._opening_bytes.append(sum(sizes[:3]))
         self._first.append(digest(json.dumps(whole[0])) if whole else 0)
         self._last.append(digest(json.dumps(whole[-1])) if whole else 0)
@@ -116,7 +116,7 @@ class Parts:
             parts = list(self._distinct(group))
             if self._are_numbered_by_turns(parts):
                 runs = list(self._runs(parts))
-                # What may be one conversation nevertheless is in one portion.
+                # They may still be one conversation, so they all go into the same portion.
                 conversations += [self._conversation(run, place=parts[0][1]) for run in runs]
             else:
                 runs = [[part] for part in parts]
@@ -125,7 +125,7 @@ class Parts:
         return conversations
 
     def _distinct(self, group: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        """The entries of one id in order of their numbers, those that are the same twice once."""
+        """Yields the entries of one id in order of their numbers, without duplicates."""
         ordered = sorted((start, self._turns[e], self._first[e], self._last[e], e) for start, e in group)
         previous: tuple[int, ...] = ()
         for *key, entry in ordered:
@@ -134,7 +134,7 @@ class Parts:
             previous = tuple(key)
 
     def _are_numbered_by_turns(self, parts: list[tuple[int, int]]) -> bool:
-        """Whether the numbers of one id are positions of turns, and its entries were too long for one part."""
+        """Tells whether the numbers of one id are positions of turns and its entries were too long for one part."""
         return parts[0][0] == 0 and all(
             (next_start == start + self._turns[part] or self._overlaps(start, part, next_start, next_part))
             and self._bytes[part] + self._opening_bytes[next_part] > SPLIT_BYTES
@@ -143,15 +143,15 @@ class Parts:
         )
 
     def _overlaps(self, start: int, part: int, next_start: int, next_part: int) -> bool:
-        """Whether a part begins with the turn that the one before it ends with."""
+        """Tells whether a part begins with the last turn of the previous part."""
         end = start + self._turns[part]
         return start < next_start == end - 1 and self._first[next_part] == self._last[part]
 
     def _runs(self, parts: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-        """Cuts the parts of one id where no question follows an answer."""
+        """Cuts the parts of one id where an answer is not followed by a question."""
         run = parts[:1]
         for (start, part), (next_start, next_part) in pairwise(parts):
-            # The splitter leaves an empty part before a first exchange that is too long by itself.
+            # The splitter writes an empty part before a first exchange that alone is too long.
             alternates = self._begins_with_question[next_part] and (
                 self._ends_with_answer[part] or self._turns[part] == 0
             )
@@ -173,7 +173,7 @@ class Parts:
 
 
 def _size(turn: Any) -> int:
-    """Bytes of a turn's text; none where it has no text."""
+    """Returns the bytes of a turn's text; 0 if it has no text."""
     try:
         return len(text_of(turn).encode("utf-8", "surrogatepass")) if isinstance(turn, dict) else 0
     except Unusable:
@@ -181,25 +181,25 @@ def _size(turn: Any) -> int:
 
 
 def digest(text: str) -> int:
-    """A stable 64-bit digest of a text."""
+    """Computes a stable 64-bit digest of a text."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def order_key(seed: int, conversation: Conversation) -> tuple[int, int]:
-    """Sorts conversations into an order that depends on the seed and the ids, not on files or their order.
+    """Returns a sort key for an order that depends on the seed and the ids, not on files or their order.
 
     Args:
       seed: any integer.
       conversation: the conversation to place.
 
     Returns:
-      A key to sort by.
+      The sort key.
     """
     return digest(f"{seed}:{conversation.place}"), conversation.tie
 
 
 def fraction(identifier: str) -> float:
-    """Places an id in [0, 1), evenly and whatever the seed, so that disjoint ranges are disjoint data.
+    """Hashes an id uniformly into [0, 1), independent of the seed, so that disjoint ranges are disjoint data.
 
     Args:
       identifier: a conversation's id.

@@ -1,4 +1,4 @@
-"""Files to entries: JSON, JSONL, CSV, Parquet, Arrow and plain text, compressed or not. One line in `KINDS` a kind."""
+"""Reads entries from files: JSON, JSONL, CSV, Parquet, Arrow and text, also compressed. A kind is a line in `KINDS`."""
 
 import bz2
 import csv
@@ -20,7 +20,7 @@ from eabf_jax.errors import InputError
 _SNIFFED_BYTES = 4096
 _ROWS = 64
 _JSON_BEGINS = re.compile(rb"(?:\xef\xbb\xbf|\s)*[\[{]")
-# A text may begin with a bracket too: what follows it decides.
+# A text may begin with a bracket too, so the characters after it decide.
 _JSON_BEGINS_SURELY = re.compile(rb'(?:\xef\xbb\xbf|\s)*(?:\{\s*"|\[\s*(?:\{\s*"|\[\s*\{))')
 
 COMPRESSIONS: dict[str, tuple[bytes, Callable[..., Any]]] = {
@@ -28,7 +28,7 @@ COMPRESSIONS: dict[str, tuple[bytes, Callable[..., Any]]] = {
     ".bz2": (b"BZh", bz2.open),
     ".xz": (b"\xfd7zXZ\x00", lzma.open),
 }
-# What files of other kinds begin with, and what to do about them.
+# First bytes of unsupported kinds of files, and what to do with those files.
 UNREADABLE: dict[bytes, str] = {
     b"\x28\xb5\x2f\xfd": "is compressed by zstd: decompress it first (zstd -d)",
     b"PK\x03\x04": "is a zip archive: unpack it first",
@@ -46,10 +46,10 @@ class _File:
 
     Attributes:
       stream: its bytes, decompressed.
-      name: what to call it in an error.
-      is_plain: whether offsets in the stream are those in the file.
-      chunk_bytes: how much to read at a time.
-      repair: whether to read past trailing commas.
+      name: its name in errors.
+      is_plain: whether offsets in the stream are offsets in the file.
+      chunk_bytes: bytes to read at a time.
+      repair: whether to accept trailing commas.
     """
 
     stream: IO[bytes]
@@ -89,7 +89,7 @@ def _csv(file: _File) -> Iterator[Entry]:
     except csv.Error as error:
         raise InputError(f"{file.name} is not valid CSV after row {number}: {error}") from None
     finally:
-        text.detach()  # Or the stream would be closed with it.
+        text.detach()  # Otherwise the stream would be closed too.
 
 
 def _parquet(file: _File) -> Iterator[Entry]:
@@ -104,7 +104,7 @@ def _parquet(file: _File) -> Iterator[Entry]:
 
 
 def _arrow(file: _File) -> Iterator[Entry]:
-    """What `datasets` writes is the stream format; the file format begins with its name."""
+    """Reads both Arrow formats: `datasets` writes the stream format; the file format begins with its name."""
     import pyarrow
 
     try:
@@ -123,7 +123,7 @@ def _arrow(file: _File) -> Iterator[Entry]:
 
 
 def _plain(row: dict[str, Any]) -> Any:
-    """A row as JSON has it: pictures, dates and the like as strings."""
+    """Returns a row as JSON values; pictures, dates and similar values become strings."""
     return json.loads(json.dumps(row, default=str))
 
 
@@ -151,17 +151,17 @@ def read_entries(
 
     Args:
       path: the file.
-      form: the form asked for: `text` takes a file of no other kind for one document.
-      chunk_bytes: how much to read at a time.
-      repair: read past commas before a closing bracket.
+      form: the requested form; `text` reads a file of unknown kind as one document.
+      chunk_bytes: bytes to read at a time.
+      repair: accept commas before a closing bracket.
       progress: called with the number of the file's bytes read so far.
 
     Yields:
       The entries in file order.
 
     Raises:
-      BrokenFile: the file is cut off or malformed.
-      InputError: it cannot be read, or is of a kind that is not read.
+      BrokenFile: the file is truncated or malformed.
+      InputError: the file cannot be read, or is of an unsupported kind.
     """
     try:
         with path.open("rb") as raw:
@@ -190,7 +190,7 @@ def read_entries(
 
 
 def _kind(path: Path, name: str, begins: bytes, form: str) -> Callable[[_File], Iterator[Entry]]:
-    """Tells what kind a file is of, by its beginning first and its name then."""
+    """Finds the kind of a file, first by its first bytes and then by its name."""
     for magic, advice in UNREADABLE.items():
         if begins.startswith(magic):
             raise InputError(f"{path} {advice}")
@@ -224,7 +224,7 @@ def files_of(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
       paths: files, directories of files, or directories that `datasets` saved.
 
     Returns:
-      The files, and the names of those in directories that are of no known kind.
+      The files, and the names of files of unknown kinds in directories.
 
     Raises:
       InputError: a directory without such files, or with several splits.
@@ -264,7 +264,7 @@ def _has_known_suffix(path: Path) -> bool:
 
 
 def _saved_dataset(path: Path) -> list[Path]:
-    """The files of a dataset that `datasets` saved with `save_to_disk`, in its order."""
+    """Returns the files of a dataset saved by `datasets`' `save_to_disk`, in its order."""
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         files = [path / str(file["filename"]) for file in state["_data_files"]]

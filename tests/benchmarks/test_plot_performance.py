@@ -94,9 +94,9 @@ def test_page_and_pictures_are_written_from_results(program, results, tmp_path, 
     assert f"| 16,384 | strongest peer | {theirs} | {link} |" in text
     masters = told.replace("bfloat16", "autocast")
     full = f"out of memory | – | – | – | – | {masters} | –"
-    assert f"| 16,384 | its float32 setting | {full} | {link} |" in text
+    assert f"| 16,384 | peer, float32 state | {full} | {link} |" in text
     assert f"| 65,536 | strongest peer | out of memory | – | – | – | – | {told} | – | [sweep.json]" in text
-    assert "| 65,536 | eabf-jax | 5,000 (4,902–5,102, 3 steps) | 60.0% | 135.6, all there is |" in text
+    assert "| 65,536 | eabf-jax | 5,000 (4,902–5,102, 3 steps) | 60.0% | 135.6, the limit |" in text
     # Every setting, the fastest first.
     tried = [line for line in text.splitlines() if line.startswith("| 16,384 | default/") and "one.json" in line]
     assert [line.split(" | ")[1].split("/")[1] for line in tried] == ["compiled", "eager", "compiled"]
@@ -193,7 +193,7 @@ def test_generation_is_held_against_the_strongest_peer(program):
     }
     (line,) = [x for x in program.generation_table([before]) if "int8" in x]
     assert line.startswith("| llama2_7b, NVIDIA H100 | int8 | 1 × 128 | 0.020 | – | 192.6 | – | – | – | – | [old.json]")
-    assert "**stale**" in line and line.endswith("; one figure, of the best run |")
+    assert "**stale**" in line and line.endswith("; best run only |")
 
 
 def test_other_benchmarks_have_tables_of_their_own(program):

@@ -285,5 +285,5 @@ def draw(comparison: Comparison, path: Path) -> None:
         perplexity_by_window(comparison.windows, path, title=f"perplexity by window, {documents}")
     else:
         window, title = comparison.pretrained_window, f"loss by position, {documents}"
-        # A report from before there were curves is drawn by its bands.
+        # Older reports have no curves and are drawn from their bands.
         loss_by_position(comparison.curves or comparison.bands, path, pretrained_window=window, title=title)
