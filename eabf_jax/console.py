@@ -1,4 +1,4 @@
-"""Tables and progress bars for people. In tables names wrap and figures never break; files and pipes get whole lines."""
+"""Tables and progress bars. Names in tables wrap, figures never break, and output to a file or pipe is not cut."""
 
 import copy
 import dataclasses
