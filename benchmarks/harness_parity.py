@@ -32,8 +32,8 @@ def measure(model: Path) -> dict[str, Any]:
     import transformers
     from lm_eval.models.huggingface import HFLM
 
+    from eabf_jax.commands.evaluate.harness import evaluate, load_tasks
     from eabf_jax.evaluation.harness import EabfLM
-    from eabf_jax.evaluation.harness_command import evaluate, load_tasks
     from eabf_jax.evaluation.longbench import GROUP
 
     os.chdir(ROOT)  # the task files name their documents relative to it

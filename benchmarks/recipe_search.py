@@ -28,12 +28,12 @@ from provenance import commit
 
 from eabf_jax import load
 from eabf_jax.cli import ArgumentParser, run
+from eabf_jax.commands.evaluate import measured_on
+from eabf_jax.commands.evaluate.perplexity import default_edges
 from eabf_jax.data.dataset import Records
 from eabf_jax.errors import InputError
-from eabf_jax.evaluation.command import measured_on
 from eabf_jax.evaluation.documents import read_documents
 from eabf_jax.evaluation.perplexity import band_losses, position_losses
-from eabf_jax.evaluation.perplexity_command import default_edges
 from eabf_jax.interop.directory import read_json_object, write_json
 from eabf_jax.parallel.mesh import gpu_defaults, use_every_core
 from eabf_jax.training.recipe import TrainConfig, load_config

@@ -23,14 +23,13 @@ from typing import Any
 
 from provenance import commit
 
-from eabf_jax.analysis.figures import picture
 from eabf_jax.cli import ArgumentParser, run
-from eabf_jax.console import show
+from eabf_jax.commands.evaluate import measured_on, numbers, tokenizer_of
+from eabf_jax.commands.evaluate.retrieval import Retrieval, draw, figures, table
+from eabf_jax.console import progress_bar, show, track
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation import line_retrieval, passkey
-from eabf_jax.evaluation.command import measured_on, numbers, progress_bar, tokenizer_of
 from eabf_jax.evaluation.retrieval import Cell, Prompt, measure
-from eabf_jax.evaluation.retrieval_command import Retrieval, figures, table
 from eabf_jax.interop.directory import read_json_object, write_json
 from eabf_jax.interop.loading import load, read_config
 from eabf_jax.parallel.mesh import gpu_defaults
@@ -135,14 +134,9 @@ def evaluate(
     """
     begun = time.perf_counter()
     model, _ = load(directory, rope=rope, dtype=settings["dtype"])
-    with progress_bar() as progress:
-        bar = progress.add_task(label, total=len(prompts))
-        cells = measure(
-            model,
-            prompts,
-            batch_size=settings["batch_size"],
-            progress=lambda done: progress.update(bar, completed=done),
-        )
+    with progress_bar() as bar:
+        advance = track(bar, label, len(prompts))
+        cells = measure(model, prompts, batch_size=settings["batch_size"], progress=advance)
     found = {
         "label": label,
         "settings": settings,
@@ -176,7 +170,7 @@ def report(output: Path, parts: list[dict[str, Any]], pretrained_window: int) ->
         grid = table(found)
         show(grid)
         write_json(output / f"{name}.json", {"task": title, **about, **figures(found), "table": grid.plain()})
-        picture(found, output / f"{name}.png")
+        draw(found, output / f"{name}.png")
         print(f"figures and picture: {output / name}.{{json,png}}")
 
 

@@ -1,12 +1,13 @@
-"""Tables for people: names wrap, figures never break, and output to a file or pipe is not cut."""
+"""Tables and progress bars. Names in tables wrap, figures never break, and output to a file or pipe is not cut."""
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -95,3 +96,45 @@ def _cells(column: Column) -> list[Any]:
 
 def _text(cell: Any) -> Text:
     return Text.from_markup(str(cell))
+
+
+def progress_bar(
+    *,
+    amount: ProgressColumn | None = None,
+    rest: ProgressColumn | None = None,
+    console: Console | None = None,
+    disable: bool = False,
+) -> Progress:
+    """A progress bar: what is done, the bar, how much of it, and how long the rest takes.
+
+    Args:
+      amount: how much is done; None counts.
+      rest: the last column; None is the time left.
+      console: where it is shown; None is standard error.
+      disable: whether to show nothing.
+
+    Returns:
+      The bar, to be entered as a context; `track` adds a task.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        amount or MofNCompleteColumn(),
+        rest or TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console or Console(stderr=True), disable=disable)
+
+
+def track(bar: Progress, description: str, total: float) -> Callable[[float], None]:
+    """Adds a task to a progress bar.
+
+    Args:
+      bar: from `progress_bar`.
+      description: what is done.
+      total: how much of it.
+
+    Returns:
+      What sets how much has been done.
+    """
+    task = bar.add_task(description, total=total)
+    return lambda done: bar.update(task, completed=done)

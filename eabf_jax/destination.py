@@ -1,5 +1,6 @@
 """Where results go: to an unused name, or in place of an earlier result of ours and nothing else."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,44 @@ from pathlib import Path
 from typing import NamedTuple
 
 from eabf_jax.errors import InputError
+
+
+def no_space(error: BaseException) -> tuple[str, BaseException] | None:
+    """Tells whether a write failed because the disk is full, or its quota or the file's largest size is reached.
+
+    Args:
+      error: what was raised; the errors that it was raised from are looked at as well.
+
+    Returns:
+      The reason and the error that tells it; None where the disk is not at fault.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            # TensorStore reports a full disk as a ValueError that only its text identifies.
+            if getattr(cause, "errno", None) == number or os.strerror(number) in str(cause):
+                reason = "no space left" if number == errno.ENOSPC else os.strerror(number).lower()
+                return reason, cause
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives a name to write to, which becomes `path` once the block ends without an error, and is removed otherwise.
+
+    Args:
+      path: the file, or a directory that is not there.
+
+    Yields:
+      A name beside it, with the same suffix.
+    """
+    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        _remove(partial)
 
 
 class Mark(NamedTuple):

@@ -1,14 +1,15 @@
 """What is replaced, what is not, and what a failure at each step leaves."""
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
 from eabf_jax import destination
-from eabf_jax.destination import Mark, check_destination, put_in_place, replacing
+from eabf_jax.destination import Mark, check_destination, no_space, put_in_place, replacing, whole
 from eabf_jax.errors import InputError
-from eabf_jax.interop.directory import EXPORT, new_directory
+from eabf_jax.interop.directory import EXPORT, new_directory, write_json
 
 THING = Mark("a thing", "thing.json", ("size",))
 
@@ -198,3 +199,41 @@ def test_entries_are_replaced_together_or_not_at_all(tmp_path):
         (tmp_path / "note").write_text("new")
     assert {path.name for path in tmp_path.iterdir()} == {"note", "letter", "thing.json"}
     assert (tmp_path / "note").read_text() == "new"
+
+
+def test_a_file_appears_whole(tmp_path):
+    write_json(tmp_path / "figures.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "figures.json", {"a": object()})
+    assert json.loads((tmp_path / "figures.json").read_text()) == {"a": 1}
+
+    def interrupted(name):
+        with whole(tmp_path / name) as partial:
+            write(partial) if name == "folder" else partial.write_text("half")
+            raise InputError("interrupted")
+
+    for name in ("note.txt", "folder"):
+        with pytest.raises(InputError):
+            interrupted(name)
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+    with whole(tmp_path / "picture.png") as partial:
+        assert partial.suffix == ".png"  # by which matplotlib knows what to write
+        write(partial)
+    assert size(tmp_path / "picture.png") == "old"
+
+
+def test_a_full_disk_is_known_by_number_or_text_however_deep():
+    def raised(inner):
+        try:
+            try:
+                raise inner
+            except Exception as error:
+                raise RuntimeError("the write failed") from error
+        except RuntimeError as error:
+            return error
+
+    inner = OSError(errno.ENOSPC, "No space left on device", "weights")
+    assert no_space(raised(inner)) == ("no space left", inner)
+    inner = ValueError("RESOURCE_EXHAUSTED: write failed: Disk quota exceeded [source locations=...]")
+    assert no_space(raised(inner)) == ("disk quota exceeded", inner)
+    assert no_space(raised(PermissionError(errno.EACCES, "Permission denied"))) is None

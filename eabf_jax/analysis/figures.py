@@ -14,37 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatter, NullLocator
 
+from eabf_jax.destination import whole
 from eabf_jax.evaluation.intervals import Share
 from eabf_jax.evaluation.perplexity import BandLoss, WindowPerplexity
-from eabf_jax.evaluation.perplexity_command import Comparison
 from eabf_jax.evaluation.retrieval import Cell
-from eabf_jax.evaluation.retrieval_command import Retrieval, by_length
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _LINES = ("-", "--", "-.", ":")
 _MARKERS = "os^DvPX<>p*h"
-
-
-def picture(found: Comparison | Retrieval, path: Path) -> None:
-    """Draws the result of an evaluation.
-
-    Args:
-      found: from `eabf evaluate`, or read back from its report.
-      path: the picture; its suffix (.png, .svg, .pdf) sets the format.
-    """
-    if isinstance(found, Comparison):
-        documents = f"{found.documents} documents"
-        if found.windows:
-            perplexity_by_window(found.windows, path, title=f"perplexity by window, {documents}")
-        else:
-            window, title = found.pretrained_window, f"loss by position, {documents}"
-            # Older reports have no curves and are drawn from their bands.
-            loss_by_position(found.curves or found.bands, path, pretrained_window=window, title=title)
-    elif any(cell.depth is not None for row in found.cells.values() for cell in row):
-        heat_maps(found.cells, path, pretrained_window=found.pretrained_window, title=found.task)
-    else:
-        shares = {label: by_length(row) for label, row in found.cells.items()}
-        share_by_length(shares, path, pretrained_window=found.pretrained_window, title=found.task)
 
 
 def loss_by_position(
@@ -281,9 +258,5 @@ def save(figure: Figure, path: Path) -> None:
       figure: the picture.
       path: its file; the suffix sets the format.
     """
-    partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    try:
+    with whole(path) as partial:
         figure.savefig(partial, dpi=150)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,15 +1,13 @@
-"""`eabf prepare`: turns conversations or texts into a dataset of tokens and loss masks, with counts of every stage."""
+"""Turns conversations or texts into a dataset of tokens and loss masks, with counts of every stage."""
 
-import argparse
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import DownloadColumn
 
-from eabf_jax.console import Grid, show
+from eabf_jax.console import progress_bar, track
 from eabf_jax.data import chat
 from eabf_jax.data.cleaning import Copies, clean_conversation, clean_passage, language, passage_turns
 from eabf_jax.data.dataset import DatasetWriter, tokenizer_digest
@@ -224,15 +222,9 @@ def prepare(options: Options, tokenizer: TextTokenizer, console: Console | None 
 def _index(options: Options, console: Console) -> Index:
     """Runs the first pass, with a progress bar over the bytes read."""
     size = sum(path.stat().st_size for path in options.sources if path.is_file())
-    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=size)
-        return Index(
-            options.sources,
-            form=options.format,
-            keep_complete=options.keep_complete,
-            progress=lambda read: progress.update(task, completed=read),
-        )
+    with progress_bar(amount=DownloadColumn(), console=console) as bar:
+        advance = track(bar, "reading", size)
+        return Index(options.sources, form=options.format, keep_complete=options.keep_complete, progress=advance)
 
 
 def _fill(
@@ -249,13 +241,12 @@ def _fill(
     wanted = {HELD_OUT: options.held_out, TRAIN: options.num_conversations}
     dropped: Counter[str] = Counter()
     copies = Copies()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with progress_bar(console=console) as bar:
         # The bar counts records if a number is wanted, and conversations otherwise.
         train_wanted = options.num_conversations
         records_wanted = None if train_wanted is None else options.held_out + train_wanted
         unit = "conversations examined" if records_wanted is None else "records"
-        task = progress.add_task(unit, total=len(chosen) if records_wanted is None else records_wanted)
+        advance = track(bar, unit, len(chosen) if records_wanted is None else records_wanted)
         for conversation in chosen:
             open_splits = {
                 split for split, number in wanted.items() if number is None or _records(report, split) < number
@@ -287,8 +278,8 @@ def _fill(
                     counts.records += 1
                     counts.tokens += len(piece.tokens)
                     counts.response_tokens += int(piece.loss_mask.sum())
-            done = report.examined if records_wanted is None else _records(report, TRAIN) + _records(report, HELD_OUT)
-            progress.update(task, completed=done)
+            records = _records(report, TRAIN) + _records(report, HELD_OUT)
+            advance(report.examined if records_wanted is None else records)
     report.dropped_in_cleaning = dict(sorted(dropped.items()))
     return used_template
 
@@ -366,157 +357,3 @@ def _metadata(options: Options, tokenizer: TextTokenizer, report: Report, used_t
         "counts": {name: count for name, count in asdict(report).items() if isinstance(count, int)},
         "dropped_in_cleaning": report.dropped_in_cleaning,
     }
-
-
-def tables(report: Report) -> Iterator[Grid]:
-    """Renders a report for people.
-
-    Args:
-      report: from `prepare`.
-
-    Returns:
-      The table of stages and the table of splits.
-    """
-    stages = Grid(["stage"], ["count"], title="Conversations")
-    for name, count in report.stages():
-        stages.add([name], [f"{count:,}"])
-        for note, number in report.notes(name):
-            stages.add([f"  {note}"], [f"{number:,}"])
-    yield stages
-    splits = Grid(["split"], ["records", "conversations", "tokens", "response tokens"], title=report.destination)
-    for name, counts in report.splits.items():
-        figures = (counts.records, counts.conversations, counts.tokens, counts.response_tokens)
-        splits.add([name], [f"{figure:,}" for figure in figures])
-    yield splits
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `eabf prepare`."""
-    parser.add_argument(
-        "--src",
-        nargs="+",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="files of conversations, prompts and answers, or texts (JSON, JSONL, CSV, Parquet, Arrow, .txt), "
-        "directories of such, or saved by Hugging Face datasets",
-    )
-    parser.add_argument(
-        "--format",
-        default=Options.format,
-        help=f"what an entry is: {', '.join(FORMATS)}; {AUTO} goes by the keys of each file's first known entry "
-        "(default: %(default)s)",
-    )
-    parser.add_argument("--dst", type=Path, required=True, metavar="DIR", help="directory of the dataset to write")
-    parser.add_argument(
-        "--tokenizer", type=Path, required=True, metavar="DIR", help="a model's directory, for its tokenizer"
-    )
-    parser.add_argument(
-        "--template",
-        default=Options.template,
-        help=f"chat template: {', '.join(chat.TEMPLATES)}, or {chat.OWN}: the model's, where it marks with "
-        "{%% generation %%} what is to be learned (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--min-tokens",
-        type=int,
-        default=Options.min_tokens,
-        metavar="N",
-        help="drop conversations, and pieces of them, with fewer tokens (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-tokens",
-        type=int,
-        default=Options.max_tokens,
-        metavar="N",
-        help="split longer conversations at turn borders (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--num-conversations",
-        type=int,
-        metavar="N",
-        help="training records wanted; a smaller number gives the beginning of a larger set (default: all)",
-    )
-    parser.add_argument(
-        "--held-out",
-        type=int,
-        default=Options.held_out,
-        metavar="N",
-        help="held-out records wanted, the same ones whatever --num-conversations is (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--held-out-min-tokens",
-        type=int,
-        metavar="N",
-        help="hold out only conversations with at least this many tokens, cut at --max-tokens (default: --max-tokens)",
-    )
-    parser.add_argument(
-        "--language",
-        default=Options.language,
-        help="keep this language only: en, or any for all (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=Options.seed, help="decides the order of the conversations (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--portion",
-        default="0.0:1.0",
-        metavar="START:END",
-        help="use only this part of the conversations, by a hash of their ids; "
-        "0.0:0.9 and 0.9:1.0 share none, whatever the seed (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--keep-complete",
-        action="store_true",
-        help="go on with the whole entries of a file that is cut off or malformed, and read past trailing commas",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset at --dst")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts to this file")
-
-
-def _portion(text: str) -> tuple[float, float]:
-    start, _, end = text.partition(":")
-    try:
-        return float(start), float(end)
-    except ValueError:
-        raise InputError(f"--portion {text!r}: two numbers START:END are needed, such as 0.9:1.0") from None
-
-
-def run(arguments: argparse.Namespace, load_tokenizer: Callable[[Path], TextTokenizer]) -> Report:
-    """Runs `eabf prepare`.
-
-    Args:
-      arguments: parsed flags of `add_arguments`.
-      load_tokenizer: loads the tokenizer of a model directory.
-
-    Returns:
-      The counts, which are already printed.
-
-    Raises:
-      InputError: as `prepare`.
-    """
-    options = Options(
-        sources=tuple(arguments.src),
-        destination=arguments.dst,
-        format=arguments.format,
-        template=arguments.template,
-        min_tokens=arguments.min_tokens,
-        max_tokens=arguments.max_tokens,
-        num_conversations=arguments.num_conversations,
-        held_out=arguments.held_out,
-        held_out_min_tokens=arguments.held_out_min_tokens,
-        language=arguments.language,
-        seed=arguments.seed,
-        portion=_portion(arguments.portion),
-        keep_complete=arguments.keep_complete,
-        overwrite=arguments.overwrite,
-    )
-    options.check()
-    report = prepare(options, load_tokenizer(arguments.tokenizer))
-    console = Console()
-    for table in tables(report):
-        show(table)
-    skipped = [f"{path} was not read" for path in report.skipped_files]
-    for note in (*report.broken_files, *skipped, *report.shortages):
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    return report

@@ -29,12 +29,11 @@ from tqdm import tqdm
 
 from eabf_jax.data.chat import Turn
 from eabf_jax.errors import InputError, unknown_name
-from eabf_jax.evaluation.command import parse_entry
 from eabf_jax.evaluation.scorer import Scorer, Span
 from eabf_jax.inference import Generator, Sampling, placement
 from eabf_jax.inference.chat import render
-from eabf_jax.inference.command import TRUNCATIONS
-from eabf_jax.interop.loading import load
+from eabf_jax.inference.text import TRUNCATIONS
+from eabf_jax.interop.loading import load, parse_entry
 from eabf_jax.interop.tokenizer import load_tokenizer
 from eabf_jax.model.llama import Llama
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh, use_every_core

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from eabf_jax.errors import InputError
 from eabf_jax.interop.tokenizer import Tokenizer
 
+# How a prompt that is too long is cut.
+TRUNCATIONS = ("middle", "left")
 # Prompt tokens decoded together with new ones, whose text can depend on a space or on bytes of the tokens before.
 _CONTEXT = 8
 # Decoders write this for bytes that do not yet form a complete character.
@@ -37,6 +39,24 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """
     opening = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     return [*opening, *tokenizer.encode(text)]
+
+
+def truncated(tokens: Sequence[int], room: int, how: str, bos_id: int | None) -> list[int]:
+    """Cuts a prompt to a number of tokens.
+
+    Args:
+      tokens: more than `room`.
+      room: tokens to keep, at least 2.
+      how: "middle" keeps the first and the last half, as LongBench does; "left" keeps the end.
+      bos_id: the token that begins a text; "left" keeps it where the prompt has it.
+
+    Returns:
+      The tokens left.
+    """
+    if how == "middle":
+        return [*tokens[: room // 2], *tokens[len(tokens) - (room - room // 2) :]]
+    opening = list(tokens[:1]) if tokens[0] == bos_id else []
+    return [*opening, *tokens[len(tokens) - (room - len(opening)) :]]
 
 
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:

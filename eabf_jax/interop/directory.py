@@ -1,6 +1,5 @@
 """Directories that appear whole or not at all, and JSON files read with errors that name them."""
 
-import errno
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eabf_jax import __version__
-from eabf_jax.destination import Mark, check_destination, file_sizes, make_partial, put_in_place
+from eabf_jax.destination import Mark, check_destination, file_sizes, make_partial, no_space, put_in_place, whole
 from eabf_jax.errors import InputError
 
 # A model that was exported for transformers. Its own mark, which lists what was written: config.json is like any other
@@ -55,9 +54,8 @@ def new_directory(
         put_in_place(partial, destination)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        # Tensorstore reports a full disk through a ValueError whose text is all there is.
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
-            raise InputError(f"no space left on device while writing {destination}; nothing was kept") from error
+        if full := no_space(error):
+            raise InputError(f"{full[0]} on device while writing {destination}; nothing was kept") from error
         raise
 
 
@@ -92,9 +90,5 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
       value: the object.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +86,37 @@ def split_scheme(text: str) -> tuple[str, dict[str, Any] | None, int | None]:
     if values and "type" not in values:
         raise InputError(f"--model: a scheme such as {{type: yarn, factor: 4}} has a type; {told!r} has none")
     return directory, values or None, window
+
+
+class Entry(NamedTuple):
+    """A model to be compared with others."""
+
+    label: str
+    directory: str
+    rope: dict[str, Any] | None = None  # None: the model's own scheme
+    window: int | None = None  # tokens to take for its window; None: its own
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The model's shape, with the window that it is taken for."""
+        config = read_config(self.directory)
+        return config if self.window is None else dataclasses.replace(config, max_position_embeddings=self.window)
+
+
+def parse_entry(text: str) -> Entry:
+    """Reads `[LABEL=]DIR[@{type: ..., window: ...}]`.
+
+    Args:
+      text: from the command line.
+
+    Returns:
+      The label (the directory where none is given), the directory, and scheme and window to use in place of its own.
+    Raises:
+      InputError: what follows @ is not a mapping.
+    """
+    model, rope, window = split_scheme(text)
+    label, equals, directory = model.partition("=")
+    return Entry(label if equals else model, directory if equals else model, rope, window)
 
 
 def read_config(directory: Path | str) -> LlamaConfig:

@@ -12,6 +12,7 @@ evaluation/*.json           reports of `eabf evaluate --json`, where somebody pu
 import dataclasses
 import logging
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,7 +99,7 @@ def save_params(directory: Path | str, params: Mapping[str, Any], step: int = 0)
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1 + largest // 10**9)
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     path = (Path(directory) / CHECKPOINTS).absolute()
-    with _quiet(), ocp.CheckpointManager(path, options=options, item_handlers={"params": handler}) as manager:
+    with quiet_orbax(), ocp.CheckpointManager(path, options=options, item_handlers={"params": handler}) as manager:
         save_args = nest({name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in leaves})
         item = ocp.args.PyTreeSave(nest(leaves), save_args=save_args, ocdbt_target_data_file_size=CHUNK_BYTES)
         manager.save(step, args=ocp.args.Composite(params=item))
@@ -278,7 +279,7 @@ def _restore(path: Path, arguments: Mapping[tuple[str, ...], ocp.RestoreArgs]) -
 def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
     """A checkpointer whose complaints about a damaged checkpoint are ours."""
     try:
-        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             yield checkpointer
     # Orbax reports damaged files through whatever its parts raise, bare Exception included.
     except Exception as error:
@@ -286,15 +287,19 @@ def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Turns Orbax's log off: it warns of what is meant here, and logs with tracebacks what it raises as well.
+def quiet_orbax() -> Iterator[None]:
+    """Turns off Orbax's log, whose warnings do not apply here and whose errors are raised as well.
 
-    After a failure the log stays off: what was under way beside it goes on failing until the process ends.
+    After a failure the log stays off: the other reads or writes of the checkpoint then also fail, in tasks that nothing
+    awaits and in callbacks to a closed event loop.
     """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
+    hook = sys.unraisablehook
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda failure: None if str(failure.exc_value) == "Event loop is closed" else hook(failure)
     yield
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
+    sys.unraisablehook = hook

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
+from eabf_jax.destination import whole
 from eabf_jax.errors import InputError
 from eabf_jax.fields import typed
 from eabf_jax.interop.directory import read_json_object, write_json
@@ -201,15 +202,14 @@ def copy_tokenizer_files(source: Path, destination: Path) -> None:
     if source.resolve() == destination.resolve():
         return
     for name in TOKENIZER_FILES:
-        partial = destination / f"{name}.partial"
-        if (source / name).is_file():
-            shutil.copyfile(source / name, partial)
-        elif (source / name).is_dir():
-            shutil.copytree(source / name, partial)
-            shutil.rmtree(destination / name, ignore_errors=True)
-        else:
+        if not (source / name).exists():
             continue
-        partial.replace(destination / name)
+        with whole(destination / name) as partial:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, partial)
+            else:
+                shutil.copytree(source / name, partial)
+                shutil.rmtree(destination / name, ignore_errors=True)
 
 
 def export_tokenizer(source: Path, destination: Path, window: int) -> None:

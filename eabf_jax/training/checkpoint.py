@@ -1,18 +1,14 @@
 """Orbax checkpoints of a run: parameters, optimizer state and data position."""
 
-import errno
-import logging
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import orbax.checkpoint as ocp
 
+from eabf_jax.destination import no_space
 from eabf_jax.errors import InputError
-from eabf_jax.interop.native import CHECKPOINTS
+from eabf_jax.interop.native import CHECKPOINTS, quiet_orbax
 from eabf_jax.training.step import Saved
 
 
@@ -44,7 +40,8 @@ class Checkpoints:
           keep: number of newest checkpoints to keep.
         """
         self._failed = False
-        self._unsilence = _silence()
+        self._quiet = quiet_orbax()
+        self._quiet.__enter__()
         self._manager = ocp.CheckpointManager(
             (run / CHECKPOINTS).absolute(),
             item_names=("params", "optimizer", "data"),
@@ -66,7 +63,7 @@ class Checkpoints:
                 raise _explained(failure) from failure
         finally:
             if not self._failed:  # tasks left over from a failed write log errors until the process ends
-                self._unsilence()
+                self._quiet.__exit__(None, None, None)
 
     def latest_step(self) -> int | None:
         """Returns the newest complete checkpoint's step; None if there is none."""
@@ -125,43 +122,11 @@ class Checkpoints:
         return self._manager.reached_preemption(step)
 
 
-def _silence() -> Callable[[], None]:
-    """Suppresses the tracebacks that a failed write logs besides its one-line error; returns a function to undo it.
-
-    Orbax raises every error that it logs. After one failed write, the other writes of the checkpoint also fail, in
-    tasks that nothing awaits and in callbacks to a closed event loop.
-    """
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
-    before = sys.unraisablehook
-
-    def hook(failure: Any) -> None:
-        if str(failure.exc_value) != "Event loop is closed":
-            before(failure)
-
-    def undo() -> None:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        sys.unraisablehook = before
-
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = hook
-    return undo
-
-
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _explained(failure: Exception) -> Exception:
     """Returns the error for a failed write: one line if the disk is full or limited, else the failure itself."""
-    cause: BaseException | None = failure
-    while cause is not None:
-        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            # TensorStore reports a full disk as a ValueError that only its text identifies.
-            if getattr(cause, "errno", None) == number or os.strerror(number) in str(cause):
-                reason = "no space left" if number == errno.ENOSPC else os.strerror(number).lower()
-                return InputError(f"{reason}: the checkpoint cannot be written ({_first_line(cause)})")
-        cause = cause.__cause__ or cause.__context__
-    return failure
+    full = no_space(failure)
+    return InputError(f"{full[0]}: the checkpoint cannot be written ({_first_line(full[1])})") if full else failure

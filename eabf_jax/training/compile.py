@@ -1,22 +1,19 @@
-"""The `compile` command: the cost of a train step, predicted from shapes or read from the compiled program."""
+"""The cost of a train step, predicted from shapes or read from the compiled program."""
 
-import argparse
 import dataclasses
 import math
 import re
 import time
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
 
-from eabf_jax.console import Grid
 from eabf_jax.errors import InputError
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.parallel.collectives import collective_bytes
 from eabf_jax.parallel.mesh import axis_sizes, make_mesh
-from eabf_jax.parallel.topology import SLICES, Slice, compile_only_devices, tpu_slice
+from eabf_jax.parallel.topology import SLICES, Slice, compile_only_devices
 from eabf_jax.training.plan import (
     DEVICES,
     GIB,
@@ -29,47 +26,12 @@ from eabf_jax.training.plan import (
     preferred_meshes,
     settle_mesh,
 )
-from eabf_jax.training.recipe import TrainConfig, check_window, load_config
+from eabf_jax.training.recipe import TrainConfig, check_window
 from eabf_jax.training.trainer import base_config, lower_train_step, shape_config
-
-EPILOG = """\
-Without --topology: predicts the memory of the step by part, from shapes alone, and settles what is `auto`.
-With --topology: compiles the very step with the TPU compiler (pip install libtpu; no TPU is needed) and reads the
-memory from the program. `eabf train --help` lists the keys of the configuration.
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own options; its other arguments are configuration keys."""
-    parser.add_argument("--config_path", metavar="FILE", required=True, help="the run's configuration")
-    parser.add_argument("--topology", metavar="SLICE", help="TPU slice to compile for: v4-8 to v4-512, v5e-8, v5p-8, …")
-    parser.add_argument("--device", metavar="NAME", help=f"plan for {', '.join(DEVICES)}; default: this machine")
-    parser.add_argument("--devices", metavar="N", type=int, help="how many of them; default: those at hand")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here as well")
-
-
-def run(parsed: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
-    """Runs the command.
-
-    Args:
-      parsed: from the parser of `add_arguments`.
-      overrides: `--dotted.key value` pairs for the configuration.
-
-    Returns:
-      The figures that `--json` writes.
-    Raises:
-      InputError: the step does not fit, or the configuration is wrong.
-    """
-    config = load_config(["--config_path", parsed.config_path, *overrides])
-    if parsed.topology is None:
-        return predict(config, parsed.device, parsed.devices)
-    if parsed.device or parsed.devices:
-        raise InputError("--topology names the devices already: leave out --device and --devices")
-    return compile_for(config, tpu_slice(parsed.topology))
 
 
 def predict(config: TrainConfig, device_name: str | None = None, count: int | None = None) -> dict[str, Any]:
-    """Returns the planner's prediction as the command reports it.
+    """Returns the planner's prediction as `eabf compile` reports it.
 
     Args:
       config: the run.
@@ -202,36 +164,6 @@ def roofline(predicted: Plan, slice_: Slice, collective: float) -> dict[str, flo
         "step_seconds_without_overlap": sum(seconds.values()),
         "mfu_at_most": predicted.model_flops / device.flops / longest,
     }
-
-
-def table(figures: Mapping[str, Any]) -> Grid:
-    """Formats the figures as a table."""
-    compiled = "topology" in figures
-    where = (
-        f"{figures['topology']} ({figures['chips']} chips)"
-        if compiled
-        else f"{figures['devices']} x {figures['device']}"
-    )
-    mesh = " x ".join(f"{axis} {size}" for axis, size in figures["mesh"].items() if size > 1) or "one device"
-    shown = Grid([""], [""], title=f"train step on {where}: {mesh}, window {figures['window']:,}")
-    by_part, total = ("hbm_gib_by_part", "hbm_gib_per_chip") if compiled else ("gib_by_part", "gib_per_device")
-    limit = figures["hbm_gib_available" if compiled else "device_gib"]
-    for key in ("microbatch_size", "remat", *(() if compiled else ("optimizer_memory", "gather"))):
-        shown.add_row(f"compute.{key}", str(figures[key]))
-    for name, size in figures[by_part].items():
-        shown.add_row(name, f"{size:.2f} GiB")
-    told = "compiled" if compiled else "predicted"
-    shown.add_row(f"{told}, of {limit:.2f} GiB", f"{figures[total]:.2f} GiB", style="bold")
-    for name, size in figures.get("host_gib_by_part", {}).items():
-        shown.add_row(f"{name} in host memory", f"{size:.2f} GiB")
-    if compiled:
-        shown.add_row("model FLOPs a chip and step", f"{figures['model_flops_per_chip']:.3e}")
-        shown.add_row("recomputed FLOPs", f"{figures['recomputed_flops_per_chip']:.3e}")
-        for kind, size in figures["collective_bytes_per_chip"].items():
-            shown.add_row(f"{kind}, sent by a chip", f"{size / GIB:.2f} GiB")
-        for name, value in figures["estimate"].items():
-            shown.add_row(f"estimate: {name.replace('_', ' ')}", f"{value:,.3f}" if value < 100 else f"{value:,.0f}")
-    return shown
 
 
 def _gib(size: float) -> float:

@@ -9,10 +9,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import TextColumn
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
+from eabf_jax.console import progress_bar
+from eabf_jax.destination import whole
 from eabf_jax.interop.native import METRICS_FILE
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora
@@ -104,23 +106,17 @@ class Tracker:
         self._steps, self._start, self._quiet = steps, start, quiet
         self._began = time.monotonic()
         self._console = Console(stderr=True, quiet=quiet)
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self._console,
-            disable=not self._console.is_terminal,
+        self._progress = progress_bar(
+            rest=TextColumn("{task.fields[note]}"), console=self._console, disable=not self._console.is_terminal
         )
-        self._task = self._progress.add_task("", total=steps, completed=start, note="compiling the step ...")
+        self._task = self._progress.add_task("training", total=steps, completed=start, note="compiling the step ...")
         if quiet:
             return
         path = run / METRICS_FILE
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= start]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.replace(path)
+        with whole(path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
         folder = run / TENSORBOARD
         folder.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from eabf_jax.data.dataset import read_metadata, tokenizer_digest
 from eabf_jax.data.loader import Mode, make_loader, steps_per_epoch
-from eabf_jax.destination import check_apart, replacing
+from eabf_jax.destination import check_apart, replacing, whole
 from eabf_jax.errors import InputError
 from eabf_jax.interop.adapter import Adapter, digest, read_adapter
 from eabf_jax.interop.directory import write_json
@@ -489,10 +489,8 @@ def _begin_run(
     if jax.process_index() != 0:
         return
     with replacing(run, _RUN_ENTRIES) if config.overwrite else contextlib.nullcontext():
-        written = run / CONFIG_FILE
-        partial = written.with_suffix(".partial")
-        partial.write_text(dump_config(config))
-        partial.replace(written)
+        with whole(run / CONFIG_FILE) as partial:
+            partial.write_text(dump_config(config))
         write_json(run / DATASET_FILE, read_metadata(config.data.directory))
         write_model_json(run, model_config, adapter=adapter.to_json() if adapter else None)
         if tokenizer:

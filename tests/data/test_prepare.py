@@ -1,4 +1,3 @@
-import argparse
 import io
 import json
 import time
@@ -10,7 +9,7 @@ from rich.console import Console
 from eabf_jax.data.chat import Turn, encode_conversation
 from eabf_jax.data.dataset import Records, num_records, read_metadata
 from eabf_jax.data.loader import make_loader
-from eabf_jax.data.prepare import Options, add_arguments, prepare, run
+from eabf_jax.data.prepare import Options, prepare
 from eabf_jax.errors import InputError
 
 
@@ -317,50 +316,6 @@ def test_texts_are_packed_and_learned_whole(tmp_path):
         assert (batch["loss_mask"] == (batch["positions"] > 0)).all()
     padded = list(make_loader(tmp_path / "set", "train", length=11, mode="conversations", **arguments))
     assert sorted(int(batch["loss_mask"].sum()) for batch in padded) == [6, 10, 10]
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-def parse(*arguments):
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser.parse_args([str(argument) for argument in arguments])
-
-
-def test_defaults_are_the_papers():
-    arguments = parse("--src", "a.json", "--dst", "d", "--tokenizer", "t")
-    assert (arguments.template, arguments.min_tokens, arguments.max_tokens) == ("llama-2", 10_000, 16_384)
-    assert (arguments.language, arguments.num_conversations, arguments.portion) == ("en", None, "0.0:1.0")
-
-
-def test_the_command_prints_the_counts(many, tmp_path, capsys):
-    arguments = parse(
-        *("--src", many, "--dst", tmp_path / "set", "--tokenizer", tmp_path, "--template", "vicuna", "--min-tokens", 1),
-        *("--max-tokens", 500, "--num-conversations", 70, "--language", "any", "--portion", "0.0:1.0"),
-    )
-    asked = []
-    report = run(arguments, lambda directory: asked.append(directory) or Words())
-    assert asked == [tmp_path]
-    printed = capsys.readouterr()
-    assert "conversations, parts joined" in printed.out
-    assert "note: train: 60 records found, 70 asked for" in printed.out
-    assert "reading" in printed.err
-    assert report.splits["train"].records == 60
-    assert report.entries == 60
-
-
-def test_options_are_checked_before_the_tokenizer_is_loaded(many, tmp_path):
-    arguments = parse("--src", many, "--dst", tmp_path / "set", "--tokenizer", tmp_path, "--min-tokens", 0)
-    with pytest.raises(InputError, match="--min-tokens 0"):
-        run(arguments, lambda directory: pytest.fail("loaded"))
-
-
-@pytest.mark.parametrize("portion", ["half", "0.1", "0.5:x"])
-def test_a_portion_is_two_numbers(many, tmp_path, portion):
-    arguments = parse("--src", many, "--dst", tmp_path / "set", "--tokenizer", "t", "--portion", portion)
-    with pytest.raises(InputError, match="START:END"):
-        run(arguments, lambda directory: Words())
 
 
 # --- real conversations -----------------------------------------------------------------------------------------------

@@ -24,14 +24,14 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from eabf_jax import cli, load
+from eabf_jax.commands.evaluate import harness as command
+from eabf_jax.commands.evaluate.harness import load_tasks
 from eabf_jax.errors import InputError
-from eabf_jax.evaluation import harness, harness_command, longbench
+from eabf_jax.evaluation import harness, longbench
 from eabf_jax.evaluation.harness import EabfLM
-from eabf_jax.evaluation.harness_command import Report, Score, load_tasks, table
 from eabf_jax.interop.tokenizer import load_tokenizer
 from eabf_jax.parallel.mesh import make_mesh
 
@@ -79,9 +79,9 @@ def few_tasks() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lm_eval.tasks.TaskManager", manager)
-        harness_command._task_manager.cache_clear()
+        command._task_manager.cache_clear()
         yield
-    harness_command._task_manager.cache_clear()
+    command._task_manager.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +142,7 @@ def with_short_answers(*arguments: Any, tokens: int = ANSWER) -> dict[str, list[
 
 
 def test_every_kind_of_task_scores_as_with_the_hf_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness_command, "load_tasks", with_short_answers)
+    monkeypatch.setattr(command, "load_tasks", with_short_answers)
     report, output = tmp_path / "figures.json", tmp_path / "samples"
     names = [longbench.GROUP, *LOCAL]
     assert not evaluate(
@@ -284,7 +284,7 @@ def test_windows_and_chat_templates_on_the_command_line(
     small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Few-shot prompts stay as they are."""
-    monkeypatch.setattr(harness_command, "load_tasks", functools.partial(with_short_answers, tokens=8))
+    monkeypatch.setattr(command, "load_tasks", functools.partial(with_short_answers, tokens=8))
     report, output = tmp_path / "figures.json", tmp_path / "samples"
     assert not evaluate(
         *("--model", f"t i={small}@{{type: eabf, base: 100000, pretrained_window: 64}}", "--windows", "90,96"),
@@ -301,27 +301,6 @@ def test_windows_and_chat_templates_on_the_command_line(
         assert sample["arguments"][0][0].startswith(opening)
     shown = capsys.readouterr().out
     assert "local_last_word" in shown and "trec" in shown and "macro" not in shown
-
-
-def test_table_with_the_papers_figures() -> None:
-    scores = [
-        Score("mine", window, task, "score", 0.1 * number + window / 1e6, 0.01, 5)
-        for window in (4096, 32768)
-        for number, task in enumerate(longbench.TASKS)
-    ]
-    mean = longbench.macro_average({score.task: 100 * score.value for score in scores[:12]})
-    assert mean == pytest.approx(55.4096)
-    assert longbench.macro_average({score.task: score.value for score in scores[:11]}) is None
-    report = Report(scores, [Score("mine", 4096, longbench.GROUP, "macro average", mean, None, None)])
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table(report))
-    lines = {" ".join(line.replace("│", "|").split()) for line in console.export_text().splitlines()}
-    assert "| qasper | score | 10.4 ± 1.0 | 13.3 ± 1.0 |" in lines
-    assert "| longbench12 | macro average | 55.4 | |" in lines
-    # As the paper has them, by method and window.
-    assert "| paper, EABF | macro average | 36.3 | 39.1 |" in lines
-    assert "| paper, PI | macro average | 36.2 | 28.4 |" in lines
-    assert "| paper, untouched | macro average | 33.0 | |" in lines
 
 
 def test_rows_of_a_scheme_that_follows_the_length(small: str) -> None:
@@ -460,6 +439,6 @@ def test_models_and_packages_that_lack_something(
             raise ImportError("install rouge")
 
     with pytest.raises(InputError, match="task a: install rouge; pip install"):
-        harness_command._load_task(Broken(), "a", None)
+        command._load_task(Broken(), "a", None)
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     assert "pip install 'eabf-jax[harness]'" in complaint(capsys, "--model", TINY, "--tasks", "local_choice")

@@ -18,12 +18,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eabf_jax.commands import evaluate as common
 from eabf_jax.console import Grid
 from eabf_jax.errors import InputError
-from eabf_jax.evaluation import command, longbench
-from eabf_jax.evaluation.command import Entry
-from eabf_jax.inference.command import TRUNCATIONS
+from eabf_jax.evaluation import longbench
+from eabf_jax.inference.text import TRUNCATIONS
 from eabf_jax.interop.directory import new_directory
+from eabf_jax.interop.loading import Entry
 from eabf_jax.interop.tokenizer import load_tokenizer
 
 # Resamples for the error of figures without a formula for it, such as perplexity.
@@ -45,7 +46,7 @@ class Score(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `run` measured."""
+    """What was measured."""
 
     scores: list[Score]
     macro_averages: list[Score]  # of the twelve LongBench tasks, 0 to 100; empty where not all of them were run
@@ -53,7 +54,7 @@ class Report(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
-    command.add_arguments(parser)
+    common.add_arguments(parser)
     parser.add_argument(
         "--tasks",
         required=True,
@@ -88,18 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", help="write every request and answer here: model/window/task.jsonl")
 
 
-def run(arguments: argparse.Namespace) -> Report:
-    """Runs every task with every model at every window.
-
-    Args:
-      arguments: as declared by `add_arguments`.
-
-    Returns:
-      The figures.
-    Raises:
-      InputError: the harness is not installed, no such task, a dataset that cannot be had, or as the model class.
-    """
-    entries = command.check(arguments, ("limit", "tensor"))
+def run(arguments: argparse.Namespace) -> None:
+    """Runs every task with every model at every window, and shows and writes the figures."""
+    entries = common.begin(arguments, ("limit", "tensor"))
     windows = _check(arguments, entries)
     _import_harness()
     tasks = load_tasks(arguments.tasks.split(","), arguments.include_path, arguments.data)
@@ -109,7 +101,7 @@ def run(arguments: argparse.Namespace) -> Report:
     else:
         with new_directory(arguments.output) as directory:
             _measure(arguments, entries, windows, tasks, report, directory)
-    return report
+    common.report(arguments, table(report), as_json(report, arguments))
 
 
 def _check(arguments: argparse.Namespace, entries: Sequence[Entry]) -> list[list[int]]:
@@ -127,7 +119,7 @@ def _check(arguments: argparse.Namespace, entries: Sequence[Entry]) -> list[list
             raise InputError(f"{entry.directory} has no chat template; leave --apply-chat-template out")
     if arguments.windows is None:
         return [[window] for window in own]
-    windows = command.numbers("--windows", arguments.windows, "numbers of tokens such as 4096,8192")
+    windows = common.numbers("--windows", arguments.windows, "numbers of tokens such as 4096,8192")
     if min(windows) < 2:
         raise InputError(f"--windows {arguments.windows}: numbers of tokens from 2 are needed")
     return [windows] * len(entries)
@@ -259,7 +251,7 @@ def evaluate(model: Any, tasks: dict[str, list[Any]], arguments: argparse.Namesp
     Args:
       model: an instance of the harness' LM.
       tasks: from `load_tasks`.
-      arguments: as declared by `add_arguments`.
+      arguments: `apply_chat_template`, `num_fewshot`, `limit` and `include_path` are looked at.
 
     Returns:
       What the harness' `simple_evaluate` says, for the tasks in a chat template and for those without one.
@@ -354,7 +346,7 @@ def table(report: Report) -> Grid:
 
 def as_json(report: Report, arguments: argparse.Namespace) -> dict[str, Any]:
     """The figures for programs, with how they were measured."""
-    measured = command.measured_on()
+    measured = common.measured_on()
     measured["versions"] |= {name: version(name) for name in ("lm-eval", "datasets")}
     return {
         **measured,

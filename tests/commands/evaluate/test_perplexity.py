@@ -12,17 +12,18 @@ from flax import nnx
 
 from eabf_jax import load
 from eabf_jax.cli import main
+from eabf_jax.commands.evaluate import measured_on
+from eabf_jax.commands.evaluate.perplexity import default_edges
 from eabf_jax.data.chat import Encoded
 from eabf_jax.data.dataset import DatasetWriter
 from eabf_jax.errors import InputError
-from eabf_jax.evaluation.command import measured_on, parse_entry
 from eabf_jax.evaluation.documents import read_documents
 from eabf_jax.evaluation.perplexity import position_losses, sliding_losses
-from eabf_jax.evaluation.perplexity_command import default_edges
+from eabf_jax.interop.loading import parse_entry
 from eabf_jax.interop.native import save_params, write_model_json
 from eabf_jax.model import Llama, LlamaConfig
 
-TINY = Path(__file__).parents[2] / "assets/tiny"
+TINY = Path(__file__).parents[3] / "assets/tiny"
 CONFIG = LlamaConfig(
     vocab_size=61,
     hidden_size=16,

@@ -9,7 +9,7 @@ import pytest
 
 from eabf_jax import cli, load
 from eabf_jax.inference import Generator
-from eabf_jax.inference.command import truncated
+from eabf_jax.inference.text import truncated
 
 TINY = Path(__file__).parents[2] / "assets/tiny"
 

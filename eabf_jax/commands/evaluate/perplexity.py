@@ -5,24 +5,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
-from rich.progress import Progress, TaskID
 
-from eabf_jax.console import Grid
+from eabf_jax.commands import evaluate
+from eabf_jax.commands.evaluate import measured_on, numbers, tokenizer_of
+from eabf_jax.console import Grid, progress_bar, track
+from eabf_jax.data.dataset import tokenizer_digest
 from eabf_jax.errors import InputError
-from eabf_jax.evaluation.command import (
-    Entry,
-    check,
-    measured_on,
-    numbers,
-    progress_bar,
-    same_tokenizer,
-    tokenizer_of,
-)
-from eabf_jax.evaluation.command import add_arguments as add_common_arguments
 from eabf_jax.evaluation.documents import is_text, read_documents
 from eabf_jax.evaluation.intervals import Mean, finite, student
 from eabf_jax.evaluation.perplexity import (
@@ -37,14 +30,14 @@ from eabf_jax.evaluation.perplexity import (
     window_ends,
     window_perplexity,
 )
-from eabf_jax.interop.loading import load
+from eabf_jax.interop.loading import Entry, load
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
-    add_common_arguments(parser)
+    evaluate.add_arguments(parser)
     parser.add_argument(
         "--data",
         required=True,
@@ -64,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stride", type=int, default=256, help="new tokens of each sliding window (default: 256)")
     parser.add_argument("--figure", help="draw loss by position, or perplexity by window, here (.png, .svg or .pdf)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Compares the models, and shows and writes what was found."""
+    found = compare(arguments)
+    evaluate.report(arguments, table(found), as_json(found, arguments), functools.partial(draw, found))
 
 
 def default_edges(length: int) -> list[int]:
@@ -87,23 +86,15 @@ class Comparison(NamedTuple):
 
 
 def compare(arguments: argparse.Namespace) -> Comparison:
-    """Measures every model on the same documents.
-
-    Args:
-      arguments: as declared by `add_arguments`.
-
-    Returns:
-      The losses and their means by band, or the perplexities by window.
-    Raises:
-      InputError: as the loading functions; bands or windows that do not fit; documents that are too short; texts for
-        models with different tokenizers.
-    """
-    entries = check(arguments, ("length", "documents", "stride"))
+    """Measures every model on the same documents: means by band, or perplexities by window."""
+    entries = evaluate.begin(arguments, ("length", "documents", "stride"))
     if arguments.windows and arguments.bands:
         raise InputError("--bands are of one pass over a document, --windows slide over it: give one of the two")
     configs = [entry.config for entry in entries]
     documents = _documents(arguments, entries, configs)
-    edges = _edges(arguments.bands, documents.shape[1])
+    edges = default_edges(documents.shape[1])
+    if arguments.bands is not None:
+        edges = numbers("--bands", arguments.bands, "positions such as 0,256,512,1024")
     check_edges(edges, documents.shape[1])
     windows = [] if arguments.windows is None else numbers("--windows", arguments.windows, "lengths such as 4096,8192")
     for window in windows:
@@ -114,8 +105,8 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     with progress_bar() as progress:
         for entry in entries:
             model, _ = load(entry.directory, rope=entry.rope, dtype=arguments.dtype)
-            task = progress.add_task(f"evaluating {entry.label}")
-            advance = functools.partial(_advance, progress, task)
+            total = sum(_rows(documents, windows, arguments.stride))
+            advance = track(progress, f"evaluating {entry.label}", total)
             losses = _losses(model, documents, windows, arguments, advance)
             if not all(np.isfinite(part).all() for part in losses):
                 raise InputError(f"{entry.label}: the loss is not finite; expected sound weights, or --dtype float32")
@@ -136,8 +127,10 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     return comparison
 
 
-def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
-    progress.update(task, completed=done, total=total)
+def _rows(documents: Int[np.ndarray, "documents T"], windows: Sequence[int], stride: int) -> list[int]:
+    """How many rows each pass reads: the documents, or those of each sliding window."""
+    count, length = documents.shape
+    return [count * len(window_ends(length, window, stride)) for window in windows] or [count]
 
 
 def _losses(
@@ -145,18 +138,17 @@ def _losses(
     documents: Int[np.ndarray, "documents T"],
     windows: Sequence[int],
     arguments: argparse.Namespace,
-    advance: Callable[[int, int], None],
+    advance: Callable[[int], None],
 ) -> list[np.ndarray]:
     """Loss of every token: of one pass, or for each sliding window."""
-    count, length = documents.shape
-    batch_size = arguments.batch_size
+    size, stride = arguments.batch_size, arguments.stride
     if not windows:
-        return [position_losses(model, documents, batch_size=batch_size, progress=lambda done: advance(done, count))]
-    rows = [count * len(window_ends(length, window, arguments.stride)) for window in windows]
+        return [position_losses(model, documents, batch_size=size, progress=advance)]
+    rows = _rows(documents, windows, stride)
     found = []
     for number, window in enumerate(windows):
-        report = functools.partial(lambda before, done: advance(before + done, sum(rows)), sum(rows[:number]))
-        found.append(sliding_losses(model, documents, window, arguments.stride, batch_size=batch_size, progress=report))
+        further = functools.partial(lambda before, done: advance(before + done), sum(rows[:number]))
+        found.append(sliding_losses(model, documents, window, stride, batch_size=size, progress=further))
     return found
 
 
@@ -166,7 +158,7 @@ def _documents(
     tokenizer = None
     if is_text(arguments.data):
         tokenizers = [tokenizer_of(entry.directory) for entry in entries]
-        if not same_tokenizer(tokenizers):
+        if len({tokenizer_digest(tokenizer) for tokenizer in tokenizers}) > 1:
             raise InputError(
                 "the models' tokenizers differ, and losses per token can be compared within one tokenizer only: run "
                 "the command once for the models of each"
@@ -187,12 +179,6 @@ def _documents(
                 f"{config.vocab_size} only; prepare the dataset with this model's tokenizer"
             )
     return documents
-
-
-def _edges(text: str | None, length: int) -> list[int]:
-    if text is None:
-        return default_edges(length)
-    return numbers("--bands", text, "positions such as 0,256,512,1024")
 
 
 def _fine_edges(length: int) -> list[int]:
@@ -274,14 +260,7 @@ def figures(comparison: Comparison) -> dict[str, Any]:
 
 
 def read(report: Mapping[str, Any]) -> Comparison:
-    """Reads a report back.
-
-    Args:
-      report: from `as_json`.
-
-    Returns:
-      What `compare` measured.
-    """
+    """Reads what `as_json` gave back."""
 
     def rows(key: str, kind: Callable[..., Any]) -> dict[str, list[Any]]:
         # JSON has no NaN.
@@ -295,3 +274,16 @@ def read(report: Mapping[str, Any]) -> Comparison:
         raise KeyError("bands")
     sizes = [report[name] for name in ("documents", "length", "pretrained_window")]
     return Comparison(bands, rows("curves", BandLoss), windows, rows("beside_first", Mean), *sizes)
+
+
+def draw(comparison: Comparison, path: Path) -> None:
+    """Draws what `compare` measured; the path's suffix (.png, .svg, .pdf) says which kind of picture it is."""
+    from eabf_jax.analysis.figures import loss_by_position, perplexity_by_window
+
+    documents = f"{comparison.documents} documents"
+    if comparison.windows:
+        perplexity_by_window(comparison.windows, path, title=f"perplexity by window, {documents}")
+    else:
+        window, title = comparison.pretrained_window, f"loss by position, {documents}"
+        # Older reports have no curves and are drawn from their bands.
+        loss_by_position(comparison.curves or comparison.bands, path, pretrained_window=window, title=title)

@@ -10,12 +10,13 @@ import pytest
 
 from eabf_jax import load
 from eabf_jax.cli import main
-from eabf_jax.evaluation import line_retrieval, passkey, retrieval_command
+from eabf_jax.commands.evaluate import retrieval
+from eabf_jax.commands.evaluate.retrieval import by_length, short_and_long
+from eabf_jax.evaluation import line_retrieval, passkey
 from eabf_jax.evaluation.intervals import clustered
 from eabf_jax.evaluation.retrieval import Cell, measure
-from eabf_jax.evaluation.retrieval_command import by_length, short_and_long
 
-TINY = Path(__file__).parents[2] / "assets/tiny"
+TINY = Path(__file__).parents[3] / "assets/tiny"
 SCHEME = {"type": "eabf", "base": 100000, "pretrained_window": 512}
 
 
@@ -70,31 +71,6 @@ def test_two_schemes_answer_the_same_prompts(task: str, tmp_path: Path, capsys: 
     assert (tmp_path / "again.png").read_bytes() == picture.read_bytes()
 
 
-@pytest.mark.parametrize(
-    "content", ["{}", '{"cells": []}', '{"cells": {"a": [{"length": 1}]}}', '{"cells": {}}', "[]", "x"]
-)
-def test_what_is_no_report_is_not_drawn(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "report.json").write_text(content)
-    assert run("redraw", str(tmp_path / "report.json")) == 2
-    [error] = capsys.readouterr().err.strip().splitlines()
-    assert "is no report that can be drawn" in error or "JSON" in error
-
-
-def test_an_older_report_is_read_without_its_intervals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Cells had intervals of their own, over prompts; there was no note."""
-    cells = [
-        {"length": n, "depth": d, "hits": 1, "total": 2, "low": 0, "high": 1, "loss": 1} for n in (4, 8) for d in (0, 9)
-    ]
-    report = {"task": "passkey", "pretrained_window": 4, "interval": "Wilson", "cells": {"a": cells}, "seed": 7}
-    (tmp_path / "report.json").write_text(json.dumps(report))
-    assert run("redraw", str(tmp_path / "report.json"), "--json", str(tmp_path / "report.json")) == 0
-    written = json.loads((tmp_path / "report.json").read_text())
-    assert written["seed"] == 7 and "bootstrap" in written["interval"]
-    assert written["cells"]["a"][0] == {"length": 4, "depth": 0, "hits": 1, "total": 2, "loss": 1}
-    share = clustered([(1, 2), (1, 2)])
-    assert written["by_length"]["a"][0] == {"length": 4, **share._asdict()}
-
-
 def test_cells_are_pooled_by_length_and_by_the_pretrained_window() -> None:
     cells = [Cell(n, d, hits, 10, 0.0) for n, d, hits in ((4, 0, 9), (4, 50, 8), (8, 0, 5), (8, 50, 1), (16, 0, 0))]
     assert {n: (share.hits, share.total) for n, share in by_length(cells).items()} == {
@@ -119,7 +95,7 @@ def test_records_whose_place_is_left_to_chance_count_one_by_one() -> None:
 def test_what_keeps_prompts_apart_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrieval_command, "measure", lambda *_, **__: [Cell(160, 50, 0, 1, 0.0)])
+    monkeypatch.setattr(retrieval, "measure", lambda *_, **__: [Cell(160, 50, 0, 1, 0.0)])
     other = tmp_path / "other"
     shutil.copytree(TINY, other)
     settings = json.loads((other / "tokenizer_config.json").read_text())

@@ -1,58 +1,25 @@
 """What the commands of `eabf evaluate` share: several models side by side, and a record of how figures were made."""
 
 import argparse
-import dataclasses
 import importlib.metadata
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eabf_jax import __version__
-from eabf_jax.data.dataset import tokenizer_digest
+from eabf_jax.commands.options import check_positive, write_figures
+from eabf_jax.console import Grid, show
 from eabf_jax.errors import InputError, unknown_name
-from eabf_jax.interop.loading import DTYPES, read_config, split_scheme
+from eabf_jax.interop.loading import DTYPES, Entry, parse_entry
 from eabf_jax.interop.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-from eabf_jax.model.config import LlamaConfig
+from eabf_jax.parallel.mesh import gpu_memory_defaults, use_every_core
 from eabf_jax.rope import Scheme
-
-
-class Entry(NamedTuple):
-    """One line of the table."""
-
-    label: str
-    directory: str
-    rope: dict[str, Any] | None = None  # None: the model's own scheme
-    window: int | None = None  # tokens to take for its window; None: its own
-
-    @property
-    def config(self) -> LlamaConfig:
-        """The model's shape, with the window that it is taken for."""
-        config = read_config(self.directory)
-        return config if self.window is None else dataclasses.replace(config, max_position_embeddings=self.window)
-
-
-def parse_entry(text: str) -> Entry:
-    """Reads `[LABEL=]DIR[@{type: ..., window: ...}]`.
-
-    Args:
-      text: from the command line.
-
-    Returns:
-      The label (the directory where none is given), the directory, and scheme and window to use in place of its own.
-    Raises:
-      InputError: what follows @ is not a mapping.
-    """
-    model, rope, window = split_scheme(text)
-    label, equals, directory = model.partition("=")
-    return Entry(label if equals else model, directory if equals else model, rope, window)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", help="write the figures here")
 
 
-def check(arguments: argparse.Namespace, positive: Sequence[str] = ()) -> list[Entry]:
-    """Tells what is wrong before hours of work.
+def begin(arguments: argparse.Namespace, positive: Sequence[str] = ()) -> list[Entry]:
+    """Sets JAX up, which has to come before it is first used, and checks the options before hours of work.
 
     Args:
       arguments: as declared by `add_arguments`.
@@ -83,10 +50,9 @@ def check(arguments: argparse.Namespace, positive: Sequence[str] = ()) -> list[E
     Raises:
       InputError: a number that is not positive, an unknown dtype or scheme, or a label that is there twice.
     """
-    for option in ("batch_size", *positive):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            raise InputError(f"--{option.replace('_', '-')} {value}: a positive number is needed")
+    use_every_core()
+    gpu_memory_defaults()
+    check_positive(arguments, ("batch_size", *positive))
     if arguments.dtype not in DTYPES:
         raise unknown_name("--dtype", arguments.dtype, DTYPES)
     entries = [parse_entry(text) for text in arguments.model]
@@ -135,15 +101,22 @@ def tokenizer_of(directory: str) -> Tokenizer:
     return load_tokenizer(directory)
 
 
-def same_tokenizer(tokenizers: Sequence[Tokenizer]) -> bool:
-    """Whether tokenizers turn texts into the same tokens."""
-    return len({tokenizer_digest(tokenizer) for tokenizer in tokenizers}) <= 1
+def report(
+    arguments: argparse.Namespace, table: Grid, figures: Mapping[str, Any], draw: Callable[[Path], None] | None = None
+) -> None:
+    """Shows an evaluation's table, and writes the files that were asked for.
 
-
-def progress_bar() -> Progress:
-    """A progress bar on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    Args:
+      arguments: with `json` and, where there is something to draw, `figure`.
+      table: for people.
+      figures: for programs; the table goes along.
+      draw: draws the picture into a file.
+    """
+    show(table)
+    write_figures(arguments, {**figures, "table": table.plain()})
+    if draw is not None and arguments.figure:
+        draw(Path(arguments.figure))
+        print(f"picture: {arguments.figure}")
 
 
 def measured_on() -> dict[str, Any]:

@@ -9,29 +9,19 @@ from typing import Any, NamedTuple
 
 import jax
 
+from eabf_jax.commands.options import check_positive
 from eabf_jax.data.chat import TEMPLATES, Turn
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.inference.chat import Format, chat_format
 from eabf_jax.inference.generate import Completion, Generator
 from eabf_jax.inference.sampling import Sampling
-from eabf_jax.inference.text import encode_text, only_text
+from eabf_jax.inference.text import TRUNCATIONS, encode_text, only_text, truncated
+from eabf_jax.interop.directory import write_json
 from eabf_jax.interop.loading import DTYPES, load, split_scheme
 from eabf_jax.interop.tokenizer import Tokenizer
 from eabf_jax.model.kv_cache import CACHE_DTYPES
-from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.parallel.mesh import MeshConfig, gpu_memory_defaults, make_mesh
 from eabf_jax.rope import Scheme
-
-TRUNCATIONS = ("middle", "left")
-
-
-class Answer(NamedTuple):
-    """What came of one prompt."""
-
-    prompt_tokens: int  # as the model read them
-    cut_tokens: int  # of the prompt, because it was longer than the window
-    completion: Completion
-    first_token_seconds: float
-    tokens_per_second: float | None  # after the first; None where there are too few to tell
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,18 +83,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", help="write prompts, texts, tokens and speeds here")
 
 
-class Session:
+def run(arguments: argparse.Namespace) -> None:
+    """Does what the command line asks for."""
+    gpu_memory_defaults()
+    texts = None if arguments.chat else _read_prompts(arguments)
+    session = _Session(arguments)
+    answers = _converse(session, arguments) if texts is None else _continue_prompts(session, texts)
+    figures = {
+        "model": arguments.model,
+        "window": session.window,
+        "dtype": arguments.dtype,
+        "cache": arguments.cache,
+        "sampling": vars(session.sampling) | {"seed": arguments.seed},
+        "device": jax.devices()[0].device_kind,
+        "answers": [_as_json(answer) for answer in answers],
+    }
+    if arguments.json:  # silently: standard output holds the texts alone
+        write_json(Path(arguments.json), figures)
+
+
+class _Answer(NamedTuple):
+    """What came of one prompt."""
+
+    prompt_tokens: int  # as the model read them
+    cut_tokens: int  # of the prompt, because it was longer than the window
+    completion: Completion
+    first_token_seconds: float
+    tokens_per_second: float | None  # after the first; None where there are too few to tell
+
+
+class _Session:
     """A loaded model and what was asked of it."""
 
     def __init__(self, arguments: argparse.Namespace):
-        """Checks the command line, then loads the model.
-
-        Args:
-          arguments: as declared by `add_arguments`.
-
-        Raises:
-          InputError: an unknown name, a number that makes no sense, no tokenizer, or as the loading functions.
-        """
+        """Checks the command line, then loads the model."""
         self.sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.repetition_penalty)
         _check(arguments)
         directory, scheme, window = split_scheme(arguments.model)
@@ -129,33 +141,8 @@ class Session:
             rope_length=arguments.rope_length,
         )
 
-    def encode(self, text: str) -> list[int]:
-        """A text as the model is to read it.
-
-        Args:
-          text: what is to be continued.
-
-        Returns:
-          Its token ids, after the token that begins every text where the tokenizer asks for it.
-        Raises:
-          InputError: an empty text.
-        """
-        if not text:
-            raise InputError("the prompt is empty; some text to continue is needed")
-        return encode_text(self.tokenizer, text)
-
     def fit(self, tokens: Sequence[int], name: str) -> tuple[list[int], int]:
-        """Makes room for the new tokens within the window.
-
-        Args:
-          tokens: the prompt.
-          name: what to call it.
-
-        Returns:
-          The prompt, cut where that was asked for, and the number of tokens cut out.
-        Raises:
-          InputError: it is too long, and nothing was said about cutting.
-        """
+        """Makes room for the new tokens: the prompt, cut where that was asked for, and how many tokens it lost."""
         new, how = self._arguments.max_new_tokens, self._arguments.truncate
         room = self.window - new
         excess = len(tokens) - room
@@ -172,17 +159,8 @@ class Session:
             )
         return truncated(tokens, room, how, self.tokenizer.bos_id), excess
 
-    def stream(self, prompts: Sequence[Sequence[int]], cut: Sequence[int], seed: int) -> Iterator[list[Answer]]:
-        """Continues prompts, a few tokens at a time.
-
-        Args:
-          prompts: from `fit`.
-          cut: how many tokens each has lost there.
-          seed: of the first one's draws; the others have the numbers after it.
-
-        Yields:
-          The answers so far.
-        """
+    def stream(self, prompts: Sequence[Sequence[int]], cut: Sequence[int], seed: int) -> Iterator[list[_Answer]]:
+        """Continues prompts from `fit`, a few tokens at a time; the first draws with `seed`, the next with one more."""
         begun, first = time.perf_counter(), 0.0
         stream = self._generator.stream(
             prompts,
@@ -196,7 +174,7 @@ class Session:
             elapsed = time.perf_counter() - begun
             first = first or elapsed
             yield [
-                Answer(len(prompt), lost, completion, first, _rate(len(completion.tokens), elapsed - first))
+                _Answer(len(prompt), lost, completion, first, _rate(len(completion.tokens), elapsed - first))
                 for prompt, lost, completion in zip(prompts, cut, completions, strict=True)
             ]
 
@@ -206,11 +184,8 @@ def _rate(tokens: int, seconds: float) -> float | None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """What is wrong is told before the model is loaded."""
-    for option in ("max_new_tokens", "window", "prefill_chunk", "rope_length", "tensor"):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            raise InputError(f"--{option.replace('_', '-')} {value}: a positive number is needed")
+    """Refuses what is wrong before the model is loaded."""
+    check_positive(arguments, ("max_new_tokens", "window", "prefill_chunk", "rope_length", "tensor"))
     if arguments.dtype not in DTYPES:
         raise unknown_name("--dtype", arguments.dtype, DTYPES)
     if arguments.cache not in CACHE_DTYPES:
@@ -226,35 +201,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--chat keeps one conversation: give one PROMPT or none, and no --file")
 
 
-def truncated(tokens: Sequence[int], room: int, how: str, bos_id: int | None) -> list[int]:
-    """Cuts a prompt to a number of tokens.
-
-    Args:
-      tokens: more than `room`.
-      room: tokens to keep, at least 2.
-      how: "middle" keeps the first and the last half, as LongBench does; "left" keeps the end.
-      bos_id: the token that begins a text; "left" keeps it where the prompt has it.
-
-    Returns:
-      The tokens left.
-    """
-    if how == "middle":
-        return [*tokens[: room // 2], *tokens[len(tokens) - (room - room // 2) :]]
-    opening = list(tokens[:1]) if tokens[0] == bos_id else []
-    return [*opening, *tokens[len(tokens) - (room - len(opening)) :]]
-
-
-def read_prompts(arguments: argparse.Namespace) -> list[str]:
-    """The texts to continue; of a file and of standard input without the line end at their end.
-
-    Args:
-      arguments: as declared by `add_arguments`.
-
-    Returns:
-      At least one.
-    Raises:
-      InputError: none given, or a file that is no text.
-    """
+def _read_prompts(arguments: argparse.Namespace) -> list[str]:
+    """The texts to continue, at least one; those of files and of standard input lose the newline at their end."""
     texts = [_standard_input() if prompt == "-" else prompt for prompt in arguments.prompt]
     for path in arguments.file:
         with only_text(f"--file {path}"):
@@ -263,6 +211,8 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
         if sys.stdin.isatty():
             raise InputError("no prompt: give it as PROMPT, with --file, or on standard input")
         texts.append(_standard_input())
+    if "" in texts:
+        raise InputError("the prompt is empty; some text to continue is needed")
     return texts
 
 
@@ -271,20 +221,10 @@ def _standard_input() -> str:
         return sys.stdin.read().removesuffix("\n")
 
 
-def continue_prompts(session: Session, texts: Sequence[str]) -> list[Answer]:
-    """Continues texts: one as it comes, several when they are whole.
-
-    Args:
-      session: the model.
-      texts: the prompts.
-
-    Returns:
-      An answer a text.
-    Raises:
-      InputError: an empty text, or one that is too long.
-    """
+def _continue_prompts(session: _Session, texts: Sequence[str]) -> list[_Answer]:
+    """Continues texts: one is printed as it comes, several when they are whole."""
     names = ["the prompt"] if len(texts) == 1 else [f"prompt {number}" for number in range(1, len(texts) + 1)]
-    fitted = [session.fit(session.encode(text), name) for text, name in zip(texts, names, strict=True)]
+    fitted = [session.fit(encode_text(session.tokenizer, text), name) for text, name in zip(texts, names, strict=True)]
     prompts, cut = zip(*fitted, strict=True)
     stream = session.stream(prompts, cut, session.seed)
     if len(texts) == 1:
@@ -295,7 +235,7 @@ def continue_prompts(session: Session, texts: Sequence[str]) -> list[Answer]:
     return answers
 
 
-def _print_as_it_comes(stream: Iterator[list[Answer]], *, strip: bool = False) -> Answer:
+def _print_as_it_comes(stream: Iterator[list[_Answer]], *, strip: bool = False) -> _Answer:
     """Prints the one text of a stream; of an answer in a conversation, without the space that begins it."""
     printed = 0
     for (answer,) in stream:
@@ -306,21 +246,11 @@ def _print_as_it_comes(stream: Iterator[list[Answer]], *, strip: bool = False) -
     return answer
 
 
-def converse(session: Session, arguments: argparse.Namespace) -> list[Answer]:
-    """Keeps a conversation until standard input ends.
-
-    Args:
-      session: the model, with a format.
-      arguments: the system prompt and what is said first.
-
-    Returns:
-      The answers.
-    Raises:
-      InputError: an empty first question, or a conversation that has become too long.
-    """
+def _converse(session: _Session, arguments: argparse.Namespace) -> list[_Answer]:
+    """Keeps a conversation until standard input ends."""
     assert session.format is not None
     turns = [] if arguments.system is None else [Turn("system", arguments.system)]
-    answers: list[Answer] = []
+    answers: list[_Answer] = []
     for question in _questions(arguments.prompt):
         turns.append(Turn("user", question))
         prompt, cut = session.fit(session.format.encode(turns), "the conversation")
@@ -346,32 +276,7 @@ def _questions(first: Sequence[str]) -> Iterator[str]:
             yield line
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Does what the command line asks for.
-
-    Args:
-      arguments: as declared by `add_arguments`.
-
-    Returns:
-      Prompts, texts and speeds, for programs.
-    Raises:
-      InputError: as `Session`, `continue_prompts` and `converse`.
-    """
-    texts = None if arguments.chat else read_prompts(arguments)
-    session = Session(arguments)
-    answers = converse(session, arguments) if texts is None else continue_prompts(session, texts)
-    return {
-        "model": arguments.model,
-        "window": session.window,
-        "dtype": arguments.dtype,
-        "cache": arguments.cache,
-        "sampling": vars(session.sampling) | {"seed": arguments.seed},
-        "device": jax.devices()[0].device_kind,
-        "answers": [_as_json(answer) for answer in answers],
-    }
-
-
-def _as_json(answer: Answer) -> dict[str, Any]:
+def _as_json(answer: _Answer) -> dict[str, Any]:
     return {
         "prompt_tokens": answer.prompt_tokens,
         "cut_tokens": answer.cut_tokens,

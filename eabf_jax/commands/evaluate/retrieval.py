@@ -1,23 +1,21 @@
-"""`eabf evaluate passkey` and `eabf evaluate line-retrieval`: models side by side, as a table, JSON and a picture."""
+"""What `eabf evaluate passkey` and `line-retrieval` share: models side by side, as a table, JSON and a picture."""
 
 import argparse
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.progress import Progress, TaskID
-
-from eabf_jax.console import Grid
+from eabf_jax.commands import evaluate
+from eabf_jax.commands.evaluate import measured_on, numbers, tokenizer_of
+from eabf_jax.console import Grid, progress_bar, track
 from eabf_jax.data.dataset import tokenizer_digest
 from eabf_jax.errors import InputError
-from eabf_jax.evaluation import line_retrieval, passkey
-from eabf_jax.evaluation.command import Entry, check, measured_on, numbers, progress_bar, tokenizer_of
-from eabf_jax.evaluation.command import add_arguments as add_common_arguments
 from eabf_jax.evaluation.intervals import Share, clustered, finite
 from eabf_jax.evaluation.retrieval import Cell, Prompt, measure
-from eabf_jax.interop.loading import load
+from eabf_jax.interop.loading import Entry, load
 from eabf_jax.interop.tokenizer import Tokenizer
 
 
@@ -37,32 +35,9 @@ class Task(NamedTuple):
     prompts: Callable[[Tokenizer, argparse.Namespace, list[int], list[int]], list[Prompt]]
 
 
-PASSKEY = Task(
-    "passkey",
-    True,
-    10,
-    lambda tokenizer, arguments, lengths, depths: passkey.prompts(
-        tokenizer, lengths, depths, arguments.samples, arguments.seed, chat=arguments.chat_template
-    ),
-)
-LINE_RETRIEVAL = Task(
-    "line retrieval",
-    False,
-    50,
-    lambda tokenizer, arguments, lengths, depths: line_retrieval.prompts(
-        tokenizer, lengths, arguments.samples, arguments.seed, chat=arguments.chat_template
-    ),
-)
-
-
 def add_arguments(parser: argparse.ArgumentParser, task: Task) -> None:
-    """Declares the command line.
-
-    Args:
-      parser: the command's.
-      task: what it measures.
-    """
-    add_common_arguments(parser)
+    """Declares the command line of one task."""
+    evaluate.add_arguments(parser)
     parser.add_argument(
         "--lengths",
         required=True,
@@ -92,8 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser, task: Task) -> None:
     parser.add_argument("--figure", help=f"draw {kind} here (.png, .svg or .pdf)")
 
 
+def run(arguments: argparse.Namespace, task: Task) -> None:
+    """Compares the models, and shows and writes what was found."""
+    found = compare(arguments, task)
+    if found.note:
+        print(f"note: {found.note}")
+    evaluate.report(arguments, table(found), as_json(found, arguments), functools.partial(draw, found))
+
+
 class Retrieval(NamedTuple):
-    """What `run` measured.
+    """What `compare` measured.
 
     Attributes:
       task: what it is called.
@@ -108,19 +91,9 @@ class Retrieval(NamedTuple):
     note: str
 
 
-def run(arguments: argparse.Namespace, task: Task) -> Retrieval:
-    """Measures every model on the prompts of a seed.
-
-    Args:
-      arguments: as declared by `add_arguments`.
-      task: what to measure.
-
-    Returns:
-      The cells of every model.
-    Raises:
-      InputError: as the loading functions, numbers that make no sense, or a length that is too short.
-    """
-    entries = check(arguments, ("samples", "pretrained_window"))
+def compare(arguments: argparse.Namespace, task: Task) -> Retrieval:
+    """Measures every model on the prompts of a seed."""
+    entries = evaluate.begin(arguments, ("samples", "pretrained_window"))
     lengths = _ascending("--lengths", arguments.lengths, 1, None)
     depths = _ascending("--depths", arguments.depths, 0, 100) if task.has_depths else []
     if arguments.seed < 0:
@@ -130,15 +103,10 @@ def run(arguments: argparse.Namespace, task: Task) -> Retrieval:
     cells: dict[str, list[Cell]] = {}
     with progress_bar() as progress:
         for entry, prompts in zip(entries, by_model, strict=True):
-            bar = progress.add_task(f"{task.name}, {entry.label}", total=len(prompts))
+            advance = track(progress, f"{task.name}, {entry.label}", len(prompts))
             model, _ = load(entry.directory, rope=entry.rope, dtype=arguments.dtype)
-            advance = functools.partial(_advance, progress, bar)
             cells[entry.label] = measure(model, prompts, batch_size=arguments.batch_size, progress=advance)
     return Retrieval(task.name, cells, arguments.pretrained_window or window, note)
-
-
-def _advance(progress: Progress, task: TaskID, done: int) -> None:
-    progress.update(task, completed=done)
 
 
 def _ascending(option: str, text: str, least: int, most: int | None) -> list[int]:
@@ -275,16 +243,21 @@ def figures(retrieval: Retrieval) -> dict[str, Any]:
 
 
 def read(report: Mapping[str, Any]) -> Retrieval:
-    """Reads a report back.
-
-    Args:
-      report: from `as_json`; of its sums nothing is needed.
-
-    Returns:
-      What `run` measured.
-    """
+    """Reads what `as_json` gave back; of the sums in it nothing is needed."""
     names = [field.name for field in dataclasses.fields(Cell)]
     cells = {
         label: [Cell(**{name: cell[name] for name in names}) for cell in row] for label, row in report["cells"].items()
     }
     return Retrieval(report["task"], cells, report["pretrained_window"], report.get("note", ""))
+
+
+def draw(retrieval: Retrieval, path: Path) -> None:
+    """Draws what `compare` measured; the path's suffix (.png, .svg, .pdf) says which kind of picture it is."""
+    from eabf_jax.analysis.figures import heat_maps, share_by_length
+
+    window, title = retrieval.pretrained_window, retrieval.task
+    if any(cell.depth is not None for row in retrieval.cells.values() for cell in row):
+        heat_maps(retrieval.cells, path, pretrained_window=window, title=title)
+    else:
+        shares = {label: by_length(row) for label, row in retrieval.cells.items()}
+        share_by_length(shares, path, pretrained_window=window, title=title)

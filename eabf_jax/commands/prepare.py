@@ -1,0 +1,125 @@
+"""`eabf prepare`: files of conversations or texts to a dataset, with a table of what each stage left."""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from eabf_jax.commands.options import write_figures
+from eabf_jax.console import Grid, show
+from eabf_jax.data import chat
+from eabf_jax.data.forms import AUTO, FORMATS
+from eabf_jax.data.prepare import Options, Report, prepare
+from eabf_jax.errors import InputError
+from eabf_jax.interop.tokenizer import load_tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command line; its defaults are those of `Options`."""
+    fields = [field for field in dataclasses.fields(Options) if field.default is not dataclasses.MISSING]
+    parser.set_defaults(**{field.name: field.default for field in fields})
+    number: Any = {"type": int, "metavar": "N"}
+    parser.add_argument(
+        "--src",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="files of conversations, prompts and answers, or texts (JSON, JSONL, CSV, Parquet, Arrow, .txt), "
+        "directories of such, or saved by Hugging Face datasets",
+    )
+    parser.add_argument(
+        "--format",
+        help=f"what an entry is: {', '.join(FORMATS)}; {AUTO} goes by the keys of each file's first known entry "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--dst", type=Path, required=True, metavar="DIR", help="directory of the dataset to write")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="DIR", help="a model's directory, for its tokenizer"
+    )
+    parser.add_argument(
+        "--template",
+        help=f"chat template: {', '.join(chat.TEMPLATES)}, or {chat.OWN}: the model's, where it marks with "
+        "{%% generation %%} what is to be learned (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min-tokens",
+        **number,
+        help="drop conversations, and pieces of them, with fewer tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-tokens", **number, help="split longer conversations at turn borders (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-conversations",
+        **number,
+        help="training records wanted; a smaller number gives the beginning of a larger set (default: all)",
+    )
+    parser.add_argument(
+        "--held-out",
+        **number,
+        help="held-out records wanted, the same ones whatever --num-conversations is (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--held-out-min-tokens",
+        **number,
+        help="hold out only conversations with at least this many tokens, cut at --max-tokens (default: --max-tokens)",
+    )
+    parser.add_argument("--language", help="keep this language only: en, or any for all (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="decides the order of the conversations (default: %(default)s)")
+    parser.add_argument(
+        "--portion",
+        default="0.0:1.0",
+        metavar="START:END",
+        help="use only this part of the conversations, by a hash of their ids; "
+        "0.0:0.9 and 0.9:1.0 share none, whatever the seed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep-complete",
+        action="store_true",
+        help="go on with the whole entries of a file that is cut off or malformed, and read past trailing commas",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a dataset at --dst")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts to this file")
+
+
+def _portion(text: str) -> tuple[float, float]:
+    start, _, end = text.partition(":")
+    try:
+        return float(start), float(end)
+    except ValueError:
+        raise InputError(f"--portion {text!r}: two numbers START:END are needed, such as 0.9:1.0") from None
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prepares the dataset, and shows the counts."""
+    given: dict[str, Any] = vars(arguments) | {"portion": _portion(arguments.portion)}
+    given |= {"sources": tuple(arguments.src), "destination": arguments.dst}
+    options = Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)})
+    options.check()
+    report = prepare(options, load_tokenizer(arguments.tokenizer))
+    console = Console()
+    for table in tables(report):
+        show(table)
+    skipped = [f"{path} was not read" for path in report.skipped_files]
+    for note in (*report.broken_files, *skipped, *report.shortages):
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    write_figures(arguments, dataclasses.asdict(report), "counts")
+
+
+def tables(report: Report) -> Iterator[Grid]:
+    """The counts for people: the table of stages and the table of splits."""
+    stages = Grid(["stage"], ["count"], title="Conversations")
+    for name, count in report.stages():
+        stages.add([name], [f"{count:,}"])
+        for note, number in report.notes(name):
+            stages.add([f"  {note}"], [f"{number:,}"])
+    yield stages
+    splits = Grid(["split"], ["records", "conversations", "tokens", "response tokens"], title=report.destination)
+    for name, counts in report.splits.items():
+        figures = (counts.records, counts.conversations, counts.tokens, counts.response_tokens)
+        splits.add([name], [f"{figure:,}" for figure in figures])
+    yield splits
