@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         required=True,
-        help="a dataset made by `eabf prepare`; or a .txt file (one document), a .jsonl file (one a line, under "
-        '"text"), or a directory of such, read with the models\' tokenizer',
+        help="a dataset made by `eabf prepare`; or texts, read with the models' tokenizer: a file or directory that "
+        '`eabf prepare --format text` reads, such as .txt (one document) or .jsonl (one a line, under "text")',
     )
     parser.add_argument("--split", default="held_out", help="of a dataset (default: held_out)")
     parser.add_argument("--length", type=int, help="cut documents to this many tokens (default: the shortest one's)")
