@@ -28,6 +28,7 @@ from eabf_jax.model.config import LlamaConfig
 from eabf_jax.rope import from_hf as rope_from_hf
 from eabf_jax.rope import needs_remote_code
 from eabf_jax.rope import to_hf as rope_to_hf
+from eabf_jax.rope.exported import DATA_KEY, check_exported, exported_data
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -102,7 +103,7 @@ def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
     end = values.get("eos_token_id", 2)
     if not all(isinstance(i, int) for i in (end if isinstance(end, list) else () if end is None else (end,))):
         raise InputError(f"config.json: eos_token_id is {end!r}, expected an integer or a list of them")
-    return LlamaConfig(
+    config = LlamaConfig(
         **sizes,
         num_key_value_heads=_positive("num_key_value_heads", heads if key_heads is None else key_heads),
         head_dim=_positive("head_dim", sizes["hidden_size"] // heads if head_dim is None else head_dim),
@@ -117,6 +118,13 @@ def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
         pad_token_id=values.get("pad_token_id"),
         rope=rope_from_hf(values),
     )
+    if DATA_KEY in values:
+        check_exported(values[DATA_KEY], config.rope, *_extent(config))
+    return config
+
+
+def _extent(config: LlamaConfig) -> tuple[int, int, int]:
+    return config.head_dim, config.num_hidden_layers, config.max_position_embeddings
 
 
 def _positive(name: str, value: Any) -> int:
@@ -153,6 +161,7 @@ def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
     end = config.eos_token_id
     identity: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     if needs_remote_code(rope):
+        rope |= {DATA_KEY: exported_data(config.rope, *_extent(config))}
         module = Path(MODELING_FILE).stem
         identity = {
             "architectures": ["EabfLlamaForCausalLM"],
