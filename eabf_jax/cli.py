@@ -23,8 +23,30 @@ _PATH_ERRORS = (
 )
 
 
+class _Import(argparse.Action):
+    """Imports a user's schemes as soon as the option is read, so that all that follows knows them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        from eabf_jax.rope import import_schemes
+
+        import_schemes(values)
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with its complaints as one line like those about any other input."""
+    """argparse, with its complaints as one line like those about any other input, and with `--import`."""
+
+    def __init__(self, *arguments: Any, imports: bool = True, **options: Any):
+        super().__init__(*arguments, **options)
+        if not imports:
+            return
+        self.add_argument(
+            "--import",
+            action=_Import,
+            dest=argparse.SUPPRESS,
+            default=argparse.SUPPRESS,
+            metavar="FILE",
+            help="a .py file or a module that registers rotary schemes of your own; repeatable",
+        )
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; `{self.prog} --help` lists what is right")
@@ -108,7 +130,8 @@ def _train(arguments: list[str]) -> None:
     from eabf_jax.parallel.mesh import gpu_defaults, use_every_core
     from eabf_jax.training.recipe import load_config
 
-    config = load_config(arguments, prog="train.py")
+    _, keys = ArgumentParser("train.py", add_help=False, allow_abbrev=False).parse_known_args(arguments)
+    config = load_config(keys, prog="train.py")
     # Negative: an axis takes all that are left.
     devices = -1 if config.mesh == "auto" else math.prod(config.mesh.sizes)
     rows = 1 if config.compute.microbatch_size == "auto" else config.compute.microbatch_size
@@ -300,6 +323,7 @@ def _dispatch(prog: str, description: str, kind: str, commands: Mapping[str, Com
         description=description,
         epilog=f"{kind}s:\n{summaries}\n\n`{prog} {kind.upper()} --help` describes each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        imports=False,
     )
     parser.add_argument(kind, metavar=kind.upper())
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=f"the {kind}'s own")

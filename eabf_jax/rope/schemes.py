@@ -7,8 +7,10 @@ have a name.
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field
+from functools import cache
 from types import MappingProxyType
 from typing import Any, get_args
 
@@ -40,6 +42,14 @@ class Rule:
 
     def __call__(self, *arguments: Any) -> Any:
         return self.function(*arguments, **dict(self.parameters))
+
+    def __str__(self) -> str:
+        return f"{self.function.__module__}.{self.function.__qualname__}"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the rule is one of this package."""
+        return self.function.__module__.startswith("eabf_jax.")
 
 
 # What the values of parameters must satisfy, by parameter name, whichever rule takes them.
@@ -140,7 +150,8 @@ class Scheme:
         if not jnp.issubdtype(positions.dtype, jnp.integer):
             raise InputError(f"positions are {positions.dtype}; integers counted from 0 are needed")
         _check_whole("layer", layer)
-        return self.logit_multiplier(positions, layer)
+        _try_multiplier(self.logit_multiplier)
+        return jnp.asarray(self.logit_multiplier(positions, layer), jnp.float32)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the scheme as plain values, for config files: `{"type": name, parameter: value, ...}`.
@@ -183,7 +194,56 @@ class Scheme:
     def _rotation(self, head_dim: int, length: Length) -> tuple[Frequencies, float | Float32[Array, ""]]:
         if length is not None:
             _check_whole("length", length)
-        return self.frequencies(head_dim, length) if self.depends_on_length else self.frequencies(head_dim)
+        _try_frequencies(self.frequencies, head_dim)
+        frequencies, scale = self.frequencies(head_dim, *([length] if self.depends_on_length else []))
+        return jnp.asarray(frequencies, jnp.float32), scale
+
+
+@cache
+def _try_frequencies(rule: Rule, head_dim: int) -> None:
+    """Calls somebody's own rule as models will, before its first use, and refuses what they cannot use."""
+    if rule.is_ours:
+        return
+    with _trying(rule, "length"), jax.ensure_compile_time_eval():
+        if follows_length(rule.function):
+            jax.eval_shape(lambda length: rule(head_dim, length), jax.ShapeDtypeStruct((), jnp.int32))
+            found = [rule(head_dim, length) for length in (None, 1, dict(rule.parameters)["pretrained_window"])]
+        else:
+            found = [rule(head_dim)]
+        for frequencies, scale in found:
+            if np.shape(frequencies) != (head_dim // 2,) or np.shape(scale) != ():
+                raise InputError(
+                    f"{rule} returns arrays of shape {np.shape(frequencies)} and {np.shape(scale)} for head_dim "
+                    f"{head_dim}; inverse frequencies [{head_dim // 2}] and one factor on cos and sin are needed"
+                )
+            if not np.array_equal(frequencies, found[0][0]) or scale != found[0][1]:
+                raise InputError(
+                    f"{rule} changes with the length inside pretrained_window; from 1 token to the whole window, and "
+                    "for the length None, it has to return the same"
+                )
+
+
+@cache
+def _try_multiplier(rule: Rule) -> None:
+    """As `_try_frequencies`."""
+    if rule.is_ours:
+        return
+    with _trying(rule, "positions or layer"):
+        arguments = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 3), ()))
+        found = jax.eval_shape(rule, *arguments)
+        if np.shape(found) != (2, 3):
+            raise InputError(f"{rule} returns shape {np.shape(found)} for positions of shape (2, 3), which is needed")
+
+
+@contextmanager
+def _trying(rule: Rule, traced: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # whatever somebody's function raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{rule} fails where JAX traces {traced} (jnp.where instead of if): {reason:.300}") from error
 
 
 def _check_whole(name: str, value: Any) -> None:

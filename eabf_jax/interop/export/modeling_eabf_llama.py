@@ -1,9 +1,9 @@
 """LLaMA with rotary schemes that transformers has no name for: entropy-aware logits, dynamic YaRN, or your own.
 
 This file lies beside the weights and needs torch and transformers (4.46 or later) only; load with
-`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`. config.json holds the scheme twice: by name as
-`eabf_scheme`, and as data as `eabf_rotary`. This file computes from the data: the frequencies and the multiplier of the
-attention logits, each either numbers or one of the formulas below.
+`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`. config.json holds the scheme twice: by name
+as `eabf_scheme`, and as data as `eabf_rotary`. This file computes from the data: the frequencies and the multiplier of
+the attention logits, each either numbers or one of the formulas below.
 
 The model is transformers' own LLaMA except for attention's forward pass, which multiplies the query right before it is
 compared with the keys. Where the frequencies follow the current length, the cache holds keys that are not rotated, and
@@ -108,8 +108,8 @@ def _dynamic_yarn(head_dim, lengths, *, base, factor, pretrained_window, beta_fa
     return theta * (1.0 - share) + theta / stretch * share, 0.1 * torch.log(stretch) + 1.0
 
 
-# Kinds of multipliers: functions of int positions [batch, length] from 0 and the number of layers, with the parameters by
-# keyword. Each returns for every layer float32 [batch, length], or None where the multiplier is 1 everywhere.
+# Kinds of multipliers: functions of int positions [batch, length] from 0 and the number of layers, with the parameters
+# by keyword. Each returns for every layer float32 [batch, length], or None where the multiplier is 1 everywhere.
 
 
 def _none(positions, layers):
@@ -188,9 +188,9 @@ def _bound(table, part, data):
     return partial(rule, **parameters)
 
 
-# What attention is given: cosines and sines [batch, length, head_dim]; positions, int [batch, length]; for each layer the
-# multipliers, float32 [batch, length], or None; and where the frequencies follow the length, the lengths, int [batch, 1],
-# and the function that gives cosines and sines for the keys in a cache.
+# What attention is given: cosines and sines [batch, length, head_dim]; positions, int [batch, length]; for each layer
+# the multipliers, float32 [batch, length], or None; and where the frequencies follow the length, the lengths, int
+# [batch, 1], and the function that gives cosines and sines for the keys in a cache.
 Rotation = namedtuple("Rotation", "cos sin positions multipliers lengths tables", defaults=(None, None))
 
 
