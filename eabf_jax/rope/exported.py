@@ -119,7 +119,7 @@ def _same(found: Any, expected: Any) -> bool:
     try:
         first, second = (np.asarray(value, np.float64) for value in (found, expected))
     except (TypeError, ValueError):
-        return bool(found == expected)
+        return isinstance(found, str) and isinstance(expected, str) and found == expected
     return first.shape == second.shape and np.allclose(first, second, rtol=_SAME, atol=0)
 
 
