@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -32,7 +31,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "_entries", dict(registry._entries))
         runpy.run_path(str(HERE / "write_export_references.py"))["write"](root)
-    jax.config.update("jax_disable_most_optimizations", False)
     return root
 
 

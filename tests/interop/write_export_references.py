@@ -21,6 +21,7 @@ from eabf_jax.rope import Scheme, compose, import_schemes, parameters_of, scheme
 
 WINDOW = 16
 ENTROPY = {"type": "entropy_aware", "pretrained_window": WINDOW, "unscaled_layers": 1}
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # the time is compilation
 GIVEN = {"factor": 4.0, "pretrained_window": WINDOW}  # to the schemes that take it
 
 
@@ -54,23 +55,24 @@ def models() -> dict[str, tuple[Scheme, int]]:
 def write(root: Path) -> None:
     """Writes one Hugging Face directory for each of the models, with references.npz in it."""
     import_schemes(str(user_schemes(root)))
-    jax.config.update("jax_disable_most_optimizations", True)  # all the time is compilation
     tokens = np.random.default_rng(1).integers(3, 97, (2, 48))
-    initialised: dict[int, Any] = {}
+    initialised: dict[int, Llama] = {}
     for name, (rope, layers) in models().items():
         config = LlamaConfig(
             vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
             num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.2, rope=rope,
         )  # fmt: skip
+        source = root / f".{layers}_layers"
         if layers not in initialised:
-            initialised[layers] = Llama(config, rngs=nnx.Rngs(0)).parameters()
-        model = Llama.from_params(config, initialised[layers])
-        native_directory = root / f".{name}"
-        native_directory.mkdir(parents=True)
-        native.write_model_json(native_directory, config)
-        native.save_params(native_directory, initialised[layers])
-        to_hf(native_directory, root / name)
-        forward = jax.jit(lambda x, model=model: model(x))
+            drawn = jax.jit(lambda config=config: Llama(config, rngs=nnx.Rngs(0)).parameters())()
+            initialised[layers] = Llama.from_params(config, drawn)
+            source.mkdir(parents=True)
+            native.save_params(source, initialised[layers].parameters())
+        model = initialised[layers]
+        model.config = config
+        native.write_model_json(source, config)
+        to_hf(source, root / name)
+        forward = jax.jit(lambda x, model=model: model(x), compiler_options=QUICK)
         references = {"tokens": tokens, "logits": np.asarray(forward(tokens))}
         if rope.depends_on_length:  # the same tokens have other frequencies in a shorter text
             references["short_logits"] = np.asarray(forward(tokens[:, :9]))
