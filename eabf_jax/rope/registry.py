@@ -179,7 +179,11 @@ def _import_file(path: Path) -> None:
     assert spec is not None and spec.loader is not None  # as for every .py file
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where pickle looks for its functions
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
 
 
 @cache

@@ -7,7 +7,6 @@ python tests/interop/check_export_in_transformers.py DIR     # in an environment
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
