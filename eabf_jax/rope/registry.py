@@ -130,9 +130,14 @@ def entry_of(name: str) -> Entry:
       InputError: unknown scheme, or as `entries`.
     """
     if name not in _entries and name not in entries():
-        unknown = unknown_name("rotary scheme", name, [*_entries, "compose"])
-        raise InputError(f"{unknown}; one from your own file is known after --import FILE")
+        raise unknown_scheme(name)
     return _entries[name]
+
+
+def unknown_scheme(name: str) -> InputError:
+    """Builds the error for a name that no scheme has."""
+    unknown = unknown_name("rotary scheme", name, [*_entries, "compose"])
+    return InputError(f"{unknown}; one from your own file is known after --import FILE")
 
 
 def entries() -> Mapping[str, Entry]:

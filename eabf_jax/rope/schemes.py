@@ -8,7 +8,7 @@ have a name.
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field
 from functools import cache
 from types import MappingProxyType
@@ -24,8 +24,8 @@ from eabf_jax.rope import logit_scale as logit_rules
 from eabf_jax.rope.frequencies import Frequencies, Length
 from eabf_jax.rope.registry import Entry, entries, entry_of, follows_length, multipliers, parameters_of_rule
 
-# The rotation scale is the same for every head size; a rule is asked for one of this size to learn it.
-_ANY_HEAD_DIM = 128
+# The rotation scale is the same for every head size; a rule is asked for one of these sizes to learn it.
+_HEAD_DIMS = (128, *range(2, 513, 2))
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Scheme:
         Raises:
           InputError: a length that is no whole number.
         """
-        return self._rotation(_ANY_HEAD_DIM, length)[1]
+        return self._rotation(_some_head_dim(self.frequencies), length)[1]
 
     def logit_scale(self, positions: Int[Array, " *shape"], layer: int | Int[Array, ""]) -> Float32[Array, " *shape"]:
         """Computes the multiplier of the attention logits of each query; it may be folded into the query (not the key).
@@ -201,10 +201,10 @@ class Scheme:
 
 @cache
 def _try_frequencies(rule: Rule, head_dim: int) -> None:
-    """Calls somebody's own rule as models will, before its first use, and refuses what they cannot use."""
+    """Calls a rule from outside this package as models will, before its first use, and refuses what they cannot use."""
     if rule.is_ours:
         return
-    with _trying(rule, "length"), jax.ensure_compile_time_eval():
+    with _trying(f"{rule} fails for head_dim {head_dim}"), jax.ensure_compile_time_eval():
         if follows_length(rule.function):
             jax.eval_shape(lambda length: rule(head_dim, length), jax.ShapeDtypeStruct((), jnp.int32))
             found = [rule(head_dim, length) for length in (None, 1, dict(rule.parameters)["pretrained_window"])]
@@ -225,10 +225,10 @@ def _try_frequencies(rule: Rule, head_dim: int) -> None:
 
 @cache
 def _try_multiplier(rule: Rule) -> None:
-    """As `_try_frequencies`."""
+    """Does the same for a rule for the multiplier."""
     if rule.is_ours:
         return
-    with _trying(rule, "positions or layer"):
+    with _trying(f"{rule} fails"):
         arguments = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 3), ()))
         found = jax.eval_shape(rule, *arguments)
         if np.shape(found) != (2, 3):
@@ -236,14 +236,25 @@ def _try_multiplier(rule: Rule) -> None:
 
 
 @contextmanager
-def _trying(rule: Rule, traced: str) -> Iterator[None]:
+def _trying(what: str) -> Iterator[None]:
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # whatever somebody's function raises
+        traced = " where JAX traces its arguments (write jnp.where for if)" * isinstance(error, jax.errors.JAXTypeError)
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{rule} fails where JAX traces {traced} (jnp.where instead of if): {reason:.300}") from error
+        raise InputError(f"{what}{traced}: {reason:.300}") from error
+
+
+@cache
+def _some_head_dim(rule: Rule) -> int:
+    """Returns a head size that a rule takes; somebody's own may have a table of numbers for one size alone."""
+    for head_dim in _HEAD_DIMS:
+        with suppress(InputError):
+            _try_frequencies(rule, head_dim)
+            return head_dim
+    return _HEAD_DIMS[0]
 
 
 def _check_whole(name: str, value: Any) -> None:

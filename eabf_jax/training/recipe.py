@@ -21,6 +21,7 @@ from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora
 from eabf_jax.parallel.mesh import MeshConfig
 from eabf_jax.rope import Scheme, parameters_of, scheme_names
+from eabf_jax.rope.registry import unknown_scheme
 
 
 class RopeConfig(draccus.ChoiceRegistry):
@@ -336,7 +337,7 @@ def _build(kind: Any, values: Any, path: str) -> Any:
         if name is None:
             raise InputError(f"configuration key '{path}type' is missing: one of {', '.join(sorted(choices))}")
         if name not in choices:
-            raise unknown_name("rotary scheme", str(name), choices)
+            raise unknown_scheme(str(name))
         kind = RopeConfig.get_choice_class(name)
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}

@@ -210,9 +210,9 @@ def without_shape(positions, layer):
         ((always_following,), "always_following changes with the length inside pretrained_window"),
         (
             (branching,),
-            r"branching fails where JAX traces length \(jnp.where instead of if\): TracerBoolConversionError",
+            r"branching fails for head_dim 16 where JAX traces its arguments \(write jnp.where for if\): TracerBool",
         ),
-        ((fine, of_the_layer), "of_the_layer fails where JAX traces positions or layer"),
+        ((fine, of_the_layer), "of_the_layer fails where JAX traces its arguments"),
         ((fine, without_shape), r"without_shape returns shape \(\) for positions of shape \(2, 3\)"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -226,6 +226,18 @@ def test_what_a_model_could_not_use_is_refused_at_its_first_use(
     with pytest.raises(InputError, match=message) as caught:
         s.inverse_frequencies(16) if len(rules) == 1 else s.logit_scale(jnp.arange(4), 0)
     assert "\n" not in str(caught.value)
+
+
+def of_one_size(head_dim, *, factor: float = 1.0):
+    return np.ones(head_dim // 2) / np.arange(1, 7), factor
+
+
+def test_a_table_for_one_head_size(user_schemes: Path) -> None:
+    register("mine", of_one_size)
+    s = scheme("mine", factor=3.0)
+    assert s.rotation_scale() == 3.0 and s.inverse_frequencies(12)[1] == 0.5
+    with pytest.raises(InputError, match="of_one_size fails for head_dim 16: ValueError"):
+        s.inverse_frequencies(16)
 
 
 def test_exported_data_of_another_scheme_are_refused(user_schemes: Path) -> None:

@@ -42,7 +42,7 @@ def test_every_command_knows_an_imported_scheme(
     config = yaml_of(run_config(tmp_path / "run", recipe={"steps": 1}), tmp_path / "run.yaml")
     assert main("train", "--config_path", config) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "unknown rotary scheme 'sharp_slow_half'" in error
+    assert error.count("\n") == 1 and "unknown rotary scheme 'sharp_slow_half'" in error and "--import" in error
     known = ["--import", str(user_schemes)]
     assert main("train", *known, "--config_path", config, "--rope.strength", "0.5") == 0
     s = Scheme.from_dict(ROPE)

@@ -44,6 +44,8 @@ ARGUMENTS = {
 }
 # Releases from 4.48 on have a registry of attention functions, and return no cache beside attention's output.
 HAS_REGISTRY = hasattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS")
+# Up to 5.0 or so, caches are told by one argument where new keys go and how they were rotated.
+CACHE_TAKES_KWARGS = "cache_kwargs" in inspect.signature(Cache.update).parameters
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
@@ -274,14 +276,15 @@ def _attend(attention, query, key, value, mask, arguments):
     """Calls the attention function that the model was loaded with, as transformers does."""
     name = attention.config._attn_implementation
     dropout = attention.attention_dropout if attention.training else 0.0
+    # Up to 4.52, weights that are asked for come from eager attention; the mask is made for it then.
+    if name == "sdpa" and arguments.get("output_attentions") and mask is not None:
+        name = "eager"
     if not HAS_REGISTRY:
         return _attend_before_registry(attention, query, key, value, mask, dropout, name)
     registry, function = modeling_llama.ALL_ATTENTION_FUNCTIONS, modeling_llama.eager_attention_forward
-    # Up to 4.52, weights that are asked for come from eager attention; the mask is made for it then.
-    weights_wanted = name == "sdpa" and arguments.get("output_attentions") and mask is not None
     if hasattr(registry, "get_interface"):
         function = registry.get_interface(name, function)
-    elif name != "eager" and not weights_wanted:
+    elif name != "eager":
         function = registry[name]
     return function(attention, query, key, value, mask, dropout=dropout, scaling=attention.scaling, **arguments)
 
@@ -326,14 +329,16 @@ class EabfLlamaAttention(LlamaAttention):
         if lengths is None:
             key = _rotate(key, cos, sin)
         if cache is not None:
-            # A copy: a static cache counts in place, in the tensor that it gives.
-            past = torch.as_tensor(cache.get_seq_length(self.layer_idx)).clone()
-            update = {"kwargs": kwargs}
-            if "cache_kwargs" in inspect.signature(cache.update).parameters:
-                # SinkCache rotates keys on where it is given cos and sin.
-                rotated = {"cos": cos, "sin": sin} if lengths is None else {}
-                update = {"cache_kwargs": {"cache_position": cache_position, **rotated}}
-            key, value = cache.update(key, value, self.layer_idx, **update)
+            if lengths is not None:
+                # A copy: a static cache counts in place, in the tensor that it gives.
+                past = torch.as_tensor(cache.get_seq_length(self.layer_idx)).clone()
+            if CACHE_TAKES_KWARGS:
+                # A cache that moves keys to new positions rotates them, if it is given cos and sin.
+                rotation = {"cos": cos, "sin": sin} if lengths is None else {}
+                arguments = {"cache_kwargs": {"cache_position": cache_position, **rotation}}
+            else:
+                arguments = {"kwargs": kwargs}
+            key, value = cache.update(key, value, self.layer_idx, **arguments)
         if lengths is not None:
             if cache is not None:
                 positions = _positions_of_keys(positions, past, key.shape[2])
