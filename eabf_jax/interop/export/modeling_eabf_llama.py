@@ -44,7 +44,7 @@ ARGUMENTS = {
 }
 # Releases from 4.48 on have a registry of attention functions, and return no cache beside attention's output.
 HAS_REGISTRY = hasattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS")
-# Up to 5.0 or so, caches are told by one argument where new keys go and how they were rotated.
+# Older releases (5.0 still, 5.12 no longer) tell a cache in this argument where new keys go and how they are rotated.
 CACHE_TAKES_KWARGS = "cache_kwargs" in inspect.signature(Cache.update).parameters
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
