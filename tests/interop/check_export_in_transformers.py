@@ -28,7 +28,7 @@ def check(directory: Path, attention: str) -> float:
     assert type(model).__name__ == ("EabfLlamaForCausalLM" if ours else "LlamaForCausalLM"), type(model)
     worst = 0.0
     with torch.no_grad():
-        # The short text first: some releases from 5.0 on never go back to plain frequencies in their own dynamic scheme.
+        # The short text first: from 5.0 to 5.12 at least, transformers' own `dynamic` keeps a longer one's frequencies.
         for key in ("short_logits", "logits"):
             if key in references:
                 ids = tokens[:, : references[key].shape[1]]
