@@ -50,7 +50,7 @@ MEASURED: Mapping[str, tuple[str, ...]] = {
     "gpu_numerics": (
         "benchmarks/gpu_numerics.py",
         *(f"eabf_jax/model/{name}.py" for name in ("attention", "decoder", "kv_cache", "llama")),
-        *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale", "schemes")),
+        *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale", "named", "registry", "schemes")),
         *(f"eabf_jax/inference/{name}.py" for name in ("generate", "placement")),
         "eabf_jax/training/backward.py",
     ),

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from eabf_jax.commands import COMMANDS, CONVERSIONS, EVALUATIONS
 from eabf_jax.commands.options import check_outputs
@@ -21,8 +21,30 @@ _PATH_ERRORS = (
 )
 
 
+class _Import(argparse.Action):
+    """Imports a user's schemes as soon as the option is read, so that all that follows knows them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        from eabf_jax.rope import import_schemes
+
+        import_schemes(values)
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with its complaints as one line like those about any other input."""
+    """argparse, with its complaints as one line like those about any other input, and with `--import`."""
+
+    def __init__(self, *arguments: Any, imports: bool = True, **options: Any):
+        super().__init__(*arguments, **options)
+        if not imports:
+            return
+        self.add_argument(
+            "--import",
+            action=_Import,
+            dest=argparse.SUPPRESS,
+            default=argparse.SUPPRESS,
+            metavar="FILE",
+            help="a .py file or a module that registers rotary schemes of your own; repeatable",
+        )
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; `{self.prog} --help` lists what is right")
@@ -98,6 +120,7 @@ def _chosen(prog: str, description: str, kind: str, summaries: Mapping[str, str]
         description=description,
         epilog=f"{kind}s:\n{listed}\n\n`{prog} {kind.upper()} --help` describes each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        imports=False,
     )
     parser.add_argument(kind, metavar=kind.upper())
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=f"the {kind}'s own")
@@ -111,7 +134,8 @@ def _call(prog: str | None, summary: str, module: str, given: list[str]) -> None
     """Runs a command's module with its own command line."""
     command = importlib.import_module(f"eabf_jax.commands.{module}")
     if not hasattr(command, "add_arguments"):  # all that `train` takes is a configuration, which is read elsewhere
-        command.run(given)
+        _, keys = ArgumentParser(prog, add_help=False, allow_abbrev=False).parse_known_args(given)
+        command.run(keys)
         return
     parser = ArgumentParser(prog, description=summary)
     command.add_arguments(parser)

@@ -100,9 +100,13 @@ def build(kind: type[T], values: Any, subject: str, prefix: str = "") -> T:
     chosen: Any = kind
     choice: dict[str, Any] = {}
     if isinstance(values, Mapping) and hasattr(chosen, "get_known_choices"):
-        choice = {"type": Literal[tuple(sorted(chosen.get_known_choices()))]}
+        choice = {"type": str}
         told = {key: value for key, value in values.items() if key in choice}
-        chosen = chosen.get_choice_class(check(told, choice, subject, prefix, required=choice)["type"])
+        name = check(told, choice, subject, prefix, required=choice)["type"]
+        try:
+            chosen = chosen.get_choice_class(name)
+        except KeyError as error:
+            raise unknown_name(f"value of '{prefix}type'", name, chosen.get_known_choices()) from error
     required = [
         field.name
         for field in dataclasses.fields(chosen)

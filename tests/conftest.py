@@ -1,7 +1,9 @@
 """Eight simulated CPU devices for every test; set before JAX is first imported."""
 
 import os
+import runpy
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -24,3 +26,18 @@ def quick_compilation() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def user_schemes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's file with the example of docs/schemes.md; what is registered during the test is forgotten after it."""
+    from eabf_jax.rope import registry
+    from eabf_jax.training.recipe import RopeConfig
+
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.setattr(RopeConfig, "_choice_registry", dict(RopeConfig.get_known_choices()))
+    written: Path = runpy.run_path(str(Path(__file__).parent / "interop/write_export_references.py"))["user_schemes"](
+        tmp_path
+    )
+    # A name of its own in each test, because a module is imported only once.
+    return written.rename(tmp_path / f"my_schemes_{abs(hash(tmp_path))}.py")

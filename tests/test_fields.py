@@ -23,7 +23,10 @@ from eabf_jax.rope import scheme
 from eabf_jax.training.recipe import load_config
 
 IDS = int | tuple[int, ...] | None
-REFUSED = object()
+
+
+class REFUSED:
+    """Stands for a refusal where a value is expected."""
 
 
 @dataclasses.dataclass

@@ -28,6 +28,7 @@ from eabf_jax.model.config import LlamaConfig
 from eabf_jax.rope import from_hf as rope_from_hf
 from eabf_jax.rope import needs_remote_code
 from eabf_jax.rope import to_hf as rope_to_hf
+from eabf_jax.rope.exported import DATA_KEY, check_exported, exported_data
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -100,7 +101,14 @@ def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
     fields = check(_DEFAULTS | given, _FIELDS, "config.json: key", required=_SIZES)
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields.setdefault("head_dim", fields["hidden_size"] // max(fields["num_attention_heads"], 1))
-    return LlamaConfig(**fields, rope=rope_from_hf(values))
+    config = LlamaConfig(**fields, rope=rope_from_hf(values))
+    if DATA_KEY in values:
+        check_exported(values[DATA_KEY], config.rope, *_extent(config))
+    return config
+
+
+def _extent(config: LlamaConfig) -> tuple[int, int, int]:
+    return config.head_dim, config.num_hidden_layers, config.max_position_embeddings
 
 
 def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
@@ -117,6 +125,7 @@ def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
     end = config.eos_token_id
     identity: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     if needs_remote_code(rope):
+        rope |= {DATA_KEY: exported_data(config.rope, *_extent(config))}
         module = Path(MODELING_FILE).stem
         identity = {
             "architectures": ["EabfLlamaForCausalLM"],

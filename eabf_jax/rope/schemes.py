@@ -1,17 +1,17 @@
-"""Rotary schemes by name, their composition, and their spelling in Hugging Face's config.json.
+"""Rotary schemes by name, and their composition.
 
 A scheme is two independent choices: a frequency rule and a rule for the multiplier of the attention logits, each with
-its parameters. `SCHEMES` names the pairs that have a name. To add one, write its rule in `frequencies.py` or
-`logit_scale.py` and add its line here; names, types and defaults of its parameters are read from the rule's signature.
+its parameters, whose names, types and defaults are read from the rule's signature. `registry.py` has the pairs that
+have a name.
 """
 
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field
 from functools import cache
 from types import MappingProxyType
-from typing import Any, get_type_hints
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +19,18 @@ import numpy as np
 from jaxtyping import Array, Float32, Int
 
 from eabf_jax.errors import InputError, unknown_name
-from eabf_jax.fields import check, typed
-from eabf_jax.rope import frequencies as frequency_rules
+from eabf_jax.fields import check
 from eabf_jax.rope import logit_scale as logit_rules
-from eabf_jax.rope.frequencies import LLAMA2_BASE, Frequencies, Length
+from eabf_jax.rope.frequencies import Frequencies, Length
+from eabf_jax.rope.registry import Entry, entries, entry_of, follows_length, multipliers, parameters_of_rule
 
-ABF_BASE = 500_000.0
-HF_SPELLINGS = ("rope_scaling", "rope_parameters")
-OWN_KEY = "eabf_scheme"
-
-# The rotation scale is the same for every head size; a rule is asked for one of this size to learn it.
-_ANY_HEAD_DIM = 128
+# The rotation scale is the same for every head size; a rule is asked for one of these sizes to learn it.
+_HEAD_DIMS = (128, *range(2, 513, 2))
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of `frequencies.py` or `logit_scale.py` with its parameters bound.
+    """A rule for frequencies or for the multiplier, with its parameters bound.
 
     Attributes:
       function: the rule.
@@ -47,57 +43,14 @@ class Rule:
     def __call__(self, *arguments: Any) -> Any:
         return self.function(*arguments, **dict(self.parameters))
 
+    def __str__(self) -> str:
+        return f"{self.function.__module__}.{self.function.__qualname__}"
 
-@dataclass(frozen=True)
-class _Entry:
-    """A line of the table: the two rules of a named scheme, and what the name changes or fixes in their parameters."""
+    @property
+    def is_ours(self) -> bool:
+        """Whether the rule is one of this package."""
+        return self.function.__module__.startswith("eabf_jax.")
 
-    frequencies: Callable[..., Any]
-    logit_scale: Callable[..., Any] = logit_rules.none
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-
-
-# Where two lines are the same mathematics, compositions and what is read from Hugging Face get the first one's name.
-# Every frequency rule has a line without a multiplier: compositions are written down by its name.
-SCHEMES: Mapping[str, _Entry] = MappingProxyType(
-    {
-        "default": _Entry(frequency_rules.default),
-        "pi": _Entry(frequency_rules.pi),
-        "ntk": _Entry(frequency_rules.ntk),
-        "dynamic_ntk": _Entry(frequency_rules.dynamic_ntk),
-        "ntk_by_parts": _Entry(frequency_rules.yarn, fixed={"attention_factor": 1.0}),
-        "yarn": _Entry(frequency_rules.yarn),
-        "dynamic_yarn": _Entry(frequency_rules.dynamic_yarn),
-        "abf": _Entry(frequency_rules.default, defaults={"base": ABF_BASE}),
-        "eabf": _Entry(frequency_rules.default, logit_rules.entropy_aware, defaults={"base": ABF_BASE}),
-        "llama3": _Entry(frequency_rules.llama3),
-    }
-)
-
-LOGIT_SCALES: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {"none": logit_rules.none, "entropy_aware": logit_rules.entropy_aware, "eabf": logit_rules.entropy_aware}
-)
-
-# What the exported modeling file computes: the parameters that it knows for each type, as `to_dict` writes them. A rule
-# that is added here without being added there would be exported and give other logits.
-_BY_PARTS = ("base", "factor", "pretrained_window", "beta_fast", "beta_slow", "truncate")
-EXPORTED_FREQUENCIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "default": ("base",),
-        "abf": ("base",),
-        "pi": ("base", "factor"),
-        "ntk": ("base", "factor"),
-        "dynamic_ntk": ("base", "factor", "pretrained_window"),
-        "ntk_by_parts": _BY_PARTS,
-        "yarn": (*_BY_PARTS, "attention_factor"),
-        "dynamic_yarn": _BY_PARTS,
-        "llama3": ("base", "factor", "low_freq_factor", "high_freq_factor", "pretrained_window"),
-    }
-)
-EXPORTED_LOGIT_SCALES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    dict.fromkeys(("entropy_aware", "eabf"), ("pretrained_window", "unscaled_layers")) | {"none": ()}
-)
 
 # What the values of parameters must satisfy, by parameter name, whichever rule takes them.
 _REQUIREMENTS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
@@ -148,7 +101,7 @@ class Scheme:
     @property
     def depends_on_length(self) -> bool:
         """Whether frequencies or rotation scale follow the current length."""
-        return "length" in inspect.signature(self.frequencies.function).parameters
+        return follows_length(self.frequencies.function)
 
     def inverse_frequencies(self, head_dim: int, length: Length = None) -> Frequencies:
         """Computes the inverse frequencies.
@@ -178,7 +131,7 @@ class Scheme:
         Raises:
           InputError: a length that is no whole number.
         """
-        return self._rotation(_ANY_HEAD_DIM, length)[1]
+        return self._rotation(_some_head_dim(self.frequencies), length)[1]
 
     def logit_scale(self, positions: Int[Array, " *shape"], layer: int | Int[Array, ""]) -> Float32[Array, " *shape"]:
         """Computes the multiplier of the attention logits of each query; it may be folded into the query (not the key).
@@ -197,7 +150,8 @@ class Scheme:
         if not jnp.issubdtype(positions.dtype, jnp.integer):
             raise InputError(f"positions are {positions.dtype}; integers counted from 0 are needed")
         _check_whole("layer", layer)
-        return self.logit_multiplier(positions, layer)
+        _try_multiplier(self.logit_multiplier)
+        return jnp.asarray(self.logit_multiplier(positions, layer), jnp.float32)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the scheme as plain values, for config files: `{"type": name, parameter: value, ...}`.
@@ -209,11 +163,11 @@ class Scheme:
         if self.name == "compose":
             return {
                 "type": "compose",
-                "frequencies": compose(self).to_dict(),
-                "logit_scale": _logit_scale_told(self.logit_multiplier),
+                "frequencies": _written(entries(), "frequencies", self.frequencies),
+                "logit_scale": _written(multipliers(), "logit_scale", self.logit_multiplier),
             }
         bound = {**_told(self.frequencies), **_told(self.logit_multiplier)}
-        fixed = SCHEMES[self.name].fixed
+        fixed = entry_of(self.name).fixed
         return {"type": self.name} | {name: value for name, value in bound.items() if name not in fixed}
 
     @staticmethod
@@ -240,7 +194,67 @@ class Scheme:
     def _rotation(self, head_dim: int, length: Length) -> tuple[Frequencies, float | Float32[Array, ""]]:
         if length is not None:
             _check_whole("length", length)
-        return self.frequencies(head_dim, length) if self.depends_on_length else self.frequencies(head_dim)
+        _try_frequencies(self.frequencies, head_dim)
+        frequencies, scale = self.frequencies(head_dim, *([length] if self.depends_on_length else []))
+        return jnp.asarray(frequencies, jnp.float32), scale
+
+
+@cache
+def _try_frequencies(rule: Rule, head_dim: int) -> None:
+    """Calls a rule from outside this package as models will, before its first use, and refuses what they cannot use."""
+    if rule.is_ours:
+        return
+    with _trying(f"{rule} fails for head_dim {head_dim}"), jax.ensure_compile_time_eval():
+        if follows_length(rule.function):
+            jax.eval_shape(lambda length: rule(head_dim, length), jax.ShapeDtypeStruct((), jnp.int32))
+            found = [rule(head_dim, length) for length in (None, 1, dict(rule.parameters)["pretrained_window"])]
+        else:
+            found = [rule(head_dim)]
+        for frequencies, scale in found:
+            if np.shape(frequencies) != (head_dim // 2,) or np.shape(scale) != ():
+                raise InputError(
+                    f"{rule} returns arrays of shape {np.shape(frequencies)} and {np.shape(scale)} for head_dim "
+                    f"{head_dim}; inverse frequencies [{head_dim // 2}] and one factor on cos and sin are needed"
+                )
+            if not np.array_equal(frequencies, found[0][0]) or scale != found[0][1]:
+                raise InputError(
+                    f"{rule} changes with the length inside pretrained_window; from 1 token to the whole window, and "
+                    "for the length None, it has to return the same"
+                )
+
+
+@cache
+def _try_multiplier(rule: Rule) -> None:
+    """Does the same for a rule for the multiplier."""
+    if rule.is_ours:
+        return
+    with _trying(f"{rule} fails"):
+        arguments = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 3), ()))
+        found = jax.eval_shape(rule, *arguments)
+        if np.shape(found) != (2, 3):
+            raise InputError(f"{rule} returns shape {np.shape(found)} for positions of shape (2, 3), which is needed")
+
+
+@contextmanager
+def _trying(what: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # whatever somebody's function raises
+        traced = " where JAX traces its arguments (write jnp.where for if)" * isinstance(error, jax.errors.JAXTypeError)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{what}{traced}: {reason:.300}") from error
+
+
+@cache
+def _some_head_dim(rule: Rule) -> int:
+    """Returns a head size that a rule takes; somebody's own may have a table of numbers for one size alone."""
+    for head_dim in _HEAD_DIMS:
+        with suppress(InputError):
+            _try_frequencies(rule, head_dim)
+            return head_dim
+    return _HEAD_DIMS[0]
 
 
 def _check_whole(name: str, value: Any) -> None:
@@ -267,9 +281,8 @@ def scheme(name: str, /, **parameters: Any) -> Scheme:
     """
     if name == "compose":
         return _compose_from(parameters)
-    expected = parameters_of(name)
-    values = _checked(f"rope {name!r}", expected, parameters) | dict(SCHEMES[name].fixed)
-    entry = SCHEMES[name]
+    entry = entry_of(name)
+    values = _checked(f"rope {name!r}", entry.parameters, parameters) | dict(entry.fixed)
     return Scheme(_bind(entry.frequencies, values), _bind(entry.logit_scale, values), name)
 
 
@@ -279,7 +292,8 @@ def compose(frequencies: Scheme | Mapping[str, Any], logit_scale: Scheme | Mappi
     Args:
       frequencies: the scheme whose frequencies and rotation scale are taken, or that scheme as a dictionary.
       logit_scale: the scheme whose logit multiplier is taken; or a dictionary of type "entropy_aware" (or "eabf") with
-        `pretrained_window` in tokens and `unscaled_layers`; None or type "none" for no multiplier.
+        `pretrained_window` in tokens and `unscaled_layers`; or of another scheme with the parameters of its multiplier
+        alone; None or type "none" for no multiplier.
 
     Returns:
       The scheme, under the name of the table's line that has the same two rules, if there is one.
@@ -287,17 +301,16 @@ def compose(frequencies: Scheme | Mapping[str, Any], logit_scale: Scheme | Mappi
     Raises:
       InputError: as `scheme`.
     """
-    rotation = (frequencies if isinstance(frequencies, Scheme) else Scheme.from_dict(frequencies)).frequencies
+    rotation = frequencies.frequencies if isinstance(frequencies, Scheme) else _frequency_rule(frequencies)
     multiplier = logit_scale.logit_multiplier if isinstance(logit_scale, Scheme) else _logit_rule(logit_scale)
     return Scheme(rotation, multiplier, _name_of(rotation, multiplier))
 
 
 def scheme_names() -> tuple[str, ...]:
     """Returns the names that `scheme` knows by its table (not "compose", whose parameters are schemes themselves)."""
-    return tuple(SCHEMES)
+    return tuple(entries())
 
 
-@cache
 def parameters_of(name: str) -> Mapping[str, tuple[Any, Any]]:
     """Describes the parameters of a named scheme.
 
@@ -310,137 +323,12 @@ def parameters_of(name: str) -> Mapping[str, tuple[Any, Any]]:
     Raises:
       InputError: unknown scheme.
     """
-    if name not in SCHEMES:
-        raise unknown_name("rotary scheme", name, [*SCHEMES, "compose"])
-    entry = SCHEMES[name]
-    described = _parameters_of_rule(entry.frequencies) | _parameters_of_rule(entry.logit_scale)
-    return MappingProxyType(
-        {
-            parameter: (kind, entry.defaults.get(parameter, default))
-            for parameter, (kind, default) in described.items()
-            if parameter not in entry.fixed
-        }
-    )
-
-
-def from_hf(config: Mapping[str, Any]) -> Scheme:
-    """Reads the rotary scheme of a Hugging Face config.json.
-
-    Our own key `eabf_scheme` is read first, then either spelling: `rope_theta` beside `rope_scaling` (whose kind is
-    under `rope_type` or `type`), or `rope_parameters` with `rope_theta` inside. As in transformers, `rope_scaling` goes
-    first where both have content, a missing base is 10,000, and keys that the kind does not use are ignored. YaRN with
-    an attention factor of 1.0 is `ntk_by_parts`.
-
-    Args:
-      config: the whole config.json; `dynamic` needs its `max_position_embeddings`, and `yarn` and `llama3` fall back on
-        it where they name no `original_max_position_embeddings`.
-
-    Returns:
-      The scheme.
-
-    Raises:
-      InputError: a kind of scaling or a setting that no scheme here can represent, or a missing or invalid value.
-    Source: transformers, `modeling_rope_utils.py`.
-    """
-    own = config.get(OWN_KEY)
-    if own is not None:
-        return Scheme.from_dict(own)
-    section = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(section, Mapping):
-        raise InputError(f"config.json: rope_scaling must be an object or null, found {section!r}")
-    _refuse_unrepresentable(config, section)
-    kind = section.get("rope_type") or section.get("type") or "default"
-    if not isinstance(kind, str) or kind not in _HF_READERS:
-        raise InputError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(_HF_READERS)}")
-    bases = (section.get("rope_theta"), config.get("rope_theta"), LLAMA2_BASE)
-    return _HF_READERS[kind](config, section, next(base for base in bases if base is not None))
-
-
-def to_hf(s: Scheme, head_dim: int | None = None, spelling: str = "rope_scaling") -> dict[str, Any]:
-    """Writes a rotary scheme as keys of a Hugging Face config.json.
-
-    What transformers can express becomes its own keys: `default` and `abf` a base, `pi` linear, `dynamic_ntk` dynamic,
-    `ntk_by_parts` yarn with attention factor 1.0, `yarn`, `llama3`, and `ntk` (given `head_dim`) a changed base.
-    Everything else keeps its base and adds `eabf_scheme`, which our exported model code reads (`needs_remote_code`);
-    what that code does not know is refused.
-
-    Where transformers derives the scheme from `max_position_embeddings`, that key is returned too and must go into the
-    file. `dynamic` takes the pretrained window from it, in every release. For yarn it is the extended window: releases
-    4.51 to 4.55 take the factor as its ratio to `original_max_position_embeddings` (later ones take `factor`). Up to
-    4.50, `original_max_position_embeddings` is not read and the ramp is laid over the extended window: a yarn export
-    needs transformers 4.51 or later. `truncate` false is written for the releases that read it; older ones round.
-
-    Args:
-      s: the scheme.
-      head_dim: size of an attention head; only `ntk` depends on it.
-      spelling: "rope_scaling" (read by every transformers release) or "rope_parameters" (5.x only).
-
-    Returns:
-      Keys and values for config.json, in place of all rotary keys that it had.
-
-    Raises:
-      InputError: unknown spelling, a head_dim that does not suit the scheme, or a rule or parameter that the exported
-        model code does not know.
-    """
-    if spelling not in HF_SPELLINGS:
-        raise unknown_name("spelling of the rotary scheme", spelling, HF_SPELLINGS)
-    parameters = dict(s.frequencies.parameters)
-    writer = _HF_WRITERS.get(s.frequencies.function)
-    section: dict[str, Any] | None = None
-    outer: dict[str, Any] = {}
-    if s.logit_multiplier.function is logit_rules.none and writer is not None:
-        section, outer = writer(parameters, head_dim)
-    if section is None:
-        section, outer = {"rope_type": "default", "rope_theta": parameters["base"]}, {OWN_KEY: _exported(s)}
-    if spelling == "rope_parameters":
-        return {"rope_parameters": section} | outer
-    base = section.pop("rope_theta")
-    return {"rope_theta": base, "rope_scaling": None if section == {"rope_type": "default"} else section} | outer
-
-
-def needs_remote_code(keys: Mapping[str, Any]) -> bool:
-    """Tells whether a config needs our exported model code to mean what it says.
-
-    Args:
-      keys: what `to_hf` returned, or a whole config.json.
-
-    Returns:
-      True where the scheme is one that transformers cannot express.
-    """
-    return keys.get(OWN_KEY) is not None
-
-
-def _exported(s: Scheme) -> dict[str, Any]:
-    """The scheme as a dictionary, if the exported modeling file computes all of it."""
-    for known, part in (
-        (EXPORTED_FREQUENCIES, compose(s).to_dict()),
-        (EXPORTED_LOGIT_SCALES, _logit_scale_told(s.logit_multiplier)),
-    ):
-        kind = part.pop("type")
-        if kind not in known:
-            raise InputError(f"the exported model code does not know {kind!r}; it knows {', '.join(known)}")
-        for name in part:
-            if name not in known[kind]:
-                raise InputError(
-                    f"the exported model code does not know the parameter {name!r} of {kind!r}; "
-                    f"it knows {', '.join(known[kind])}"
-                )
-    return s.to_dict()
-
-
-@cache
-def _parameters_of_rule(rule: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
-    hints = get_type_hints(rule)
-    return {
-        parameter.name: (hints[parameter.name], MISSING if parameter.default is parameter.empty else parameter.default)
-        for parameter in inspect.signature(rule).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
+    return MappingProxyType(entry_of(name).parameters)
 
 
 def _told(rule: Rule) -> dict[str, Any]:
     """The parameters of a rule that are written down: all but optional ones at None and switches at their default."""
-    defaults = {name: default for name, (_, default) in _parameters_of_rule(rule.function).items()}
+    defaults = {name: default for name, (_, default) in parameters_of_rule(rule.function).items()}
     return {
         name: value
         for name, value in rule.parameters
@@ -448,12 +336,20 @@ def _told(rule: Rule) -> dict[str, Any]:
     }
 
 
-def _logit_scale_told(rule: Rule) -> dict[str, Any]:
-    return {"type": next(name for name, known in LOGIT_SCALES.items() if known is rule.function), **_told(rule)}
+def _written(table: Mapping[str, Entry], part: str, rule: Rule) -> dict[str, Any]:
+    """A rule as a dictionary, by the first name in the table that has it as this part."""
+    bound = dict(rule.parameters)
+    named = ((name, entry) for name, entry in table.items() if getattr(entry, part) is rule.function)
+    name, fixed = next((name, entry.fixed) for name, entry in named if _agrees(entry, bound))
+    return {"type": name} | {parameter: value for parameter, value in _told(rule).items() if parameter not in fixed}
+
+
+def _agrees(entry: Entry, bound: Mapping[str, Any]) -> bool:
+    return all(bound[name] == value for name, value in entry.fixed.items() if name in bound)
 
 
 def _bind(rule: Callable[..., Any], values: Mapping[str, Any]) -> Rule:
-    return Rule(rule, tuple((name, values[name]) for name in _parameters_of_rule(rule)))
+    return Rule(rule, tuple((name, values[name]) for name in parameters_of_rule(rule)))
 
 
 def _checked(owner: str, expected: Mapping[str, tuple[Any, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -483,177 +379,37 @@ def _compose_from(parameters: Mapping[str, Any]) -> Scheme:
     return compose(**parameters)
 
 
+def _frequency_rule(values: Mapping[str, Any]) -> Rule:
+    name, parameters = _split_type(values, "rotary scheme")
+    if name == "compose":
+        return _compose_from(parameters).frequencies
+    entry = entry_of(name)
+    return _part(f"rope {name!r}", entry, entry.frequencies, parameters, also=parameters)
+
+
 def _logit_rule(values: Mapping[str, Any] | None) -> Rule:
     if values is None:
         return Rule(logit_rules.none)
     name, parameters = _split_type(values, "logit scale")
-    if name not in LOGIT_SCALES:
-        raise unknown_name("logit scale", name, LOGIT_SCALES)
-    rule = LOGIT_SCALES[name]
-    return _bind(rule, _checked(f"logit scale {name!r}", _parameters_of_rule(rule), parameters))
+    known = multipliers()
+    if name not in known:
+        raise unknown_name("logit scale", name, known)
+    return _part(f"logit scale {name!r}", known[name], known[name].logit_scale, parameters)
+
+
+def _part(
+    owner: str, entry: Entry, rule: Callable[..., Any], given: Mapping[str, Any], also: Iterable[str] = ()
+) -> Rule:
+    """One rule of a scheme; of its parameters, those of the other rule are only checked, where `also` has them."""
+    own = {*parameters_of_rule(rule), *also}
+    expected = {name: known for name, known in entry.parameters.items() if name in own}
+    return _bind(rule, _checked(owner, expected, given) | dict(entry.fixed))
 
 
 def _name_of(frequencies: Rule, logit_multiplier: Rule) -> str:
     rules = (frequencies.function, logit_multiplier.function)
-    bound = dict(frequencies.parameters)
-    for name, entry in SCHEMES.items():
-        if (entry.frequencies, entry.logit_scale) == rules and entry.fixed.items() <= bound.items():
+    bound = dict(frequencies.parameters + logit_multiplier.parameters)
+    for name, entry in entries().items():
+        if (entry.frequencies, entry.logit_scale) == rules and _agrees(entry, bound):
             return name
     return "compose"
-
-
-def _refuse_unrepresentable(config: Mapping[str, Any], section: Mapping[str, Any]) -> None:
-    partial = section.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial is not None and _number("partial_rotary_factor", partial) != 1:
-        raise InputError(f"config.json: partial_rotary_factor must be 1 (the whole head is rotated), found {partial!r}")
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            raise InputError(f"config.json: one rotary scheme for all layers is supported, found one for {name!r}")
-
-
-def _window(config: Mapping[str, Any], section: Mapping[str, Any]) -> Any:
-    """Returns the pretrained window of yarn and llama3, looked up where and in the order that transformers does."""
-    for place in (config, section):
-        if place.get("original_max_position_embeddings") is not None:
-            return place["original_max_position_embeddings"]
-    return _needed(config, "max_position_embeddings")
-
-
-def _number(name: str, value: Any) -> Any:
-    number = typed(float, value, "config.json: key", name)
-    if number <= 0:
-        raise InputError(f"config.json: {name} must be a number above 0, found {value!r}")
-    return number
-
-
-def _needed(place: Mapping[str, Any], key: str) -> Any:
-    if place.get(key) is None:
-        raise InputError(f"config.json: {key!r} is missing; the rotary scheme needs it")
-    return place[key]
-
-
-def _read_default(config: Mapping[str, Any], section: Mapping[str, Any], base: Any) -> Scheme:
-    return scheme("default", base=base)
-
-
-def _read_linear(config: Mapping[str, Any], section: Mapping[str, Any], base: Any) -> Scheme:
-    return scheme("pi", base=base, factor=_needed(section, "factor"))
-
-
-def _read_dynamic(config: Mapping[str, Any], section: Mapping[str, Any], base: Any) -> Scheme:
-    return scheme(
-        "dynamic_ntk",
-        base=base,
-        factor=_needed(section, "factor"),
-        pretrained_window=_needed(config, "max_position_embeddings"),
-    )
-
-
-def _read_yarn(config: Mapping[str, Any], section: Mapping[str, Any], base: Any) -> Scheme:
-    window = _number("original_max_position_embeddings", _window(config, section))
-    factor = section.get("factor")
-    if factor is None:
-        factor = _number("max_position_embeddings", _needed(config, "max_position_embeddings")) / window
-    shared = {
-        "base": base,
-        "factor": factor,
-        "pretrained_window": window,
-        # transformers takes 0 for "not set" here.
-        "beta_fast": section.get("beta_fast") or 32.0,
-        "beta_slow": section.get("beta_slow") or 1.0,
-        # And null for false.
-        "truncate": section.get("truncate", True) or False,
-    }
-    attention_factor = section.get("attention_factor")
-    mscale, mscale_all_dim = section.get("mscale"), section.get("mscale_all_dim")
-    if attention_factor is None and mscale and mscale_all_dim:
-        growth = 0.1 * math.log(max(_number("factor", factor), 1.0))
-        attention_factor = (_number("mscale", mscale) * growth + 1.0) / (
-            _number("mscale_all_dim", mscale_all_dim) * growth + 1.0
-        )
-    if attention_factor == 1:
-        return scheme("ntk_by_parts", **shared)
-    return scheme("yarn", **shared, attention_factor=attention_factor)
-
-
-def _read_llama3(config: Mapping[str, Any], section: Mapping[str, Any], base: Any) -> Scheme:
-    return scheme(
-        "llama3",
-        base=base,
-        factor=_needed(section, "factor"),
-        low_freq_factor=_needed(section, "low_freq_factor"),
-        high_freq_factor=_needed(section, "high_freq_factor"),
-        pretrained_window=_window(config, section),
-    )
-
-
-_HF_READERS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any], Any], Scheme]] = MappingProxyType(
-    {
-        "default": _read_default,
-        "linear": _read_linear,
-        "dynamic": _read_dynamic,
-        "yarn": _read_yarn,
-        "llama3": _read_llama3,
-    }
-)
-
-_HFKeys = tuple[dict[str, Any] | None, dict[str, Any]]
-
-
-def _write_default(parameters: Mapping[str, Any], head_dim: int | None) -> _HFKeys:
-    return {"rope_type": "default", "rope_theta": parameters["base"]}, {}
-
-
-def _write_linear(parameters: Mapping[str, Any], head_dim: int | None) -> _HFKeys:
-    return {"rope_type": "linear", "rope_theta": parameters["base"], "factor": parameters["factor"]}, {}
-
-
-def _write_ntk(parameters: Mapping[str, Any], head_dim: int | None) -> _HFKeys:
-    if head_dim is None:
-        return None, {}
-    base = frequency_rules.ntk_base(head_dim, parameters["base"], parameters["factor"])
-    return {"rope_type": "default", "rope_theta": base}, {}
-
-
-def _write_dynamic(parameters: Mapping[str, Any], head_dim: int | None) -> _HFKeys:
-    section = {"rope_type": "dynamic", "rope_theta": parameters["base"], "factor": parameters["factor"]}
-    return section, {"max_position_embeddings": parameters["pretrained_window"]}
-
-
-def _write_yarn(parameters: Mapping[str, Any], head_dim: int | None) -> _HFKeys:
-    section = {
-        "rope_type": "yarn",
-        "rope_theta": parameters["base"],
-        "factor": parameters["factor"],
-        "original_max_position_embeddings": parameters["pretrained_window"],
-        "beta_fast": parameters["beta_fast"],
-        "beta_slow": parameters["beta_slow"],
-    }
-    if not parameters["truncate"]:
-        section["truncate"] = False
-    if parameters["attention_factor"] is not None:
-        section["attention_factor"] = parameters["attention_factor"]
-    return section, {"max_position_embeddings": round(parameters["factor"] * parameters["pretrained_window"])}
-
-
-def _write_llama3(parameters: Mapping[str, Any], head_dim: int | None) -> _HFKeys:
-    return {
-        "rope_type": "llama3",
-        "rope_theta": parameters["base"],
-        "factor": parameters["factor"],
-        "low_freq_factor": parameters["low_freq_factor"],
-        "high_freq_factor": parameters["high_freq_factor"],
-        "original_max_position_embeddings": parameters["pretrained_window"],
-    }, {}
-
-
-_HF_WRITERS: Mapping[Callable[..., Any], Callable[[Mapping[str, Any], int | None], _HFKeys]] = MappingProxyType(
-    {
-        frequency_rules.default: _write_default,
-        frequency_rules.pi: _write_linear,
-        frequency_rules.ntk: _write_ntk,
-        frequency_rules.dynamic_ntk: _write_dynamic,
-        frequency_rules.yarn: _write_yarn,
-        frequency_rules.llama3: _write_llama3,
-    }
-)

@@ -18,26 +18,38 @@ from eabf_jax.fields import Text, build
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora
 from eabf_jax.parallel.mesh import MeshConfig
-from eabf_jax.rope import Scheme
-from eabf_jax.rope.schemes import SCHEMES, parameters_of
+from eabf_jax.rope import Scheme, parameters_of, scheme_names
+from eabf_jax.rope.registry import unknown_scheme
 
 
 class RopeConfig(draccus.ChoiceRegistry):
     """A rotary scheme by `type`; each scheme's parameters are those of `eabf_jax.rope.scheme`."""
 
+    @classmethod
+    def get_choice_class(cls, name: str) -> Any:
+        """The configuration of a scheme."""
+        choices = cls.get_known_choices()
+        if name not in choices:
+            raise unknown_scheme(name)
+        return choices[name]
 
-def _register_schemes() -> None:
-    for name in SCHEMES:
-        parameters = parameters_of(name)
-        fields: list[Any] = [
-            (key, kind) if default is dataclasses.MISSING else (key, kind, dataclasses.field(default=default))
-            for key, (kind, default) in parameters.items()
-        ]
-        fields.sort(key=len)  # dataclasses want the fields without a default first
-        RopeConfig.register_subclass(name, dataclasses.make_dataclass(f"{name}_rope", fields, bases=(RopeConfig,)))
+    @classmethod
+    def get_known_choices(cls) -> dict[str, Any]:
+        """The configuration of every scheme that is registered by now."""
+        choices: dict[str, Any] = super().get_known_choices()
+        for name in scheme_names():
+            if name not in choices:
+                RopeConfig.register_subclass(name, _rope_config(name))
+        return choices
 
 
-_register_schemes()
+def _rope_config(name: str) -> type:
+    fields: list[Any] = [
+        (key, kind) if default is dataclasses.MISSING else (key, kind, dataclasses.field(default=default))
+        for key, (kind, default) in parameters_of(name).items()
+    ]
+    fields.sort(key=len)  # dataclasses want the fields without a default first
+    return dataclasses.make_dataclass(f"{name}_rope", fields, bases=(RopeConfig,))
 
 
 @RopeConfig.register_subclass("compose")
@@ -224,7 +236,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 def _print_help(prog: str | None) -> NoReturn:
     """Every key with the comment beside it; draccus's option to read one section from a file is not ours."""
     parser = draccus.argparsing.ArgumentParser(config_class=TrainConfig, prog=prog).parser
-    parser.usage = "%(prog)s --config_path FILE [--dotted.key VALUE ...]"
+    parser.usage = "%(prog)s --config_path FILE [--import FILE] [--dotted.key VALUE ...]"
     text = "\n".join(line for line in parser.format_help().splitlines() if "Config file for" not in line)
     # A section that may be null, or a word, is told twice, the first time without its keys.
     print(re.sub(r"^(?:Optional|Union) \[.*\n\n?.*\n\n", "", text, flags=re.MULTILINE))

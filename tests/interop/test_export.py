@@ -1,5 +1,6 @@
 """Exported models in transformers: forward, cache and generate give our logits (the same checks run in 4.46)."""
 
+import json
 import runpy
 import subprocess
 import sys
@@ -11,12 +12,15 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from eabf_jax.interop.export import modeling_eabf_llama
-from eabf_jax.rope import schemes
+from eabf_jax.rope import Scheme, import_schemes, registry, scheme, scheme_names
+from eabf_jax.rope.exported import FORMULAS, exported_data
+from eabf_jax.rope.registry import parameters_of_rule
 
-DYNAMIC = {"type": "dynamic_ntk", "base": 10_000.0, "factor": 2.0, "pretrained_window": 16}
-EABF = {"type": "eabf", "base": 50_000.0, "pretrained_window": 16, "unscaled_layers": 0}
+DYNAMIC = scheme("dynamic_ntk", factor=2.0, pretrained_window=16)
+EABF = scheme("eabf", base=50_000.0, pretrained_window=16, unscaled_layers=0)
 TOKENS = torch.arange(3, 43)[None]
 HERE = Path(__file__).parent
 
@@ -26,7 +30,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("exported")
-    runpy.run_path(str(HERE / "write_export_references.py"))["write"](root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_entries", dict(registry._entries))
+        runpy.run_path(str(HERE / "write_export_references.py"))["write"](root)
     return root
 
 
@@ -35,10 +41,10 @@ def test_every_scheme_in_the_installed_transformers(exported: Path) -> None:
     command = [sys.executable, str(HERE / "check_export_in_transformers.py"), str(exported)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line.split()[2:4] for line in done.stdout.splitlines()]
-    assert len({name for name, _ in lines}) == 10
-    assert {("eabf", kind) for kind in ("eager:", "sdpa:")} <= {tuple(line) for line in lines}
-    assert {("dynamic_ntk_entropy", kind) for kind in ("eager:", "sdpa:")} <= {tuple(line) for line in lines}
+    written = {path.parent.name: json.loads(path.read_text()) for path in exported.glob("*/config.json")}
+    own = {name for name, config in written.items() if "eabf_scheme" in config}
+    assert written.keys() > {*scheme_names()} and own > {"slow_half", "sharp_slow_half", "widening"}
+    assert (done.stdout.count("eager"), done.stdout.count("sdpa")) == (len(own), len(written))
 
 
 def test_the_checks_can_fail(exported: Path) -> None:
@@ -54,60 +60,55 @@ def test_the_checks_can_fail(exported: Path) -> None:
         config.write_text(original)
 
 
-def tiny(scheme: dict[str, Any]) -> nn.Module:
+def keys_of(s: Scheme, head_dim: int) -> dict[str, Any]:
+    """What config.json tells of a scheme, for a model of one layer and 64 tokens."""
+    return {"eabf_scheme": s.to_dict(), "eabf_rotary": exported_data(s, head_dim, 1, 64)}
+
+
+def tiny(s: Scheme, bias: bool = False, attention: str = "sdpa", change: dict[str, Any] | None = None) -> nn.Module:
     """A model of one layer with the exported code, built without a directory."""
     torch.manual_seed(0)
+    keys = keys_of(s, 8)
     config = modeling_eabf_llama.EabfLlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.5, eabf_scheme=scheme,
+        num_key_value_heads=1, initializer_range=0.5, attention_bias=bias, attn_implementation=attention,
+        **{**keys, "eabf_rotary": {**keys["eabf_rotary"], **(change or {})}},
     )  # fmt: skip
-    return modeling_eabf_llama.EabfLlamaForCausalLM(config).eval()
+    model = modeling_eabf_llama.EabfLlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model
 
 
-def renamed(self, hidden_states, position_embeddings=None, attention_mask=None, memory=None, **kwargs):
+def changed_attention(self, hidden_states, position_embeddings=None, attention_mask=None, memory=None, **kwargs):
     """An attention whose cache has a name that no release has given it."""
 
 
-def test_an_unknown_name_of_the_cache_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaAttention, "forward", renamed)
-    with pytest.raises(RuntimeError, match=rf"transformers {transformers.__version__}: .*cache or past_key_values or"):
-        tiny(DYNAMIC)
-    tiny(EABF)  # leaves the cache to transformers
-
-
-class Idle(nn.Module):
-    """An attention that calls none of its projections, as with a fused one; or only some of them, and no cache."""
-
-    def __init__(self, *called: nn.Module):
-        super().__init__()
-        self.called = called
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        for projection in self.called:
-            projection(hidden_states)
-        return hidden_states, None
+def louder_attention(self, hidden_states, cache=None, loudness=1.0, **kwargs):
+    """An attention with an argument that no release has."""
 
 
 @pytest.mark.parametrize("scheme", [DYNAMIC, EABF], ids=["dynamic_ntk", "eabf"])
-def test_an_attention_that_passes_the_hooks_by_is_an_error(scheme: dict[str, Any]) -> None:
-    model = tiny(scheme)
-    attention = model.model.layers[0].self_attn
-    attention.forward = Idle().forward
-    with pytest.raises(RuntimeError, match="expected attention to call its q_proj"):
-        model(TOKENS, use_cache=False)
-    del attention.q_proj
-    with pytest.raises(RuntimeError, match="expected attention with a projection q_proj"):
-        model(TOKENS)
+def test_another_attention_is_an_error(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = transformers.models.llama.modeling_llama.LlamaAttention
+    for forward, message in (
+        (changed_attention, f"transformers {transformers.__version__}: .*cache or past_key_values or"),
+        (louder_attention, "expected attention with the arguments .*, found loudness too"),
+    ):
+        monkeypatch.setattr(attention, "forward", forward)
+        with pytest.raises(RuntimeError, match=message):
+            tiny(scheme)
+    monkeypatch.undo()
+    built = attention.__init__
 
+    def with_norm(self: nn.Module, *arguments: Any, **options: Any) -> None:
+        built(self, *arguments, **options)
+        self.q_norm = nn.LayerNorm(8)
 
-def test_an_attention_that_rotates_no_key_is_an_error() -> None:
-    model = tiny(DYNAMIC)
-    attention = model.model.layers[0].self_attn
-    attention.forward = Idle(attention.q_proj).forward
-    with pytest.raises(RuntimeError, match="expected attention to call its k_proj"):
-        model(TOKENS, use_cache=False)
-    with pytest.raises(RuntimeError, match="expected attention to call the update of the cache"):
-        model(TOKENS, use_cache=True)
+    monkeypatch.setattr(attention, "__init__", with_norm)
+    with pytest.raises(RuntimeError, match=r"made of k_proj, o_proj, q_proj, v_proj, found .*q_norm"):
+        tiny(scheme)
 
 
 def test_arguments_of_attention() -> None:
@@ -119,10 +120,29 @@ def test_arguments_of_attention() -> None:
     for wrong in ({}, {"position_embeddings": rotation[:2]}):
         with pytest.raises(RuntimeError, match="expected attention to be given position_embeddings"):
             attention(x, attention_mask=None, **wrong)
-    with pytest.raises(RuntimeError, match=r"expected a cache in one of attention's arguments .*, found none"):
+    with pytest.raises(RuntimeError, match=r"expected one cache in attention's arguments .*, found 0"):
         attention(x, rotation, None, use_cache=True)
     with pytest.raises(RuntimeError, match="expected a transformers Cache, found dict"):
         attention(x, rotation, None, cache={})
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_multiplier_is_on_the_query_that_attention_compares(bias: bool) -> None:
+    """The attention function gets the plain model's query, bias and rotation included, times ln i / ln c."""
+    seen: list[torch.Tensor] = []
+
+    def spy(module: nn.Module, query: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        seen.append(query)
+        return eager_attention_forward(module, query, *arguments, **options)
+
+    transformers.AttentionInterface.register("spy", spy)
+    transformers.AttentionMaskInterface.register("spy", transformers.masking_utils.eager_mask)
+    plain, ours = tiny(scheme("default", base=50_000.0), bias, "spy"), tiny(EABF, bias, "spy")
+    ours.load_state_dict(plain.state_dict())
+    for model in (plain, ours):
+        model(TOKENS)
+    expected = np.maximum(np.log(np.arange(1, 41)) / np.log(16), 1.0)
+    torch.testing.assert_close(seen[1], seen[0] * torch.tensor(expected, dtype=torch.float32)[:, None])
 
 
 def test_texts_packed_into_a_row_have_no_length_to_follow() -> None:
@@ -144,7 +164,7 @@ class Adapted(nn.Module):
 
 
 @pytest.mark.parametrize("scheme", [DYNAMIC, EABF], ids=["dynamic_ntk", "eabf"])
-def test_projections_replaced_after_the_model_was_built(scheme: dict[str, Any]) -> None:
+def test_projections_replaced_after_the_model_was_built(scheme: Scheme) -> None:
     """The multiplier and the rotation reach what the adapter adds: as with weights in which it is merged."""
     adapted, merged = tiny(scheme), tiny(scheme)
     for name, features in (("q_proj", 16), ("k_proj", 8)):
@@ -156,44 +176,56 @@ def test_projections_replaced_after_the_model_was_built(scheme: dict[str, Any]) 
 
 
 def test_the_export_knows_what_the_exported_file_computes() -> None:
-    for known, table in (
-        (schemes.EXPORTED_FREQUENCIES, modeling_eabf_llama.FREQUENCIES),
-        (schemes.EXPORTED_LOGIT_SCALES, modeling_eabf_llama.LOGIT_SCALES),
-    ):
-        assert dict(known) == {name: parameters for name, (_, parameters) in table.items()}
-    assert {*schemes.SCHEMES} - {*schemes.EXPORTED_FREQUENCIES} == {"eabf"}  # its parts are in the tables
+    for table in (modeling_eabf_llama.FREQUENCIES, modeling_eabf_llama.LOGIT_SCALES):
+        for rule, name in FORMULAS.items():
+            if name in table:
+                assert {*table[name][1]} == {*parameters_of_rule(rule)}
+    known = modeling_eabf_llama.FREQUENCIES.keys() | modeling_eabf_llama.LOGIT_SCALES.keys()
+    assert known == {*FORMULAS.values(), "fixed", "by_length", "by_position"}
 
 
 @pytest.mark.parametrize(
-    ("scheme", "message"),
+    ("change", "message"),
     [
-        ({"type": "longrope", "base": 1e4}, "has the type 'longrope'; .* knows default, abf, pi"),
-        ({"type": "compose", "frequencies": {"type": "longrope"}}, "has the type 'longrope'"),
-        ({"type": "compose", "frequencies": EABF, "logit_scale": {"type": "louder"}}, "the logit_scale 'louder'"),
-        ({"type": "compose", "frequencies": EABF, "temperature": {}}, "'compose' has no parameter temperature"),
-        ({**EABF, "cap": 2.0}, "'eabf' has no parameter cap"),
-        ({**DYNAMIC, "beta": 2.0}, "'dynamic_ntk' has no parameter beta"),
-        ({"base": 1e4}, "has the type None"),
+        ({"frequencies": {"kind": "longrope"}}, "the frequencies 'longrope'; .* knows fixed, by_length, dynamic_ntk"),
+        ({"logit_scale": {"kind": "louder"}}, "the logit_scale 'louder'; .* knows none, entropy_aware, by_position"),
+        ({"frequencies": None}, "the frequencies None"),
+        ({"logit_scale": {"kind": "none", "cap": 2.0}}, "'none' has the parameters cap; .* needs none"),
+        (
+            {"logit_scale": {"kind": "entropy_aware", "pretrained_window": 4}},
+            "needs pretrained_window, unscaled_layers",
+        ),
+        ({"temperature": {}}, "has temperature, which this modeling file does not know"),
+        ({"scheme": {"type": "abf", "base": 1e5}}, "has the data of the scheme .*'abf'.* but eabf_scheme is"),
     ],
     ids=str,
 )
-def test_the_exported_file_refuses_what_it_does_not_know(scheme: dict[str, Any], message: str) -> None:
+def test_the_exported_file_refuses_what_it_does_not_know(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tiny(scheme)
+        tiny(EABF, change=change)
 
 
-@pytest.mark.parametrize(
-    "s",
-    [
-        schemes.scheme("ntk_by_parts", factor=4, pretrained_window=512, truncate=False),
-        schemes.scheme("yarn", factor=0.5, pretrained_window=512, truncate=False),
-        schemes.scheme("dynamic_yarn", pretrained_window=512, truncate=False),
-    ],
-    ids=str,
-)
-def test_the_exported_file_computes_our_frequencies(s: schemes.Scheme) -> None:
-    """Ours are compared with transformers in tests/rope; here only what the models above do not have."""
-    length = (torch.full((1, 1), 2048.0, dtype=torch.float64),) if s.depends_on_length else ()
-    frequencies, scale = modeling_eabf_llama.rules(s.to_dict())[0](64, *length)
+def test_a_model_without_its_data_is_refused() -> None:
+    with pytest.raises(ValueError, match="eabf_rotary has the data of the scheme None"):
+        modeling_eabf_llama.rules(modeling_eabf_llama.EabfLlamaConfig(eabf_scheme={"type": "abf"}))
+
+
+def test_past_the_end_of_a_table(user_schemes: Path) -> None:
+    import_schemes(str(user_schemes))
+    for s in (scheme("sharp_slow_half", factor=4, pretrained_window=16), scheme("widening", pretrained_window=16)):
+        model = tiny(s)
+        assert torch.isfinite(model(TOKENS).logits).all()
+        with pytest.raises(
+            ValueError, match=r"65 tokens: the .* of this model are a table for 64; export it with more"
+        ):
+            model(torch.arange(3, 68)[None] % 64)
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_the_exported_file_computes_our_dynamic_yarn(truncate: bool) -> None:
+    """Ours is compared with its formula in tests/rope; here only what the models above do not have."""
+    s = scheme("dynamic_yarn", pretrained_window=512, truncate=truncate)
+    rule = modeling_eabf_llama.rules(modeling_eabf_llama.EabfLlamaConfig(**keys_of(s, 64)))[0]
+    frequencies, scale = rule(64, torch.full((1, 1), 2048.0, dtype=torch.float64))
     np.testing.assert_allclose(frequencies[0].numpy(), s.inverse_frequencies(64, 2048), rtol=2.0**-23)  # float32
     assert float(scale) == pytest.approx(s.rotation_scale(2048), rel=1e-15)

@@ -1,12 +1,12 @@
-"""Writes small exported models of every scheme that needs our model code, each with our own logits beside it.
+"""Writes small exported models of every registered scheme and of compositions, each with our own logits beside it.
 
 python tests/interop/write_export_references.py DIR
 python tests/interop/check_export_in_transformers.py DIR     # in an environment with any transformers >= 4.46
 """
 
+import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,49 +16,62 @@ from eabf_jax.interop import native
 from eabf_jax.interop.huggingface import to_hf
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
-from eabf_jax.rope import Scheme, compose, scheme
+from eabf_jax.rope import Scheme, compose, import_schemes, parameters_of, scheme, scheme_names
 
 WINDOW = 16
-BY_PARTS = scheme("ntk_by_parts", base=10_000.0, factor=4.0, pretrained_window=WINDOW)
-YARN = scheme("yarn", base=10_000.0, factor=4.0, pretrained_window=WINDOW)
-DYNAMIC_NTK = scheme("dynamic_ntk", base=10_000.0, factor=2.0, pretrained_window=WINDOW)
-DYNAMIC_YARN = scheme("dynamic_yarn", base=10_000.0, pretrained_window=WINDOW)
-LLAMA3 = scheme("llama3", base=10_000.0, factor=4.0, pretrained_window=WINDOW)
 ENTROPY = {"type": "entropy_aware", "pretrained_window": WINDOW, "unscaled_layers": 1}
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # the time is compilation
+GIVEN = {"factor": 4.0, "pretrained_window": WINDOW}  # to the schemes that take it
 
-# Cached decoding equals a full forward only where frequencies are fixed or there is but one layer.
-MODELS: dict[str, tuple[Scheme, int]] = {
-    "eabf": (scheme("eabf", base=50_000.0, pretrained_window=WINDOW, unscaled_layers=2), 3),
-    "eabf_all_layers": (scheme("eabf", base=50_000.0, pretrained_window=WINDOW, unscaled_layers=0), 3),
-    "by_parts_entropy": (compose(frequencies=BY_PARTS, logit_scale=ENTROPY), 3),
-    "yarn_entropy": (compose(frequencies=YARN, logit_scale=ENTROPY), 3),
-    "pi_entropy": (compose(frequencies=scheme("pi", base=10_000.0, factor=3.0), logit_scale=ENTROPY), 3),
-    "ntk_entropy": (compose(frequencies=scheme("ntk", base=10_000.0, factor=3.0), logit_scale=ENTROPY), 3),
-    "llama3_entropy": (compose(frequencies=LLAMA3, logit_scale=ENTROPY), 3),
-    "dynamic_yarn": (DYNAMIC_YARN, 3),
-    "dynamic_yarn_one_layer": (DYNAMIC_YARN, 1),
-    "dynamic_ntk_entropy": (compose(frequencies=DYNAMIC_NTK, logit_scale={**ENTROPY, "unscaled_layers": 0}), 1),
-}
+
+def user_schemes(directory: Path) -> Path:
+    """Writes the example of docs/schemes.md as a user's file, which registers three schemes."""
+    example = re.search(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/schemes.md").read_text(), re.DOTALL)
+    assert example is not None
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "my_schemes.py"
+    path.write_text(example[1])
+    return path
+
+
+def models() -> dict[str, tuple[Scheme, int]]:
+    """Scheme and number of layers of every model: all names that are registered, and compositions."""
+    named = {
+        name: scheme(name, **{key: value for key, value in GIVEN.items() if key in parameters_of(name)})
+        for name in scheme_names()
+    }
+    all_layers = {**ENTROPY, "unscaled_layers": 0}
+    # Cached decoding equals a full forward only where frequencies are fixed or there is but one layer.
+    return {name: (rope, 3) for name, rope in named.items()} | {
+        "yarn_entropy": (compose(named["yarn"], ENTROPY), 3),
+        "eabf_all_layers": (compose({"type": "abf"}, all_layers), 3),
+        "dynamic_yarn_one_layer": (named["dynamic_yarn"], 1),
+        "dynamic_ntk_entropy": (compose(named["dynamic_ntk"], all_layers), 1),
+        "widening_one_layer": (named["widening"], 1),
+    }
 
 
 def write(root: Path) -> None:
-    """Writes one Hugging Face directory per entry of MODELS, with references.npz in it."""
+    """Writes one Hugging Face directory for each of the models, with references.npz in it."""
+    import_schemes(str(user_schemes(root)))
     tokens = np.random.default_rng(1).integers(3, 97, (2, 48))
-    initialised: dict[int, Any] = {}
-    for name, (rope, layers) in MODELS.items():
+    initialised: dict[int, Llama] = {}
+    for name, (rope, layers) in models().items():
         config = LlamaConfig(
             vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
             num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.2, rope=rope,
         )  # fmt: skip
+        source = root / f".{layers}_layers"
         if layers not in initialised:
-            initialised[layers] = Llama(config, rngs=nnx.Rngs(0)).parameters()
-        model = Llama.from_params(config, initialised[layers])
-        native_directory = root / f".{name}"
-        native_directory.mkdir(parents=True)
-        native.write_model_json(native_directory, config)
-        native.save_params(native_directory, initialised[layers])
-        to_hf(native_directory, root / name)
-        forward = jax.jit(lambda x, model=model: model(x))
+            drawn = jax.jit(lambda config=config: Llama(config, rngs=nnx.Rngs(0)).parameters())()
+            initialised[layers] = Llama.from_params(config, drawn)
+            source.mkdir(parents=True)
+            native.save_params(source, initialised[layers].parameters())
+        model = initialised[layers]
+        model.config = config
+        native.write_model_json(source, config)
+        to_hf(source, root / name)
+        forward = jax.jit(lambda x, model=model: model(x), compiler_options=QUICK)
         references = {"tokens": tokens, "logits": np.asarray(forward(tokens))}
         if rope.depends_on_length:  # the same tokens have other frequencies in a shorter text
             references["short_logits"] = np.asarray(forward(tokens[:, :9]))

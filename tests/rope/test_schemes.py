@@ -26,7 +26,6 @@ from eabf_jax.rope import (
     parameters_of,
     scheme,
     scheme_names,
-    schemes,
     to_hf,
 )
 
@@ -286,25 +285,6 @@ def test_bad_dictionaries_are_refused(written: Any, message: str) -> None:
 
 
 # --- Hugging Face's config.json
-
-
-def of_a_contributor(positions: Any, layer: Any, *, strength: float = 1.0) -> Any:
-    """A multiplier that the exported model code does not have."""
-    return jnp.ones(jnp.shape(positions)) * strength
-
-
-def test_what_the_exported_code_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schemes, "LOGIT_SCALES", {**schemes.LOGIT_SCALES, "louder": of_a_contributor})
-    s = compose({"type": "abf"}, {"type": "louder", "strength": 2.0})
-    assert Scheme.from_dict(s.to_dict()) == s
-    with pytest.raises(InputError, match="exported model code does not know 'louder'; it knows entropy_aware, eabf"):
-        to_hf(s)
-    monkeypatch.setattr(schemes, "EXPORTED_LOGIT_SCALES", {"louder": ("loudness",)})
-    with pytest.raises(InputError, match="does not know the parameter 'strength' of 'louder'; it knows loudness"):
-        to_hf(s)
-    monkeypatch.setattr(schemes, "EXPORTED_FREQUENCIES", {"pi": ("base", "factor")})
-    with pytest.raises(InputError, match="does not know 'dynamic_yarn'; it knows pi"):
-        to_hf(scheme("dynamic_yarn", pretrained_window=4096))
 
 
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])

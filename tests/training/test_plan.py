@@ -89,7 +89,7 @@ def measured_peaks():
                 yield pytest.param(report["config"], entry, id=f"{path.stem}-{entry['length']}")
 
 
-@pytest.mark.parametrize(("told", "entry"), measured_peaks())
+@pytest.mark.parametrize(("told", "entry"), list(measured_peaks()))
 def test_peaks_that_were_measured_on_gpus_are_predicted(told, entry, tmp_path):
     """Within 3 %, or a GiB where the whole is small."""
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**told, "window": entry["length"], "compute": entry["compute"]}))

@@ -1,57 +1,92 @@
-"""LLaMA with rotary schemes that transformers has no name for: entropy-aware logits, dynamic YaRN, compositions.
+"""LLaMA with rotary schemes that transformers has no name for: entropy-aware logits, dynamic YaRN, or your own.
 
 This file lies beside the weights and needs torch and transformers (4.46 or later) only; load with
-`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`. The scheme is `eabf_scheme` in config.json.
+`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`. config.json holds the scheme twice: by name
+as `eabf_scheme`, and as data as `eabf_rotary`. This file computes from the data: the frequencies and the multiplier of
+the attention logits, each either numbers or one of the formulas below.
 
-The model is transformers' own LLaMA. Two things are hooked into its attention, so that every attention implementation
-and every cache work: the entropy-aware multiplier is applied to the query's projection (which commutes with the
-rotation), and for schemes whose frequencies follow the current length, keys are cached unrotated and the whole cache is
-rotated at every step with the frequencies of the length reached. In those schemes the hidden states of earlier tokens
-stay as they were computed, at the length of that time; only a forward pass without a cache would compute them anew.
+The model is transformers' own LLaMA except for attention's forward pass, which multiplies the query right before it is
+compared with the keys. Where the frequencies follow the current length, the cache holds keys that are not rotated, and
+every step rotates all of them with the frequencies of the length reached. The hidden states of earlier tokens stay as
+they were computed, at the length of that time; only a forward pass without a cache computes them anew.
 """
 
+import base64
 import inspect
 import math
-from functools import partial
+import zlib
+from collections import namedtuple
+from functools import lru_cache, partial
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, rotate_half
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaForCausalLM,
+    LlamaModel,
+    repeat_kv,
+    rotate_half,
+)
 
 KNOWN_RELEASES = "4.46 to 5.24"
 
 # What attention calls its cache: from 5.24 on, since 4.56, and before.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value")
+# The other arguments that attention has had, and the modules in it.
+ARGUMENTS = {
+    *("self", "hidden_states", "position_embeddings", "attention_mask", "position_ids", "cache_position"),
+    *("output_attentions", "use_cache", "kwargs"),
+}
+# Releases from 4.48 on have a registry of attention functions, and return no cache beside attention's output.
+HAS_REGISTRY = hasattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS")
+# Older releases (5.0 still, 5.12 no longer) tell a cache in this argument where new keys go and how they are rotated.
+CACHE_TAKES_KWARGS = "cache_kwargs" in inspect.signature(Cache.update).parameters
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 class EabfLlamaConfig(LlamaConfig):
-    """A LlamaConfig with `eabf_scheme`: the rotary scheme as {"type": name, parameter: value, ...}."""
+    """A LlamaConfig with `eabf_scheme`, the rotary scheme by name, and `eabf_rotary`, the same as data."""
 
     model_type = "eabf_llama"
 
 
-# Rules of frequencies: head_dim, then `lengths` (float64 [batch, 1] on the CPU, tokens in each row) if they follow it,
-# then the parameters by keyword. Each returns float64 inverse frequencies [batch or 1, head_dim // 2] and the factor on
-# cos and sin, a float or float64 [batch, 1].
+def _table(text, columns):
+    """The float32 numbers of a table in config.json, on the CPU: [rows, columns]."""
+    return _decoded(text).reshape(-1, columns)
+
+
+@lru_cache(maxsize=8)
+def _decoded(text):
+    return torch.from_numpy(np.frombuffer(zlib.decompress(base64.b64decode(text)), "<f4").astype(np.float32))
+
+
+def _check_end(longest, end, what):
+    if longest > end:
+        raise ValueError(f"{longest} tokens: the {what} of this model are a table for {end}; export it with more")
+
+
+# Kinds of frequencies: functions of head_dim and `lengths` (float64 [batch, 1] on the CPU, the tokens in each row; None
+# for `fixed`), with the parameters by keyword. Each returns inverse frequencies [batch or 1, head_dim // 2] and the
+# factor on cos and sin, a float or [batch, 1].
+
+
+def _fixed(head_dim, lengths, *, inverse_frequencies, rotation_scale):
+    return torch.tensor([inverse_frequencies], dtype=torch.float32), rotation_scale
+
+
+def _by_length(head_dim, lengths, *, end, table):
+    _check_end(int(lengths.max()), end, "frequencies")
+    rows = _table(table, head_dim // 2 + 1)[lengths[:, 0].long() - 1]
+    return rows[:, :-1], rows[:, -1:]
 
 
 def _theta(head_dim, base):
     return torch.tensor([[base ** (-2.0 * j / head_dim) for j in range(head_dim // 2)]], dtype=torch.float64)
-
-
-def _default(head_dim, *, base):
-    return _theta(head_dim, base), 1.0
-
-
-def _pi(head_dim, *, base, factor):
-    return _theta(head_dim, base) / factor, 1.0
-
-
-def _ntk(head_dim, *, base, factor):
-    return _theta(head_dim, base * factor ** (head_dim / (head_dim - 2))), 1.0
 
 
 def _dynamic_ntk(head_dim, lengths, *, base, factor, pretrained_window):
@@ -60,14 +95,7 @@ def _dynamic_ntk(head_dim, lengths, *, base, factor, pretrained_window):
     return _theta(head_dim, base) * growth**exponents, 1.0
 
 
-def _llama3(head_dim, *, base, factor, low_freq_factor, high_freq_factor, pretrained_window):
-    theta = _theta(head_dim, base)
-    turns = pretrained_window * theta / (2.0 * math.pi)
-    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0)
-    return theta * kept + theta / factor * (1.0 - kept), 1.0
-
-
-def _ntk_by_parts(head_dim, *, base, factor, pretrained_window, beta_fast, beta_slow, truncate=True):
+def _dynamic_yarn(head_dim, lengths, *, base, factor, pretrained_window, beta_fast, beta_slow, truncate):
     def index_turning(turns):
         return head_dim * math.log(pretrained_window / (turns * 2.0 * math.pi)) / (2.0 * math.log(base))
 
@@ -78,112 +106,113 @@ def _ntk_by_parts(head_dim, *, base, factor, pretrained_window, beta_fast, beta_
     ramp = (torch.arange(head_dim // 2, dtype=torch.float64) - low) / ((high - low) or 0.001)
     share = ramp.clamp(0.0, 1.0)
     theta = _theta(head_dim, base)
-    return theta * (1.0 - share) + theta / factor * share, 1.0
-
-
-def _yarn(head_dim, *, factor, attention_factor=None, **parameters):
-    scale = 0.1 * math.log(max(factor, 1.0)) + 1.0 if attention_factor is None else attention_factor
-    return _ntk_by_parts(head_dim, factor=factor, **parameters)[0], scale
-
-
-def _dynamic_yarn(head_dim, lengths, *, factor, pretrained_window, **parameters):
     stretch = (lengths / pretrained_window).clamp(min=1.0)
-    frequencies, _ = _ntk_by_parts(head_dim, factor=stretch, pretrained_window=pretrained_window, **parameters)
-    return frequencies, 0.1 * torch.log(stretch) + 1.0
+    return theta * (1.0 - share) + theta / stretch * share, 0.1 * torch.log(stretch) + 1.0
 
 
-# Rules of the logits' multiplier: int positions [batch, length] from 0, the layer's index, then the parameters by
-# keyword. Each returns float32 [batch, length], or None where the multiplier is 1 everywhere.
+# Kinds of multipliers: functions of int positions [batch, length] from 0 and the number of layers, with the parameters
+# by keyword. Each returns for every layer float32 [batch, length], or None where the multiplier is 1 everywhere.
 
 
-def _none(position_ids, layer):
-    return None
+def _none(positions, layers):
+    return (None,) * layers
 
 
-def _entropy_aware(position_ids, layer, *, pretrained_window, unscaled_layers=2):
-    if layer < unscaled_layers:
-        return None
+def _entropy_aware(positions, layers, *, pretrained_window, unscaled_layers):
     # ln i / ln c = 1 + ln(1 + (i - c) / c) / ln c for the 1-based position i; exactly 1 inside the window.
-    excess = (position_ids.float() - (pretrained_window - 1)).clamp(min=0.0)
-    return 1.0 + torch.log1p(excess / pretrained_window) / math.log(pretrained_window)
+    excess = (positions.float() - (pretrained_window - 1)).clamp(min=0.0)
+    multiplier = 1.0 + torch.log1p(excess / pretrained_window) / math.log(pretrained_window)
+    return tuple(None if layer < unscaled_layers else multiplier for layer in range(layers))
 
 
-_BY_PARTS = ("base", "factor", "pretrained_window", "beta_fast", "beta_slow", "truncate")
+def _by_position(positions, layers, *, end, row_of_layer, table):
+    index = positions.cpu()
+    _check_end(int(index.max()) + 1, end, "multipliers")
+    rows = [row[index].to(positions.device) for row in _table(table, end)]
+    return tuple(rows[row_of_layer[layer]] for layer in range(layers))
 
-# What this file can compute: for each type its rule and its parameters. Anything else in config.json is an error.
+
+# What this file can compute: each kind's function and its parameters. Anything else in config.json is an error.
 FREQUENCIES = {
-    "default": (_default, ("base",)),
-    "abf": (_default, ("base",)),
-    "pi": (_pi, ("base", "factor")),
-    "ntk": (_ntk, ("base", "factor")),
+    "fixed": (_fixed, ("inverse_frequencies", "rotation_scale")),
+    "by_length": (_by_length, ("end", "table")),
     "dynamic_ntk": (_dynamic_ntk, ("base", "factor", "pretrained_window")),
-    "ntk_by_parts": (_ntk_by_parts, _BY_PARTS),
-    "yarn": (_yarn, (*_BY_PARTS, "attention_factor")),
-    "dynamic_yarn": (_dynamic_yarn, _BY_PARTS),
-    "llama3": (_llama3, ("base", "factor", "low_freq_factor", "high_freq_factor", "pretrained_window")),
+    "dynamic_yarn": (
+        _dynamic_yarn,
+        ("base", "factor", "pretrained_window", "beta_fast", "beta_slow", "truncate"),
+    ),
 }
 LOGIT_SCALES = {
     "none": (_none, ()),
     "entropy_aware": (_entropy_aware, ("pretrained_window", "unscaled_layers")),
-    "eabf": (_entropy_aware, ("pretrained_window", "unscaled_layers")),
+    "by_position": (_by_position, ("end", "row_of_layer", "table")),
 }
 
 
-def rules(scheme):
-    """Finds the rules of a scheme.
+def rules(config):
+    """Finds the rules of a model's scheme.
 
     Args:
-      scheme: {"type": name, parameter: value, ...}.
+      config: with `eabf_scheme` and `eabf_rotary`.
 
     Returns:
       The rule of the frequencies and the rule of the logits' multiplier, their parameters bound.
 
     Raises:
-      ValueError: a type or a parameter that this file does not know.
+      ValueError: a kind or a parameter that this file does not know, or data of another scheme.
     """
-    values = dict(scheme)
-    kind = values.pop("type", None)
-    if kind == "eabf":
-        frequencies = {"type": "default", "base": values.pop("base")}
-        return _bound(FREQUENCIES, "type", frequencies), _bound(LOGIT_SCALES, "logit_scale", {"type": kind, **values})
-    if kind != "compose":
-        return _bound(FREQUENCIES, "type", scheme), _none
-    frequencies, logit_scale = values.pop("frequencies"), values.pop("logit_scale", None) or {"type": "none"}
-    if values:
-        raise ValueError(f"config.json: eabf_scheme 'compose' has no parameter {', '.join(values)}")
-    return rules(frequencies)[0], _bound(LOGIT_SCALES, "logit_scale", logit_scale)
+    data = getattr(config, "eabf_rotary", None) or {}
+    scheme = getattr(config, "eabf_scheme", None)
+    if not data or data.get("scheme") != scheme:
+        raise ValueError(
+            f"config.json: eabf_rotary has the data of the scheme {data.get('scheme')}, but eabf_scheme is {scheme}; "
+            "export the model anew rather than edit either"
+        )
+    unknown = [part for part in data if part not in ("scheme", "frequencies", "logit_scale")]
+    if unknown:
+        raise ValueError(f"config.json: eabf_rotary has {', '.join(unknown)}, which this modeling file does not know")
+    return _bound(FREQUENCIES, "frequencies", data), _bound(LOGIT_SCALES, "logit_scale", data)
 
 
-def _bound(table, what, values):
-    parameters = dict(values)
-    kind = parameters.pop("type", None)
+def _bound(table, part, data):
+    parameters = dict(data.get(part) or {})
+    kind = parameters.pop("kind", None)
     if kind not in table:
         raise ValueError(
-            f"config.json: eabf_scheme has the {what} {kind!r}; this modeling_eabf_llama.py knows {', '.join(table)}"
+            f"config.json: eabf_rotary has the {part} {kind!r}; this modeling_eabf_llama.py knows {', '.join(table)}"
         )
     rule, known = table[kind]
-    unknown = [name for name in parameters if name not in known]
-    if unknown:
-        raise ValueError(f"config.json: eabf_scheme {kind!r} has no parameter {', '.join(unknown)}")
+    if parameters.keys() != set(known):
+        raise ValueError(
+            f"config.json: eabf_rotary {kind!r} has the parameters {', '.join(sorted(parameters)) or 'none'}; this "
+            f"modeling_eabf_llama.py needs {', '.join(sorted(known)) or 'none'}"
+        )
     return partial(rule, **parameters)
 
 
+# What attention is given: cosines and sines [batch, length, head_dim]; positions, int [batch, length]; for each layer
+# the multipliers, float32 [batch, length], or None; and where the frequencies follow the length, the lengths, int
+# [batch, 1], and the function that gives cosines and sines for the keys in a cache.
+Rotation = namedtuple("Rotation", "cos sin positions multipliers lengths tables", defaults=(None, None))
+
+
 class EabfRotaryEmbedding(nn.Module):
-    """Cosines and sines of a scheme; the tuple also carries the positions on to the attention hooks.
+    """Cosines, sines and multipliers of a scheme.
 
     Holds no buffers: transformers builds models without memory first, where a buffer's values would be lost.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.frequencies, self.logit_scale = rules(config.eabf_scheme)
+        self.frequencies, self.logit_scale = rules(config)
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.follows_length = "lengths" in inspect.signature(self.frequencies).parameters
+        self.layers = config.num_hidden_layers
+        self.follows_length = self.frequencies.func is not _fixed
 
     def tables(self, positions, lengths, dtype):
         """Cosines and sines [batch, length, head_dim] of int positions [batch, length]."""
-        given = (lengths.to("cpu", torch.float64),) if self.follows_length else ()
-        frequencies, scale = self.frequencies(self.head_dim, *given)
+        on_cpu = None if lengths is None else lengths.to("cpu", torch.float64)
+        frequencies, scale = self.frequencies(self.head_dim, on_cpu)
         frequencies = frequencies.to(positions.device, torch.float32)
         scale = torch.as_tensor(scale, dtype=torch.float32).reshape(-1, 1).to(positions.device)
         angles = positions[..., None].float() * frequencies[:, None, :]
@@ -192,11 +221,13 @@ class EabfRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, x, position_ids):
+        multipliers = self.logit_scale(position_ids, self.layers)
         if not self.follows_length:
-            return *self.tables(position_ids, None, x.dtype), position_ids, None
+            return Rotation(*self.tables(position_ids, None, x.dtype), position_ids, multipliers)
         _refuse_packed(position_ids)
         lengths = position_ids.max(dim=1, keepdim=True).values + 1
-        return *self.tables(position_ids, lengths, x.dtype), position_ids, lengths
+        cos, sin = self.tables(position_ids, lengths, x.dtype)
+        return Rotation(cos, sin, position_ids, multipliers, lengths, self.tables)
 
 
 def _refuse_packed(position_ids):
@@ -206,34 +237,12 @@ def _refuse_packed(position_ids):
         raise ValueError("the frequencies follow the length of the text: give each text a row of its own, not packed")
 
 
-class _RotatingCache:
-    """Stands in for a cache during one attention call: it stores unrotated keys and hands out rotated ones."""
-
-    def __init__(self, cache, rotary, position_ids, lengths):
-        self.cache, self.rotary, self.position_ids, self.lengths = cache, rotary, position_ids, lengths
-        self.updated = False
-
-    def update(self, keys, values, layer_idx, *args, **kwargs):
-        self.updated = True
-        # A copy: a static cache counts in place, in the tensor that it gives.
-        past = torch.as_tensor(self.cache.get_seq_length(layer_idx)).clone()
-        keys, values = self.cache.update(keys, values, layer_idx, *args, **kwargs)
-        # Earlier tokens are the ones just before the first new one; where that is padding, the mask hides it. A static
-        # cache has room at its end, hidden by the mask too.
-        index = torch.arange(keys.shape[2], device=keys.device) - past.to(keys.device)
-        last = self.position_ids.shape[1] - 1
-        new = (index >= 0) & (index <= last)
-        positions = torch.where(new, self.position_ids[:, index.clamp(0, last)], self.position_ids[:, :1] + index)
-        cos, sin = self.rotary.tables(positions, self.lengths, keys.dtype)
-        return _rotate(keys, cos[:, None], sin[:, None]), values
-
-
 def _rotate(x, cos, sin):
-    return x * cos + rotate_half(x) * sin
+    return x * cos[:, None] + rotate_half(x) * sin[:, None]
 
 
 def _require(holds, expected):
-    """Raises unless transformers does what these hooks rely on; going on would give other logits."""
+    """Raises unless transformers is what this file relies on; going on would give other logits."""
     if not holds:
         raise RuntimeError(
             f"modeling_eabf_llama.py does not fit transformers {transformers.__version__}: expected {expected}. "
@@ -241,93 +250,106 @@ def _require(holds, expected):
         )
 
 
-class _Call:
-    """What the projections' hooks do in one attention call, and which of them have still to do it."""
-
-    def __init__(self, multiplier, rotation, head_dim, rotates_keys):
-        self.multiplier, self.rotation, self.head_dim = multiplier, rotation, head_dim
-        self.rotates_keys = rotates_keys
-        self.query_is_due = multiplier is not None or rotation is not None
-        self.key_is_due = rotates_keys
-        self.cache = None
-
-    def rotate(self, x):
-        cos, sin = self.rotation
-        heads = x.view(*x.shape[:-1], -1, self.head_dim)
-        return _rotate(heads, cos[:, :, None], sin[:, :, None]).view(x.shape)
-
-
-def _before_attention(rotary, argument_names, module, args, kwargs):
-    """Prepares one attention call: what its projections will do, and what transformers' code will see."""
-    kwargs = {**dict(zip(argument_names, args)), **kwargs}  # noqa: B905 - `strict` needs Python 3.10
-    embeddings = kwargs.get("position_embeddings")
+def _taken_cache(kwargs):
+    """Takes the cache out of attention's arguments, whatever its name is."""
+    found = [cache for cache in (kwargs.pop(name, None) for name in CACHE_ARGUMENTS) if cache is not None]
     _require(
-        isinstance(embeddings, tuple) and len(embeddings) == 4,
-        "attention to be given position_embeddings, the tuple that model.rotary_emb returns",
+        len(found) == 1 or not (found or kwargs.get("use_cache")),
+        f"one cache in attention's arguments {', '.join(CACHE_ARGUMENTS)}, found {len(found)}",
     )
-    cos, sin, position_ids, lengths = embeddings
-    multiplier = rotary.logit_scale(position_ids, module.layer_idx)
-    call = _Call(multiplier, None, module.head_dim, False)
-    if rotary.follows_length:
-        given = [name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None]
-        _require(
-            len(given) == 1 or not (given or kwargs.get("use_cache")),
-            f"a cache in one of attention's arguments {', '.join(CACHE_ARGUMENTS)}, found {given or 'none'}",
+    for cache in found:
+        _require(isinstance(cache, Cache), f"a transformers Cache, found {type(cache).__name__}")
+    return found[0] if found else None
+
+
+def _positions_of_keys(positions, past, count):
+    """Positions [batch, count] of a cache's keys, of which `past` were there before those of `positions` came."""
+    # Earlier tokens are those just before the first new one; where that is padding, the mask hides it. The mask also
+    # hides the empty end of a static cache.
+    index = torch.arange(count, device=positions.device) - past.to(positions.device)
+    last = positions.shape[1] - 1
+    new = (index >= 0) & (index <= last)
+    return torch.where(new, positions[:, index.clamp(0, last)], positions[:, :1] + index)
+
+
+def _attend(attention, query, key, value, mask, arguments):
+    """Calls the attention function that the model was loaded with, as transformers does."""
+    name = attention.config._attn_implementation
+    dropout = attention.attention_dropout if attention.training else 0.0
+    # Up to 4.52, weights that are asked for come from eager attention; the mask is made for it then.
+    if name == "sdpa" and arguments.get("output_attentions") and mask is not None:
+        name = "eager"
+    if not HAS_REGISTRY:
+        return _attend_before_registry(attention, query, key, value, mask, dropout, name)
+    registry, function = modeling_llama.ALL_ATTENTION_FUNCTIONS, modeling_llama.eager_attention_forward
+    if hasattr(registry, "get_interface"):
+        function = registry.get_interface(name, function)
+    elif name != "eager":
+        function = registry[name]
+    return function(attention, query, key, value, mask, dropout=dropout, scaling=attention.scaling, **arguments)
+
+
+def _attend_before_registry(attention, query, key, value, mask, dropout, name):
+    """Eager and SDPA attention for transformers 4.46 and 4.47."""
+    if name not in ("eager", "sdpa"):
+        raise ValueError(
+            f"attn_implementation {name!r} needs transformers 4.48 or later here; eager and sdpa run in every release"
         )
-        call = _Call(multiplier, (cos, sin), module.head_dim, not given)
-        if given:
-            cache = kwargs[given[0]]
-            _require(isinstance(cache, Cache), f"a transformers Cache, found {type(cache).__name__}")
-            call.cache = kwargs[given[0]] = _RotatingCache(cache, rotary, position_ids, lengths)
-        cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
-    kwargs["position_embeddings"] = (cos, sin)
-    # Quantisation and adapters put other modules in the projections' places after this model was built.
-    _hook(module)
-    module.q_proj.eabf_call = module.k_proj.eabf_call = call
-    return (), kwargs
+    key, value = (repeat_kv(x, attention.num_key_value_groups) for x in (key, value))
+    mask = None if mask is None else mask[:, :, :, : key.shape[2]]
+    if name == "sdpa":
+        # A mask may be left out where it would only be causal.
+        causal = mask is None and query.shape[2] > 1
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        output = nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
+        return output.transpose(1, 2), None
+    scores = query @ key.transpose(2, 3) * attention.head_dim**-0.5
+    weights = (scores if mask is None else scores + mask).softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=attention.training)
+    return (weights @ value).transpose(1, 2), weights
 
 
-def _after_attention(module, args, output):
-    """Checks that every part of the scheme was applied, and gives the real cache back (before transformers 4.48)."""
-    call = module.q_proj.eabf_call
-    module.q_proj.eabf_call = module.k_proj.eabf_call = None
-    _require(not call.query_is_due, "attention to call its q_proj")
-    _require(not call.key_is_due, "attention to call its k_proj")
-    _require(call.cache is None or call.cache.updated, "attention to call the update of the cache that it is given")
-    if isinstance(output, tuple) and isinstance(output[-1], _RotatingCache):
-        return (*output[:-1], output[-1].cache)
-    return output
+class EabfLlamaAttention(LlamaAttention):
+    """transformers' attention; the multiplier is applied to the query as it is compared with the keys."""
 
-
-def _after_query(projection, args, query):
-    call = projection.eabf_call
-    if call is None:
-        return query
-    call.query_is_due = False
-    if call.rotation is not None:
-        query = call.rotate(query)
-    if call.multiplier is not None:
-        # The positions may have one row for the whole batch.
-        query = (query * call.multiplier[..., None].to(query.device)).to(query.dtype)
-    return query
-
-
-def _after_key(projection, args, key):
-    call = projection.eabf_call
-    if call is None or not call.rotates_keys:
-        return key
-    call.key_is_due = False
-    return call.rotate(key)
-
-
-def _hook(attention):
-    """Puts the hooks on the projections, unless these very modules have them."""
-    for name, hook in (("q_proj", _after_query), ("k_proj", _after_key)):
-        projection = getattr(attention, name, None)
-        _require(isinstance(projection, nn.Module), f"attention with a projection {name}")
-        if "eabf_call" not in projection.__dict__:
-            projection.eabf_call = None
-            projection.register_forward_hook(hook)
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+        _require(
+            isinstance(position_embeddings, Rotation),
+            "attention to be given position_embeddings, as model.rotary_emb returns them",
+        )
+        cos, sin, positions, multipliers, lengths, tables = position_embeddings
+        cache = _taken_cache(kwargs)
+        cache_position = kwargs.pop("cache_position", None)
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            projection(hidden_states).view(shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query = _rotate(query, cos, sin)
+        if lengths is None:
+            key = _rotate(key, cos, sin)
+        if cache is not None:
+            if lengths is not None:
+                # A copy: a static cache counts in place, in the tensor that it gives.
+                past = torch.as_tensor(cache.get_seq_length(self.layer_idx)).clone()
+            if CACHE_TAKES_KWARGS:
+                # A cache that moves keys to new positions rotates them, if it is given cos and sin.
+                rotation = {"cos": cos, "sin": sin} if lengths is None else {}
+                arguments = {"cache_kwargs": {"cache_position": cache_position, **rotation}}
+            else:
+                arguments = {"kwargs": kwargs}
+            key, value = cache.update(key, value, self.layer_idx, **arguments)
+        if lengths is not None:
+            if cache is not None:
+                positions = _positions_of_keys(positions, past, key.shape[2])
+            key = _rotate(key, *tables(positions, lengths, key.dtype))
+        multiplier = multipliers[self.layer_idx]
+        if multiplier is not None:
+            # Last, so that nothing that is done to the query undoes it. Positions may have one row for the whole batch.
+            query = (query * multiplier[:, None, :, None].to(query.device)).to(query.dtype)
+        output, weights = _attend(self, query, key, value, attention_mask, kwargs)
+        output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
+        return (output, weights) if HAS_REGISTRY else (output, weights, cache)
 
 
 def _equip(model):
@@ -336,15 +358,19 @@ def _equip(model):
     model.rotary_emb = EabfRotaryEmbedding(model.config)
     for layer in model.layers:
         attention = layer.self_attn
-        names = list(inspect.signature(attention.forward).parameters)
-        if model.rotary_emb.follows_length:
-            _require(
-                any(name in names for name in CACHE_ARGUMENTS),
-                f"attention with an argument {' or '.join(CACHE_ARGUMENTS)}, found {', '.join(names)}",
-            )
-        _hook(attention)
-        attention.register_forward_pre_hook(partial(_before_attention, model.rotary_emb, names), with_kwargs=True)
-        attention.register_forward_hook(_after_attention)
+        # What is replaced has to be what the replacement was written for.
+        projections = {name for name, _ in attention.named_children()} - {"rotary_emb"}
+        _require(projections == PROJECTIONS, f"attention made of {_list(PROJECTIONS)}, found {_list(projections)}")
+        arguments = set(inspect.signature(type(attention).forward).parameters)
+        known = arguments & {*CACHE_ARGUMENTS}
+        _require(known, f"attention with an argument {' or '.join(CACHE_ARGUMENTS)}, found {_list(arguments)}")
+        strange = arguments - known - ARGUMENTS
+        _require(not strange, f"attention with the arguments {_list(ARGUMENTS)}, found {_list(strange)} too")
+        attention.__class__ = EabfLlamaAttention
+
+
+def _list(names):
+    return ", ".join(sorted(names)) or "none"
 
 
 class EabfLlamaModel(LlamaModel):

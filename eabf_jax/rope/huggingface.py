@@ -1,0 +1,116 @@
+"""Rotary schemes in Hugging Face's config.json; how each is spelled is told beside its name in `named.py`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.fields import typed
+from eabf_jax.rope import logit_scale as logit_rules
+from eabf_jax.rope.frequencies import LLAMA2_BASE
+from eabf_jax.rope.registry import entries, hf_readers
+from eabf_jax.rope.schemes import Scheme, compose, scheme
+
+HF_SPELLINGS = ("rope_scaling", "rope_parameters")
+OWN_KEY = "eabf_scheme"
+
+
+def from_hf(config: Mapping[str, Any]) -> Scheme:
+    """Reads the rotary scheme of a Hugging Face config.json.
+
+    Our own key `eabf_scheme` is read first, then either spelling: `rope_theta` beside `rope_scaling` (whose kind is
+    under `rope_type` or `type`), or `rope_parameters` with `rope_theta` inside. As in transformers, `rope_scaling` goes
+    first where both have content, a missing base is 10,000, and keys that the kind does not use are ignored. YaRN with
+    an attention factor of 1.0 is `ntk_by_parts`.
+
+    Args:
+      config: the whole config.json; `dynamic` needs its `max_position_embeddings`, and `yarn` and `llama3` fall back on
+        it where they name no `original_max_position_embeddings`.
+
+    Returns:
+      The scheme.
+
+    Raises:
+      InputError: a kind of scaling or a setting that no scheme here can represent, or a missing or invalid value.
+    Source: transformers, `modeling_rope_utils.py`.
+    """
+    own = config.get(OWN_KEY)
+    if own is not None:
+        return Scheme.from_dict(own)
+    section = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(section, Mapping):
+        raise InputError(f"config.json: rope_scaling must be an object or null, found {section!r}")
+    _refuse_unrepresentable(config, section)
+    kind = section.get("rope_type") or section.get("type") or "default"
+    readers = hf_readers()
+    if not isinstance(kind, str) or kind not in readers:
+        raise InputError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(readers)}")
+    bases = (section.get("rope_theta"), config.get("rope_theta"), LLAMA2_BASE)
+    hf = entries()[readers[kind]].hf
+    assert hf is not None and hf.read is not None  # as of every reader
+    base = next(base for base in bases if base is not None)
+    # By composition, because it finds the first name of what it is: of yarn without its factor, ntk_by_parts.
+    return compose(scheme(readers[kind], base=base, **hf.read(config, section)))
+
+
+def to_hf(s: Scheme, head_dim: int | None = None, spelling: str = "rope_scaling") -> dict[str, Any]:
+    """Writes a rotary scheme as keys of a Hugging Face config.json.
+
+    What transformers can express becomes its own keys: `default` and `abf` a base, `pi` linear, `dynamic_ntk` dynamic,
+    `ntk_by_parts` yarn with attention factor 1.0, `yarn`, `llama3`, and `ntk` (given `head_dim`) a changed base.
+    Everything else keeps its base and adds `eabf_scheme`: transformers then needs our exported model code
+    (`needs_remote_code`), and that code the data of `exported.py` beside these keys.
+
+    Where transformers derives the scheme from `max_position_embeddings`, that key is returned too and must go into the
+    file. `dynamic` takes the pretrained window from it, in every release. For yarn it is the extended window: releases
+    4.51 to 4.55 take the factor as its ratio to `original_max_position_embeddings` (later ones take `factor`). Up to
+    4.50, `original_max_position_embeddings` is not read and the ramp is laid over the extended window: a yarn export
+    needs transformers 4.51 or later. `truncate` false is written for the releases that read it; older ones round.
+
+    Args:
+      s: the scheme.
+      head_dim: size of an attention head; only `ntk` depends on it.
+      spelling: "rope_scaling" (read by every transformers release) or "rope_parameters" (5.x only).
+
+    Returns:
+      Keys and values for config.json, in place of all rotary keys that it had.
+
+    Raises:
+      InputError: unknown spelling, or a head_dim that does not suit the scheme.
+    """
+    if spelling not in HF_SPELLINGS:
+        raise unknown_name("spelling of the rotary scheme", spelling, HF_SPELLINGS)
+    parameters = dict(s.frequencies.parameters)
+    base = parameters.get("base", LLAMA2_BASE)
+    spelled = None
+    section: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
+    entry = next((e for e in entries().values() if e.frequencies is s.frequencies.function and e.hf is not None), None)
+    if entry is not None and entry.hf is not None and s.logit_multiplier.function is logit_rules.none:
+        spelled = entry.hf.write(parameters, head_dim)
+        if spelled is not None:
+            section = section | {"rope_type": entry.hf.rope_type} | spelled[0]
+    outer = {OWN_KEY: s.to_dict()} if spelled is None else spelled[1]
+    if spelling == "rope_parameters":
+        return {"rope_parameters": section} | outer
+    base = section.pop("rope_theta")
+    return {"rope_theta": base, "rope_scaling": None if section == {"rope_type": "default"} else section} | outer
+
+
+def needs_remote_code(keys: Mapping[str, Any]) -> bool:
+    """Tells whether a config needs our exported model code to mean what it says.
+
+    Args:
+      keys: what `to_hf` returned, or a whole config.json.
+
+    Returns:
+      True where the scheme is one that transformers cannot express.
+    """
+    return keys.get(OWN_KEY) is not None
+
+
+def _refuse_unrepresentable(config: Mapping[str, Any], section: Mapping[str, Any]) -> None:
+    partial = section.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial is not None and typed(float, partial, "config.json: key", "partial_rotary_factor") != 1:
+        raise InputError(f"config.json: partial_rotary_factor must be 1 (the whole head is rotated), found {partial!r}")
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            raise InputError(f"config.json: one rotary scheme for all layers is supported, found one for {name!r}")

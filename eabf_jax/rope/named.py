@@ -1,0 +1,140 @@
+"""The schemes of this package: a call of `register` for each, its spelling in Hugging Face's config.json beside it.
+
+Where two lines are the same mathematics, compositions and what is read from Hugging Face get the first one's name.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from eabf_jax.errors import InputError
+from eabf_jax.fields import typed
+from eabf_jax.rope import frequencies as frequency_rules
+from eabf_jax.rope import logit_scale as logit_rules
+from eabf_jax.rope.registry import HFSpelling, register
+
+ABF_BASE = 500_000.0
+
+_Values = Mapping[str, Any]
+_HFKeys = tuple[dict[str, Any], dict[str, Any]]
+
+
+def _needed(place: _Values, key: str) -> Any:
+    if place.get(key) is None:
+        raise InputError(f"config.json: {key!r} is missing; the rotary scheme needs it")
+    return place[key]
+
+
+def _number(name: str, value: Any) -> Any:
+    number = typed(float, value, "config.json: key", name)
+    if number <= 0:
+        raise InputError(f"config.json: {name} must be a number above 0, found {value!r}")
+    return number
+
+
+def _window(config: _Values, section: _Values) -> Any:
+    """Returns the pretrained window of yarn and llama3, looked up where and in the order that transformers does."""
+    for place in (config, section):
+        if place.get("original_max_position_embeddings") is not None:
+            return place["original_max_position_embeddings"]
+    return _needed(config, "max_position_embeddings")
+
+
+_PLAIN = HFSpelling("default", lambda parameters, head_dim: ({}, {}), lambda config, section: {})
+register("default", frequency_rules.default, hf=_PLAIN)
+
+_LINEAR = HFSpelling(
+    "linear",
+    lambda parameters, head_dim: ({"factor": parameters["factor"]}, {}),
+    lambda config, section: {"factor": _needed(section, "factor")},
+)
+register("pi", frequency_rules.pi, hf=_LINEAR)
+
+
+def _write_ntk(parameters: _Values, head_dim: int | None) -> _HFKeys | None:
+    if head_dim is None:
+        return None
+    return {"rope_theta": frequency_rules.ntk_base(head_dim, parameters["base"], parameters["factor"])}, {}
+
+
+register("ntk", frequency_rules.ntk, hf=HFSpelling("default", _write_ntk))
+
+
+def _write_dynamic(parameters: _Values, head_dim: int | None) -> _HFKeys:
+    return {"factor": parameters["factor"]}, {"max_position_embeddings": parameters["pretrained_window"]}
+
+
+def _read_dynamic(config: _Values, section: _Values) -> dict[str, Any]:
+    return {
+        "factor": _needed(section, "factor"),
+        "pretrained_window": _needed(config, "max_position_embeddings"),
+    }
+
+
+register("dynamic_ntk", frequency_rules.dynamic_ntk, hf=HFSpelling("dynamic", _write_dynamic, _read_dynamic))
+
+
+def _write_yarn(parameters: _Values, head_dim: int | None) -> _HFKeys:
+    section = {
+        "factor": parameters["factor"],
+        "original_max_position_embeddings": parameters["pretrained_window"],
+        "beta_fast": parameters["beta_fast"],
+        "beta_slow": parameters["beta_slow"],
+    }
+    if not parameters["truncate"]:
+        section["truncate"] = False
+    if parameters["attention_factor"] is not None:
+        section["attention_factor"] = parameters["attention_factor"]
+    return section, {"max_position_embeddings": round(parameters["factor"] * parameters["pretrained_window"])}
+
+
+def _read_yarn(config: _Values, section: _Values) -> dict[str, Any]:
+    window = _number("original_max_position_embeddings", _window(config, section))
+    factor = section.get("factor")
+    if factor is None:
+        factor = _number("max_position_embeddings", _needed(config, "max_position_embeddings")) / window
+    attention_factor = section.get("attention_factor")
+    mscale, mscale_all_dim = section.get("mscale"), section.get("mscale_all_dim")
+    if attention_factor is None and mscale and mscale_all_dim:
+        growth = 0.1 * math.log(max(_number("factor", factor), 1.0))
+        attention_factor = (_number("mscale", mscale) * growth + 1.0) / (
+            _number("mscale_all_dim", mscale_all_dim) * growth + 1.0
+        )
+    return {
+        "factor": factor,
+        "pretrained_window": window,
+        # transformers takes 0 for "not set" here.
+        "beta_fast": section.get("beta_fast") or 32.0,
+        "beta_slow": section.get("beta_slow") or 1.0,
+        # And null for false.
+        "truncate": section.get("truncate", True) or False,
+        "attention_factor": attention_factor,
+    }
+
+
+register("ntk_by_parts", frequency_rules.yarn, fixed={"attention_factor": 1.0})
+register("yarn", frequency_rules.yarn, hf=HFSpelling("yarn", _write_yarn, _read_yarn))
+register("dynamic_yarn", frequency_rules.dynamic_yarn)
+register("abf", frequency_rules.default, defaults={"base": ABF_BASE})
+register("eabf", frequency_rules.default, logit_rules.entropy_aware, defaults={"base": ABF_BASE})
+
+
+def _write_llama3(parameters: _Values, head_dim: int | None) -> _HFKeys:
+    return {
+        "factor": parameters["factor"],
+        "low_freq_factor": parameters["low_freq_factor"],
+        "high_freq_factor": parameters["high_freq_factor"],
+        "original_max_position_embeddings": parameters["pretrained_window"],
+    }, {}
+
+
+def _read_llama3(config: _Values, section: _Values) -> dict[str, Any]:
+    return {
+        "factor": _needed(section, "factor"),
+        "low_freq_factor": _needed(section, "low_freq_factor"),
+        "high_freq_factor": _needed(section, "high_freq_factor"),
+        "pretrained_window": _window(config, section),
+    }
+
+
+register("llama3", frequency_rules.llama3, hf=HFSpelling("llama3", _write_llama3, _read_llama3))
