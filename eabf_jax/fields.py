@@ -100,13 +100,13 @@ def build(kind: type[T], values: Any, subject: str, prefix: str = "") -> T:
     chosen: Any = kind
     choice: dict[str, Any] = {}
     if isinstance(values, Mapping) and hasattr(chosen, "get_known_choices"):
-        choice = {"type": str}
+        choice = {"type": Literal[tuple(sorted(chosen.get_known_choices()))]}
         told = {key: value for key, value in values.items() if key in choice}
-        name = check(told, choice, subject, prefix, required=choice)["type"]
         try:
-            chosen = chosen.get_choice_class(name)
-        except KeyError as error:
-            raise unknown_name(f"value of '{prefix}type'", name, chosen.get_known_choices()) from error
+            # A registry may raise an error of its own for a name that it does not know.
+            chosen = chosen.get_choice_class(told["type"] if isinstance(told["type"], str) else None)
+        except KeyError:
+            check(told, choice, subject, prefix, required=choice)
     required = [
         field.name
         for field in dataclasses.fields(chosen)

@@ -29,7 +29,7 @@ class RopeConfig(draccus.ChoiceRegistry):
     def get_choice_class(cls, name: str) -> Any:
         """The configuration of a scheme."""
         choices = cls.get_known_choices()
-        if name not in choices:
+        if isinstance(name, str) and name not in choices:
             raise unknown_scheme(name)
         return choices[name]
 
