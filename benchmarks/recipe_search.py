@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, help="held-out documents behind those to validate on (default: all)")
     parser.add_argument("--batch-size", type=int, default=1, help="of the validation (default: %(default)s)")
     parser.add_argument(
-        "--json", type=Path, required=True, help="write the figures here; those there are not made anew"
+        "--json", type=Path, required=True, help="write the figures here; a file with some of them is completed"
     )
     parser.add_argument(
         "--time-limit", type=float, help="seconds after which to stop and be given again (default: none)"
@@ -186,7 +186,7 @@ def main() -> None:
             continue
         now = time.monotonic()
         if arguments.time_limit is not None and now + longest > begun + arguments.time_limit:
-            print(f"time is up with {len(done)} of {len(cells)} runs; the same command goes on from here", flush=True)
+            print(f"time is up with {len(done)} of {len(cells)} runs; run the same command to continue", flush=True)
             sys.exit(UNFINISHED)
         with tempfile.TemporaryDirectory() as scratch:
             config = configuration(arguments, cell, f"{scratch}/run", overrides)

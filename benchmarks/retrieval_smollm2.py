@@ -63,7 +63,7 @@ class Clock:
           what: its name.
         """
         if self.left is not None and self.left < needed:
-            print(f"time is up before {what}; the same command goes on from here", flush=True)
+            print(f"time is up before {what}; run the same command to continue", flush=True)
             sys.exit(UNFINISHED)
 
 

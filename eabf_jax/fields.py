@@ -15,7 +15,7 @@ another class       an instance; or a mapping, where the class has `from_dict`
 
 Text is not a number. The exception is a number that YAML 1.1 reads as text, such as 2e-5 (it wants 2.0e-5).
 
-No library at hand has these rules. `draccus.decode` turns true into 1 and 3 into text, and takes null for every type.
+No installed library has these rules. `draccus.decode` turns true into 1 and 3 into text, and takes null for every type.
 pydantic, which is not a dependency, turns true and text into numbers; its strict mode refuses 32.0 and 2e-5.
 `huggingface_hub.dataclasses.strict` refuses 1 for a float and takes NaN. None of them names the nearest key.
 """

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config_path", metavar="FILE", required=True, help="the run's configuration")
     parser.add_argument("--topology", metavar="SLICE", help="TPU slice to compile for: v4-8 to v4-512, v5e-8, v5p-8, …")
     parser.add_argument("--device", metavar="NAME", help=f"plan for {', '.join(DEVICES)}; default: this machine")
-    parser.add_argument("--devices", metavar="N", type=int, help="how many of them; default: those at hand")
+    parser.add_argument("--devices", metavar="N", type=int, help="how many of them; default: all that are available")
     parser.add_argument("--json", metavar="FILE", help="write the figures here as well")
 
 
@@ -68,7 +68,7 @@ def table(figures: Mapping[str, Any]) -> Grid:
     for name, size in figures.get("host_gib_by_part", {}).items():
         shown.add_row(f"{name} in host memory", f"{size:.2f} GiB")
     if compiled:
-        shown.add_row("model FLOPs a chip and step", f"{figures['model_flops_per_chip']:.3e}")
+        shown.add_row("model FLOPs per chip and step", f"{figures['model_flops_per_chip']:.3e}")
         shown.add_row("recomputed FLOPs", f"{figures['recomputed_flops_per_chip']:.3e}")
         for kind, size in figures["collective_bytes_per_chip"].items():
             shown.add_row(f"{kind}, sent by a chip", f"{size / GIB:.2f} GiB")

@@ -193,7 +193,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if "" in arguments.stop:
         raise InputError("--stop is empty; some text is needed")
     if arguments.tensor > jax.device_count():
-        raise InputError(f"--tensor {arguments.tensor}: {jax.device_count()} devices are at hand")
+        raise InputError(f"--tensor {arguments.tensor}: {jax.device_count()} devices are available")
     for option in ("template", "system"):
         if getattr(arguments, option) is not None and not arguments.chat:
             raise InputError(f"--{option} is for conversations: add --chat, or leave it out")

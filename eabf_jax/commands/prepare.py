@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-complete",
         action="store_true",
-        help="go on with the whole entries of a file that is cut off or malformed, and read past trailing commas",
+        help="use the complete entries of a file that is cut off or malformed, and accept trailing commas",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset at --dst")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts to this file")

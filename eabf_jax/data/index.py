@@ -100,7 +100,7 @@ class Index:
                     self._note(len(self._forms), entry)
         except BrokenFile as fault:
             if not keep_complete:
-                fault.args = (f"{fault} (--keep-complete goes on with those)",)
+                fault.args = (f"{fault} (--keep-complete uses those)",)
                 raise
             self.broken.append(fault)
         self.entries += read

@@ -223,7 +223,7 @@ def scan(
     elif opening == "[" and _is_list_of_entries(source, 0, holds_entries, None):
         yield from _array(source)
         if source.peek():
-            raise BrokenFile(f"{name} goes on after its array ends", source.offset, source.entries, source.offset)
+            raise BrokenFile(f"{name} has more after its array", source.offset, source.entries, source.offset)
     else:
         while source.peek() or not source.is_whole():
             yield _entry(source)
@@ -308,4 +308,4 @@ def _leave_object(source: _Text, holds_entries: HoldsEntries) -> None:
         raise source.broken(f"a comma or }} was expected, {source.peek()!r} found" if source.peek() else "")
     source.advance(1)
     if source.peek():
-        raise BrokenFile(f"{source.name} goes on after its object ends", source.offset, source.entries, source.offset)
+        raise BrokenFile(f"{source.name} has more after its object", source.offset, source.entries, source.offset)

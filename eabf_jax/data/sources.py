@@ -212,7 +212,7 @@ def _kind(path: Path, name: str, begins: bytes, form: str) -> Callable[[_File], 
     start = len(begins) - len(begins.lstrip())
     mark = begins[start : start + 4].decode("utf-8", "replace")[:1]
     raise InputError(
-        f"{path} is no JSON ({mark!r} found at byte {start}), and of no other kind that is read "
+        f"{path} is not JSON ({mark!r} found at byte {start}), and not of another kind that can be read "
         f"({', '.join(KINDS)}); --format {TEXT} reads it as one document"
     )
 

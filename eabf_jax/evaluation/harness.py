@@ -100,7 +100,7 @@ class EabfLM(TemplateLM):
         self.max_gen_toks = _positive("max_gen_toks", max_gen_toks)
         self._seed = int(seed)
         if jax.device_count() % _positive("tensor", tensor):
-            raise InputError(f"tensor is {tensor}, which does not divide the {jax.device_count()} devices at hand")
+            raise InputError(f"tensor is {tensor}, which does not divide the {jax.device_count()} devices available")
         self._mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=int(tensor)))
         placement.check(self._mesh, config)
         self._model: Llama | None = self._load()

@@ -27,7 +27,7 @@ def only_text(source: str) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise InputError(f"{source} is no UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise InputError(f"{source} is not valid UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -143,7 +143,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"a text is no UTF-8: {error.reason} at character {error.start}") from error
+            raise InputError(f"a text is not valid UTF-8: {error.reason} at character {error.start}") from error
         return (self._parsing if special else self._literal).encode(text, add_special_tokens=False)
 
     def decode(self, ids: Iterable[int], *, special: bool = True) -> str:
@@ -369,7 +369,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise InputError(f"{path} is not valid UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def _short(value: Any) -> str:

@@ -74,11 +74,11 @@ def axis_sizes(config: MeshConfig, count: int) -> dict[str, int]:
     if -1 in sizes:
         rest = math.prod(size for size in sizes if size != -1)
         if count % rest:
-            raise InputError(f"mesh axes of {rest} devices do not divide the {count} devices at hand")
+            raise InputError(f"mesh axes of {rest} devices do not divide the {count} devices available")
         sizes[sizes.index(-1)] = count // rest
     if math.prod(sizes) != count:
         raise InputError(
-            f"mesh {_listed(sizes, ' x ')} takes {math.prod(sizes)} devices; {count} are at hand (set one axis to "
+            f"mesh {_listed(sizes, ' x ')} takes {math.prod(sizes)} devices; {count} are available (set one axis to "
             "-1 to take all that are left)"
         )
     return dict(zip(AXES, sizes, strict=True))

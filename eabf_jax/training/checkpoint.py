@@ -113,7 +113,7 @@ class Checkpoints:
         except Exception as failure:
             raise InputError(
                 f"checkpoint {step} in {self._manager.directory} cannot be read ({_first_line(failure)}): "
-                "remove it to go on from the one before"
+                "remove it to resume from the one before"
             ) from failure
         return Saved(restored["params"], restored["optimizer"]), restored["data"]
 

@@ -145,7 +145,7 @@ class TrainConfig:
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     mesh: MeshConfig | Literal["auto"] = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    overwrite: bool = False  # start afresh: replace a run that is in the output directory, and leave other files there
+    overwrite: bool = False  # start over: replace a run that is in the output directory, and leave other files there
     # true in every process of a pod or cluster; where it is no TPU pod, SLURM, Open MPI or Kubernetes, each process is
     # told by JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID
     distributed: bool = False
@@ -204,7 +204,7 @@ def config_differences(written: Path, config: TrainConfig) -> list[str]:
         before = _flat(yaml.safe_load(written.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
         raise InputError(
-            f"{written} is not a run's configuration; pass --overwrite true to start afresh, or name another directory"
+            f"{written} is not a run's configuration; pass --overwrite true to start over, or name another directory"
         ) from error
     now = _flat(yaml.safe_load(dump_config(config)))
     return [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not _is_free(key)]

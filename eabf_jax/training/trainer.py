@@ -195,8 +195,8 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
                 elif due or (stopping and planned.can_checkpoint):
                     checkpoints.save(step, step_of.saved(state), batches.get_state())
                 if stopping and step < steps:
-                    where = "from there" if planned.can_checkpoint else "anew: host memory has no room for a checkpoint"
-                    raise Preempted(f"stopped by a signal after step {step} of {steps}; start again to go on {where}")
+                    resume = "resume" if planned.can_checkpoint else "start over: no checkpoint fits in host memory"
+                    raise Preempted(f"stopped by a signal after step {step} of {steps}; run it again to {resume}")
     return run
 
 
@@ -237,7 +237,7 @@ def shape_config(config: TrainConfig) -> LlamaConfig:
     """Returns the configuration that `model.shape` describes; see `base_config`."""
     if config.model.shape is None:
         raise InputError(
-            "the configuration names no model: set model.path (a directory) or model.shape (to start anew)"
+            "the configuration names no model: set model.path (a directory) or model.shape (to train from scratch)"
         )
     return _with_window(config, LlamaConfig.from_fields(config.model.shape))
 
@@ -392,14 +392,14 @@ def _adapter(run: Path, config: TrainConfig) -> Adapter | None:
     if config.lora is None:
         return None
     if config.model.path is None:
-        raise InputError("lora trains adapters of a model: set model.path (a directory), or lora null to start anew")
+        raise InputError("lora trains adapters of a model: set model.path, or lora null to train from scratch")
     base = Path(config.model.path).resolve()
     found = Adapter(config.lora, str(base), digest(open_leaves(base)))
     before = read_adapter(run) if (run / MODEL_FILE).is_file() and not config.overwrite else None
     if before is not None and before.base_digest != found.base_digest:
         raise InputError(
             f"the model in {base} is not the one that the run in {run} began with (digest {found.base_digest}, "
-            f"expected {before.base_digest}); pass --overwrite true to start afresh"
+            f"expected {before.base_digest}); pass --overwrite true to start over"
         )
     return found
 
@@ -473,7 +473,7 @@ def _check_output(run: Path, config: TrainConfig) -> None:
         if differing:
             raise InputError(
                 f"output {run} holds a run with other values of {', '.join(differing)}; pass --overwrite true to start "
-                "afresh, or name another directory"
+                "over, or name another directory"
             )
     elif any(entry.name != LOCK_FILE for entry in run.iterdir()):
         raise InputError(

@@ -116,14 +116,14 @@ def test_bytes_that_are_no_text(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a \xff b\n"), "utf-8", errors))
     assert generate(*arguments) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "no UTF-8" in error
+    assert error.count("\n") == 1 and "not valid UTF-8" in error
 
 
 def test_a_file_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "prompt.txt"
     path.write_bytes(b"a \xff b\n")
     assert generate("--file", str(path)) == 2
-    assert capsys.readouterr().err == f"error: --file {path} is no UTF-8 text: invalid start byte at byte 2\n"
+    assert capsys.readouterr().err == f"error: --file {path} is not valid UTF-8: invalid start byte at byte 2\n"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_file_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("a", "--cache", "int4"), "unknown --cache 'int4'"),
         (("a", "--stop", ""), "--stop is empty"),
         (("a", "--seed", "-1"), "seeds: -1 is out of range"),
-        (("a", "--tensor", "64"), "--tensor 64: 8 devices are at hand"),
+        (("a", "--tensor", "64"), "--tensor 64: 8 devices are available"),
         (("a", "--template", "vicuna"), "--template is for conversations: add --chat"),
         (("a", "b", "--chat"), "--chat keeps one conversation"),
         (("a", "--truncate", "right"), "invalid choice: 'right'"),

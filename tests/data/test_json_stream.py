@@ -60,7 +60,7 @@ def test_lines_cut_inside_an_entry_are_noticed():
         (b'[{"a": 1},]', "object was expected, ']' found", 10, 1),
         (b"[1, 2]", "object was expected, '1' found", 1, 0),
         (b"hello", "object was expected, 'h' found", 0, 0),
-        (b'[{"a": 1}] x', "goes on after its array ends", 11, 1),
+        (b'[{"a": 1}] x', "has more after its array", 11, 1),
         (b'[{"a": 1}, {"b" 2}, {"c": "a long text after it"}]', "Expecting ':'", 16, 1),
         ('[{"é": 1}, {"ü": "a\nb"}, {"c": "a long text after"}]'.encode(), "Invalid control character", 21, 1),
         (b'[{"a": 1}, {"b": "\xff\xfe"}]', "not UTF-8", 18, 1),
@@ -120,7 +120,7 @@ def test_lists_of_entries_are_told_from_entries(text, expected, chunk):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"data": [{"a": 1}], "more": 2} {}', "goes on after its object ends"),
+        ('{"data": [{"a": 1}], "more": 2} {}', "has more after its object"),
         ('{"data": [{"a": 1}], "data": [{"b": 1}]}', "second list of entries, under 'data'"),
         ('{"data": [{"a": 1}], 5', "a key and a colon"),
         ('{"data": [{"a": 1}] "more"', "a comma or } was expected, '\"' found"),

@@ -82,7 +82,7 @@ def test_plain_text_is_one_document(tmp_path):
     assert index.read(index.conversations[0]) == ("", "[INST] Größe\r\n")
     other = tmp_path / "book.md"
     other.write_text("# [Title]\n")
-    with pytest.raises(InputError, match=r"book.md is no JSON \('#' found at byte 0\).*--format text reads it"):
+    with pytest.raises(InputError, match=r"book.md is not JSON \('#' found at byte 0\).*--format text reads it"):
         Index([other])
     assert Index([other], form="text").forms == {"text": 1}
     # JSON by any name is read as such, also where texts are asked for.

@@ -396,7 +396,7 @@ def test_an_exported_tokenizer_needs_no_code_and_no_answer(
     [
         (None, b"", "neither tokenizer.json nor tokenizer.model"),
         ("tokenizer.json", b"{", "not a tokenizer.json"),
-        ("tokenizer.json", b"\xff", "no UTF-8 text"),
+        ("tokenizer.json", b"\xff", "not valid UTF-8"),
         ("tokenizer.model", b"junk", "not a SentencePiece model"),
         ("tokenizer.model", b"", "not a whole SentencePiece model"),
         ("tokenizer_config.json", b"[]", "expected an object"),

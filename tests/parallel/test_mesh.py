@@ -51,5 +51,5 @@ def test_an_open_axis_needs_a_whole_number_of_devices(sizes: tuple[int, int, int
 
 @pytest.mark.parametrize(("sizes", "product"), [((2, 2, 1), 4), ((2, 4, 2), 16)])
 def test_the_axes_multiply_to_the_number_of_devices(sizes: tuple[int, int, int], product: int) -> None:
-    with pytest.raises(InputError, match=f"takes {product} devices; 8 are at hand"):
+    with pytest.raises(InputError, match=f"takes {product} devices; 8 are available"):
         make_mesh(MeshConfig(*sizes))

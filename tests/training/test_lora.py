@@ -273,8 +273,10 @@ def test_tied_embeddings_are_trained_as_input_and_output(tune, batches, yarn, pa
         np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
         np.testing.assert_allclose(found["gradient_norm"], norm, rtol=1e-5)
         # The first moment after one step is (1 - beta1) of the clipped gradient.
-        clipped = gradients["embed_tokens"]["embedding"] * min(1.0, 1.0 / norm)
-        np.testing.assert_allclose(saved.optimizer["mu"]["embed_tokens"]["embedding"], 0.1 * clipped, atol=1e-7)
+        moment = 0.1 * gradients["embed_tokens"]["embedding"] * min(1.0, 1.0 / norm)
+        # Both are float32 sums over the tokens, in different order: rounding follows the largest terms.
+        largest = float(np.abs(moment).max())
+        np.testing.assert_allclose(saved.optimizer["mu"]["embed_tokens"]["embedding"], moment, atol=5e-5 * largest)
 
 
 # Whole runs.

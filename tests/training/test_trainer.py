@@ -237,7 +237,7 @@ def test_a_pretraining_run_from_nothing_packs_and_keeps_the_tokenizer(run_config
         ),
         ({"recipe": {"batch_size": 48}}, "has 40 records, fewer than one batch of 48"),
         ({"recipe": {"seed": 2**32}}, "seed 4294967296 is out of range"),
-        ({"mesh": {"fsdp": 3}}, "takes 3 devices; 8 are at hand"),
+        ({"mesh": {"fsdp": 3}}, "takes 3 devices; 8 are available"),
         ({"mesh": {"tensor": 8}}, "mesh tensor=8 does not divide the model's 2 key-value heads"),
         ({"window": 32}, "window 32 is not larger than the model's own window 32: nothing to extend; model.window"),
         ({"model": {"window": 64}}, "model.window 64 is larger than the model's own window 32"),
@@ -383,7 +383,7 @@ def test_a_damaged_checkpoint_is_named(finished, run_config, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4" / "params" / "d")
     copied = dataclasses.replace(config, output=str(tmp_path / "run"))
     (tmp_path / "run" / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(run), copied.output))
-    refuse(copied, "checkpoint 4 in .* cannot be read .*: remove it to go on from the one before")
+    refuse(copied, "checkpoint 4 in .* cannot be read .*: remove it to resume from the one before")
 
 
 class Interrupted:
@@ -470,7 +470,7 @@ def test_killed_and_started_again_a_run_ends_bit_for_bit_the_same(
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     last = err.splitlines()[-1]
-    stopped = re.fullmatch(r"error: stopped by a signal after step (\d+) of 20; start again to go on from there", last)
+    stopped = re.fullmatch(r"error: stopped by a signal after step (\d+) of 20; run it again to resume", last)
     assert stopped, err
     assert max(int(path.name) for path in checkpoints.iterdir()) == int(stopped[1]) < cut.STEPS
 

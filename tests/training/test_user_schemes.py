@@ -71,7 +71,7 @@ def test_every_command_knows_an_imported_scheme(
         sys, "argv", ["to_hf.py", *known, "--src", str(tmp_path / "run"), "--dst", str(tmp_path / "hf")]
     )
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(Path(__file__).parents[2] / "convert/to_hf.py"))
+        runpy.run_path(str(Path(__file__).parents[2] / "convert/to_hf.py"), run_name="__main__")
     assert ended.value.code == 0
     written = json.loads((tmp_path / "hf/config.json").read_text())
     assert written["eabf_scheme"] == ROPE and written["eabf_rotary"]["logit_scale"]["kind"] == "by_position"

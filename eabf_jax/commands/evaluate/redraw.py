@@ -14,7 +14,7 @@ from eabf_jax.interop.directory import read_json_object
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("report", metavar="FILE", help="what --json of perplexity, passkey or line-retrieval wrote")
-    parser.add_argument("--json", help="write it here, sums and intervals computed anew")
+    parser.add_argument("--json", help="write it here, with sums and intervals computed again")
     parser.add_argument("--figure", help="draw the picture here (.png, .svg or .pdf)")
 
 

@@ -166,7 +166,7 @@ def rules(config):
     if not data or data.get("scheme") != scheme:
         raise ValueError(
             f"config.json: eabf_rotary has the data of the scheme {data.get('scheme')}, but eabf_scheme is {scheme}; "
-            "export the model anew rather than edit either"
+            "export the model again rather than edit either"
         )
     unknown = [part for part in data if part not in ("scheme", "frequencies", "logit_scale")]
     if unknown:
