@@ -24,6 +24,8 @@ from typing import Any
 from provenance import record
 from train_step import model_flops_utilisation, rotary_base
 
+from eabf_jax.cli import ArgumentParser, run
+from eabf_jax.errors import InputError
 from eabf_jax.interop.directory import write_json
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.training.recipe import load_config
@@ -52,7 +54,7 @@ def measure(shape: Mapping[str, Any], base: float, mode: str, options: argparse.
     """
     import torch
     from torchtitan.config import JobConfig
-    from torchtitan.models.llama3 import Transformer, TransformerModelArgs, get_train_spec
+    from torchtitan.models.llama3 import TransformerModelArgs, get_train_spec
     from torchtitan.protocols.train_spec import register_train_spec
     from torchtitan.train import Trainer
 
@@ -84,7 +86,7 @@ def measure(shape: Mapping[str, Any], base: float, mode: str, options: argparse.
         rope_theta=base,
     )
     spec = get_train_spec()
-    spec.model_cls, spec.model_args = Transformer, {"shape": flavor}
+    spec.model_args = {"shape": flavor}
     spec.build_dataloader_fn, spec.build_tokenizer_fn = (lambda **_: Rows()), None
     register_train_spec("benchmark", spec)
     config = JobConfig()
@@ -139,17 +141,20 @@ def run_mode(mode: str, shape: LlamaConfig, options: argparse.Namespace) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", required=True, help="the configuration whose shape and window are taken")
     parser.add_argument("--length", type=int, help="tokens of a row (default: the configuration's window)")
     parser.add_argument("--microbatches", type=int, default=4, help="rows of a step, one at a time (default: 4)")
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed, after one that is not (default: 3)")
-    parser.add_argument("--modes", nargs="+", default=list(MODES), metavar="MODE", help=", ".join(MODES))
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, metavar="MODE", help=", ".join(MODES))
     parser.add_argument("--only", choices=MODES, help=argparse.SUPPRESS)  # for its own subprocesses
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     options = parser.parse_args()
     config = load_config(["--config_path", options.config_path, "--model.path", "null"])
-    options.length = options.length or config.window
+    options.length = config.window if options.length is None else options.length
+    for name in ("length", "microbatches", "steps"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} {getattr(options, name)}: a positive number is needed")
     if options.only:
         base = rotary_base(config.scheme.to_dict())
         found = measure(config.model.shape or {}, base, options.only, options)
@@ -170,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -34,7 +34,7 @@ FORMULAS: Mapping[Callable[..., Any], str] = MappingProxyType(
     }
 )
 
-# Tables are computed anew to compare them, perhaps on another device, whose functions round in another way.
+# Tables are computed again for the comparison, perhaps on a device whose functions round differently.
 _SAME = 1e-5
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from eabf_jax.errors import InputError
 from eabf_jax.training.recipe import load_config
 
 CONFIG = Path(__file__).parents[2] / "configs/llama2_7b_eabf_16k.yaml"
@@ -59,3 +60,20 @@ def test_a_mode_that_does_not_fit_leaves_the_others(call):
     modes = call(process, "--modes", "none", "full")["modes"]
     assert modes["none"] == {"out_of_memory": True, "error": "torch.OutOfMemoryError: CUDA out of memory. Tried"}
     assert modes["full"] == {"out_of_memory": False, "error": "ValueError: no"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--modes", "ful"), "invalid choice: 'ful'"),
+        (("--steps", "0"), "--steps 0: a positive number"),
+        (("--length", "0"), "--length 0: a positive number"),
+        (("--microbatches", "-1"), "--microbatches -1: a positive number"),
+    ],
+)
+def test_bad_input_is_refused_before_any_process_starts(call, arguments, complaint):
+    def process(*_, **__):
+        pytest.fail("a process was started")
+
+    with pytest.raises(InputError, match=complaint):
+        call(process, *arguments)
