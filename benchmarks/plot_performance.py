@@ -46,19 +46,59 @@ def read_results(directory: Path) -> list[dict[str, Any]]:
       directory: directory of the results; files of other benchmarks are skipped.
 
     Returns:
-      The reports, oldest first.
+      The reports, oldest first, with torchtitan among the peers of each measurement on one device.
     Raises:
       InputError: there are none.
     """
-    reports = [report for report in all_results(directory) if report.get("benchmark") == "train_step"]
+    found = all_results(directory)
+    reports = [report for report in found if report.get("benchmark") == "train_step"]
     if not reports:
         raise InputError(f"{directory} holds no result of train_step.py; run that first")
-    return sorted(reports, key=lambda report: report["date"])
+    others = [report for report in found if report.get("benchmark") == "torchtitan_step"]
+    return [with_torchtitan(report, others) for report in sorted(reports, key=lambda report: report["date"])]
 
 
 def entries_of(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns a report's measurements, one per length, with its `file`."""
     return [{**entry, "file": report["file"]} for entry in report.get("lengths", [report])]
+
+
+def with_torchtitan(report: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Adds torchtitan's modes to the peers of a report's measurements, where one was compared with a peer.
+
+    Args:
+      report: of train_step.py.
+      others: the reports of torchtitan_step.py.
+
+    Returns:
+      The report. In each of its measurements, `peers` has the modes measured on the same device at the same length,
+      with their report as `report`; the strongest peer and the ratio take them into account.
+    """
+
+    def added(entry: Mapping[str, Any]) -> dict[str, Any]:
+        modes = {
+            f"torchtitan/{mode}/bfloat16": {**figures, "microbatches": other["microbatches"], "report": other}
+            for other in others
+            if (other["name"], other["length"]) == (report["name"], entry["length"])
+            if report.get("devices", 1) == 1 and report.get("device") in devices_of(other)
+            for mode, figures in other["modes"].items()
+        }
+        if not modes or not entry.get("peers"):
+            return dict(entry)
+        peers = {**entry["peers"], **modes}
+        best = max((name for name in peers if name.endswith("bfloat16")), key=lambda name: _rate(peers[name]))
+        ours, theirs = _rate(entry), _rate(peers[best])
+        strongest = {"strongest_peer": best, "ratio_to_strongest_peer": ours / theirs if ours and theirs else None}
+        return {**entry, "peers": peers, **(strongest if theirs else {})}
+
+    if "lengths" in report:
+        return {**report, "lengths": [added(entry) for entry in report["lengths"]]}
+    return added(report)
+
+
+def devices_of(other: Mapping[str, Any]) -> set[str]:
+    """Returns the devices that the modes of a torchtitan report ran on; those that failed do not name theirs."""
+    return {figures["device"] for figures in other["modes"].values() if "device" in figures}
 
 
 def grouped(reports: Sequence[Mapping[str, Any]]) -> dict[Group, list[Mapping[str, Any]]]:
@@ -188,7 +228,7 @@ def speed_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
             row += [settings_of(figures)]
             ratio = entry.get(PEERS[stack][1]) if stack in PEERS else None
             row += [f"{ratio:.2f} ×" if ratio else "–"]
-            rows.append([*row, source(report)])
+            rows.append([*row, source(figures.get("report", report))])
     header = ("length", "stack", "tokens/s (slowest–fastest step)", "MFU", "peak GiB", "planned GiB", "microbatches")
     return table([*header, "settings", "ours / peer", "source"], rows)
 
@@ -231,7 +271,7 @@ def settings_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
             spread(peer) if "tokens_per_second" in peer else "out of memory" if peer.get("out_of_memory") else "failed",
             number(peer.get("peak_gib"), ".1f"),
             str(peer["microbatches"]),
-            report["file"],
+            peer.get("report", report)["file"],
         ]
         for report in reports
         for entry in entries_of(report)
@@ -296,20 +336,6 @@ def fastest(reports: Sequence[Mapping[str, Any]]) -> dict[int, float]:
         if "tokens_per_second" in entry:
             found[entry["length"]] = max(entry["tokens_per_second"], found.get(entry["length"], 0.0))
     return found
-
-
-def torchtitan_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Returns the table of all measurements of torchtitan_step.py; skips other reports."""
-    rows = []
-    for report in (report for report in reports if report.get("benchmark") == "torchtitan_step"):
-        for mode, figures in report["modes"].items():
-            if "tokens_per_second" in figures:
-                cells = [f"{figures['tokens_per_second']:,.0f}", f"{figures['mfu']:.1%}", f"{figures['peak_gib']:.1f}"]
-            else:
-                cells = ["out of memory" if figures["out_of_memory"] else "failed", "–", "–"]
-            rows.append([report["name"], f"{report['length']:,}", mode, *cells, source(report)])
-    header = ("configuration", "length", "activation checkpointing", "tokens/s", "MFU", "peak GiB", "source")
-    return ["### torchtitan", "", *table(header, rows)] if rows else []
 
 
 def whole_run_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -485,6 +511,9 @@ def against(entry: Mapping[str, Any], stack: str) -> str:
 
 def short_setting(name: str) -> str:
     """Describes a training peer's setting by what differs from the defaults."""
+    if name.startswith("torchtitan/"):
+        mode = name.split("/")[1]
+        return "torchtitan, " + ("no checkpointing" if mode == "none" else f"{mode} checkpointing")
     attention, layers, kernels, checkpointing, _ = name.split("/")
     told = [
         "compiled layers" if layers == "compiled" else "eager layers",
@@ -555,7 +584,7 @@ def write_part(path: Path, part: str, text: str) -> None:
 def parts(results: Path) -> dict[str, str]:
     """Builds everything that is written from a directory of results, by part."""
     groups, reports = grouped(read_results(results)), all_results(results)
-    tables = (torchtitan_table, whole_run_table, numerics_table, generation_table)
+    tables = (whole_run_table, numerics_table, generation_table)
     more = "\n".join(line for one in tables for line in [*one(reports), ""]).strip().splitlines()
     return {
         "performance": page(groups, more),

@@ -137,3 +137,10 @@ def test_what_is_said_of_speed_is_that_of_the_committed_runs() -> None:
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"the plan predicts {planned:.0f} GiB of host memory, and the process took {took:.0f} GiB" in readme
     assert long["ratio_to_strongest_peer"] < 1 and "At 65,536 tokens on one H100 the peer is faster." in readme
+    whole = json.loads((ROOT / "benchmarks/results/llama2_7b_16k_whole_run_h200.json").read_text())
+    assert f"takes {whole['total_seconds'] / 60:.1f} minutes on one H200" in readme
+    assert f"takes {whole['total_seconds']:.0f} s on one H200, of which {whole['steps_seconds']:.0f} s" in page
+    first, *others = whole["step_seconds"]
+    assert f"first step takes {first - sum(others) / len(others):.0f} s longer" in page
+    assert f"Saving takes {whole['after_last_step_seconds']:.0f} s" in page
+    assert f"export, a program of its own, {whole['export_seconds']:.0f} s" in page

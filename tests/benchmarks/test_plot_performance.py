@@ -199,12 +199,6 @@ def test_generation_is_held_against_the_strongest_peer(program):
 def test_other_benchmarks_have_tables_of_their_own(program):
     seen = {"file": "one.json", "date": "2024-01-02T10:00", "commit": "abc", "sources": {}}
     link = "[one.json](../benchmarks/results/one.json) 2024-01-02 abc"
-    ran = {"tokens_per_second": 8500.4, "mfu": 0.4512, "peak_gib": 61.26}
-    modes = {"full": ran, "none": {"out_of_memory": True, "error": "CUDA out of memory."}}
-    report = {**seen, "benchmark": "torchtitan_step", "name": "llama2_7b", "length": 16_384, "modes": modes}
-    lines = program.torchtitan_table([report, RUN])
-    assert f"| llama2_7b | 16,384 | full | 8,500 | 45.1% | 61.3 | {link} |" in lines
-    assert f"| llama2_7b | 16,384 | none | out of memory | – | – | {link} |" in lines
     run = {**seen, "benchmark": "whole_run", "name": "llama2_7b", "card": "NVIDIA H100, 700 W", "host_gib": 90.44}
     run |= {"total_seconds": 500.4, "before_first_step_seconds": 80.2, "compile_seconds": 11.0, "steps_seconds": 300.0}
     run |= {"after_last_step_seconds": 60.0, "export_seconds": 60.2, "planned_host_gib": 74.12}
@@ -222,8 +216,32 @@ def test_other_benchmarks_have_tables_of_their_own(program):
     lines = program.numerics_table([numerics, RUN])
     assert f"| decode, cudnn | NVIDIA H100 | 2 | 150% | 1 | {link} |" in lines
     assert f"| prefill, cudnn | NVIDIA H100 | 1 | 10% | 0 | {link} |" in lines
-    for table in (program.torchtitan_table, program.whole_run_table, program.numerics_table):
+    for table in (program.whole_run_table, program.numerics_table):
         assert table([RUN]) == []
+
+
+def test_torchtitan_is_a_peer_like_the_others(program, results):
+    fast = {"tokens_per_second": 9000.0, "mfu": 0.478, "peak_gib": 61.3, "seconds": [4.0], "device": "NVIDIA H200"}
+    modes = {"none": {**fast, "out_of_memory": False}, "full": {"out_of_memory": True, "error": "CUDA out of memory."}}
+    report = {"benchmark": "torchtitan_step", "name": RUN["name"], "length": 16_384, "microbatches": 4, "modes": modes}
+    report |= {"date": "2024-01-09", "commit": "789abcd", "sources": {}}
+    (results / "titan.json").write_text(json.dumps(report))
+    groups = program.grouped(program.read_results(results))
+    text = program.page(groups)
+    link = "[titan.json](../benchmarks/results/titan.json) 2024-01-09 789abcd"
+    # By hand: 11,300.4 / 9,000.
+    row = "9,000 (9,000–9,000, 1 step) | 47.8% | 61.3 | – | 4 | torchtitan/none/bfloat16 | 1.26 ×"
+    assert f"| 16,384 | strongest peer | {row} | {link} |" in text
+    assert "| 16,384 | torchtitan/full/bfloat16 | out of memory | – | 4 | titan.json |" in text
+    [told] = [row for row in program.readme_training(groups) if "| 1 × NVIDIA H200 | 16,384 |" in row]
+    assert "9,000 with torchtitan, no checkpointing: ours is 1.26 ×" in told
+    # Another length, and two devices, are not compared with it.
+    two = {group: reports for group, reports in groups.items() if group[2] == 2}
+    assert "65,536 | torchtitan" not in text and "titan" not in program.page(two)
+    modes = {"none": {**fast, "tokens_per_second": 8000.0}}
+    (results / "titan.json").write_text(json.dumps({**report, "modes": modes}))
+    slower = program.readme_training(program.grouped(program.read_results(results)))
+    assert any("8,149 with compiled layers, Liger kernels: ours is 1.39 ×" in row for row in slower)
 
 
 @pytest.mark.filterwarnings("error")  # matplotlib warns of a layout that it gave up
