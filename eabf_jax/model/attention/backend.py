@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 Attention = Callable[[Array, Array, Array, Array | None], Array]
 Forward = Callable[[Array, Array, Array, Array | None, bool], tuple[Array, Array]]
@@ -58,23 +58,17 @@ class Backend:
     permuted: Callable[[np.ndarray, int, NamedSharding], tuple[Any, Any, Callable[..., Array]]] | None = None
     token: Callable[[Array, Array, Array, Array], Array] | None = None
 
-    def __call__(
-        self,
-        q: Float[Array, "B T N H"],
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
-        segment_ids: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T N H"]:
+    def __call__(self, q: Array, k: Array, v: Array, segment_ids: Array | None = None) -> Array:
         """Attends causally; differentiable.
 
         Args:
-          q: queries, already rotated and scaled (1/sqrt(head_dim) and the scheme's logit multiplier included).
-          k: keys, already rotated.
-          v: values.
-          segment_ids: tokens attend only within their own segment; None means one segment per row.
+          q: queries [B, T, N, H], rotated and scaled (1/sqrt(head_dim) and the scheme's logit multiplier included).
+          k: keys [B, T, K, H], rotated.
+          v: values [B, T, K, H].
+          segment_ids: int32 [B, T]; tokens attend only within their own segment. None means one segment per row.
 
         Returns:
-          The attended values, in the dtype of `v`; softmax is taken in float32.
+          The attended values [B, T, N, H], in the dtype of `v`; softmax is taken in float32.
         """
         return self.attend(q, k, v, segment_ids)
 
