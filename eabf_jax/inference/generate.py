@@ -9,6 +9,7 @@ first layer, every hidden state, so the whole cache becomes stale. The whole row
 the scheme is defined, unless `rope_length` fixes the length.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,11 +27,11 @@ from eabf_jax.inference.sampling import Numbers, Sampling, Steps, choose, split
 from eabf_jax.inference.text import running_text
 from eabf_jax.interop.tokenizer import Tokenizer
 from eabf_jax.model import decoder
-from eabf_jax.model.attention import select
+from eabf_jax.model.attention import Backend, select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.decoder import LayerWeights, Weights
 from eabf_jax.model.kv_cache import LayerCache, empty_cache, grown
-from eabf_jax.model.llama import Llama, Row
+from eabf_jax.model.llama import Llama, Row, rotary_tables
 from eabf_jax.parallel.rules import batch_ways
 
 # Tokens per row that the decode loop generates before the host reads them.
@@ -61,7 +62,7 @@ class _Setup:
 
     config: LlamaConfig
     dtype: Any
-    backend: str
+    backend: Backend
     chunk: int
     mesh: Mesh | None
     rope_length: int | None
@@ -126,6 +127,7 @@ class Generator:
         self._setup = _Setup(model.config, model.dtype, backend, prefill_chunk, mesh, rope_length)
         weights = decoder.weights_of(model)
         self._weights = weights if mesh is None else placement.place_weights(mesh, weights)
+        self._attention = attention
         self._cache_kind = cache
         self.config = model.config
         self.tokenizer = tokenizer
@@ -173,7 +175,8 @@ class Generator:
           The completions so far, one per prompt in the same order; in the last list, every `finish` is set.
         Raises:
           InputError: no prompts, an empty prompt, text in place of ids, ids outside the vocabulary, stop strings
-            without a tokenizer, or a number out of range.
+            without a tokenizer, a number out of range, or a prompt longer than `prefill_chunk` for a backend that
+            returns no log-sum-exps.
         """
         rows = self._checked(prompts)
         _check_count("max_new_tokens", max_new_tokens)
@@ -369,6 +372,7 @@ class Generator:
         """Returns the last layer's hidden state at each prompt's last token, the caches, and the prompts' lengths."""
         longest = max(map(len, prompts))
         chunks = _chunks(longest, self._setup.chunk)
+        setups = [self._reading(chunk.start) for chunk in chunks]
         width = chunks[-1].stop
         tokens = np.zeros((len(prompts), width), np.int32)
         for number, prompt in enumerate(prompts):
@@ -376,15 +380,19 @@ class Generator:
         lengths = self._row_array(np.array([len(prompt) for prompt in prompts], np.int32))
         caches = self._empty_caches(len(prompts), max(_slots(longest + TOKENS_AT_ONCE, total), width))
         hidden = self._row_array(jnp.zeros((len(prompts), self.config.hidden_size), self._setup.dtype))
-        for chunk in chunks:
+        for chunk, setup in zip(chunks, setups, strict=True):
             start = jnp.int32(chunk.start)
             x, row = _begin(self._setup, self._weights.embedding, self._row_array(tokens[:, chunk]), start, lengths)
             for index, weights in enumerate(self._weights.layers):
-                x, caches[index] = _read_layer(
-                    self._setup, chunk.start, weights, jnp.int32(index), x, row, caches[index]
-                )
+                x, caches[index] = _read_layer(setup, chunk.start, weights, jnp.int32(index), x, row, caches[index])
             hidden = _collect(x, hidden, lengths, start)
         return hidden, tuple(caches), lengths
+
+    def _reading(self, start: int) -> _Setup:
+        """Returns the settings to read a chunk: past the first, the backend has to join it with the cache."""
+        needs = ("forward",) if start else ()
+        backend = select(self._attention, self._setup.dtype, self.config.head_dim, needs=needs)
+        return dataclasses.replace(self._setup, backend=backend)
 
     def _ends(self) -> Weights:
         return self._weights._replace(layers=())
@@ -466,9 +474,13 @@ def _begin(
 ) -> tuple[Float[Array, "B T D"], Row]:
     """Returns the hidden states before the first layer, and the per-token inputs that all layers share."""
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    length = lengths if setup.rope_length is None else setup.rope_length
-    row = decoder.rows(setup.config.rope, setup.config.head_dim, positions, length)
+    length = lengths[:, None] if setup.rope_length is None else setup.rope_length
+    row = _row(setup, positions, length)
     return jnp.take(embedding, tokens, axis=0), row
+
+
+def _row(setup: _Setup, positions: Int[Array, "B T"], length: int | Array | None) -> Row:
+    return Row(positions, *rotary_tables(setup.config.rope, setup.config.head_dim, positions, length), None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 6))
@@ -529,7 +541,7 @@ def _decode(
 
     def step(carry: tuple[Array, Array, _State]) -> tuple[Array, Array, _State]:
         index, made, state = carry
-        row = decoder.rows(setup.config.rope, setup.config.head_dim, state.position[:, None], setup.rope_length)
+        row = _row(setup, state.position[:, None], setup.rope_length)
         # Finished rows keep overwriting one slot; their output is ignored.
         x = jnp.take(weights.embedding, jnp.maximum(state.token, 0), axis=0)[:, None]
         caches = list(state.caches)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from eabf_jax.errors import InputError
+from eabf_jax.model.attention import Backend
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.decoder import LayerWeights, Weights
 from eabf_jax.model.kv_cache import LayerCache, attend_chunk, attend_token
@@ -86,7 +87,7 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def chunk_attention(
-    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, *, start: int, backend: str
+    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, *, start: int, backend: Backend
 ) -> tuple[Array, LayerCache]:
     """Runs `attend_chunk` on each device's own rows and heads."""
     attend: Any = functools.partial(attend_chunk, start=start, backend=backend)
@@ -96,7 +97,7 @@ def chunk_attention(
 
 
 def token_attention(
-    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, positions: Array, *, backend: str
+    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, positions: Array, *, backend: Backend
 ) -> tuple[Array, LayerCache]:
     """Runs `attend_token` on each device's own rows and heads."""
     attend: Any = functools.partial(attend_token, backend=backend)

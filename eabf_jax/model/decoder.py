@@ -20,7 +20,6 @@ from eabf_jax.model.attention import precision_of
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.kv_cache import LayerCache
 from eabf_jax.model.llama import Llama, Row, rms_norm, rotate
-from eabf_jax.rope import Scheme
 
 # (q, k, v, cache) -> attended values and the cache with k and v added; arrays are [B, T, heads, H].
 CachedAttention = Callable[[Array, Array, Array, LayerCache], tuple[Array, LayerCache]]
@@ -103,30 +102,6 @@ def _layer_weights(stacked: dict, index: int, config: LlamaConfig, dtype: jnp.dt
     )
 
 
-def rows(rope: Scheme, head_dim: int, positions: Int[Array, "B T"], length: int | Int[Array, "B"] | None) -> Row:
-    """Computes the per-token inputs that all layers share: positions, cosines and sines.
-
-    Args:
-      rope: the rotary scheme.
-      head_dim: size of one head.
-      positions: int32 [batch, length], 0-based.
-      length: the current length in tokens, used by dynamic schemes only: an integer for all rows, known before
-        tracing, or an array with one length per row. None means within the pretrained window.
-    """
-    if rope.depends_on_length and isinstance(length, jax.Array):
-
-        def rotation(row: Array) -> tuple[Array, Array]:
-            return rope.inverse_frequencies(head_dim, row), jnp.asarray(rope.rotation_scale(row), jnp.float32)
-
-        frequencies, scale = jax.vmap(rotation)(length)
-        frequencies, scale = frequencies[:, None], scale[:, None, None]
-    else:
-        static = None if isinstance(length, jax.Array) else length
-        frequencies, scale = rope.inverse_frequencies(head_dim, static), jnp.float32(rope.rotation_scale(static))
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return Row(positions, jnp.cos(angles) * scale, jnp.sin(angles) * scale, None)
-
-
 def layer(
     config: LlamaConfig,
     weights: LayerWeights,
@@ -143,7 +118,7 @@ def layer(
       weights: this layer's weights.
       index: 0-based layer index.
       x: hidden states before the layer, in the compute dtype.
-      row: from `rows`.
+      row: positions and rotary tables.
       cache: this layer's cache.
       attention: attends to the new tokens and to the cache.
 

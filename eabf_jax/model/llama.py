@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from eabf_jax.errors import InputError
-from eabf_jax.model.attention import BACKENDS, Attention, precision_of, select
+from eabf_jax.model.attention import Attention, precision_of, select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora
 from eabf_jax.rope import Scheme
@@ -55,39 +55,39 @@ def positions_from_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]
 
 
 def rotary_tables(
-    rope: Scheme, head_dim: int, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
+    rope: Scheme, head_dim: int, positions: Int[Array, "B T"], length: int | Int[Array, "B T"] | None
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Computes cosines and sines of every token's angles, times the scheme's rotation scale.
-
-    For schemes that depend on the current length, each token's length is that of its own segment. Other rows of the
-    batch and other segments of the row therefore never change a token's frequencies.
 
     Args:
       rope: the rotary scheme.
       head_dim: size of one head.
       positions: int32 [batch, length], 0-based.
-      segment_ids: int32 [batch, length] or None.
+      length: the current length in tokens, used by dynamic schemes only: an integer known before tracing, or an array
+        [batch, length] or [batch, 1]. None means within the pretrained window.
 
     Returns:
       float32 cosines and sines, each [batch, length, head_dim // 2].
     """
-    if rope.depends_on_length:
-        lengths = _segment_lengths(positions, segment_ids)
+    if rope.depends_on_length and isinstance(length, jax.Array):
 
         def rotation(length: Array) -> tuple[Array, Array]:
             scale = jnp.asarray(rope.rotation_scale(length), jnp.float32)
             return rope.inverse_frequencies(head_dim, length), scale[None]
 
-        inverse_frequencies, scale = jax.vmap(jax.vmap(rotation))(lengths)
+        frequencies, scale = jax.vmap(jax.vmap(rotation))(length)
     else:
-        inverse_frequencies = jnp.asarray(rope.inverse_frequencies(head_dim))
-        scale = jnp.float32(rope.rotation_scale())
-    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies
+        known = None if isinstance(length, jax.Array) else length
+        frequencies, scale = rope.inverse_frequencies(head_dim, known), jnp.float32(rope.rotation_scale(known))
+    angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
-def _segment_lengths(positions: Array, segment_ids: Array | None) -> Array:
-    """Returns, for each token, the largest position in its segment plus 1: int32 [batch, length]."""
+def segment_lengths(positions: Array, segment_ids: Array | None) -> Array:
+    """Returns, for each token, the largest position in its segment plus 1: int32 [batch, length].
+
+    Other rows of the batch and other segments of the row therefore never change a token's frequencies.
+    """
     if segment_ids is None:
         return jnp.broadcast_to(positions.max(1, keepdims=True) + 1, positions.shape)
     starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
@@ -345,7 +345,7 @@ class Llama(nnx.Module):
           rngs: source of randomness; the stream `params` is used.
           dtype: compute dtype of the matrix products; norms, angles, softmax and logits are float32.
           param_dtype: dtype of the parameters.
-          attention: a backend's name, "auto", or a function with the signature of `attention.reference`.
+          attention: a backend's name, "auto", or a function with the signature of `attention.Backend`.
           constrain: called with each large activation and its logical axes, to set its layout on a mesh.
           product: multiplies activations by the layers' kernels and adapters.
           lora: adds adapters to the projections that it names.
@@ -357,9 +357,7 @@ class Llama(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.constrain = constrain
         self.lora = lora
-        self.attention = (
-            BACKENDS[select(attention, self.dtype, config.head_dim)] if isinstance(attention, str) else attention
-        )
+        self.attention = select(attention, self.dtype, config.head_dim) if isinstance(attention, str) else attention
         self.embed_tokens = Embedding(config, rngs=rngs, param_dtype=param_dtype)
         self.layers = Block(
             (config.num_hidden_layers,), config, lora, rngs=rngs, param_dtype=param_dtype, product=product
@@ -482,8 +480,9 @@ class Llama(nnx.Module):
                 if segment_ids is None
                 else positions_from_segments(segment_ids)
             )
-        cos, sin = rotary_tables(self.config.rope, self.config.head_dim, positions, segment_ids)
-        return Row(positions, cos, sin, segment_ids)
+        rope = self.config.rope
+        length = segment_lengths(positions, segment_ids) if rope.depends_on_length else None
+        return Row(positions, *rotary_tables(rope, self.config.head_dim, positions, length), segment_ids)
 
     def embed(self, embedding: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Returns the hidden states before the first layer, in the compute dtype."""

@@ -200,14 +200,14 @@ def sharded_attention(mesh: Mesh, attention: Attention, kv_heads: int) -> Attent
 
     Args:
       mesh: the device mesh.
-      attention: a function of `model.attention.BACKENDS`.
+      attention: one of `model.attention.BACKENDS`, or without a context axis any function with its signature.
       kv_heads: key-value heads of the model.
 
     Returns:
       A function with the same signature for arrays laid out on the mesh; with a context axis, the tokens of each row
       must be in `context.zigzag_order`.
     Raises:
-      InputError: the tensor axis does not divide the key-value heads.
+      InputError: the tensor axis does not divide the key-value heads, or the backend cannot split rows.
     """
     check_tensor_axis(mesh.shape["tensor"], kv_heads)
     if mesh.size == 1:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.model.attention import select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 from eabf_jax.model.lora import Lora, split_trained
@@ -527,9 +528,11 @@ def mesh_plans(config: TrainConfig, model_config: LlamaConfig, devices: int, dev
     Yields:
       One plan per mesh, with all `auto` settings chosen, simplest mesh first.
     """
+    dtype = jnp.dtype(config.compute.dtype)
+    backend = select(config.compute.attention, dtype, model_config.head_dim, device.platform)
     for sizes in meshes(devices):
-        # Each device holds two chunks of a row; on TPU, splash needs chunks that are multiples of half a lane count.
-        chunks = sizes["context"] * (128 if device.platform == "tpu" else 2)
+        # Each device holds two chunks of a row.
+        chunks = 2 * sizes["context"] * backend.chunk_multiple
         if sizes["context"] > 1 and (config.window % chunks or config.recipe.objective == "pretrain"):
             continue
         with contextlib.suppress(InputError):  # a dimension, or the batch, does not divide

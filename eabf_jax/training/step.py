@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from eabf_jax.model.attention import BACKENDS, select
+from eabf_jax.model.attention import select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 from eabf_jax.model.lora import Lora, split_trained
@@ -99,7 +99,7 @@ def build_model(config: LlamaConfig, compute: ComputeConfig, mesh: Mesh, lora: L
       lora: the adapters to train; None trains every parameter.
     """
     platform = mesh.devices.flat[0].platform
-    backend = BACKENDS[select(compute.attention, jnp.dtype(compute.dtype), config.head_dim, platform)]
+    backend = select(compute.attention, jnp.dtype(compute.dtype), config.head_dim, platform)
     return Llama.abstract(
         config,
         dtype=jnp.dtype(compute.dtype),

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from eabf_jax.errors import InputError
 from eabf_jax.model import Llama, LlamaConfig
-from eabf_jax.model.attention import chunked
+from eabf_jax.model.attention import BACKENDS
 from eabf_jax.model.llama import product, unconstrained
 from eabf_jax.model.lora import Lora
 from eabf_jax.parallel.context import undo_zigzag_order, zigzag_order
@@ -100,12 +100,12 @@ def test_the_batch_is_split_over_data_and_fsdp(sizes: tuple[int, int, int], ways
 
 def test_a_tensor_axis_that_does_not_divide_the_key_value_heads_is_refused() -> None:
     with pytest.raises(InputError, match="mesh tensor=8 does not divide the model's 4 key-value heads"):
-        sharded_attention(make_mesh(MeshConfig(1, 1, 8)), chunked, CONFIG.num_key_value_heads)
+        sharded_attention(make_mesh(MeshConfig(1, 1, 8)), BACKENDS["chunked"], CONFIG.num_key_value_heads)
 
 
 def test_one_device_needs_no_hooks() -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    assert sharded_attention(mesh, chunked, 3) is chunked
+    assert sharded_attention(mesh, BACKENDS["chunked"], 3) is BACKENDS["chunked"]
     assert activation_constraint(mesh) is unconstrained
     assert layer_product(mesh) is product
 
@@ -175,7 +175,7 @@ def test_eight_devices_compute_what_one_does(
 ) -> None:
     mesh, ways = make_mesh(MeshConfig(*sizes)), sizes[3]
     model = Llama.abstract(
-        CONFIG, attention=sharded_attention(mesh, chunked, CONFIG.num_key_value_heads),
+        CONFIG, attention=sharded_attention(mesh, BACKENDS["chunked"], CONFIG.num_key_value_heads),
         constrain=activation_constraint(mesh),
         product=layer_product(mesh) if ways > 1 else product,  # the compiler's own collectives are right as well
     )  # fmt: skip

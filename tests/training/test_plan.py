@@ -47,6 +47,18 @@ def test_devices_share_the_state(axis):
     assert found.parts["moments"] == 8 * share
 
 
+@pytest.mark.parametrize(
+    ("attention", "device", "window", "contexts"),
+    [("auto", "h200", 8 * 2047, {1, 2}), ("chunked", "h200", 8 * 2047, {1, 2, 4}), ("auto", "v4", 16384 - 256, {1, 2})],
+)
+def test_rows_are_split_only_where_the_attention_backend_can(attention, device, window, contexts):
+    """Into two chunks a device, which are even for cuDNN and multiples of 64 tokens for splash."""
+    config, model = llama_7b(attention=attention)
+    config = dataclasses.replace(config, window=window)
+    found = planner.mesh_plans(config, model, 4, DEVICES[device])
+    assert {each.mesh["context"] for each in found} == contexts
+
+
 def test_replicas_do_not_share():
     found = plan(*llama_7b(), {**ONE, "data": 4}, DEVICES["h200"])
     assert found.parts["parameters"] == 2 * PARAMETERS_7B
