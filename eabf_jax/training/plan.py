@@ -8,16 +8,16 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.errors import InputError
+from eabf_jax.hardware import GIB, Device
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 from eabf_jax.model.lora import Lora, split_trained
@@ -27,40 +27,6 @@ from eabf_jax.training.backward import remat_by_layer
 from eabf_jax.training.host_memory import IN_FLIGHT
 from eabf_jax.training.recipe import TrainConfig
 from eabf_jax.training.tracking import flops_per_token
-
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Device:
-    """The planner's figures for one kind of accelerator."""
-
-    name: str
-    kind: str  # a substring of `jax.Device.device_kind`
-    platform: Literal["gpu", "tpu", "cpu"]
-    memory: float  # bytes available to a program; less than the data sheet says
-    flops: float  # dense bfloat16 FLOP/s
-    bandwidth: float  # memory bandwidth, bytes/s
-    link: float = 0.0  # bytes/s of one link to a neighbour, one way (TPU)
-    host_memory: float = 128 * GIB  # bytes of its share of the host's memory
-
-
-# GPU memory: 97 % of what CUDA reports, the fraction set by `mesh.gpu_memory_defaults`. TPU memory: what the compiler
-# leaves to a program (v4, by the compiler's message: 30.75 of 32 GiB; others in proportion). TPU bandwidths: "How to
-# Scale Your Model" (Google DeepMind). Host memory of other machines is assumed to be 128 GiB per device.
-DEVICES = {
-    device.name: device
-    for device in (
-        Device("h100", "H100", "gpu", 76.8 * GIB, 989.4e12, 3.35e12),
-        Device("h200", "H200", "gpu", 135.6 * GIB, 989.4e12, 4.8e12),
-        Device("a100-80", "A100-SXM4-80GB", "gpu", 76.8 * GIB, 312e12, 2.0e12),
-        Device("a100-40", "A100-SXM4-40GB", "gpu", 38.2 * GIB, 312e12, 1.55e12),
-        Device("v4", "TPU v4", "tpu", 30.75 * GIB, 275e12, 1.2e12, 45e9),
-        Device("v5e", "TPU v5 lite", "tpu", 15.4 * GIB, 197e12, 0.81e12, 45e9),
-        Device("v5p", "TPU v5", "tpu", 91.8 * GIB, 459e12, 2.8e12, 90e9),
-        Device("v6e", "TPU v6 lite", "tpu", 30.75 * GIB, 918e12, 1.6e12, 90e9),
-    )
-}
 
 # Remat policies in order of memory, least first. `offload` is `dots` in host memory; `none` is for tiny models.
 _KEEPING = ("full", "attention", "qkv", "dots")
@@ -118,39 +84,6 @@ class Plan:
         parameters = self.parts["parameters"] + self.parts.get("frozen parameters", 0.0)
         traffic = self.microbatches * (3 * parameters + 2 * self.parts["gradients"])
         return compute + traffic / self.device.bandwidth + self.waiting
-
-
-def device_named(name: str) -> Device:
-    """Finds a device by its name in `DEVICES`.
-
-    Raises:
-      InputError: unknown name.
-    """
-    if name.lower() not in DEVICES:
-        raise unknown_name("device", name, DEVICES)
-    return DEVICES[name.lower()]
-
-
-def device_at_hand() -> Device:
-    """Returns the kind of device that JAX sees, with the memory that is actually available to a program.
-
-    Raises:
-      InputError: the device is unknown and does not report its memory.
-    """
-    device = jax.devices()[0]
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
-    if device.platform == "cpu":
-        return Device("cpu", "cpu", "cpu", memory=host, flops=1e11, bandwidth=2e10, host_memory=host)
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    # The longest match wins, because "TPU v5" is also a substring of "TPU v5 lite".
-    known = [spec for spec in DEVICES.values() if spec.kind in device.device_kind]
-    if not known and limit is None:
-        raise InputError(
-            f"the memory of the device {device.device_kind!r} is not known; --device names one of {', '.join(DEVICES)}"
-        )
-    platform: Any = "tpu" if device.platform == "tpu" else "gpu"
-    found = max(known, key=lambda spec: len(spec.kind), default=Device(device.device_kind, "", platform, 0, 1e14, 1e12))
-    return dataclasses.replace(found, memory=limit or found.memory, host_memory=host)
 
 
 def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str, int], device: Device) -> Plan:
