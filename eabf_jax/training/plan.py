@@ -120,11 +120,11 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
     # (kept activations, gathered parameters, workspace) of each phase. A layer's backward pass frees what it kept.
     phases = []
     forward_seconds = step.tokens * step.forward_flops / rate
-    kept = leaving = parked = 0.0
+    kept = leaving = offloaded = 0.0
     for policy in policies:
         size = step.kept(policy)
         if policy == "offload":
-            parked, leaving = parked + size, leaving + size
+            offloaded, leaving = offloaded + size, leaving + size
         else:
             kept += size
         phases.append((kept + leaving, gathered_layers, step.forward_workspace))
@@ -138,7 +138,7 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
         phases.append((kept + back, gathered_layers, step.layer_workspace(policies[index])))
         kept -= step.kept(policies[index]) if policies[index] != "offload" else 0.0
     # Offloaded activations return during the backward pass, which takes about twice as long as the forward pass.
-    waiting += microbatches * max(0.0, parked / _ONE_WAY - 2 * len(policies) * forward_seconds)
+    waiting += microbatches * max(0.0, offloaded / _ONE_WAY - 2 * len(policies) * forward_seconds)
     # While one layer is updated, the state of the next layers arrives from the host and that of the last layers leaves.
     # The gradients of updated layers are already freed.
     passing = (2 * IN_FLIGHT + 1) * sum(layer[name] for name in _OPTIMIZER) - (IN_FLIGHT + 1) * layer["gradients"]
@@ -163,7 +163,7 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
             "gathered parameters": gathered,
             "workspace": workspace,
         },
-        host={**(optimizer if on_host else {}), **({"kept activations": parked} if parked else {})},
+        host={**(optimizer if on_host else {}), **({"kept activations": offloaded} if offloaded else {})},
         model_flops=microbatches
         * step.tokens
         * flops_per_token(model_config, config.window, config.lora)
@@ -238,8 +238,8 @@ class _Step:
     def tokens(self) -> int:
         return self.rows * self.length
 
-    def _kept(self, policy: str) -> dict[str, float]:
-        """Bytes per token and layer that a policy keeps besides the input, by the smallest policy that keeps them."""
+    def _residuals(self, policy: str) -> dict[str, float]:
+        """Bytes per token of a layer's residuals under a policy, by the smallest policy that keeps them."""
         sizes = {
             "attention": self.bytes * self.query + 4 * self.heads,  # the output, and float32 log-sum-exp
             "qkv": self.bytes * (self.query + 2 * self.key_value),
@@ -252,8 +252,8 @@ class _Step:
         return {name: sizes[name] for name in _KEEPING[1 : _KEEPING.index(policy) + 1]}
 
     def kept(self, policy: str) -> float:
-        """Bytes that one layer keeps from its forward to its backward pass."""
-        return self.tokens * (self.bytes * self.hidden + sum(self._kept(policy).values()))
+        """Bytes of what one layer keeps for its backward pass: its input and its residuals."""
+        return self.tokens * (self.bytes * self.hidden + sum(self._residuals(policy).values()))
 
     @property
     def _products(self) -> dict[str, float]:
@@ -271,7 +271,7 @@ class _Step:
 
     def recomputed_flops(self, policy: str) -> float:
         """FLOPs per token that the backward pass of one layer repeats."""
-        return sum(self._products[name] for name in self._products.keys() - self._kept(policy).keys())
+        return sum(self._products[name] for name in self._products.keys() - self._residuals(policy).keys())
 
     @property
     def forward_workspace(self) -> float:
@@ -285,8 +285,8 @@ class _Step:
         layer's normed input; gate, up and the gradients of gate, up and their product; and the gradients of the layer's
         output and of the normed input. Arrays that the policy keeps are not counted again.
         """
-        recomputed = sum(self._kept("dots").values()) - sum(
-            size for name, size in self._kept(policy).items() if name != "none"
+        recomputed = sum(self._residuals("dots").values()) - sum(
+            size for name, size in self._residuals(policy).items() if name != "none"
         )
         gradients = self.bytes * (3 * self.hidden + 3 * self.wide)
         # Keys and values of the whole row, and their gradients, if the row is split over devices.
