@@ -34,6 +34,7 @@ _STEP = (
         f"eabf_jax/training/{name}.py"
         for name in ("backward", "host_memory", "layerwise", "loss", "master", "optimizer", "plan", "step")
     ),
+    "eabf_jax/hardware.py",
 )
 # The code that each benchmark measures: the files that run while its clock runs, and those that choose their settings.
 MEASURED: Mapping[str, tuple[str, ...]] = {
@@ -51,6 +52,7 @@ MEASURED: Mapping[str, tuple[str, ...]] = {
         *(f"eabf_jax/model/{name}.py" for name in ("decoder", "kv_cache", "llama")),
         *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale")),
         *(f"eabf_jax/inference/{name}.py" for name in ("generate", "placement", "sampling")),
+        "eabf_jax/hardware.py",
     ),
     "gpu_numerics": (
         "benchmarks/gpu_numerics.py",

@@ -8,16 +8,16 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.errors import InputError
+from eabf_jax.hardware import GIB, Device
 from eabf_jax.model.attention import select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
@@ -28,40 +28,6 @@ from eabf_jax.training.backward import remat_by_layer
 from eabf_jax.training.host_memory import IN_FLIGHT
 from eabf_jax.training.recipe import TrainConfig
 from eabf_jax.training.tracking import flops_per_token
-
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Device:
-    """The planner's figures for one kind of accelerator."""
-
-    name: str
-    kind: str  # a substring of `jax.Device.device_kind`
-    platform: Literal["gpu", "tpu", "cpu"]
-    memory: float  # bytes available to a program; less than the data sheet says
-    flops: float  # dense bfloat16 FLOP/s
-    bandwidth: float  # memory bandwidth, bytes/s
-    link: float = 0.0  # bytes/s of one link to a neighbour, one way (TPU)
-    host_memory: float = 128 * GIB  # bytes of its share of the host's memory
-
-
-# GPU memory: 97 % of what CUDA reports, the fraction set by `mesh.gpu_memory_defaults`. TPU memory: what the compiler
-# leaves to a program (v4, by the compiler's message: 30.75 of 32 GiB; others in proportion). TPU bandwidths: "How to
-# Scale Your Model" (Google DeepMind). Host memory of other machines is assumed to be 128 GiB per device.
-DEVICES = {
-    device.name: device
-    for device in (
-        Device("h100", "H100", "gpu", 76.8 * GIB, 989.4e12, 3.35e12),
-        Device("h200", "H200", "gpu", 135.6 * GIB, 989.4e12, 4.8e12),
-        Device("a100-80", "A100-SXM4-80GB", "gpu", 76.8 * GIB, 312e12, 2.0e12),
-        Device("a100-40", "A100-SXM4-40GB", "gpu", 38.2 * GIB, 312e12, 1.55e12),
-        Device("v4", "TPU v4", "tpu", 30.75 * GIB, 275e12, 1.2e12, 45e9),
-        Device("v5e", "TPU v5 lite", "tpu", 15.4 * GIB, 197e12, 0.81e12, 45e9),
-        Device("v5p", "TPU v5", "tpu", 91.8 * GIB, 459e12, 2.8e12, 90e9),
-        Device("v6e", "TPU v6 lite", "tpu", 30.75 * GIB, 918e12, 1.6e12, 90e9),
-    )
-}
 
 # Remat policies in order of memory, least first. `offload` is `dots` in host memory; `none` is for tiny models.
 _KEEPING = ("full", "attention", "qkv", "dots")
@@ -121,39 +87,6 @@ class Plan:
         return compute + traffic / self.device.bandwidth + self.waiting
 
 
-def device_named(name: str) -> Device:
-    """Finds a device by its name in `DEVICES`.
-
-    Raises:
-      InputError: unknown name.
-    """
-    if name.lower() not in DEVICES:
-        raise unknown_name("device", name, DEVICES)
-    return DEVICES[name.lower()]
-
-
-def device_at_hand() -> Device:
-    """Returns the kind of device that JAX sees, with the memory that is actually available to a program.
-
-    Raises:
-      InputError: the device is unknown and does not report its memory.
-    """
-    device = jax.devices()[0]
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
-    if device.platform == "cpu":
-        return Device("cpu", "cpu", "cpu", memory=host, flops=1e11, bandwidth=2e10, host_memory=host)
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    # The longest match wins, because "TPU v5" is also a substring of "TPU v5 lite".
-    known = [spec for spec in DEVICES.values() if spec.kind in device.device_kind]
-    if not known and limit is None:
-        raise InputError(
-            f"the memory of the device {device.device_kind!r} is not known; --device names one of {', '.join(DEVICES)}"
-        )
-    platform: Any = "tpu" if device.platform == "tpu" else "gpu"
-    found = max(known, key=lambda spec: len(spec.kind), default=Device(device.device_kind, "", platform, 0, 1e14, 1e12))
-    return dataclasses.replace(found, memory=limit or found.memory, host_memory=host)
-
-
 def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str, int], device: Device) -> Plan:
     """Predicts the memory of a step whose settings are all given.
 
@@ -188,11 +121,11 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
     # (kept activations, gathered parameters, workspace) of each phase. A layer's backward pass frees what it kept.
     phases = []
     forward_seconds = step.tokens * step.forward_flops / rate
-    kept = leaving = parked = 0.0
+    kept = leaving = offloaded = 0.0
     for policy in policies:
         size = step.kept(policy)
         if policy == "offload":
-            parked, leaving = parked + size, leaving + size
+            offloaded, leaving = offloaded + size, leaving + size
         else:
             kept += size
         phases.append((kept + leaving, gathered_layers, step.forward_workspace))
@@ -206,7 +139,7 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
         phases.append((kept + back, gathered_layers, step.layer_workspace(policies[index])))
         kept -= step.kept(policies[index]) if policies[index] != "offload" else 0.0
     # Offloaded activations return during the backward pass, which takes about twice as long as the forward pass.
-    waiting += microbatches * max(0.0, parked / _ONE_WAY - 2 * len(policies) * forward_seconds)
+    waiting += microbatches * max(0.0, offloaded / _ONE_WAY - 2 * len(policies) * forward_seconds)
     # While one layer is updated, the state of the next layers arrives from the host and that of the last layers leaves.
     # The gradients of updated layers are already freed.
     passing = (2 * IN_FLIGHT + 1) * sum(layer[name] for name in _OPTIMIZER) - (IN_FLIGHT + 1) * layer["gradients"]
@@ -231,7 +164,7 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
             "gathered parameters": gathered,
             "workspace": workspace,
         },
-        host={**(optimizer if on_host else {}), **({"kept activations": parked} if parked else {})},
+        host={**(optimizer if on_host else {}), **({"kept activations": offloaded} if offloaded else {})},
         model_flops=microbatches
         * step.tokens
         * flops_per_token(model_config, config.window, config.lora)
@@ -306,8 +239,8 @@ class _Step:
     def tokens(self) -> int:
         return self.rows * self.length
 
-    def _kept(self, policy: str) -> dict[str, float]:
-        """Bytes per token and layer that a policy keeps besides the input, by the smallest policy that keeps them."""
+    def _residuals(self, policy: str) -> dict[str, float]:
+        """Bytes per token of a layer's residuals under a policy, by the smallest policy that keeps them."""
         sizes = {
             "attention": self.bytes * self.query + 4 * self.heads,  # the output, and float32 log-sum-exp
             "qkv": self.bytes * (self.query + 2 * self.key_value),
@@ -320,8 +253,8 @@ class _Step:
         return {name: sizes[name] for name in _KEEPING[1 : _KEEPING.index(policy) + 1]}
 
     def kept(self, policy: str) -> float:
-        """Bytes that one layer keeps from its forward to its backward pass."""
-        return self.tokens * (self.bytes * self.hidden + sum(self._kept(policy).values()))
+        """Bytes of what one layer keeps for its backward pass: its input and its residuals."""
+        return self.tokens * (self.bytes * self.hidden + sum(self._residuals(policy).values()))
 
     @property
     def _products(self) -> dict[str, float]:
@@ -339,7 +272,7 @@ class _Step:
 
     def recomputed_flops(self, policy: str) -> float:
         """FLOPs per token that the backward pass of one layer repeats."""
-        return sum(self._products[name] for name in self._products.keys() - self._kept(policy).keys())
+        return sum(self._products[name] for name in self._products.keys() - self._residuals(policy).keys())
 
     @property
     def forward_workspace(self) -> float:
@@ -353,8 +286,8 @@ class _Step:
         layer's normed input; gate, up and the gradients of gate, up and their product; and the gradients of the layer's
         output and of the normed input. Arrays that the policy keeps are not counted again.
         """
-        recomputed = sum(self._kept("dots").values()) - sum(
-            size for name, size in self._kept(policy).items() if name != "none"
+        recomputed = sum(self._residuals("dots").values()) - sum(
+            size for name, size in self._residuals(policy).items() if name != "none"
         )
         gradients = self.bytes * (3 * self.hidden + 3 * self.wide)
         # Keys and values of the whole row, and their gradients, if the row is split over devices.

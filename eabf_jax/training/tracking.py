@@ -21,27 +21,6 @@ from eabf_jax.model.lora import Lora
 
 TENSORBOARD = "tensorboard"
 
-# Dense bfloat16 peak of one device in FLOP/s, by a substring of `jax.Device.device_kind`; from vendor data sheets.
-PEAK_FLOPS = {
-    "H100": 989.4e12,
-    "H200": 989.4e12,
-    "A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Returns the dense bfloat16 peak of a device in FLOP/s; None if it is not in `PEAK_FLOPS`.
-
-    Args:
-      device_kind: `jax.Device.device_kind`.
-    """
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
-
 
 def parameter_count(config: LlamaConfig) -> int:
     """Returns the number of parameters of a model, biases included."""

@@ -305,7 +305,8 @@ def test_the_optimizers_state_passes_in_the_room_that_layers_leave(model_config,
 
         return call
 
-    step._programs = {name: watched(name, program) for name, program in step._programs.items()}
+    programs = {name: watched(name, program) for name, program in step._schedule.programs.items()}
+    step._schedule = dataclasses.replace(step._schedule, programs=programs)
     for _ in range(2):
         state, _ = step(state, batch)
         assert len(used["head"]) == 1

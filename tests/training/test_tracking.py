@@ -9,7 +9,7 @@ from tensorboardX.proto import event_pb2
 from eabf_jax.errors import InputError
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.training.recipe import load_config
-from eabf_jax.training.tracking import Tracker, flops_per_token, parameter_count, peak_flops
+from eabf_jax.training.tracking import Tracker, flops_per_token, parameter_count
 
 
 @pytest.mark.parametrize(
@@ -55,23 +55,6 @@ def test_a_frozen_model_has_no_gradients_of_its_own():
 def test_tied_embeddings_are_a_matrix_product_too(shape):
     tied, untied = (LlamaConfig.from_fields({**shape, "tie_word_embeddings": tied}) for tied in (True, False))
     assert flops_per_token(tied, 64) == flops_per_token(untied, 64)
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989.4e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5e", 197e12),
-        ("TPU v5p", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("cpu", None),
-    ],
-)
-def test_peak_flops_by_device_kind(kind, peak):
-    assert peak_flops(kind) == peak
 
 
 def metrics(loss, **more):
