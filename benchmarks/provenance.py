@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 # The code in this folder only acts across devices, so figures of one device do not depend on it.
 SHARING = "eabf_jax/parallel/"
 _STEP = (
-    *(f"eabf_jax/model/{name}.py" for name in ("attention", "llama")),
+    *(f"eabf_jax/model/{name}.py" for name in ("attention", "llama", "parameters")),
     *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale")),
     *(f"{SHARING}{name}.py" for name in ("context", "fsdp", "rules")),
     *(
@@ -43,13 +43,13 @@ MEASURED: Mapping[str, tuple[str, ...]] = {
     ),
     "generate": (
         "benchmarks/generate.py",
-        *(f"eabf_jax/model/{name}.py" for name in ("attention", "decoder", "kv_cache", "llama")),
+        *(f"eabf_jax/model/{name}.py" for name in ("attention", "decoder", "kv_cache", "llama", "parameters")),
         *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale")),
         *(f"eabf_jax/inference/{name}.py" for name in ("generate", "placement", "sampling")),
     ),
     "gpu_numerics": (
         "benchmarks/gpu_numerics.py",
-        *(f"eabf_jax/model/{name}.py" for name in ("attention", "decoder", "kv_cache", "llama")),
+        *(f"eabf_jax/model/{name}.py" for name in ("attention", "decoder", "kv_cache", "llama", "parameters")),
         *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale", "named", "registry", "schemes")),
         *(f"eabf_jax/inference/{name}.py" for name in ("generate", "placement")),
         "eabf_jax/training/backward.py",
