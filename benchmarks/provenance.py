@@ -27,7 +27,7 @@ _ATTENTION = tuple(
 )
 _STEP = (
     *_ATTENTION,
-    "eabf_jax/model/llama.py",
+    *(f"eabf_jax/model/{name}.py" for name in ("llama", "parameters")),
     *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale")),
     *(f"{SHARING}{name}.py" for name in ("context", "fsdp", "rules")),
     *(
@@ -49,7 +49,7 @@ MEASURED: Mapping[str, tuple[str, ...]] = {
     "generate": (
         "benchmarks/generate.py",
         *_ATTENTION,
-        *(f"eabf_jax/model/{name}.py" for name in ("decoder", "kv_cache", "llama")),
+        *(f"eabf_jax/model/{name}.py" for name in ("decoder", "kv_cache", "llama", "parameters")),
         *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale")),
         *(f"eabf_jax/inference/{name}.py" for name in ("generate", "placement", "sampling")),
         "eabf_jax/hardware.py",
@@ -57,7 +57,7 @@ MEASURED: Mapping[str, tuple[str, ...]] = {
     "gpu_numerics": (
         "benchmarks/gpu_numerics.py",
         *_ATTENTION,
-        *(f"eabf_jax/model/{name}.py" for name in ("decoder", "kv_cache", "llama")),
+        *(f"eabf_jax/model/{name}.py" for name in ("decoder", "kv_cache", "llama", "parameters")),
         *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale", "named", "registry", "schemes")),
         *(f"eabf_jax/inference/{name}.py" for name in ("generate", "placement")),
         "eabf_jax/training/backward.py",

@@ -14,23 +14,19 @@ from jaxtyping import Array
 from eabf_jax.errors import InputError
 from eabf_jax.model.attention import Backend
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.decoder import LayerWeights, Weights
+from eabf_jax.model.decoder import AXES, LAYER_AXES, LayerWeights, Weights
 from eabf_jax.model.kv_cache import LayerCache, attend_chunk, attend_token
+from eabf_jax.model.parameters import Axes
 from eabf_jax.parallel.rules import check_tensor_axis, spec
 
-_LAYER = {
-    "input_norm": P(),
-    "qkv": spec(None, "heads"),
-    "qkv_bias": spec("heads"),
-    "output": spec(None, "heads"),
-    "output_bias": P(),
-    "mlp_norm": P(),
-    "gate_up": spec(None, None, "mlp"),
-    "gate_up_bias": spec(None, "mlp"),
-    "down": spec(None, "mlp"),
-    "down_bias": P(),
-}
-_WEIGHTS = {"embedding": spec("vocab", None), "norm": P(), "head": spec(None, "vocab")}
+
+def _partition(axes: Axes) -> P:
+    """Splits a weight like training does, but not along `embed`, because it would have to be gathered."""
+    return spec(*(None if axis == "embed" else axis for axis in axes))
+
+
+_LAYER = {name: _partition(axes) for name, axes in LAYER_AXES.items()}
+_WEIGHTS = {name: _partition(axes) for name, axes in AXES.items()}
 _CACHE = {
     "k": spec("batch", "heads", None, None),
     "v": spec("batch", "heads", None, None),

@@ -17,10 +17,9 @@ from eabf_jax.errors import InputError
 from eabf_jax.fields import check, types_of
 from eabf_jax.interop import native
 from eabf_jax.interop.directory import read_json_object
-from eabf_jax.interop.layout import flatten, parameters
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.llama import Llama
-from eabf_jax.model.lora import Lora, merged_kernel, split_trained
+from eabf_jax.model.lora import Lora, adapters, merged_kernel
+from eabf_jax.model.parameters import parameters
 
 
 class Leaves(NamedTuple):
@@ -111,8 +110,9 @@ def merged(directory: Path | str, adapter: Adapter, base: Leaves, step: int | No
             f"expected {adapter.base_digest}"
         )
     path = native.checkpoint_path(directory, step)
-    trained, _ = split_trained(Llama.abstract(config, lora=adapter.lora).parameters(), adapter.lora)
-    own = native.stored_arrays(path, {name: leaf.shape for name, leaf in flatten(trained)})
+    lora = adapter.lora
+    entries = (*parameters(config), *adapters(config, lora))
+    own = native.stored_arrays(path, {entry.path: entry.shape for entry in entries if lora.trains(entry.path)})
 
     adapted = {(*name[:-1], "kernel") for name in own if name[-1] == "lora_a"}
 
@@ -122,7 +122,7 @@ def merged(directory: Path | str, adapter: Adapter, base: Leaves, step: int | No
         if name not in adapted:
             return base.read(name)
         first, second = (native.read_leaf(path, (*name[:-1], leaf)) for leaf in ("lora_a", "lora_b"))
-        return merged_kernel(base.read(name), first, second, adapter.lora.scale)
+        return merged_kernel(base.read(name), first, second, lora.scale)
 
     changed = dict.fromkeys(adapted | (own.keys() & base.dtypes.keys()), np.dtype(np.float32))
     return Leaves(config, {**base.dtypes, **changed}, read)

@@ -14,7 +14,6 @@ from eabf_jax.fields import check, types_of
 from eabf_jax.interop import native
 from eabf_jax.interop.adapter import Leaves, merged, read_adapter
 from eabf_jax.interop.directory import EXPORT, new_directory, read_json_object, write_json
-from eabf_jax.interop.layout import Parameter, nest, parameters, shapes
 from eabf_jax.interop.model_card import CARD_FILE, model_card, write_origin
 from eabf_jax.interop.safetensors_stream import (
     NAMES,
@@ -25,6 +24,7 @@ from eabf_jax.interop.safetensors_stream import (
 )
 from eabf_jax.interop.tokenizer import copy_tokenizer_files, export_tokenizer, has_tokenizer, load_tokenizer
 from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.parameters import Parameter, nest, parameters, shapes
 from eabf_jax.rope import from_hf as rope_from_hf
 from eabf_jax.rope import needs_remote_code
 from eabf_jax.rope import to_hf as rope_to_hf
@@ -138,23 +138,9 @@ def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
         }
     return {
         **identity,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
+        **{name: getattr(config, name) for name in _FIELDS},
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "initializer_range": config.initializer_range,
-        "bos_token_id": config.bos_token_id,
         "eos_token_id": list(end) if isinstance(end, tuple) else end,
-        "pad_token_id": config.pad_token_id,
         "torch_dtype": dtype,  # read by every release; `dtype` from 4.56 on
         **rope,
     }

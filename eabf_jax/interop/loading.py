@@ -13,10 +13,10 @@ import yaml
 from eabf_jax.errors import InputError
 from eabf_jax.interop import huggingface, native
 from eabf_jax.interop.adapter import read_adapter
-from eabf_jax.interop.layout import nest, parameters
 from eabf_jax.interop.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
+from eabf_jax.model.parameters import nest, parameters
 from eabf_jax.rope import Scheme
 
 DTYPES = ("bfloat16", "float16", "float32")

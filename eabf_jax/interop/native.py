@@ -26,9 +26,9 @@ import orbax.checkpoint as ocp
 from eabf_jax.destination import Mark
 from eabf_jax.errors import InputError
 from eabf_jax.interop.directory import read_json_object, write_json
-from eabf_jax.interop.layout import check_shapes, flatten, nest, parameters, shapes
 from eabf_jax.interop.tokenizer import Tokenizer
 from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.parameters import check_shapes, flatten, nest, parameters, shapes
 
 MODEL_FILE = "model.json"
 NATIVE = Mark("a native model directory", MODEL_FILE, ("hidden_size", "rope"))

@@ -8,7 +8,7 @@ those of `llama.py`, against which this module is tested.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from eabf_jax.model.attention import precision_of
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.kv_cache import LayerCache
 from eabf_jax.model.llama import Llama, Row, rms_norm, rotate
+from eabf_jax.model.parameters import Axes, flatten, parameter_axes
 
 # (q, k, v, cache) -> attended values and the cache with k and v added; arrays are [B, T, heads, H].
 CachedAttention = Callable[[Array, Array, Array, LayerCache], tuple[Array, LayerCache]]
@@ -50,6 +51,49 @@ class Weights(NamedTuple):
     head: Array | None  # [D, V]; None if tied to the embedding
 
 
+class _Form(NamedTuple):
+    """How parameters of a layer become one array: what is done to their values, and to their logical axes."""
+
+    values: Callable[[LlamaConfig, list[Array]], Array]
+    axes: Callable[[Axes], Axes] = lambda axes: axes
+
+
+def _joined_by_head(config: LlamaConfig, values: list[Array]) -> Array:
+    parts = [x.reshape(*x.shape[:-1], config.num_key_value_heads, -1, config.head_dim) for x in values]
+    joined = jnp.concatenate(parts, axis=-2)
+    return joined.reshape(*joined.shape[:-3], -1)
+
+
+_AS_IS = _Form(lambda config, values: values[0])
+_TRANSPOSED = _Form(lambda config, values: values[0].T, lambda axes: axes[::-1])
+_BY_HEAD = _Form(_joined_by_head)
+_SIDE_BY_SIDE = _Form(lambda config, values: jnp.stack(values, axis=-2), lambda axes: (*axes[:-1], None, axes[-1]))
+
+# The parameters in each array of `LayerWeights`.
+_FORMS: dict[str, tuple[_Form, tuple[str, ...]]] = {
+    "input_norm": (_AS_IS, ("input_layernorm.scale",)),
+    "qkv": (_BY_HEAD, ("self_attn.q_proj.kernel", "self_attn.k_proj.kernel", "self_attn.v_proj.kernel")),
+    "qkv_bias": (_BY_HEAD, ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")),
+    "output": (_TRANSPOSED, ("self_attn.o_proj.kernel",)),
+    "output_bias": (_AS_IS, ("self_attn.o_proj.bias",)),
+    "mlp_norm": (_AS_IS, ("post_attention_layernorm.scale",)),
+    "gate_up": (_SIDE_BY_SIDE, ("mlp.gate_proj.kernel", "mlp.up_proj.kernel")),
+    "gate_up_bias": (_SIDE_BY_SIDE, ("mlp.gate_proj.bias", "mlp.up_proj.bias")),
+    "down": (_TRANSPOSED, ("mlp.down_proj.kernel",)),
+    "down_bias": (_AS_IS, ("mlp.down_proj.bias",)),
+}
+
+# Logical axes of the arrays in `LayerWeights`, and of the others in `Weights`.
+LAYER_AXES: dict[str, Axes] = {
+    name: form.axes(parameter_axes(("layers", *parts[0].split(".")))[1:]) for name, (form, parts) in _FORMS.items()
+}
+AXES: dict[str, Axes] = {
+    "embedding": parameter_axes(("embed_tokens", "embedding")),
+    "norm": parameter_axes(("norm", "scale")),
+    "head": parameter_axes(("lm_head", "kernel")),
+}
+
+
 def weights_of(model: Llama) -> Weights:
     """Splits a model's parameters by layer and casts them to its compute dtype.
 
@@ -75,31 +119,12 @@ def weights_of(model: Llama) -> Weights:
 
 def _layer_weights(stacked: dict, index: int, config: LlamaConfig, dtype: jnp.dtype) -> LayerWeights:
     layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False).astype(dtype), stacked)
-    attention, mlp = layer["self_attn"], layer["mlp"]
+    parameters = {".".join(path): leaf for path, leaf in flatten(layer)}
 
-    def by_head(name: str, part: str) -> Array:
-        x = attention[name][part]
-        return x.reshape(*x.shape[:-1], config.num_key_value_heads, -1, config.head_dim)
+    def made(form: _Form, parts: tuple[str, ...]) -> Any:
+        return form.values(config, [parameters[part] for part in parts]) if parts[0] in parameters else None
 
-    def qkv(part: str) -> Array:
-        joined = jnp.concatenate([by_head(name, part) for name in ("q_proj", "k_proj", "v_proj")], axis=-2)
-        return joined.reshape(*joined.shape[:-3], -1)
-
-    def gate_up(part: str) -> Array:
-        return jnp.stack([mlp[name][part] for name in ("gate_proj", "up_proj")], axis=-2)
-
-    return LayerWeights(
-        input_norm=layer["input_layernorm"]["scale"],
-        qkv=qkv("kernel"),
-        qkv_bias=qkv("bias") if config.attention_bias else None,
-        output=attention["o_proj"]["kernel"].T,
-        output_bias=attention["o_proj"].get("bias"),
-        mlp_norm=layer["post_attention_layernorm"]["scale"],
-        gate_up=gate_up("kernel"),
-        gate_up_bias=gate_up("bias") if config.mlp_bias else None,
-        down=mlp["down_proj"]["kernel"].T,
-        down_bias=mlp["down_proj"].get("bias"),
-    )
+    return LayerWeights(**{name: made(*form) for name, form in _FORMS.items()})
 
 
 def layer(

@@ -1,4 +1,4 @@
-"""Sharding rules as tables: one from logical axes to mesh axes, one from parameters to logical axes."""
+"""Sharding rules: the table from logical axes to mesh axes, and what follows from it for parameters and activations."""
 
 import math
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from jaxtyping import Array
 from eabf_jax.errors import InputError
 from eabf_jax.model.attention import Attention
 from eabf_jax.model.llama import Constrain, Product, product, unconstrained
+from eabf_jax.model.parameters import parameter_axes
 from eabf_jax.parallel.context import context_attention
 from eabf_jax.parallel.fsdp import PARAMETER_AXES, TOKEN_AXES, sharded_product
 
@@ -26,48 +27,38 @@ LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
 }
 
-_COLUMN: dict[str, tuple[str | None, ...]] = {
-    "kernel": ("embed", "{}"),
-    "bias": ("{}",),
-    "lora_a": ("embed", None),
-    "lora_b": (None, "{}"),
-}
-_ROW: dict[str, tuple[str | None, ...]] = {
-    "kernel": ("{}", "embed"),
-    "bias": (None,),
-    "lora_a": ("{}", None),
-    "lora_b": (None, "embed"),
-}
-_LAYERS: dict[str, tuple[dict[str, tuple[str | None, ...]], str]] = {
-    "q_proj": (_COLUMN, "heads"),
-    "k_proj": (_COLUMN, "heads"),
-    "v_proj": (_COLUMN, "heads"),
-    "o_proj": (_ROW, "heads"),
-    "gate_proj": (_COLUMN, "mlp"),
-    "up_proj": (_COLUMN, "mlp"),
-    "down_proj": (_ROW, "mlp"),
-    "lm_head": (_COLUMN, "vocab"),
-}
+
+def spec(*logical_axes: str | None) -> PartitionSpec:
+    """Returns the partition of an array with these logical axes.
+
+    Raises:
+      InputError: two of them are split over the same mesh axis.
+    """
+    users: dict[str, str | None] = {}
+    for logical in logical_axes:
+        for name in _names(LOGICAL_TO_MESH[logical]):
+            if name in users:
+                raise InputError(
+                    f"the logical axes {users[name]} and {logical} of one array are both split over the mesh axis "
+                    f"{name}, which can split one dimension only: leave one of them unsplit (None)"
+                )
+            users[name] = logical
+    return PartitionSpec(*(LOGICAL_TO_MESH[axis] for axis in logical_axes))
 
 
-def parameter_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
-    """Returns one logical axis name (or None) per dimension of a parameter.
+def parameter_spec(path: tuple[str, ...]) -> PartitionSpec:
+    """Returns the partition of a parameter.
 
     Args:
       path: its path in the parameter tree, e.g. ("layers", "self_attn", "q_proj", "kernel").
+
+    Raises:
+      InputError: two of its logical axes are split over the same mesh axis.
     """
-    stack = ("layers",) if path[0] == "layers" else ()
-    if path[-1] == "embedding":
-        return ("vocab", "embed")
-    if path[-1] == "scale":
-        return (*stack, None)
-    kind, axis = _LAYERS[path[-2]]
-    return (*stack, *(axis if name == "{}" else name for name in kind[path[-1]]))
-
-
-def spec(*logical_axes: str | None) -> PartitionSpec:
-    """Returns the partition of an array with these logical axes."""
-    return PartitionSpec(*(LOGICAL_TO_MESH[axis] for axis in logical_axes))
+    try:
+        return spec(*parameter_axes(path))
+    except InputError as error:
+        raise InputError(f"parameter {'.'.join(path)}: {error}") from error
 
 
 def parameter_shardings(mesh: Mesh, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,12 +71,12 @@ def parameter_shardings(mesh: Mesh, params: Mapping[str, Any]) -> dict[str, Any]
     Returns:
       A nested dict of NamedSharding with the same structure.
     Raises:
-      InputError: a dimension does not divide by the mesh axes that split it.
+      InputError: a dimension does not divide by the mesh axes that split it; as for `parameter_spec`.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = tuple(key.key for key in path)
-        partition = spec(*parameter_axes(names))
+        partition = parameter_spec(names)
         for size, axes in zip(leaf.shape, partition, strict=True):
             ways = _ways(mesh, axes)
             if size % ways:
@@ -175,7 +166,8 @@ def layer_product(mesh: Mesh, *, whole: bool = False) -> Product:
     if all(mesh.shape[axis] == 1 for axis in TOKEN_AXES):
         return product
     multiply = sharded_product(mesh, spec("batch", "length"), whole=whole)
-    return lambda x, kernel, name: multiply(x, kernel, spec(*parameter_axes(name)))
+    # Without the axis of layers: a product is one layer's.
+    return lambda x, kernel, path: multiply(x, kernel, PartitionSpec(*parameter_spec(path)[1:]))
 
 
 def check_tensor_axis(ways: int, kv_heads: int) -> None:

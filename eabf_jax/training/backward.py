@@ -18,12 +18,12 @@ from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.model.attention import precision_of
 from eabf_jax.model.llama import Llama, Row, logits, rms_norm
 from eabf_jax.parallel.fsdp import TOKEN_AXES, by_device, lookup, lookup_backward, scattered
-from eabf_jax.parallel.rules import parameter_axes, spec
+from eabf_jax.parallel.rules import parameter_spec, spec
 
 Tree = Any  # nested dict of arrays
 
 _TOKENS = spec("batch", "length")
-_EMBEDDING = spec(*parameter_axes(("embed_tokens", "embedding")))
+_EMBEDDING = parameter_spec(("embed_tokens", "embedding"))
 
 # The residuals that a layer keeps in addition to its input, by their names in `model/`; None keeps all residuals.
 # `offload` keeps its residuals in host memory.
@@ -228,7 +228,7 @@ class Pieces:
         mesh = self._mesh
         if mesh is None:
             return run(gradients, *arrays)
-        specs = jax.tree.map_with_path(lambda path, _: spec(*parameter_axes(tuple(k.key for k in path))), gradients)
+        specs = jax.tree.map_with_path(lambda path, _: parameter_spec(tuple(k.key for k in path)), gradients)
 
         def share(sums: Tree, *arrays: Array) -> tuple[Array, Tree, Array]:
             """Processes a device's own tokens; sums over all chunks first, then once over the devices."""

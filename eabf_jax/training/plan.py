@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,10 +21,10 @@ from eabf_jax.errors import InputError
 from eabf_jax.hardware import GIB, Device
 from eabf_jax.model.attention import select
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.llama import Llama
-from eabf_jax.model.lora import Lora, split_trained
+from eabf_jax.model.lora import Lora, adapters, split_trained
+from eabf_jax.model.parameters import nest, parameters
 from eabf_jax.parallel.mesh import MeshConfig
-from eabf_jax.parallel.rules import check_tensor_axis, parameter_shardings
+from eabf_jax.parallel.rules import LOGICAL_TO_MESH, check_tensor_axis, parameter_shardings
 from eabf_jax.training.backward import remat_by_layer
 from eabf_jax.training.host_memory import IN_FLIGHT
 from eabf_jax.training.recipe import TrainConfig
@@ -31,6 +32,9 @@ from eabf_jax.training.tracking import flops_per_token
 
 # Remat policies in order of memory, least first. `offload` is `dots` in host memory; `none` is for tiny models.
 _KEEPING = ("full", "attention", "qkv", "dots")
+# The smallest policy that keeps a projection's result, if it is not `dots`; the backward pass needs no down_proj's.
+_NEVER = "never"
+_KEPT_BY = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "down_proj": _NEVER}
 # Measured on one H100: the fraction of peak FLOP/s that a layer's matrix products and attention reach, and bytes/s
 # between a GPU and its host, in one direction and in both directions together.
 _EFFICIENCY, _ONE_WAY, _BOTH_WAYS = 0.66, 53e9, 84e9
@@ -202,6 +206,7 @@ class _Step:
     query: int
     key_value: int
     heads: int
+    projections: "_Projections"
     vocabulary: int
     chunk: int  # tokens of a row whose logits are in memory at a time
     counts: "_Counts"
@@ -227,6 +232,7 @@ class _Step:
             query=model_config.num_attention_heads * model_config.head_dim // tensor,
             key_value=model_config.num_key_value_heads * model_config.head_dim // tensor,
             heads=model_config.num_attention_heads // tensor,
+            projections=_projections(model_config, tensor),
             vocabulary=model_config.vocab_size // tensor,
             chunk=min(config.compute.loss_chunk, length),
             counts=_count(model_config, config.lora, tuple(mesh.items())),
@@ -243,8 +249,9 @@ class _Step:
         """Bytes per token of a layer's residuals under a policy, by the smallest policy that keeps them."""
         sizes = {
             "attention": self.bytes * self.query + 4 * self.heads,  # the output, and float32 log-sum-exp
-            "qkv": self.bytes * (self.query + 2 * self.key_value),
-            "dots": self.bytes * (self.hidden + 2 * self.wide),  # the residual stream between the halves, gate and up
+            "qkv": self.bytes * self.projections.results["qkv"],
+            # The residual stream between the halves, gate and up.
+            "dots": self.bytes * self.projections.results["dots"],
         }
         if policy == "none":
             # Three float32 arrays for each of the two norms, the norms' outputs, and the arrays between gate and down.
@@ -257,22 +264,18 @@ class _Step:
         return self.tokens * (self.bytes * self.hidden + sum(self._residuals(policy).values()))
 
     @property
-    def _products(self) -> dict[str, float]:
+    def _flops(self) -> dict[str, float]:
         """FLOPs per token of a layer's forward pass, by the smallest policy that keeps their result."""
-        return {
-            "attention": 2.0 * self.window * self.query,  # causal
-            "qkv": 2.0 * self.hidden * (self.query + 2 * self.key_value),
-            "dots": 2.0 * self.hidden * (self.query + 2 * self.wide),
-        }
+        return {"attention": 2.0 * self.window * self.query, **self.projections.flops}  # causal
 
     @property
     def forward_flops(self) -> float:
         """FLOPs per token of a layer's forward pass."""
-        return sum(self._products.values()) + 2.0 * self.hidden * self.wide
+        return sum(self._flops.values())
 
     def recomputed_flops(self, policy: str) -> float:
         """FLOPs per token that the backward pass of one layer repeats."""
-        return sum(self._products[name] for name in self._products.keys() - self._residuals(policy).keys())
+        return sum(self._flops[name] for name in self._flops.keys() - self._residuals(policy).keys() - {_NEVER})
 
     @property
     def forward_workspace(self) -> float:
@@ -326,6 +329,26 @@ class _Step:
         return logits + kernel + 2 * self.bytes * self.tokens * self.hidden + self._tables
 
 
+class _Projections(NamedTuple):
+    """Sums over a layer's projections on one device, by the smallest policy that keeps their results."""
+
+    results: dict[str, int]  # numbers per token
+    flops: dict[str, float]  # per token
+
+
+@functools.lru_cache(maxsize=64)
+def _projections(model_config: LlamaConfig, tensor: int) -> _Projections:
+    found = _Projections(defaultdict(int), defaultdict(float))
+    for kernel in parameters(model_config):
+        if kernel.layers and kernel.entry.leaf == "kernel":
+            ways = [tensor if LOGICAL_TO_MESH[axis] == "tensor" else 1 for axis in kernel.entry.axes]
+            wide_in, wide_out = (size // part for size, part in zip(kernel.single, ways, strict=True))
+            policy = _KEPT_BY.get(kernel.path[-2], "dots")
+            found.results[policy] += wide_out
+            found.flops[policy] += 2.0 * wide_in * wide_out
+    return found
+
+
 class _Counts(NamedTuple):
     """Trained and frozen parameters on one device, and how many of each are in layers."""
 
@@ -339,16 +362,12 @@ class _Counts(NamedTuple):
 def _count(model_config: LlamaConfig, lora: Lora | None, mesh: tuple[tuple[str, int], ...]) -> _Counts:
     names, sizes = zip(*mesh, strict=True)
     abstract = AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
-    params = _shapes(model_config, lora)
+    entries = (*parameters(model_config), *adapters(model_config, lora))
+    params = nest({entry.path: jax.ShapeDtypeStruct(entry.shape, jnp.float32) for entry in entries})
     shardings = parameter_shardings(abstract, params)  # type: ignore[arg-type]  # shapes need no devices
     shares = jax.tree.map(lambda leaf, at: float(math.prod(at.shard_shape(leaf.shape))), params, shardings)
     parts = split_trained(shares, lora)
     return _Counts(*(sum(jax.tree.leaves(tree)) for part in parts for tree in (part, part.get("layers", {}))))
-
-
-@functools.lru_cache(maxsize=8)
-def _shapes(model_config: LlamaConfig, lora: Lora | None) -> dict[str, Any]:
-    return Llama.abstract(model_config, lora=lora).parameters()
 
 
 def choose(

@@ -24,7 +24,7 @@ import eabf_jax
 from eabf_jax.errors import InputError
 from eabf_jax.interop import native
 from eabf_jax.interop.huggingface import FIXED, config_from_hf, config_to_hf, from_hf, load_hf, to_hf
-from eabf_jax.interop.layout import flatten, nest, parameters
+from eabf_jax.model.parameters import flatten, nest, parameters
 from eabf_jax.rope import scheme
 
 SIZES = {

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from eabf_jax.errors import InputError
 from eabf_jax.model import Llama, LlamaConfig, attention
 from eabf_jax.model.llama import positions_from_segments, rotary_tables, segment_lengths
+from eabf_jax.model.parameters import parameter_count
 from eabf_jax.rope import Scheme, compose, from_hf, scheme
-from eabf_jax.training.tracking import parameter_count
 
 WINDOW = 16
 # Compiling is nearly all the time these tests take; the compiler need not try hard.

@@ -17,6 +17,7 @@ from eabf_jax.model import Llama, LlamaConfig
 from eabf_jax.model.attention import BACKENDS
 from eabf_jax.model.llama import product, unconstrained
 from eabf_jax.model.lora import Lora
+from eabf_jax.parallel import rules
 from eabf_jax.parallel.context import undo_zigzag_order, zigzag_order
 from eabf_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from eabf_jax.parallel.rules import (
@@ -25,10 +26,10 @@ from eabf_jax.parallel.rules import (
     batch_sharding,
     batch_ways,
     layer_product,
-    parameter_axes,
     parameter_shardings,
     process_batch_shard,
     sharded_attention,
+    spec,
 )
 from eabf_jax.rope import scheme
 
@@ -80,9 +81,24 @@ def test_adapters_are_split_like_the_kernels_they_stand_beside() -> None:
     }
 
 
-def test_axes_of_a_parameter_outside_the_layers_have_no_layer_axis() -> None:
-    assert parameter_axes(("lm_head", "kernel")) == ("embed", "vocab")
-    assert parameter_axes(("layers", "mlp", "down_proj", "bias")) == ("layers", None)
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (("heads", "mlp"), "heads and mlp of one array are both split over the mesh axis tensor"),
+        (("batch", "length", "embed"), "batch and embed of one array are both split over the mesh axis fsdp"),
+        (("vocab", "vocab"), "vocab and vocab of one array"),
+    ],
+)
+def test_two_axes_of_one_array_on_one_mesh_axis_are_refused(axes: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        spec(*axes)
+
+
+def test_a_parameter_whose_axes_collide_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "parameter_axes", lambda path: ("layers", "heads", "mlp"))
+    params = Llama.abstract(CONFIG).parameters()["layers"]["mlp"]["up_proj"]
+    with pytest.raises(InputError, match=r"parameter layers\.mlp\.up_proj\.bias: the logical axes heads and mlp"):
+        parameter_shardings(make_mesh(MeshConfig(2, 2, 2)), {"layers": {"mlp": {"up_proj": params}}})
 
 
 def test_a_dimension_that_the_mesh_does_not_divide_is_named() -> None:

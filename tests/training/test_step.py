@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from eabf_jax.model.parameters import parameter_count
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.rope import scheme
 from eabf_jax.training.backward import Microbatch
@@ -15,7 +16,6 @@ from eabf_jax.training.layerwise import Layerwise
 from eabf_jax.training.optimizer import make_optimizer
 from eabf_jax.training.recipe import ComputeConfig, RecipeConfig
 from eabf_jax.training.step import Program, build_model, microbatch_sharding
-from eabf_jax.training.tracking import parameter_count
 from eabf_jax.training.trainer import place_batch
 
 STEPS, BATCH, LENGTH = 4, 8, 24

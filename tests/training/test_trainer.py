@@ -27,12 +27,12 @@ from eabf_jax.data.dataset import tokenizer_digest
 from eabf_jax.errors import InputError
 from eabf_jax.interop.native import load_native, save_params, write_model_json
 from eabf_jax.interop.tokenizer import load_tokenizer
+from eabf_jax.model.parameters import parameter_count
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.training import trainer
 from eabf_jax.training.lock import locked
 from eabf_jax.training.plan import Plan
 from eabf_jax.training.recipe import load_config
-from eabf_jax.training.tracking import parameter_count
 from eabf_jax.training.trainer import _preemption_flag, base_config, lower_train_step, train
 
 TOKENIZER = "assets/tiny"
