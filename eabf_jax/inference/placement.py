@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from eabf_jax.errors import InputError
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.decoder import LayerWeights, Weights
+from eabf_jax.model.decoder import Weights, WeightSource, weights_of
 from eabf_jax.model.kv_cache import LayerCache, attend_chunk, attend_token
 from eabf_jax.parallel.rules import check_tensor_axis, spec
 
@@ -28,6 +28,13 @@ _LAYER = {
     "gate_up_bias": spec(None, "mlp"),
     "down": spec(None, "mlp"),
     "down_bias": P(),
+}
+# The parameters that make up a field, where they are not split as the field itself.
+_STORED = {
+    "output": spec("heads", None),
+    "gate_up": spec(None, "mlp"),
+    "gate_up_bias": spec("mlp"),
+    "down": spec("mlp", None),
 }
 _WEIGHTS = {"embedding": spec("vocab", None), "norm": P(), "head": spec(None, "vocab")}
 _CACHE = {
@@ -53,16 +60,13 @@ def check(mesh: Mesh, config: LlamaConfig) -> None:
             raise InputError(f"mesh tensor={ways} does not divide the model's {name} {getattr(config, name)}")
 
 
-def place_weights(mesh: Mesh, weights: Weights) -> Weights:
-    """Places a model's weights on the mesh."""
-
-    def put(arrays: Any, partitions: dict[str, P]) -> dict[str, Any]:
-        places = {name: NamedSharding(mesh, partition) for name, partition in partitions.items()}
-        named = {name: getattr(arrays, name) for name in places}
-        return {name: None if x is None else jax.device_put(x, places[name]) for name, x in named.items()}
-
-    layers = tuple(LayerWeights(**put(layer, _LAYER)) for layer in weights.layers)
-    return Weights(layers=layers, **put(weights, _WEIGHTS))
+def weights_on(mesh: Mesh | None, source: WeightSource) -> Weights:
+    """Makes the weights of generation on a mesh, or on the default device; see `decoder.weights_of`."""
+    if mesh is None:
+        return weights_of(source)
+    fused = {name: NamedSharding(mesh, partition) for name, partition in (_LAYER | _WEIGHTS).items()}
+    stored = {name: NamedSharding(mesh, partition) for name, partition in _STORED.items()}
+    return weights_of(source, fused | stored, fused)
 
 
 def cache_sharding(mesh: Mesh, cache: Any) -> Any:

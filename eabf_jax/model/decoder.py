@@ -7,12 +7,13 @@ stream have the summed dimension last, so that each sum reads contiguous memory.
 those of `llama.py`, against which this module is tested.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int
 
 from eabf_jax.errors import InputError
@@ -51,11 +52,19 @@ class Weights(NamedTuple):
     head: Array | None  # [D, V]; None if tied to the embedding
 
 
-def weights_of(model: Llama) -> Weights:
-    """Splits a model's parameters by layer and casts them to its compute dtype.
+class WeightSource(NamedTuple):
+    """A model's weights as `Llama` names them, read one stacked parameter at a time."""
+
+    config: LlamaConfig
+    dtype: Any  # compute dtype
+    read: Callable[[tuple[str, ...]], Any]  # path in the parameter tree -> NumPy or JAX array
+
+
+def source_of(model: Llama) -> WeightSource:
+    """Reads weights from a model in memory, which stays as it is.
 
     Args:
-      model: a model whose parameters fit on one device twice.
+      model: the model.
 
     Raises:
       InputError: the model has adapters.
@@ -64,43 +73,75 @@ def weights_of(model: Llama) -> Weights:
         raise InputError(
             "the model has adapters beside its weights; load its directory, which merges them, to generate"
         )
-    config, params = model.config, nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    stacked, dtype = params["layers"], model.dtype
-    take = jax.jit(_layer_weights, static_argnums=(2, 3))
-    layers = tuple(take(stacked, index, config, dtype) for index in range(config.num_hidden_layers))
-    head = None if model.lm_head is None else params["lm_head"]["kernel"].astype(dtype)
+    params = model.parameters()
+    return WeightSource(
+        model.config, model.dtype, lambda path: functools.reduce(lambda tree, key: tree[key], path, params)
+    )
+
+
+# The parameters that make up each field of `LayerWeights`, by module, names and kind.
+_PARTS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "input_norm": ("", ("input_layernorm",), "scale"),
+    "qkv": ("self_attn", ("q_proj", "k_proj", "v_proj"), "kernel"),
+    "qkv_bias": ("self_attn", ("q_proj", "k_proj", "v_proj"), "bias"),
+    "output": ("self_attn", ("o_proj",), "kernel"),
+    "output_bias": ("self_attn", ("o_proj",), "bias"),
+    "mlp_norm": ("", ("post_attention_layernorm",), "scale"),
+    "gate_up": ("mlp", ("gate_proj", "up_proj"), "kernel"),
+    "gate_up_bias": ("mlp", ("gate_proj", "up_proj"), "bias"),
+    "down": ("mlp", ("down_proj",), "kernel"),
+    "down_bias": ("mlp", ("down_proj",), "bias"),
+}
+
+
+def weights_of(
+    source: WeightSource, stored: Mapping[str, Sharding] | None = None, fused: Mapping[str, Sharding] | None = None
+) -> Weights:
+    """Makes the weights of generation, layer by layer and in the compute dtype.
+
+    Beside what is made, devices hold the parameters of one field in one layer, and the host those of one field in all.
+
+    Args:
+      source: the model's weights.
+      stored: by field of `Weights` and `LayerWeights`, where a parameter that it is made of goes; None for the default
+        device.
+      fused: by field, where it goes itself; None leaves that to the compiler.
+    """
+    config, layers = source.config, source.config.num_hidden_layers
+    has_bias = {"self_attn": config.attention_bias, "mlp": config.mlp_bias}
+
+    def place(field: str, x: Any) -> Array:
+        return jax.device_put(x, None if stored is None else stored[field]).astype(source.dtype)
+
+    def by_layer(field: str) -> list[Array | None]:
+        module, names, kind = _PARTS[field]
+        if kind == "bias" and not has_bias[module]:
+            return [None] * layers
+        stacked = [source.read(("layers", *filter(None, (module, name, kind)))) for name in names]
+        at = None if fused is None else fused[field]
+        return [_fused(field, config, at, [place(field, x[index]) for x in stacked]) for index in range(layers)]
+
+    fields = [by_layer(field) for field in LayerWeights._fields]
     return Weights(
-        params["embed_tokens"]["embedding"].astype(dtype), layers, params["norm"]["scale"].astype(dtype), head
+        place("embedding", source.read(("embed_tokens", "embedding"))),
+        tuple(LayerWeights(*layer) for layer in zip(*fields, strict=True)),
+        place("norm", source.read(("norm", "scale"))),
+        None if config.tie_word_embeddings else place("head", source.read(("lm_head", "kernel"))),
     )
 
 
-def _layer_weights(stacked: dict, index: int, config: LlamaConfig, dtype: jnp.dtype) -> LayerWeights:
-    layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False).astype(dtype), stacked)
-    attention, mlp = layer["self_attn"], layer["mlp"]
-
-    def by_head(name: str, part: str) -> Array:
-        x = attention[name][part]
-        return x.reshape(*x.shape[:-1], config.num_key_value_heads, -1, config.head_dim)
-
-    def qkv(part: str) -> Array:
-        joined = jnp.concatenate([by_head(name, part) for name in ("q_proj", "k_proj", "v_proj")], axis=-2)
-        return joined.reshape(*joined.shape[:-3], -1)
-
-    def gate_up(part: str) -> Array:
-        return jnp.stack([mlp[name][part] for name in ("gate_proj", "up_proj")], axis=-2)
-
-    return LayerWeights(
-        input_norm=layer["input_layernorm"]["scale"],
-        qkv=qkv("kernel"),
-        qkv_bias=qkv("bias") if config.attention_bias else None,
-        output=attention["o_proj"]["kernel"].T,
-        output_bias=attention["o_proj"].get("bias"),
-        mlp_norm=layer["post_attention_layernorm"]["scale"],
-        gate_up=gate_up("kernel"),
-        gate_up_bias=gate_up("bias") if config.mlp_bias else None,
-        down=mlp["down_proj"]["kernel"].T,
-        down_bias=mlp["down_proj"].get("bias"),
-    )
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _fused(field: str, config: LlamaConfig, sharding: Sharding | None, parts: list[Array]) -> Array:
+    """Joins the parameters of one layer that make up a field."""
+    if field in ("qkv", "qkv_bias"):
+        by_head = [x.reshape(*x.shape[:-1], config.num_key_value_heads, -1, config.head_dim) for x in parts]
+        joined = jnp.concatenate(by_head, axis=-2)
+        y = joined.reshape(*joined.shape[:-3], -1)
+    elif field in ("gate_up", "gate_up_bias"):
+        y = jnp.stack(parts, axis=-2)
+    else:
+        y = parts[0].T  # the same for vectors
+    return y if sharding is None else jax.lax.with_sharding_constraint(y, sharding)
 
 
 def rows(rope: Scheme, head_dim: int, positions: Int[Array, "B T"], length: int | Int[Array, "B"] | None) -> Row:
