@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import yaml
 from lm_eval import utils
@@ -29,13 +28,13 @@ from tqdm import tqdm
 
 from eabf_jax.data.chat import Turn
 from eabf_jax.errors import InputError, unknown_name
-from eabf_jax.evaluation.scorer import Scorer, Span
-from eabf_jax.inference import Generator, Sampling, placement
+from eabf_jax.evaluation.scorer import Scorer, Span, evaluation_mesh
+from eabf_jax.inference import Generator, Sampling
 from eabf_jax.inference.chat import render
 from eabf_jax.inference.text import TRUNCATIONS
 from eabf_jax.interop.loading import load, open_weights, parse_entry
 from eabf_jax.interop.tokenizer import load_tokenizer
-from eabf_jax.parallel.mesh import MeshConfig, make_mesh, use_every_core
+from eabf_jax.parallel.mesh import use_every_core
 from eabf_jax.parallel.rules import batch_ways
 
 # Settings of `generate_until` that change how tokens are drawn.
@@ -98,10 +97,7 @@ class EabfLM(TemplateLM):
         self.window: int = config.max_position_embeddings if window is None else _positive("window", window)
         self.max_gen_toks = _positive("max_gen_toks", max_gen_toks)
         self._seed = int(seed)
-        if jax.device_count() % _positive("tensor", tensor):
-            raise InputError(f"tensor is {tensor}, which does not divide the {jax.device_count()} devices available")
-        self._mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=int(tensor)))
-        placement.check(self._mesh, config)
+        self._mesh = evaluation_mesh(config, dtype, _positive("tensor", tensor))
         self._weights, _ = open_weights(self._directory, self._rope, dtype)
         self._scorer: Scorer | None = None
         self._generator: Generator | None = None

@@ -1,6 +1,7 @@
 """Log-probabilities of tokens, each given those before it: perplexity, retrieval and the harness start from these."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -8,12 +9,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from eabf_jax.errors import InputError
 from eabf_jax.inference import placement
+from eabf_jax.interop.layout import parameters
+from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama, logits
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.parallel.rules import batch_ways, mesh_of, moved
+from eabf_jax.training.plan import device_at_hand
+
+# Of a device's memory, what a whole model may take; activations and logits need the rest.
+_WHOLE_MODEL = 0.6
+
+
+def evaluation_mesh(
+    config: LlamaConfig, dtype: str, tensor: int = 1, devices: list[jax.Device] | None = None, memory: float = 0
+) -> Mesh:
+    """Chooses how devices share an evaluation: each reads rows of its own, and they split the model if it is large.
+
+    Args:
+      config: the model's shape.
+      dtype: of its parameters.
+      tensor: devices that share the model's heads.
+      devices: the devices; None for all.
+      memory: of each, in bytes; 0 asks this machine's.
+
+    Raises:
+      InputError: `tensor` does not divide the devices, or the model.
+    """
+    count = len(devices or jax.devices())
+    if count % tensor:
+        raise InputError(f"tensor is {tensor}, which does not divide the {count} devices available")
+    share = sum(math.prod(entry.shape) for entry in parameters(config)) * jnp.dtype(dtype).itemsize / tensor
+    split = share > _WHOLE_MODEL * (memory or device_at_hand().memory)
+    data, fsdp = (1, -1) if split else (-1, 1)
+    mesh = make_mesh(MeshConfig(data, fsdp, tensor), devices)
+    placement.check(mesh, config)
+    return mesh
 
 
 class Span(NamedTuple):
