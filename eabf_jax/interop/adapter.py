@@ -5,6 +5,7 @@ model, and a digest of it.
 """
 
 import dataclasses
+import gc
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -29,9 +30,19 @@ class Leaves(NamedTuple):
 
     config: LlamaConfig
     dtypes: Mapping[tuple[str, ...], np.dtype[Any]]  # as stored
-    read: Callable[[tuple[str, ...], Any], np.ndarray]  # (path, dtype or None for the stored one) -> in host memory
+    reader: Callable[[tuple[str, ...], Any], np.ndarray]  # (path, dtype) -> in host memory; see `read`
     # (path, dtype, sharding) -> on its devices, where a process can read its own parts alone
     restore: Callable[[tuple[str, ...], Any, jax.sharding.Sharding], jax.Array] | None = None
+
+    def read(self, path: tuple[str, ...], dtype: Any = None) -> np.ndarray:
+        """Reads a parameter into host memory.
+
+        Args:
+          path: the parameter's path of keys.
+          dtype: what to cast it to, None to keep what is stored.
+        """
+        gc.collect(0)  # makes JAX release host memory that it has copied; else the parameter before this one would stay
+        return self.reader(path, dtype)
 
     def place(self, path: tuple[str, ...], dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         """Reads a parameter straight to its devices, and returns once host memory is free of it.
@@ -137,9 +148,9 @@ def merged(directory: Path | str, adapter: Adapter, base: Leaves, step: int | No
         if name in own:
             return native.read_leaf(path, name, dtype)
         if name not in adapted:
-            return base.read(name, dtype)
+            return base.reader(name, dtype)
         first, second = (native.read_leaf(path, (*name[:-1], leaf), None) for leaf in ("lora_a", "lora_b"))
-        kernel = merged_kernel(base.read(name, None), first, second, adapter.lora.scale)
+        kernel = merged_kernel(base.reader(name, None), first, second, adapter.lora.scale)
         return kernel.astype(dtype or kernel.dtype, copy=False)
 
     changed = dict.fromkeys(adapted | (own.keys() & base.dtypes.keys()), np.dtype(np.float32))

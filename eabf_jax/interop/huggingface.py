@@ -303,7 +303,7 @@ def to_hf(
 
     def tensors() -> Iterator[np.ndarray]:
         for entry in entries:
-            leaf = leaves.read(entry.path, None)
+            leaf = leaves.read(entry.path)
             for own in leaf[None] if entry.layers is None else leaf:
                 yield (own.T if entry.transposed else own).astype(dtypes[entry.path], copy=False)
 
@@ -420,8 +420,7 @@ def _stack(entry: Parameter, found: Mapping[str, StoredTensor], dtype: Any) -> n
     own = dtype if dtype is not None else _common(stored)
     leaf = native.empty_leaf(entry.shape, own)
     for target, tensor in zip(leaf[None] if entry.layers is None else leaf, stored, strict=True):
-        array = tensor.read()
-        target[...] = array.T if entry.transposed else array
+        target[...] = tensor.read().T if entry.transposed else tensor.read()  # unnamed: one tensor at a time
     return leaf
 
 

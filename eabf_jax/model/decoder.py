@@ -119,7 +119,8 @@ def weights_of(
             return [None] * layers
         stacked = [source.read(("layers", *filter(None, (module, name, kind)))) for name in names]
         at = None if fused is None else fused[field]
-        return [_fused(field, config, at, [place(field, x[index]) for x in stacked]) for index in range(layers)]
+        made = [_fused(field, config, at, [place(field, x[index]) for x in stacked]) for index in range(layers)]
+        return jax.block_until_ready(made)  # then `stacked` is no longer needed
 
     fields = [by_layer(field) for field in LayerWeights._fields]
     return Weights(
