@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from eabf_jax.errors import InputError
@@ -29,10 +29,10 @@ from eabf_jax.interop.tokenizer import Tokenizer
 from eabf_jax.model import decoder
 from eabf_jax.model.attention import Backend, select
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.decoder import LayerWeights, Weights
+from eabf_jax.model.decoder import LayerWeights, Weights, WeightSource
 from eabf_jax.model.kv_cache import LayerCache, empty_cache, grown
 from eabf_jax.model.llama import Llama, Row, rotary_tables
-from eabf_jax.parallel.rules import batch_ways
+from eabf_jax.parallel.rules import batch_ways, mesh_of
 
 # Tokens per row that the decode loop generates before the host reads them.
 TOKENS_AT_ONCE = 16
@@ -92,7 +92,7 @@ class Generator:
 
     def __init__(
         self,
-        model: Llama,
+        model: Llama | WeightSource,
         tokenizer: Tokenizer | None = None,
         *,
         mesh: Mesh | None = None,
@@ -101,12 +101,13 @@ class Generator:
         attention: str = "auto",
         rope_length: int | None = None,
     ):
-        """Copies the model's weights in its compute dtype; does not keep the model itself.
+        """Makes the weights of generation, in the compute dtype, from a model or from one on disk.
 
         Args:
-          model: any Llama without adapters.
+          model: any Llama without adapters, whose weights are copied; or from `open_weights`, which holds no others.
           tokenizer: for text, stop strings and the default stop tokens.
-          mesh: splits heads over `tensor`, and rows over `data` and `fsdp`; None means the default device.
+          mesh: splits heads over `tensor`, and rows over `data` and `fsdp`; None means the mesh that the model is on,
+            else the default device.
           cache: "model" stores keys and values in the model's dtype, "int8" in 8 bits with a scale per token and head.
           prefill_chunk: tokens of each prompt that are read at a time.
           attention: the backend, a name in `model.attention.BACKENDS` or "auto".
@@ -120,13 +121,14 @@ class Generator:
         _check_count("prefill_chunk", prefill_chunk)
         if rope_length is not None:
             _check_count("rope_length", rope_length)
+        if isinstance(model, Llama):
+            mesh, model = mesh or mesh_of(model), decoder.source_of(model)
         empty_cache(1, 1, 1, 1, model.dtype, cache)  # raises if the kind is unknown
         backend = select(attention, model.dtype, model.config.head_dim)
         if mesh is not None:
             placement.check(mesh, model.config)
         self._setup = _Setup(model.config, model.dtype, backend, prefill_chunk, mesh, rope_length)
-        weights = decoder.weights_of(model)
-        self._weights = weights if mesh is None else placement.place_weights(mesh, weights)
+        self._weights = placement.weights_on(mesh, model)
         self._attention = attention
         self._cache_kind = cache
         self.config = model.config
@@ -364,7 +366,7 @@ class Generator:
                 present[row, list(prompt)] = True
             seen = self._row_array(present)
         logits = _logits(self._setup, self._ends(), hidden)
-        return _first(steps, logits, caches, lengths, ended, seen, jnp.int32(chosen), choice)
+        return _first(self._setup.mesh, steps, logits, caches, lengths, ended, seen, jnp.int32(chosen), choice)
 
     def _hidden(
         self, prompts: Sequence[Sequence[int]], total: int
@@ -505,8 +507,9 @@ def _logits(setup: _Setup, ends: Weights, hidden: Float[Array, "B D"]) -> Float[
     return decoder.next_token_logits(setup.config, ends, hidden)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="caches")
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="caches")
 def _first(
+    mesh: Mesh | None,
     steps: Steps,
     logits: Float[Array, "B V"],
     caches: tuple[LayerCache, ...],
@@ -520,7 +523,7 @@ def _first(
     token = choose(logits, seen, choice.keys, chosen, steps, choice.numbers)
     token = jnp.where(ended, _NOTHING, token)
     ended |= jnp.isin(token, choice.stop_tokens)
-    return _State(caches, token, lengths, ended, _marked(seen, token), chosen + 1)
+    return _placed(mesh, _State(caches, token, lengths, ended, _marked(seen, token), chosen + 1))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="state")
@@ -568,7 +571,17 @@ def _decode(
 
     made = jnp.full((state.token.shape[0], TOKENS_AT_ONCE), _NOTHING, jnp.int32)
     _, made, state = jax.lax.while_loop(goes_on, step, (jnp.int32(0), made, state))
-    return made, state
+    return made, _placed(setup.mesh, state)
+
+
+def _placed(mesh: Mesh | None, state: _State) -> _State:
+    """Pins a state's layout, so that the loop's first call and the later ones, on its own output, share a program."""
+    if mesh is None:
+        return state
+    rows, everywhere = placement.row_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    places = jax.tree.map(lambda x: rows if x.ndim else everywhere, state._replace(caches=()))
+    caches = tuple(placement.on_mesh(mesh, cache) for cache in state.caches)
+    return jax.lax.with_sharding_constraint(state._replace(caches=()), places)._replace(caches=caches)
 
 
 def _marked(seen: Array | None, token: Array) -> Array | None:

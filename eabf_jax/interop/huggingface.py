@@ -1,12 +1,11 @@
 """Hugging Face directories to native ones and back, tensor by tensor and bit by bit, and straight into memory."""
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from eabf_jax.errors import InputError
@@ -178,34 +177,6 @@ def read_config(directory: Path | str) -> LlamaConfig:
         raise InputError(f"{path}: {message.removeprefix('config.json: ')}") from error
 
 
-def load_hf(directory: Path | str, dtype: Any = None, shardings: Any = None) -> tuple[LlamaConfig, dict[str, Any]]:
-    """Loads a Hugging Face directory into memory.
-
-    Args:
-      directory: folder with config.json and safetensors files.
-      dtype: what to cast the parameters to, None to keep what is stored.
-      shardings: nested dict of shardings in the parameters' structure, or of some of them, which alone are loaded then;
-        or one sharding for all; None for the default device.
-
-    Returns:
-      The config, and the parameters as a nested dict of JAX arrays.
-
-    Raises:
-      InputError: anything missing, damaged, or not of the config's shape.
-    """
-    config = read_config(directory)
-    found = find_tensors(Path(directory), config)
-    places = native.sharding_by_path(shardings, config)
-    leaves = {
-        entry.path: jax.device_put(
-            _stack(entry, found, None if dtype is None else jnp.dtype(dtype)), places[entry.path]
-        )
-        for entry in parameters(config)
-        if entry.path in places
-    }
-    return config, nest(leaves)
-
-
 def open_leaves(directory: Path | str, step: int | None = None, base: Path | str | None = None) -> Leaves:
     """Opens a model of any kind, to read its parameters one at a time.
 
@@ -235,12 +206,14 @@ def open_leaves(directory: Path | str, step: int | None = None, base: Path | str
         config, path = native.read_model_json(directory), native.checkpoint_path(directory, step)
         stored = native.stored_arrays(path, shapes(config))
         dtypes = {name: np.dtype(leaf.dtype) for name, leaf in stored.items()}
-        return Leaves(config, dtypes, lambda name: native.read_leaf(path, name))
+        return Leaves(
+            config, dtypes, functools.partial(native.read_leaf, path), functools.partial(native.place_leaf, path)
+        )
     config = read_config(directory)
     found = find_tensors(Path(directory), config)
     entries = {entry.path: entry for entry in parameters(config)}
     dtypes = {name: _common([found[key] for key in entry.hf_names()]) for name, entry in entries.items()}
-    return Leaves(config, dtypes, lambda name: _stack(entries[name], found, None))
+    return Leaves(config, dtypes, lambda name, dtype: _stack(entries[name], found, dtype or dtypes[name]))
 
 
 def from_hf(src: Path | str, dst: Path | str, overwrite: bool = False) -> Summary:
@@ -304,9 +277,10 @@ def to_hf(
     source = Path(src)
     if not native.is_native(source):
         raise InputError(f"{source}: no {native.MODEL_FILE} there; expected a native model directory or a run's")
-    config, stored, read = open_leaves(source, step, base)
+    leaves = open_leaves(source, step, base)
+    config = leaves.config
     entries = parameters(config)
-    dtypes = {name: np.dtype(dtype or own) for name, own in stored.items()}
+    dtypes = {name: np.dtype(dtype or own) for name, own in leaves.dtypes.items()}
     if has_tokenizer(source):
         native.check_vocabulary(load_tokenizer(source), config, source)
     planned = [
@@ -315,7 +289,7 @@ def to_hf(
 
     def tensors() -> Iterator[np.ndarray]:
         for entry in entries:
-            leaf = read(entry.path)
+            leaf = leaves.read(entry.path)
             for own in leaf[None] if entry.layers is None else leaf:
                 yield (own.T if entry.transposed else own).astype(dtypes[entry.path], copy=False)
 
@@ -432,8 +406,7 @@ def _stack(entry: Parameter, found: Mapping[str, StoredTensor], dtype: Any) -> n
     own = dtype if dtype is not None else _common(stored)
     leaf = native.empty_leaf(entry.shape, own)
     for target, tensor in zip(leaf[None] if entry.layers is None else leaf, stored, strict=True):
-        array = tensor.read()
-        target[...] = array.T if entry.transposed else array
+        target[...] = tensor.read().T if entry.transposed else tensor.read()  # unnamed: one tensor at a time
     return leaf
 
 

@@ -7,12 +7,13 @@ stream have the summed dimension last, so that each sum reads contiguous memory.
 those of `llama.py`, against which this module is tested.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int
 
 from eabf_jax.errors import InputError
@@ -20,7 +21,7 @@ from eabf_jax.model.attention import precision_of
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.kv_cache import LayerCache
 from eabf_jax.model.llama import Llama, Row, rms_norm, rotate
-from eabf_jax.model.parameters import Axes, flatten, parameter_axes
+from eabf_jax.model.parameters import Axes, parameter_axes, parameters
 
 # (q, k, v, cache) -> attended values and the cache with k and v added; arrays are [B, T, heads, H].
 CachedAttention = Callable[[Array, Array, Array, LayerCache], tuple[Array, LayerCache]]
@@ -83,10 +84,11 @@ _FORMS: dict[str, tuple[_Form, tuple[str, ...]]] = {
     "down_bias": (_AS_IS, ("mlp.down_proj.bias",)),
 }
 
-# Logical axes of the arrays in `LayerWeights`, and of the others in `Weights`.
-LAYER_AXES: dict[str, Axes] = {
-    name: form.axes(parameter_axes(("layers", *parts[0].split(".")))[1:]) for name, (form, parts) in _FORMS.items()
+# Logical axes of the parameters that make up an array in `LayerWeights`, of that array, and of the others in `Weights`.
+PART_AXES: dict[str, Axes] = {
+    name: parameter_axes(("layers", *parts[0].split(".")))[1:] for name, (_, parts) in _FORMS.items()
 }
+LAYER_AXES: dict[str, Axes] = {name: form.axes(PART_AXES[name]) for name, (form, _) in _FORMS.items()}
 AXES: dict[str, Axes] = {
     "embedding": parameter_axes(("embed_tokens", "embedding")),
     "norm": parameter_axes(("norm", "scale")),
@@ -94,11 +96,19 @@ AXES: dict[str, Axes] = {
 }
 
 
-def weights_of(model: Llama) -> Weights:
-    """Splits a model's parameters by layer and casts them to its compute dtype.
+class WeightSource(NamedTuple):
+    """A model's weights as `Llama` names them, read one stacked parameter at a time."""
+
+    config: LlamaConfig
+    dtype: Any  # compute dtype
+    read: Callable[[tuple[str, ...]], Any]  # path in the parameter tree -> NumPy or JAX array
+
+
+def source_of(model: Llama) -> WeightSource:
+    """Reads weights from a model in memory, which stays as it is.
 
     Args:
-      model: a model whose parameters fit on one device twice.
+      model: the model.
 
     Raises:
       InputError: the model has adapters.
@@ -107,24 +117,54 @@ def weights_of(model: Llama) -> Weights:
         raise InputError(
             "the model has adapters beside its weights; load its directory, which merges them, to generate"
         )
-    config, params = model.config, nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    stacked, dtype = params["layers"], model.dtype
-    take = jax.jit(_layer_weights, static_argnums=(2, 3))
-    layers = tuple(take(stacked, index, config, dtype) for index in range(config.num_hidden_layers))
-    head = None if model.lm_head is None else params["lm_head"]["kernel"].astype(dtype)
-    return Weights(
-        params["embed_tokens"]["embedding"].astype(dtype), layers, params["norm"]["scale"].astype(dtype), head
+    params = model.parameters()
+    return WeightSource(
+        model.config, model.dtype, lambda path: functools.reduce(lambda tree, key: tree[key], path, params)
     )
 
 
-def _layer_weights(stacked: dict, index: int, config: LlamaConfig, dtype: jnp.dtype) -> LayerWeights:
-    layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False).astype(dtype), stacked)
-    parameters = {".".join(path): leaf for path, leaf in flatten(layer)}
+def weights_of(
+    source: WeightSource, stored: Mapping[str, Sharding] | None = None, fused: Mapping[str, Sharding] | None = None
+) -> Weights:
+    """Makes the weights of generation, layer by layer and in the compute dtype.
 
-    def made(form: _Form, parts: tuple[str, ...]) -> Any:
-        return form.values(config, [parameters[part] for part in parts]) if parts[0] in parameters else None
+    Beside what is made, devices hold the parameters of one field in one layer, and the host those of one field in all.
 
-    return LayerWeights(**{name: made(*form) for name, form in _FORMS.items()})
+    Args:
+      source: the model's weights.
+      stored: by field of `Weights` and `LayerWeights`, where a parameter that it is made of goes; None for the default
+        device.
+      fused: by field, where it goes itself; None leaves that to the compiler.
+    """
+    config, layers = source.config, source.config.num_hidden_layers
+    present = {entry.path for entry in parameters(config)}
+
+    def place(field: str, x: Any) -> Array:
+        return jax.device_put(x, None if stored is None else stored[field]).astype(source.dtype)
+
+    def by_layer(field: str) -> list[Array | None]:
+        paths = [("layers", *part.split(".")) for part in _FORMS[field][1]]
+        if paths[0] not in present:
+            return [None] * layers
+        stacked = [source.read(path) for path in paths]
+        at = None if fused is None else fused[field]
+        made = [_fused(field, config, at, [place(field, x[index]) for x in stacked]) for index in range(layers)]
+        return jax.block_until_ready(made)  # then `stacked` is no longer needed
+
+    fields = [by_layer(field) for field in LayerWeights._fields]
+    return Weights(
+        place("embedding", source.read(("embed_tokens", "embedding"))),
+        tuple(LayerWeights(*layer) for layer in zip(*fields, strict=True)),
+        place("norm", source.read(("norm", "scale"))),
+        None if config.tie_word_embeddings else place("head", source.read(("lm_head", "kernel"))),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _fused(field: str, config: LlamaConfig, sharding: Sharding | None, parts: list[Array]) -> Array:
+    """Joins the parameters of one layer that make up a field."""
+    y = _FORMS[field][0].values(config, parts)
+    return y if sharding is None else jax.lax.with_sharding_constraint(y, sharding)
 
 
 def layer(

@@ -1,19 +1,23 @@
 """Sharding rules: the table from logical axes to mesh axes, and what follows from it for parameters and activations."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from eabf_jax.errors import InputError
-from eabf_jax.model.attention import Attention
-from eabf_jax.model.llama import Constrain, Product, product, unconstrained
+from eabf_jax.model.attention import Attention, select
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.llama import Constrain, Llama, Product, product, unconstrained
 from eabf_jax.model.parameters import parameter_axes
 from eabf_jax.parallel.context import context_attention
 from eabf_jax.parallel.fsdp import PARAMETER_AXES, TOKEN_AXES, sharded_product
+from eabf_jax.parallel.mesh import AXES
 
 LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -145,6 +149,7 @@ def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else axes or ()
 
 
+@functools.cache  # models of one shape on one mesh share their compiled programs
 def activation_constraint(mesh: Mesh) -> Constrain:
     """Builds the `constrain` hook of `Llama` for a mesh, which pins large activations to their logical axes."""
     if mesh.size == 1:
@@ -156,6 +161,7 @@ def activation_constraint(mesh: Mesh) -> Constrain:
     return constrain
 
 
+@functools.cache
 def layer_product(mesh: Mesh, *, whole: bool = False) -> Product:
     """Builds the `product` hook of `Llama` for a mesh, which gathers parameters and scatters their gradients.
 
@@ -187,6 +193,7 @@ def check_tensor_axis(ways: int, kv_heads: int) -> None:
         )
 
 
+@functools.cache
 def sharded_attention(mesh: Mesh, attention: Attention, kv_heads: int) -> Attention:
     """Runs an attention backend on each device's own rows, queries and heads, so that kernels need not handle a mesh.
 
@@ -226,3 +233,52 @@ def sharded_attention(mesh: Mesh, attention: Attention, kv_heads: int) -> Attent
         )(q, k, v, segment_ids)
 
     return attend
+
+
+def llama_on(
+    mesh: Mesh,
+    config: LlamaConfig,
+    *,
+    dtype: Any,
+    attention: str | Attention = "auto",
+    whole: bool = False,
+    **options: Any,
+) -> Llama:
+    """Builds a model that computes on a mesh, with shapes in place of parameters.
+
+    Args:
+      mesh: the device mesh.
+      config: the model's shape.
+      dtype: compute dtype.
+      attention: a backend's name, "auto", or a function for one device.
+      whole: as for `layer_product`.
+      **options: as for `Llama`.
+
+    Raises:
+      InputError: the tensor axis does not divide the key-value heads; unknown backend.
+    """
+    if isinstance(attention, str):
+        platform = mesh.devices.flat[0].platform
+        attention = select(attention, jnp.dtype(dtype), config.head_dim, platform)
+    return Llama.abstract(
+        config,
+        dtype=jnp.dtype(dtype),
+        attention=sharded_attention(mesh, attention, config.num_key_value_heads),
+        constrain=activation_constraint(mesh),
+        product=layer_product(mesh, whole=whole),
+        **options,
+    )
+
+
+def moved(model: Llama, mesh: Mesh) -> Llama:
+    """Returns a model on one device as one that is held and computed on a mesh."""
+    params = model.parameters()
+    options: dict[str, Any] = {"dtype": model.dtype, "attention": model.attention, "lora": model.lora}
+    placed = jax.device_put(params, parameter_shardings(mesh, params))
+    return llama_on(mesh, model.config, **options).with_parameters(placed)
+
+
+def mesh_of(model: Llama) -> Mesh | None:
+    """Returns the mesh that a model's parameters are on; None if they are on one device."""
+    mesh = getattr(getattr(model.embed_tokens.embedding[...], "sharding", None), "mesh", None)
+    return mesh if isinstance(mesh, Mesh) and mesh.axis_names == AXES else None

@@ -14,17 +14,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from eabf_jax.model.attention import select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 from eabf_jax.model.lora import Lora, split_trained
-from eabf_jax.parallel.rules import (
-    activation_constraint,
-    layer_product,
-    parameter_shardings,
-    sharded_attention,
-    spec,
-)
+from eabf_jax.parallel.rules import llama_on, parameter_shardings, spec
 from eabf_jax.training.backward import Microbatch, Pieces, Tree, head_parameters, merge, remat_by_layer, zeros
 from eabf_jax.training.master import join, split_tree
 from eabf_jax.training.optimizer import updated
@@ -98,15 +91,13 @@ def build_model(config: LlamaConfig, compute: ComputeConfig, mesh: Mesh, lora: L
       mesh: the device mesh.
       lora: the adapters to train; None trains every parameter.
     """
-    platform = mesh.devices.flat[0].platform
-    backend = select(compute.attention, jnp.dtype(compute.dtype), config.head_dim, platform)
-    return Llama.abstract(
+    return llama_on(
+        mesh,
         config,
-        dtype=jnp.dtype(compute.dtype),
+        dtype=compute.dtype,
         param_dtype=jnp.float32,
-        attention=sharded_attention(mesh, backend, config.num_key_value_heads),
-        constrain=activation_constraint(mesh),
-        product=layer_product(mesh, whole=compute.gather == "step"),
+        attention=compute.attention,
+        whole=compute.gather == "step",
         lora=lora,
     )
 

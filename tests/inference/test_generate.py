@@ -176,7 +176,7 @@ def test_the_tpu_compiler_copies_no_cache() -> None:
         caches = tuple(empty_cache(1, 8, 18_432, 128, dtype) for _ in range(config.num_hidden_layers))
         row = jnp.zeros(1, jnp.int32)
         return (
-            decoder.weights_of(Llama(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)),
+            decoder.weights_of(decoder.source_of(Llama(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))),
             generate._State(caches, row, row, row > 0, None, jnp.int32(1)),
             generate._Choice(jax.tree.map(jnp.asarray, numbers), jax.random.key(0)[None], row),
         )

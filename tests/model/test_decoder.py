@@ -67,7 +67,9 @@ def cached_logits(model: Llama, tokens: np.ndarray, length: int | None) -> np.nd
     row = Row(positions, *rotary_tables(config.rope, config.head_dim, positions, length), None)
     # The scheme is in the tables; but for the multiplier one program serves all.
     plain = compose(scheme("default"), config.rope)
-    prompt, generated = _cached(dataclasses.replace(config, rope=plain), decoder.weights_of(model), tokens, row)
+    prompt, generated = _cached(
+        dataclasses.replace(config, rope=plain), decoder.weights_of(decoder.source_of(model)), tokens, row
+    )
     found = np.zeros((*tokens.shape, config.vocab_size), np.float32)
     found[:, :PROMPT] = prompt
     for index, logits in enumerate(np.asarray(generated)):
@@ -165,4 +167,4 @@ def test_one_token_on_a_gpu_has_the_products_of_many(monkeypatch: pytest.MonkeyP
 def test_a_model_with_adapters_is_refused() -> None:
     model = Llama.abstract(model_of(SCHEMES["default"]).config, lora=Lora())
     with pytest.raises(InputError, match="has adapters beside its weights"):
-        decoder.weights_of(model)
+        decoder.weights_of(decoder.source_of(model))
