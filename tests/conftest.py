@@ -2,7 +2,6 @@
 
 import os
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,18 +13,18 @@ import pytest
 # Nearly all the time of these tests is compilation, and what they compile runs once: the compiler need not try hard.
 # The CPU's compiler reads these flags as its devices are made. The TPU's, which would end the process at a flag that it
 # does not know, and the processes that tests start do not see them.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 with pytest.MonkeyPatch.context() as patch:
-    for flag in ("backend_optimization_level=0", "llvm_disable_expensive_passes=true", "cpu_use_fusion_emitters=false"):
-        patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_{flag}")
+    patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} {QUICK}")
     jax.devices()
 
 
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """For tests whose time is nearly all compilation: the compiler need not try hard."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+@pytest.fixture(scope="session")
+def quick_flags() -> str:
+    """XLA_FLAGS for processes that a test starts: programs compile several times as fast, into slower code."""
+    return QUICK
 
 
 @pytest.fixture

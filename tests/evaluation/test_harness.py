@@ -46,9 +46,6 @@ ANSWER = 32  # tokens; benchmarks/harness_parity.py has the tasks' own lengths, 
 TOLERANCE: dict[str, Any] = {"rel": 2e-5, "abs": 2e-5}
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Torch's threads would wait for one another."""

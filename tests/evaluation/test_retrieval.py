@@ -28,9 +28,6 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer(TINY)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def model_of(rope: Scheme) -> Llama:
     config = LlamaConfig(
         vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,

@@ -19,8 +19,6 @@ from eabf_jax.model import Llama
 from eabf_jax.model.llama import unconstrained
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.parametrize(("mesh", "longest"), [(None, 32), (MeshConfig(fsdp=2, tensor=2), 16)], ids=str)
 def test_spans_of_all_lengths_are_scored_as_in_transformers(

@@ -20,7 +20,6 @@ from eabf_jax.rope import Scheme, compose, import_schemes, parameters_of, scheme
 
 WINDOW = 16
 ENTROPY = {"type": "entropy_aware", "pretrained_window": WINDOW, "unscaled_layers": 1}
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # the time is compilation
 GIVEN = {"factor": 4.0, "pretrained_window": WINDOW}  # to the schemes that take it
 
 
@@ -71,7 +70,7 @@ def write(root: Path) -> None:
         model.config = config
         native.write_model_json(source, config)
         to_hf(source, root / name)
-        forward = jax.jit(lambda x, model=model: model(x), compiler_options=QUICK)
+        forward = jax.jit(lambda x, model=model: model(x))
         references = {"tokens": tokens, "logits": np.asarray(forward(tokens))}
         if rope.depends_on_length:  # the same tokens have other frequencies in a shorter text
             references["short_logits"] = np.asarray(forward(tokens[:, :9]))

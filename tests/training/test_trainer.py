@@ -38,22 +38,11 @@ from eabf_jax.training.trainer import _preemption_flag, base_config, lower_train
 TOKENIZER = "assets/tiny"
 
 
-@pytest.fixture(autouse=True)
-def compile_quickly(monkeypatch, quick):
-    monkeypatch.setattr(
-        jax.stages.Lowered, "compile", functools.partialmethod(jax.stages.Lowered.compile, compiler_options=quick)
-    )
-
-
 @pytest.fixture(scope="module")
-def finished(run_config, quick, tmp_path_factory):
+def finished(run_config, tmp_path_factory):
     """A run of ten steps on eight devices, and its configuration."""
     config = run_config(tmp_path_factory.mktemp("finished") / "runs" / "micro")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            jax.stages.Lowered, "compile", functools.partialmethod(jax.stages.Lowered.compile, compiler_options=quick)
-        )
-        return train(config), config
+    return train(config), config
 
 
 def final_params(run):
@@ -413,14 +402,13 @@ class Interrupted:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(config_file, quick, tmp_path_factory):
+def uninterrupted(config_file, tmp_path_factory, quick_flags):
     """As a user starts it."""
-    flags = {"xla_force_host_platform_device_count": 1, **quick}
 
     def start(*arguments):
         return subprocess.Popen(
             [sys.executable, "train.py", *map(str, arguments)],
-            env={**os.environ, "XLA_FLAGS": " ".join(f"--{k}={str(v).lower()}" for k, v in flags.items())},
+            env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {quick_flags}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
