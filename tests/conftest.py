@@ -20,6 +20,9 @@ with pytest.MonkeyPatch.context() as patch:
     patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} {QUICK}")
     jax.devices()
 
+# Their assertions tell what differs, as those of test files do.
+pytest.register_assert_rewrite("gguf_files", "hf_directories", "runs")
+
 
 @pytest.fixture(scope="session")
 def quick_flags() -> str:
