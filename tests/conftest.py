@@ -38,8 +38,7 @@ def user_schemes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.setattr(RopeConfig, "_choice_registry", dict(RopeConfig.get_known_choices()))
-    written: Path = runpy.run_path(str(Path(__file__).parent / "interop/write_export_references.py"))["user_schemes"](
-        tmp_path
-    )
+    program = Path(__file__).parent / "interop/export/write_export_references.py"
+    written: Path = runpy.run_path(str(program))["user_schemes"](tmp_path)
     # A name of its own in each test, because a module is imported only once.
     return written.rename(tmp_path / f"my_schemes_{abs(hash(tmp_path))}.py")

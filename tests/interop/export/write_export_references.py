@@ -1,7 +1,7 @@
 """Writes small exported models of every registered scheme and of compositions, each with our own logits beside it.
 
-python tests/interop/write_export_references.py DIR
-python tests/interop/check_export_in_transformers.py DIR     # in an environment with any transformers >= 4.46
+python tests/interop/export/write_export_references.py DIR
+python tests/interop/export/check_export_in_transformers.py DIR     # in an environment with any transformers >= 4.46
 """
 
 import re
@@ -25,7 +25,7 @@ GIVEN = {"factor": 4.0, "pretrained_window": WINDOW}  # to the schemes that take
 
 def user_schemes(directory: Path) -> Path:
     """Writes the example of docs/schemes.md as a user's file, which registers three schemes."""
-    example = re.search(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/schemes.md").read_text(), re.DOTALL)
+    example = re.search(r"```python\n(.*?)```", (Path(__file__).parents[3] / "docs/schemes.md").read_text(), re.DOTALL)
     assert example is not None
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "my_schemes.py"
