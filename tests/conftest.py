@@ -2,6 +2,7 @@
 
 import os
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -28,6 +29,17 @@ pytest.register_assert_rewrite("gguf_files", "hf_directories", "runs")
 def quick_flags() -> str:
     """XLA_FLAGS for processes that a test starts: programs compile several times as fast, into slower code."""
     return QUICK
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch computes in one thread: for little work at a time, several would wait for one another."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
