@@ -131,8 +131,8 @@ $(OLD)/installed: .venv/tested
 
 test-transformers-4.46: $(OLD)/installed
 	rm -rf .venv/export-references
-	$(BIN)/python tests/interop/write_export_references.py .venv/export-references
-	HF_HUB_OFFLINE=1 $(OLD)/bin/python tests/interop/check_export_in_transformers.py .venv/export-references
+	$(BIN)/python tests/interop/export/write_export_references.py .venv/export-references
+	HF_HUB_OFFLINE=1 $(OLD)/bin/python tests/interop/export/check_export_in_transformers.py .venv/export-references
 
 lint: .venv/tested
 	$(BIN)/ruff check .

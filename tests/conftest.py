@@ -14,18 +14,32 @@ import pytest
 # Nearly all the time of these tests is compilation, and what they compile runs once: the compiler need not try hard.
 # The CPU's compiler reads these flags as its devices are made. The TPU's, which would end the process at a flag that it
 # does not know, and the processes that tests start do not see them.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 with pytest.MonkeyPatch.context() as patch:
-    for flag in ("backend_optimization_level=0", "llvm_disable_expensive_passes=true", "cpu_use_fusion_emitters=false"):
-        patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_{flag}")
+    patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} {QUICK}")
     jax.devices()
+
+# Their assertions tell what differs, as those of test files do.
+pytest.register_assert_rewrite("gguf_files", "hf_directories", "runs")
+
+
+@pytest.fixture(scope="session")
+def quick_flags() -> str:
+    """XLA_FLAGS for processes that a test starts: programs compile several times as fast, into slower code."""
+    return QUICK
 
 
 @pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """For tests whose time is nearly all compilation: the compiler need not try hard."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def one_thread() -> Iterator[None]:
+    """Torch computes in one thread: for little work at a time, several would wait for one another."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -36,8 +50,7 @@ def user_schemes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.setattr(RopeConfig, "_choice_registry", dict(RopeConfig.get_known_choices()))
-    written: Path = runpy.run_path(str(Path(__file__).parent / "interop/write_export_references.py"))["user_schemes"](
-        tmp_path
-    )
+    program = Path(__file__).parent / "interop/export/write_export_references.py"
+    written: Path = runpy.run_path(str(program))["user_schemes"](tmp_path)
     # A name of its own in each test, because a module is imported only once.
     return written.rename(tmp_path / f"my_schemes_{abs(hash(tmp_path))}.py")

@@ -314,7 +314,6 @@ def test_a_result_says_where_it_comes_from(program, monkeypatch, tmp_path, failu
     assert figures["runs"]["batch"]["bandwidth_share"] > 0
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_our_figures(program):
     figures = program.ours(program.SHAPES["micro"], {"short": {"batch": 2, "prompt": 5, "new": 9}}, "int8", 16)
     (run,) = figures["runs"].values()

@@ -70,7 +70,6 @@ BROKEN = {
 }
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_wrong_kernel_is_found(program, monkeypatch, broken):
     def kernel(q, k, v, segment_ids=None):
@@ -103,7 +102,6 @@ def shortened(sizes):
     return sizes._replace(lengths=(), slots=(), wide=None, policies=sizes.policies[:1])
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_model_is_compared_in_training_and_in_generation(program, call, monkeypatch):
     monkeypatch.setitem(program.SIZES, "cpu", shortened(program.SIZES["cpu"]))
     status, figures = call("--schemes", "eabf")

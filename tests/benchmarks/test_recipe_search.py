@@ -56,7 +56,6 @@ def search(program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return start
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_run_is_the_configuration_with_the_choice_in_it(program, search, tmp_path: Path, monkeypatch) -> None:
     trained = []
     train = program.train

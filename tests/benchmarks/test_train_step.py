@@ -38,7 +38,7 @@ def program(load_program):
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def report(tmp_path_factory, quick_flags):
     """What a user gets from the whole program with a tiny model, transformers beside it."""
     folder = tmp_path_factory.mktemp("benchmark")
     (folder / "micro.yaml").write_text(CONFIG)
@@ -47,8 +47,7 @@ def report(tmp_path_factory):
     command += ["--peers", "default/eager/none/*/bfloat16", "--search-microbatches", "1"]
     command += ["--recipe.learning_rate", "0.001", "--json", str(folder / "out.json")]
     # One device, one thread, and programs that compile quickly: nobody reads these seconds.
-    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "XLA_FLAGS": quick_flags, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("64 tokens: ours: ")

@@ -13,8 +13,6 @@ from eabf_jax.inference.text import truncated
 
 TINY = Path(__file__).parents[2] / "assets/tiny"
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class Terminal(io.StringIO):
     """Standard input that somebody sits at."""

@@ -1,12 +1,14 @@
 """A small model, the same for all tests, so that its programs are compiled once."""
 
-import numpy as np
+from pathlib import Path
+
 import pytest
-import torch
 from flax import nnx
 from transformers import LlamaConfig as HfConfig
 from transformers import LlamaForCausalLM
+from weights import torch_state
 
+from eabf_jax.interop.tokenizer import Tokenizer, load_tokenizer
 from eabf_jax.model import Llama, LlamaConfig
 
 CONFIG = LlamaConfig(
@@ -29,9 +31,14 @@ def model() -> Llama:
 
 
 @pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """The tiny model's."""
+    return load_tokenizer(Path(__file__).parents[2] / "assets/tiny")
+
+
+@pytest.fixture(scope="session")
 def reference(model: Llama) -> LlamaForCausalLM:
     """The same weights in transformers."""
-    params = model.parameters()
     reference = LlamaForCausalLM(
         HfConfig(
             vocab_size=CONFIG.vocab_size,
@@ -45,21 +52,7 @@ def reference(model: Llama) -> LlamaForCausalLM:
             tie_word_embeddings=True,
         )
     ).eval()
-    state = {
-        "model.embed_tokens.weight": params["embed_tokens"]["embedding"],
-        "model.norm.weight": params["norm"]["scale"],
-    }
-    layers = params["layers"]
-    for number in range(CONFIG.num_hidden_layers):
-        name = f"model.layers.{number}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            state[f"{name}.{norm}.weight"] = layers[norm]["scale"][number]
-        for block, kernels in (("self_attn", layers["self_attn"]), ("mlp", layers["mlp"])):
-            for projection, leaf in kernels.items():
-                state[f"{name}.{block}.{projection}.weight"] = leaf["kernel"][number].T
-    missing, unexpected = reference.load_state_dict(
-        {key: torch.tensor(np.asarray(value)) for key, value in state.items()}, strict=False
-    )
+    missing, unexpected = reference.load_state_dict(torch_state(model.parameters()), strict=False)
     assert missing == ["lm_head.weight"]
     assert not unexpected
     reference.tie_weights()

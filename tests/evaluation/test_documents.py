@@ -9,15 +9,9 @@ import pytest
 
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation.documents import is_text, read_documents
-from eabf_jax.interop.tokenizer import Tokenizer, load_tokenizer
+from eabf_jax.interop.tokenizer import Tokenizer
 
-TINY = Path(__file__).parents[2] / "assets/tiny"
 TEXTS = ("The first text of all.", "A second one,\u2028with a line separator in it.", "And a third, from a file.")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return load_tokenizer(TINY)
 
 
 @pytest.fixture

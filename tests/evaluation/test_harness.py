@@ -35,6 +35,8 @@ from eabf_jax.evaluation.harness import EabfLM
 from eabf_jax.interop.tokenizer import load_tokenizer
 from eabf_jax.parallel.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "assets/tiny")
 TASKS = "tests/evaluation/harness_tasks"
@@ -44,18 +46,6 @@ WINDOW = 192
 ANSWER = 32  # tokens; benchmarks/harness_parity.py has the tasks' own lengths, up to 512
 # Float32 sums over some hundred tokens, in two orders.
 TOLERANCE: dict[str, Any] = {"rel": 2e-5, "abs": 2e-5}
-
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Torch's threads would wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", autouse=True)

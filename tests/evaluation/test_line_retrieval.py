@@ -1,21 +1,13 @@
 """Line retrieval's prompts: one right answer in the record, as many lines as fit, the same for every model."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation import line_retrieval
 from eabf_jax.evaluation.line_retrieval import names, prompts
-from eabf_jax.interop.tokenizer import Tokenizer, load_tokenizer
-
-TINY = Path(__file__).parents[2] / "assets/tiny"
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return load_tokenizer(TINY)
+from eabf_jax.interop.tokenizer import Tokenizer
 
 
 def record(text: str) -> dict[str, str]:

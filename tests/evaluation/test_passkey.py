@@ -1,19 +1,11 @@
 """The passkey's prompts: what they say, where, how long they are, and what they depend on."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from eabf_jax.evaluation.passkey import prompts, wording
-from eabf_jax.interop.tokenizer import Tokenizer, load_tokenizer
-
-TINY = Path(__file__).parents[2] / "assets/tiny"
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return load_tokenizer(TINY)
+from eabf_jax.interop.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("depth", [0, 10, 50, 90, 100])

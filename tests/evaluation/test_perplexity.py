@@ -9,8 +9,6 @@ from eabf_jax.errors import InputError
 from eabf_jax.evaluation.perplexity import band_losses, position_losses, sliding_losses, window_ends, window_perplexity
 from eabf_jax.model import Llama
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def drawn(model: Llama, *shape: int) -> np.ndarray:
     return np.random.default_rng(2).integers(0, model.config.vocab_size, shape).astype(np.int32)

@@ -1,7 +1,5 @@
 """Prompts of an exact length, and scores against greedy generation and NumPy."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from flax import nnx
@@ -9,11 +7,10 @@ from flax import nnx
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation.retrieval import Prompt, Wording, encode, fitted, measure
 from eabf_jax.inference import Generator
-from eabf_jax.interop.tokenizer import Tokenizer, load_tokenizer
+from eabf_jax.interop.tokenizer import Tokenizer
 from eabf_jax.model import Llama, LlamaConfig
 from eabf_jax.rope import Scheme, scheme
 
-TINY = Path(__file__).parents[2] / "assets/tiny"
 WINDOW = 16
 SCHEMES = {
     "default": scheme("default"),
@@ -21,14 +18,6 @@ SCHEMES = {
     "yarn": scheme("yarn", factor=4.0, pretrained_window=WINDOW, beta_fast=2.0, beta_slow=0.5),
     "dynamic_ntk": scheme("dynamic_ntk", factor=2.0, pretrained_window=WINDOW),
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return load_tokenizer(TINY)
-
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def model_of(rope: Scheme) -> Llama:

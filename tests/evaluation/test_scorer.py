@@ -20,8 +20,6 @@ from eabf_jax.model.llama import unconstrained
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.parallel.rules import moved
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.parametrize(("mesh", "longest"), [(None, 32), (MeshConfig(fsdp=2, tensor=2), 16)], ids=str)
 def test_spans_of_all_lengths_are_scored_as_in_transformers(

@@ -50,9 +50,6 @@ SCHEMES = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def model_of(rope: Scheme, layers: int = 2) -> Llama:
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from hf_directories import make
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -55,3 +56,9 @@ def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     directory = tmp_path_factory.mktemp("smollm2") / "hf"
     from_gguf(smollm2_gguf, directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaMA in a Hugging Face directory of several shards."""
+    return make(tmp_path_factory.mktemp("good") / "hf", shard="20KB")

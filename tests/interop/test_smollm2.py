@@ -1,7 +1,6 @@
 """SmolLM2-135M-Instruct's real GGUF file through our converter, against transformers' own GGUF loading."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +26,6 @@ def reference(smollm2_gguf: Path) -> transformers.LlamaForCausalLM:
     return transformers.AutoModelForCausalLM.from_pretrained(
         smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
     ).eval()
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """One token at a time is too little work for threads, which wait for each other long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from weights import random_params
 
 from eabf_jax.errors import InputError
 from eabf_jax.model import Llama, LlamaConfig, decoder
@@ -21,8 +21,6 @@ from eabf_jax.rope import Scheme, compose, scheme, scheme_names
 WINDOW = 16
 CHUNK, PROMPT, LENGTH = 12, 24, 40
 LAG = (0, 3)  # how many tokens each row is behind while it is generated
-# Compiling is nearly all the time these tests take; the compiler need not try hard.
-QUICK = {"xla_backend_optimization_level": 0}
 # The issue's bound; float32 sums in another order differ by about 1e-5 here.
 PROMISED = 1e-4
 
@@ -41,23 +39,12 @@ SCHEMES["compose"] = compose(SCHEMES["yarn"], SCHEMES["eabf"])
 
 
 def model_of(rope: Scheme, **changes: Any) -> Llama:
-    """Random weights of a size that makes attention sharp and logits of order 1."""
     sizes: dict[str, Any] = {
         "vocab_size": 37, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": WINDOW,
     }  # fmt: skip
     config = LlamaConfig(**{**sizes, **changes}, rope=rope)
-    generator = np.random.default_rng(0)
-
-    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        kind = path[-1].key
-        normal = generator.normal(size=leaf.shape).astype(np.float32)
-        if kind == "kernel":
-            return normal * np.float32(1.5 / math.sqrt(leaf.shape[-2]))
-        return {"scale": 1 + 0.2 * normal, "bias": 0.3 * normal, "embedding": normal}[kind].astype(np.float32)
-
-    params = jax.tree.map_with_path(draw, Llama.abstract(config).parameters())
-    return Llama.from_params(config, params, attention="reference")
+    return Llama.from_params(config, random_params(config), attention="reference")
 
 
 def cached_logits(model: Llama, tokens: np.ndarray, length: int | None) -> np.ndarray:
@@ -78,7 +65,7 @@ def cached_logits(model: Llama, tokens: np.ndarray, length: int | None) -> np.nd
     return found
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def _cached(
     config: LlamaConfig, weights: decoder.Weights, tokens: jax.Array, table: Row
 ) -> tuple[jax.Array, jax.Array]:
@@ -123,7 +110,7 @@ def _token(q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, position
 
 def check(model: Llama, length: int | None = None) -> None:
     tokens = np.random.default_rng(1).integers(0, model.config.vocab_size, (2, LENGTH)).astype(np.int32)
-    expected = np.asarray(jax.jit(lambda model, tokens: model(tokens), compiler_options=QUICK)(model, tokens))
+    expected = np.asarray(jax.jit(lambda model, tokens: model(tokens))(model, tokens))
     assert expected.std() > 0.5  # else the tolerance would say nothing
     found = cached_logits(model, tokens, length)
     np.testing.assert_allclose(found[0], expected[0], atol=PROMISED, rtol=0)

@@ -13,6 +13,7 @@ import transformers
 from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from weights import random_params, torch_state
 
 from eabf_jax.errors import InputError
 from eabf_jax.model import Llama, LlamaConfig, attention
@@ -21,8 +22,6 @@ from eabf_jax.model.parameters import parameter_count
 from eabf_jax.rope import Scheme, compose, from_hf, scheme
 
 WINDOW = 16
-# Compiling is nearly all the time these tests take; the compiler need not try hard.
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def small(rope: Scheme | None = None, **changes: Any) -> LlamaConfig:
@@ -33,27 +32,13 @@ def small(rope: Scheme | None = None, **changes: Any) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **changes}, rope=rope or scheme("default"))
 
 
-def random_params(config: LlamaConfig, seed: int = 0) -> dict[str, Any]:
-    """Random weights of a size that makes attention sharp and logits of order 1, norms and biases not trivial."""
-    generator = np.random.default_rng(seed)
-
-    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        kind = path[-1].key
-        normal = generator.normal(size=leaf.shape).astype(np.float32)
-        if kind == "kernel":
-            return normal * np.float32(1.5 / math.sqrt(leaf.shape[-2]))
-        return {"scale": 1 + 0.2 * normal, "bias": 0.3 * normal, "embedding": normal}[kind].astype(np.float32)
-
-    return jax.tree.map_with_path(draw, Llama.abstract(config).parameters())
-
-
 def tokens_for(config: LlamaConfig, batch: int, length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length)).astype(np.int32)
 
 
 def our_logits(config: LlamaConfig, params: Mapping[str, Any], tokens: np.ndarray, **inputs: Any) -> np.ndarray:
     model = Llama.from_params(config, params, attention="reference")
-    run = jax.jit(lambda model, tokens, inputs: model(tokens, **inputs), compiler_options=QUICK)
+    run = jax.jit(lambda model, tokens, inputs: model(tokens, **inputs))
     return np.asarray(run(model, tokens, inputs))
 
 
@@ -72,26 +57,6 @@ HF_ROPES: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": WINDOW,
     },
 }  # fmt: skip
-
-
-def torch_state(params: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Our stacked [in, out] tree as transformers' one-tensor-a-layer [out, in] names."""
-    state = {
-        "model.embed_tokens.weight": params["embed_tokens"]["embedding"],
-        "model.norm.weight": params["norm"]["scale"],
-    }
-    if "lm_head" in params:
-        state["lm_head.weight"] = params["lm_head"]["kernel"].T
-    layers = params["layers"]
-    for index in range(layers["input_layernorm"]["scale"].shape[0]):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            state[f"model.layers.{index}.{norm}.weight"] = layers[norm]["scale"][index]
-        for part in ("self_attn", "mlp"):
-            for name, tensors in layers[part].items():
-                state[f"model.layers.{index}.{part}.{name}.weight"] = tensors["kernel"][index].T
-                if "bias" in tensors:
-                    state[f"model.layers.{index}.{part}.{name}.bias"] = tensors["bias"][index]
-    return {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
 
 
 @settings(max_examples=2, deadline=None, derandomize=True, database=None, phases=[Phase.generate])

@@ -1,7 +1,6 @@
 """Rows split over devices: the order of their tokens, and that every backend attends as it does on one device."""
 
 import dataclasses
-import functools
 import math
 import re
 from typing import Any
@@ -21,8 +20,6 @@ from eabf_jax.parallel.context import undo_zigzag_order, zigzag_order
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.parallel.rules import sharded_attention
 
-# Compiling is nearly all the time these tests take; the compiler need not try hard.
-QUICK = {"xla_backend_optimization_level": 0}
 HEADS, KV_HEADS = 4, 2
 chunked, cudnn, reference, splash = (BACKENDS[name] for name in ("chunked", "cudnn", "reference", "splash"))
 
@@ -61,7 +58,7 @@ def arrays(length: int, head_dim: int, batch: int, dtype: Any = np.float32) -> t
 
 
 def with_gradients(backend: Any, qkv: list[np.ndarray], d_out: np.ndarray) -> list[jax.Array]:
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(*qkv: jax.Array) -> list[jax.Array]:
         out, pullback = jax.vjp(lambda q, k, v: backend(q, k, v, None), *qkv)
         return [out, *pullback(jnp.asarray(d_out))]

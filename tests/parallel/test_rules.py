@@ -40,8 +40,6 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 
 LENGTH = 32
-# Compiling is nearly all the time these tests take; the compiler need not try hard.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -166,7 +164,7 @@ def loss_and_gradient(model: Llama, params: Any, rows: Batch) -> Any:
 @pytest.fixture(scope="module")
 def single_device(params: dict[str, Any]) -> dict[bool, Any]:
     model = Llama.abstract(CONFIG, attention="reference")
-    run = jax.jit(functools.partial(loss_and_gradient, model), compiler_options=QUICK)
+    run = jax.jit(functools.partial(loss_and_gradient, model))
     return {packed: jax.device_get(run(params, batch(packed))) for packed in (False, True)}
 
 
@@ -198,7 +196,7 @@ def test_eight_devices_compute_what_one_does(
     shardings = parameter_shardings(mesh, params)
     order = zigzag_order(LENGTH, ways)
     rows = jax.tree.map(lambda x: jax.device_put(x[:, order], batch_sharding(mesh)), batch(packed))
-    run = jax.jit(functools.partial(loss_and_gradient, model), out_shardings=(None, shardings), compiler_options=QUICK)
+    run = jax.jit(functools.partial(loss_and_gradient, model), out_shardings=(None, shardings))
     (loss, logits), gradient = run(jax.device_put(params, shardings), rows)
     (expected_loss, expected_logits), expected_gradient = single_device[packed]
     # The same sums in another order: float32 rounding (6e-8) through three layers.

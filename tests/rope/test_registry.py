@@ -8,14 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scheme_cases import SHARP
 
 from eabf_jax.errors import InputError
 from eabf_jax.rope import HFSpelling, Scheme, compose, from_hf, import_schemes, register, registry, scheme, to_hf
 from eabf_jax.rope import frequencies as frequency_rules
-from eabf_jax.rope.exported import check_exported, exported_data
-
-GIVEN = {"base": 20_000.0, "factor": 4.0, "pretrained_window": 16, "strength": 0.5}
-SHARP = {"type": "sharp_slow_half", **GIVEN}
 
 
 def theta(base: float) -> Any:
@@ -181,78 +178,3 @@ def test_schemes_of_installed_packages(user_schemes: Path, monkeypatch: pytest.M
     with pytest.raises(InputError, match="installed package not_a_module cannot be imported: ModuleNotFoundError"):
         registry.entries()
     registry._import_installed.cache_clear()
-
-
-def one_frequency(head_dim, *, factor: float = 1.0):
-    return np.ones(1), 1.0
-
-
-def always_following(head_dim, length, *, pretrained_window: int):
-    return np.ones(head_dim // 2) * (1.0 if length is None else 1.0 / length), 1.0
-
-
-def branching(head_dim, length, *, pretrained_window: int):
-    return np.ones(head_dim // 2) * (2.0 if length is not None and length > pretrained_window else 1.0), 1.0
-
-
-def of_the_layer(positions, layer):
-    return positions * 1.0 if layer < 2 else positions * 2.0
-
-
-def without_shape(positions, layer):
-    return 1.0
-
-
-@pytest.mark.parametrize(
-    ("rules", "message"),
-    [
-        ((one_frequency,), r"one_frequency returns arrays of shape \(1,\) and \(\) for head_dim 16; .* \[8\] and one"),
-        ((always_following,), "always_following changes with the length inside pretrained_window"),
-        (
-            (branching,),
-            r"branching fails for head_dim 16 where JAX traces its arguments \(write jnp.where for if\): TracerBool",
-        ),
-        ((fine, of_the_layer), "of_the_layer fails where JAX traces its arguments"),
-        ((fine, without_shape), r"without_shape returns shape \(\) for positions of shape \(2, 3\)"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else None,
-)
-def test_what_a_model_could_not_use_is_refused_at_its_first_use(
-    user_schemes: Path, rules: tuple[Any, ...], message: str
-) -> None:
-    register("mine", *rules)
-    window = {"pretrained_window": 16} if rules[0] in (always_following, branching) else {}
-    s = scheme("mine", **window)
-    with pytest.raises(InputError, match=message) as caught:
-        s.inverse_frequencies(16) if len(rules) == 1 else s.logit_scale(jnp.arange(4), 0)
-    assert "\n" not in str(caught.value)
-
-
-def of_one_size(head_dim, *, factor: float = 1.0):
-    return np.ones(head_dim // 2) / np.arange(1, 7), factor
-
-
-def test_a_table_for_one_head_size(user_schemes: Path) -> None:
-    register("mine", of_one_size)
-    s = scheme("mine", factor=3.0)
-    assert s.rotation_scale() == 3.0 and s.inverse_frequencies(12)[1] == 0.5
-    with pytest.raises(InputError, match="of_one_size fails for head_dim 16: ValueError"):
-        s.inverse_frequencies(16)
-
-
-def test_exported_data_of_another_scheme_are_refused(user_schemes: Path) -> None:
-    """A function that was changed since the export: the tables in the file are not what it computes now."""
-    import_schemes(str(user_schemes))
-    sizes = (16, 3, 64)
-    for s in (Scheme.from_dict(SHARP), scheme("widening", pretrained_window=16), scheme("eabf", pretrained_window=16)):
-        data = exported_data(s, *sizes)
-        check_exported(data, s, *sizes)
-        for part, key in (("frequencies", "table"), ("frequencies", "inverse_frequencies"), ("logit_scale", "table")):
-            if key in data[part]:
-                changed = {**data, part: {**data[part], key: data[part][key][:-1]}}
-                with pytest.raises(InputError, match=f"'{part}' in eabf_rotary is not what the scheme"):
-                    check_exported(changed, s, *sizes)
-        with pytest.raises(InputError, match="'scheme' in eabf_rotary is not what the scheme"):
-            check_exported({}, s, *sizes)
-    with pytest.raises(InputError, match="'logit_scale' in eabf_rotary"):
-        check_exported(data | {"logit_scale": data["logit_scale"] | {"pretrained_window": 17}}, s, *sizes)

@@ -10,10 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import torch
 import transformers
 import yaml
 from flax import nnx
+from weights import torch_state
 
 from eabf_jax.data.chat import Encoded
 from eabf_jax.data.dataset import DatasetWriter
@@ -47,12 +47,6 @@ SHAPE = {
     "initializer_range": 0.2,
 }
 WINDOW, RECORDS = 64, 40
-# Compiles several times as fast, into slower code: a micro step is all compilation.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 
 
 def write_records(directory, *, records=RECORDS, longest=WINDOW, metadata=None, seed=0):
@@ -68,15 +62,16 @@ def write_records(directory, *, records=RECORDS, longest=WINDOW, metadata=None, 
 
 
 @pytest.fixture(scope="session")
-def quick():
-    """Compiler options for tests whose time is compilation."""
-    return dict(QUICK)
-
-
-@pytest.fixture(scope="session")
 def model_config():
     """The micro model as it was pretrained: 32 tokens, no scaling."""
     return LlamaConfig.from_fields(SHAPE)
+
+
+@pytest.fixture(scope="session")
+def yarn(model_config):
+    """The micro model extended to 64 tokens by a scheme that transformers has too."""
+    rope = scheme("yarn", factor=2.0, pretrained_window=32)
+    return dataclasses.replace(model_config, max_position_embeddings=WINDOW, rope=rope)
 
 
 @pytest.fixture(scope="session")
@@ -221,14 +216,13 @@ class Forked:
 
 
 @pytest.fixture(scope="session")
-def fork(tmp_path_factory):
+def fork(tmp_path_factory, quick_flags):
     """Starts a program, with arguments, in a process of its own, on CPU devices; gives what to wait for."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["eabf_jax.cli", "eabf_jax.training.trainer"])
     outside = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 
     def start(program, *arguments, devices=1, **environment):
-        flags = {"xla_force_host_platform_device_count": devices, **QUICK}
         return Forked(
             context,
             tmp_path_factory.mktemp("process"),
@@ -236,7 +230,7 @@ def fork(tmp_path_factory):
             [str(argument) for argument in arguments],
             {
                 **outside,
-                "XLA_FLAGS": " ".join(f"--{name}={str(value).lower()}" for name, value in flags.items()),
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick_flags}",
                 **environment,
             },
         )
@@ -271,35 +265,10 @@ def in_transformers():
                 **fields, tie_word_embeddings=False, rms_norm_eps=1e-5, attn_implementation="eager"
             )
         )
-        reference.load_state_dict(
-            {name: torch.from_numpy(np.array(array)) for name, array in in_torch_layout(params).items()}
-        )
+        reference.load_state_dict(torch_state(params))
         return reference
 
     return build
-
-
-def in_torch_layout(params):
-    """Parameters by Hugging Face name: one tensor a layer, kernels [out, in]."""
-    named = {
-        "model.embed_tokens.weight": params["embed_tokens"]["embedding"],
-        "model.norm.weight": params["norm"]["scale"],
-        "lm_head.weight": params["lm_head"]["kernel"].T,
-    }
-    for layer in range(SHAPE["num_hidden_layers"]):
-        for module, leaves in params["layers"].items():
-            for name, leaf in leaves.items():
-                path = f"model.layers.{layer}.{module}"
-                if name == "scale":
-                    named[f"{path}.weight"] = leaf[layer]
-                else:
-                    named[f"{path}.{name}.weight"] = leaf["kernel"][layer].T
-    return {name: np.asarray(array) for name, array in named.items()}
-
-
-@pytest.fixture(scope="session")
-def torch_layout():
-    return in_torch_layout
 
 
 @pytest.fixture(scope="session")

@@ -102,16 +102,15 @@ def plain_loss(model, batch, params):
 class ByHand:
     """Loss and gradient sums of all microbatches: what the executors do, in a Python loop."""
 
-    def __init__(self, model, remat, options=None, *, wide=False):
+    def __init__(self, model, remat, *, wide=False):
         pieces = Pieces(model, 7, wide=wide)
-        jit = functools.partial(jax.jit, compiler_options=options)
         self.policies = remat_by_layer(remat, model.config.num_hidden_layers)
         self.forward, self.backward = (
-            {policy: jit(functools.partial(function, policy)) for policy in self.policies}
+            {policy: jax.jit(functools.partial(function, policy)) for policy in self.policies}
             for function in (pieces.forward, pieces.backward)
         )
         names = ("row", "embed", "head", "embed_backward")
-        self.row, self.embed, self.head, self.embed_backward = (jit(getattr(pieces, name)) for name in names)
+        self.row, self.embed, self.head, self.embed_backward = (jax.jit(getattr(pieces, name)) for name in names)
 
     def __call__(self, batch, params, frozen=None):
         frozen, whole = frozen or {}, merge(params, frozen or {})
@@ -170,10 +169,10 @@ def expected_gradients(config, packed, spread=0.3):
     ],
     ids=str,
 )
-def test_gradients_are_those_of_the_plain_loss(model_config, quick, changes, packed, backend, remat):
+def test_gradients_are_those_of_the_plain_loss(model_config, changes, packed, backend, remat):
     config = variant(model_config, **changes)
     model = Llama.abstract(config, attention=backend)
-    loss, gradients = ByHand(model, remat, quick)(microbatches(config, packed=packed), drawn(config))
+    loss, gradients = ByHand(model, remat)(microbatches(config, packed=packed), drawn(config))
     expected_loss, expected = expected_gradients(config, packed)
     # The same float32 sums in another order, some ten roundings of 6e-8; in the gradients' sums, terms cancel.
     np.testing.assert_allclose(loss, expected_loss, rtol=2e-6)
@@ -202,14 +201,14 @@ def test_gradients_under_bfloat16(model_config, wide, monkeypatch):
     assert all(narrow) is not wide
 
 
-def test_what_is_frozen_has_no_gradient_and_changes_none(model_config, quick):
+def test_what_is_frozen_has_no_gradient_and_changes_none(model_config):
     config = variant(model_config, **GQA)
     params = drawn(config)
     names = {"q_proj", "v_proj"}
     trained = {"layers": {"self_attn": {name: params["layers"]["self_attn"][name] for name in names}}}
     rest = {key: value for key, value in params["layers"]["self_attn"].items() if key not in names}
     frozen = {**params, "layers": {**params["layers"], "self_attn": rest}}
-    run = ByHand(Llama.abstract(config, attention="chunked"), "qkv", quick)
+    run = ByHand(Llama.abstract(config, attention="chunked"), "qkv")
     loss, gradients = run(microbatches(config, packed=True), trained, frozen)
     expected_loss, expected = expected_gradients(config, packed=True)
     np.testing.assert_allclose(loss, expected_loss, rtol=2e-6)
@@ -287,14 +286,14 @@ def test_the_backward_pass_computes_again_only_what_was_not_kept(model_config):
     assert products == {policy: backward + more for policy, more in again.items()}
 
 
-def test_chunks_of_the_loss_do_not_change_it(model_config, quick):
+def test_chunks_of_the_loss_do_not_change_it(model_config):
     """Also where a row is split over devices, and its parts do not divide into whole chunks."""
     config = variant(model_config)
     model, batch, params = Llama.abstract(config), microbatches(config, packed=False, count=1), drawn(config)
     x = np.random.default_rng(2).normal(size=(ROWS, LENGTH, config.hidden_size)).astype(np.float32)
     rows, trained = jax.tree.map(lambda array: array[0], batch), head_parameters(params, tied=False)
 
-    @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=quick)
+    @functools.partial(jax.jit, static_argnums=(0, 1))
     def run(chunk, mesh=None):
         return Pieces(model, chunk, mesh).head(trained, {}, x, rows, zeros(trained))
 

@@ -1,7 +1,6 @@
 """Training of adapters, against torch layers written out below, one executor against the other, and whole runs."""
 
 import dataclasses
-import functools
 import json
 import shutil
 
@@ -21,7 +20,6 @@ from eabf_jax.model.llama import Llama
 from eabf_jax.model.lora import Lora, split_trained
 from eabf_jax.model.parameters import PROJECTIONS, flatten
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
-from eabf_jax.rope import scheme
 from eabf_jax.training.backward import merge
 from eabf_jax.training.checkpoint import Checkpoints
 from eabf_jax.training.layerwise import Layerwise
@@ -36,13 +34,6 @@ RECIPE = RecipeConfig(learning_rate=1e-2, batch_size=BATCH, epsilon=1e-3)
 COMPUTE = {"dtype": "float32", "attention": "reference", "remat": "none", "loss_chunk": 7, "executor": "program"}
 ALL = Lora(rank=3, alpha=4.5, targets=PROJECTIONS, train_embeddings=True, train_norms=True)
 SOME = Lora(rank=2, alpha=4.0, targets=("v_proj", "q_proj", "down_proj"))
-
-
-@pytest.fixture(scope="module")
-def yarn(model_config):
-    """A scheme that transformers has too."""
-    rope = scheme("yarn", factor=2.0, pretrained_window=32)
-    return dataclasses.replace(model_config, max_position_embeddings=64, rope=rope)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +62,7 @@ def whole(config, params, lora):
 
 
 @pytest.fixture(scope="module")
-def tune(yarn, params, quick):
+def tune(yarn, params):
     """Trains adapters for some steps; returns metrics, what a checkpoint would hold, the state and the step."""
 
     def run(batches, lora=ALL, *, config=yarn, params=params, mesh=None, microbatches=2, **compute):
@@ -83,10 +74,7 @@ def tune(yarn, params, quick):
         kind = {"program": Program, "layerwise": Layerwise}[settings.executor]
         model = build_model(config, settings, mesh, lora)
         step = kind(model, make_optimizer(RECIPE, STEPS), settings, mesh, clip_norm=1.0, batch=shapes)
-        with pytest.MonkeyPatch.context() as patch:
-            quickly = functools.partialmethod(jax.stages.Lowered.compile, compiler_options=quick)
-            patch.setattr(jax.stages.Lowered, "compile", quickly)
-            step.compile()
+        step.compile()
         start, frozen = split_trained(whole(config, params, lora), lora)
 
         def put(leaf, like):
@@ -282,26 +270,16 @@ def test_tied_embeddings_are_trained_as_input_and_output(tune, batches, yarn, pa
 # Whole runs.
 
 
-@pytest.fixture(autouse=True)
-def compile_quickly(monkeypatch, quick):
-    monkeypatch.setattr(
-        jax.stages.Lowered, "compile", functools.partialmethod(jax.stages.Lowered.compile, compiler_options=quick)
-    )
-
-
 def adapter_config(run_config, output, **changes):
     lora = changes.pop("lora", Lora(rank=2, targets=("q_proj", "o_proj", "up_proj"), train_norms=True))
     return dataclasses.replace(run_config(output, **{"recipe": {"steps": 4, "epsilon": 1e-3}, **changes}), lora=lora)
 
 
 @pytest.fixture(scope="module")
-def finished(run_config, quick, tmp_path_factory):
+def finished(run_config, tmp_path_factory):
     """A finished run on eight devices, and its configuration."""
     config = adapter_config(run_config, tmp_path_factory.mktemp("lora") / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        quickly = functools.partialmethod(jax.stages.Lowered.compile, compiler_options=quick)
-        patch.setattr(jax.stages.Lowered, "compile", quickly)
-        return train(config), config
+    return train(config), config
 
 
 def stored(run, step=4):

@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,17 +5,9 @@ import pytest
 import torch
 
 from eabf_jax.model.llama import Llama
-from eabf_jax.rope import scheme
 from eabf_jax.training.loss import next_tokens, token_losses
 
 ROWS, LENGTH = 2, 9
-
-
-@pytest.fixture(scope="module")
-def yarn(model_config):
-    """A scheme that transformers has too."""
-    rope = scheme("yarn", factor=2.0, pretrained_window=32)
-    return dataclasses.replace(model_config, max_position_embeddings=64, rope=rope)
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +24,23 @@ def expected(yarn, params, tokens, in_transformers):
         return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").numpy()
 
 
-def losses(config, params, tokens, options, *, chunk, start=0, dtype=jnp.float32):
+def losses(config, params, tokens, *, chunk, start=0, dtype=jnp.float32):
     model = Llama.abstract(config, attention="reference", dtype=dtype)
     return jax.jit(
         lambda params: token_losses(model.with_parameters(params), tokens, chunk=chunk, start=start),
-        compiler_options=options,
     )(params)
 
 
 @pytest.mark.parametrize(("chunk", "start"), [(1, 0), (3, 2), (8, 0), (1024, 0)])
-def test_losses_are_torchs_whatever_the_chunk(yarn, params, tokens, quick, expected, chunk, start):
-    found = losses(yarn, params, tokens, quick, chunk=chunk, start=start)
+def test_losses_are_torchs_whatever_the_chunk(yarn, params, tokens, expected, chunk, start):
+    found = losses(yarn, params, tokens, chunk=chunk, start=start)
     assert found.dtype == jnp.float32
     # Two float32 forward passes; logits are of order ten, where a rounding is 1e-6.
     np.testing.assert_allclose(found, expected[:, start:], rtol=0, atol=2e-5)
 
 
-def test_losses_are_float32_under_bfloat16(yarn, params, tokens, quick, expected):
-    found = losses(yarn, params, tokens, quick, chunk=4, dtype=jnp.bfloat16)
+def test_losses_are_float32_under_bfloat16(yarn, params, tokens, expected):
+    found = losses(yarn, params, tokens, chunk=4, dtype=jnp.bfloat16)
     assert found.dtype == jnp.float32
     # bfloat16 keeps 8 bits: logits of order ten are off by some hundredths.
     np.testing.assert_allclose(found, expected, rtol=0, atol=0.5)

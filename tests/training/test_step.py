@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from weights import torch_state
 
 from eabf_jax.model.parameters import parameter_count
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
-from eabf_jax.rope import scheme
 from eabf_jax.training.backward import Microbatch
 from eabf_jax.training.layerwise import Layerwise
 from eabf_jax.training.optimizer import make_optimizer
@@ -28,13 +28,6 @@ COMPUTE = {"dtype": "float32", "attention": "reference", "remat": "none", "loss_
 @dataclasses.dataclass(unsafe_hash=True)
 class Compute(ComputeConfig):
     """Hashable, to compile each choice once."""
-
-
-@pytest.fixture(scope="module")
-def yarn(model_config):
-    """A scheme that transformers has too."""
-    rope = scheme("yarn", factor=2.0, pretrained_window=32)
-    return dataclasses.replace(model_config, max_position_embeddings=64, rope=rope)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +52,7 @@ def batches(yarn):
 
 
 @pytest.fixture(scope="module")
-def fine_tune(yarn, params, quick):
+def fine_tune(yarn, params):
     """Runs the step over batches; returns its metrics and what a checkpoint would hold at the end."""
 
     @functools.cache
@@ -68,10 +61,7 @@ def fine_tune(yarn, params, quick):
         step = {"program": Program, "layerwise": Layerwise}[compute.executor](
             build_model(yarn, compute, mesh), optimizer, compute, mesh, clip_norm=1.0, batch=batch
         )
-        with pytest.MonkeyPatch.context() as patch:
-            quickly = functools.partialmethod(jax.stages.Lowered.compile, compiler_options=quick)
-            patch.setattr(jax.stages.Lowered, "compile", quickly)
-            step.compile()
+        step.compile()
         return step
 
     def run(batches, *, mesh=None, microbatches=4, every_token=False, rate=1e-2, **compute):
@@ -125,7 +115,7 @@ def in_torch(yarn, params, batches, in_transformers):
     return losses, gradient_norms, {name: tensor.detach().numpy() for name, tensor in model.named_parameters()}
 
 
-def test_fine_tune_is_torchs(single_device, in_torch, batches, params, torch_layout):
+def test_fine_tune_is_torchs(single_device, in_torch, batches, params):
     metrics, saved, state = single_device
     losses, gradient_norms, tensors = in_torch
     assert [m["tokens"] for m in metrics] == [batch["loss_mask"][:, 1:].sum() for batch in batches]
@@ -133,7 +123,7 @@ def test_fine_tune_is_torchs(single_device, in_torch, batches, params, torch_lay
     np.testing.assert_allclose([m["loss"] for m in metrics], losses, rtol=1e-5)
     np.testing.assert_allclose([m["gradient_norm"] for m in metrics], gradient_norms, rtol=1e-4)
     assert max(gradient_norms) > 1  # clipping took part
-    for name, array in torch_layout(saved.params).items():
+    for name, array in torch_state(saved.params).items():
         # rate x gradient's rounding / epsilon = 1e-2 x 1e-6 / 1e-3 a step, on entries of order one.
         np.testing.assert_allclose(array, tensors[name], rtol=0, atol=3e-5, err_msg=name)
     moved = jax.tree.map(lambda before, after: np.abs(before - after).max(), params, saved.params)
@@ -276,7 +266,7 @@ def test_a_step_by_layers_leaves_nothing_behind(fine_tune, batches):
     assert [shape for shape in left if shape] == []
 
 
-def test_the_optimizers_state_passes_in_the_room_that_layers_leave(model_config, quick, monkeypatch):
+def test_the_optimizers_state_passes_in_the_room_that_layers_leave(model_config, monkeypatch):
     """Device memory is nowhere fuller during the backward pass, which fetches state, than when all layers are kept."""
     config = dataclasses.replace(model_config, num_hidden_layers=12)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -288,8 +278,6 @@ def test_the_optimizers_state_passes_in_the_room_that_layers_leave(model_config,
     batch = place_batch(row, mesh, 1, every_token=False)
     model = build_model(config, compute, mesh)
     step = Layerwise(model, make_optimizer(RECIPE, STEPS), compute, mesh, clip_norm=1.0, batch=batch)
-    quickly = functools.partialmethod(jax.stages.Lowered.compile, compiler_options=quick)
-    monkeypatch.setattr(jax.stages.Lowered, "compile", quickly)
     step.compile()
     params = jax.tree.map(lambda like: jnp.full(like.shape, 0.01, like.dtype), step.abstract.params)
     state = step.begin(params)

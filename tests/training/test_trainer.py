@@ -1,6 +1,5 @@
 import dataclasses
 import errno
-import fcntl
 import functools
 import json
 import os
@@ -9,7 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,20 +16,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import yaml
+from runs import refuse
 
 from eabf_jax.cli import main
 from eabf_jax.data.dataset import tokenizer_digest
-from eabf_jax.errors import InputError
 from eabf_jax.interop.loading import load_parameters
 from eabf_jax.interop.native import save_params, write_model_json
 from eabf_jax.interop.tokenizer import load_tokenizer
 from eabf_jax.model.parameters import parameter_count
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.training import trainer
-from eabf_jax.training.lock import locked
 from eabf_jax.training.plan import Plan
 from eabf_jax.training.recipe import load_config
 from eabf_jax.training.trainer import _preemption_flag, base_config, lower_train_step, train
@@ -39,33 +35,15 @@ from eabf_jax.training.trainer import _preemption_flag, base_config, lower_train
 TOKENIZER = "assets/tiny"
 
 
-@pytest.fixture(autouse=True)
-def compile_quickly(monkeypatch, quick):
-    monkeypatch.setattr(
-        jax.stages.Lowered, "compile", functools.partialmethod(jax.stages.Lowered.compile, compiler_options=quick)
-    )
-
-
 @pytest.fixture(scope="module")
-def finished(run_config, quick, tmp_path_factory):
+def finished(run_config, tmp_path_factory):
     """A run of ten steps on eight devices, and its configuration."""
     config = run_config(tmp_path_factory.mktemp("finished") / "runs" / "micro")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            jax.stages.Lowered, "compile", functools.partialmethod(jax.stages.Lowered.compile, compiler_options=quick)
-        )
-        return train(config), config
+    return train(config), config
 
 
 def final_params(run):
     return load_parameters(run)[1]
-
-
-def refuse(config, message):
-    """`train` refuses with one line."""
-    with pytest.raises(InputError, match=message) as error:
-        train(config)
-    assert "\n" not in str(error.value)
 
 
 def test_a_run_leaves_a_model_directory_with_its_record(finished, extended, read_metrics):
@@ -168,37 +146,6 @@ def test_a_start_that_fails_puts_the_old_run_back(finished, run_config, tmp_path
     with pytest.raises(OSError, match="it is full"):
         train(run_config(tmp_path / "run", overwrite=True))
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
-
-
-def test_a_run_is_held_by_one_process(run_config, tmp_path):
-    run = tmp_path / "run"
-    with locked(run):
-        message = f"{run} is in use: process {os.getpid()} on {socket.gethostname()} has been training there since 20"
-        refuse(run_config(run), message)
-        refuse(run_config(run, overwrite=True), message)
-        assert [path.name for path in run.iterdir()] == ["train.lock"]
-    assert not run.exists()
-
-
-@pytest.mark.parametrize("supported", [True, False])
-def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, monkeypatch, supported):
-    """With the system's locks, and on a file system without, where what the file tells has to do."""
-    (tmp_path / "config.yaml").write_text("")
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    if not supported:
-
-        def without_locks(*_):
-            raise OSError(errno.EOPNOTSUPP, "not supported")
-
-        monkeypatch.setattr(fcntl, "flock", without_locks)
-    for holder in ("", "[]", json.dumps({"host": socket.gethostname(), "process": dead.pid})):
-        (tmp_path / "train.lock").write_text(holder)
-        with locked(tmp_path):
-            assert json.loads((tmp_path / "train.lock").read_text())["process"] == os.getpid()
-            with pytest.raises(InputError, match=f"process {os.getpid()} on "), locked(tmp_path):
-                pass
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 @pytest.mark.parametrize("by_shape", [False, True])
@@ -350,33 +297,6 @@ def test_a_checkpoint_that_host_memory_has_no_room_for(run_config, tmp_path, mon
     assert load_parameters(run)
 
 
-def test_no_space_for_a_checkpoint_is_one_line(run_config, tmp_path, monkeypatch):
-    handler = ocp.StandardCheckpointHandler
-    original = handler.async_save
-
-    async def full_disk(self, directory, *arguments, **options):
-        if directory.name.startswith("optimizer") and "/3." in str(directory):
-            raise OSError(errno.ENOSPC, "it is full")
-        return await original(self, directory, *arguments, **options)
-
-    monkeypatch.setattr(handler, "async_save", full_disk)
-    refuse(run_config(tmp_path / "run"), "no space left: the checkpoint cannot be written .*it is full")
-    assert load_parameters(tmp_path / "run")  # checkpoint 2 is whole
-
-
-def test_a_write_that_the_system_refuses_is_one_line(config_file, fork, train_py, tmp_path):
-    """The real thing, within a user's means: files of more than 16 KiB are refused while Orbax writes."""
-    config = config_file(tmp_path / "config.yaml", tmp_path / "run")
-    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))\n"
-    process = fork(limited + train_py, "--config_path", config)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
-    *steps, last = err.splitlines()
-    assert last.startswith("error: file too large: the checkpoint cannot be written (")
-    assert all(line.startswith(("compiling", "step ")) for line in steps)
-    assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
-
-
 def test_a_damaged_checkpoint_is_named(finished, run_config, tmp_path):
     run, config = finished
     shutil.copytree(run, tmp_path / "run")
@@ -414,14 +334,13 @@ class Interrupted:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(config_file, quick, tmp_path_factory):
+def uninterrupted(config_file, tmp_path_factory, quick_flags):
     """As a user starts it."""
-    flags = {"xla_force_host_platform_device_count": 1, **quick}
 
     def start(*arguments):
         return subprocess.Popen(
             [sys.executable, "train.py", *map(str, arguments)],
-            env={**os.environ, "XLA_FLAGS": " ".join(f"--{k}={str(v).lower()}" for k, v in flags.items())},
+            env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {quick_flags}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

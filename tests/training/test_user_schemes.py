@@ -1,6 +1,5 @@
 """A scheme from a user's file through the commands: training, evaluation, cached decoding, export, prediction."""
 
-import functools
 import json
 import runpy
 import sys
@@ -34,11 +33,8 @@ def yaml_of(config: Any, path: Path) -> str:
 
 
 def test_every_command_knows_an_imported_scheme(
-    user_schemes: Path, run_config, quick, base_model, dataset, tmp_path: Path, monkeypatch, capsys
+    user_schemes: Path, run_config, base_model, dataset, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(
-        jax.stages.Lowered, "compile", functools.partialmethod(jax.stages.Lowered.compile, compiler_options=quick)
-    )
     config = yaml_of(run_config(tmp_path / "run", recipe={"steps": 1}), tmp_path / "run.yaml")
     assert main("train", "--config_path", config) == 2
     error = capsys.readouterr().err
@@ -51,7 +47,7 @@ def test_every_command_knows_an_imported_scheme(
 
     # Cached decoding, from within the pretrained window to beyond it, is the repeated argmax of full forwards.
     row = list(range(29))
-    forward = jax.jit(lambda tokens: model(tokens), compiler_options=quick)
+    forward = jax.jit(lambda tokens: model(tokens))
     for _ in range(8):
         padded = jnp.array([row + [0] * (37 - len(row))])
         row.append(int(forward(padded)[0, len(row) - 1].argmax()))
@@ -78,7 +74,7 @@ def test_every_command_knows_an_imported_scheme(
     exported, _ = load(tmp_path / "hf", dtype="float32")
     assert exported.config.rope == s
     tokens = np.array([row])
-    np.testing.assert_array_equal(forward(tokens), jax.jit(lambda x: exported(x), compiler_options=quick)(tokens))
+    np.testing.assert_array_equal(forward(tokens), jax.jit(lambda x: exported(x))(tokens))
 
 
 def test_a_bad_import_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

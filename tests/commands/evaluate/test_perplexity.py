@@ -12,7 +12,6 @@ from flax import nnx
 
 from eabf_jax import load
 from eabf_jax.cli import main
-from eabf_jax.commands.evaluate import measured_on
 from eabf_jax.commands.evaluate.perplexity import default_edges
 from eabf_jax.data.chat import Encoded
 from eabf_jax.data.dataset import DatasetWriter
@@ -35,9 +34,6 @@ CONFIG = LlamaConfig(
     max_position_embeddings=16,
     initializer_range=0.5,
 )
-
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -255,13 +251,3 @@ def test_tokens_outside_the_vocabulary_and_weights_that_are_not_numbers(
     save_params(tmp_path, params, step=1)
     assert run("--model", f"broken={tmp_path}", "--data", str(dataset)) == 2
     assert "broken: the loss is not finite" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("program", "shown"), [("/venv/bin/eabf", "eabf"), ("/src/__main__.py", "eabf"), ("bench.py", "bench.py")]
-)
-def test_the_command_is_recorded_as_a_user_would_type_it(
-    program: str, shown: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.argv", [program, "evaluate", "--model", "a b=DIR"])
-    assert measured_on()["command"] == f"{shown} evaluate --model 'a b=DIR'"

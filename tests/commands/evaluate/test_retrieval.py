@@ -20,9 +20,6 @@ TINY = Path(__file__).parents[3] / "assets/tiny"
 SCHEME = {"type": "eabf", "base": 100000, "pretrained_window": 512}
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", *arguments])

@@ -24,8 +24,6 @@ EABF = scheme("eabf", base=50_000.0, pretrained_window=16, unscaled_layers=0)
 TOKENS = torch.arange(3, 43)[None]
 HERE = Path(__file__).parent
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,7 +1,7 @@
 """Writes small exported models of every registered scheme and of compositions, each with our own logits beside it.
 
-python tests/interop/write_export_references.py DIR
-python tests/interop/check_export_in_transformers.py DIR     # in an environment with any transformers >= 4.46
+python tests/interop/export/write_export_references.py DIR
+python tests/interop/export/check_export_in_transformers.py DIR     # in an environment with any transformers >= 4.46
 """
 
 import re
@@ -20,13 +20,12 @@ from eabf_jax.rope import Scheme, compose, import_schemes, parameters_of, scheme
 
 WINDOW = 16
 ENTROPY = {"type": "entropy_aware", "pretrained_window": WINDOW, "unscaled_layers": 1}
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # the time is compilation
 GIVEN = {"factor": 4.0, "pretrained_window": WINDOW}  # to the schemes that take it
 
 
 def user_schemes(directory: Path) -> Path:
     """Writes the example of docs/schemes.md as a user's file, which registers three schemes."""
-    example = re.search(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/schemes.md").read_text(), re.DOTALL)
+    example = re.search(r"```python\n(.*?)```", (Path(__file__).parents[3] / "docs/schemes.md").read_text(), re.DOTALL)
     assert example is not None
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "my_schemes.py"
@@ -71,7 +70,7 @@ def write(root: Path) -> None:
         model.config = config
         native.write_model_json(source, config)
         to_hf(source, root / name)
-        forward = jax.jit(lambda x, model=model: model(x), compiler_options=QUICK)
+        forward = jax.jit(lambda x, model=model: model(x))
         references = {"tokens": tokens, "logits": np.asarray(forward(tokens))}
         if rope.depends_on_length:  # the same tokens have other frequencies in a shorter text
             references["short_logits"] = np.asarray(forward(tokens[:, :9]))

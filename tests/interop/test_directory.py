@@ -1,0 +1,61 @@
+"""What stands where a model is written: before, after a failure, and after an interruption."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from eabf_jax.errors import InputError
+from eabf_jax.interop import native
+from eabf_jax.interop.huggingface import from_hf, to_hf
+
+
+def test_destination_must_be_free(good: Path, tmp_path: Path) -> None:
+    target = tmp_path / "native"
+    target.mkdir()
+    (target / "precious").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"is not empty, and no model\.json marks it as a native model directory"):
+            from_hf(good, target, overwrite=overwrite)
+    assert [path.name for path in target.iterdir()] == ["precious"]
+    (target / "precious").unlink()
+    from_hf(good, target)
+    with pytest.raises(InputError, match="is not empty; pass --overwrite"):
+        from_hf(good, target)
+    (target / "tokenizer.json").write_text("{}")
+    from_hf(good, target, overwrite=True)
+    assert native.is_native(target) and not (target / "tokenizer.json").exists()
+    with pytest.raises(InputError, match="is the source"):
+        to_hf(target, target, overwrite=True)
+    with pytest.raises(InputError, match="holds the source"):
+        to_hf(target, tmp_path, overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        to_hf(target, tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    to_hf(target, tmp_path / "empty")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "native"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: No space left on device [x]")],
+)
+def test_full_disk(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(native, "write_model_json", full)  # the last thing written
+    with pytest.raises(InputError, match="no space left on device while writing"):
+        from_hf(good, tmp_path / "native")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interruption_leaves_nothing(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(native, "write_model_json", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        from_hf(good, tmp_path / "native")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,28 @@
+"""The data that an exported model has of its scheme; test_modeling_eabf_llama.py has what is computed from it."""
+
+from pathlib import Path
+
+import pytest
+from scheme_cases import SHARP
+
+from eabf_jax.errors import InputError
+from eabf_jax.rope import Scheme, import_schemes, scheme
+from eabf_jax.rope.exported import check_exported, exported_data
+
+
+def test_exported_data_of_another_scheme_are_refused(user_schemes: Path) -> None:
+    """A function that was changed since the export: the tables in the file are not what it computes now."""
+    import_schemes(str(user_schemes))
+    sizes = (16, 3, 64)
+    for s in (Scheme.from_dict(SHARP), scheme("widening", pretrained_window=16), scheme("eabf", pretrained_window=16)):
+        data = exported_data(s, *sizes)
+        check_exported(data, s, *sizes)
+        for part, key in (("frequencies", "table"), ("frequencies", "inverse_frequencies"), ("logit_scale", "table")):
+            if key in data[part]:
+                changed = {**data, part: {**data[part], key: data[part][key][:-1]}}
+                with pytest.raises(InputError, match=f"'{part}' in eabf_rotary is not what the scheme"):
+                    check_exported(changed, s, *sizes)
+        with pytest.raises(InputError, match="'scheme' in eabf_rotary is not what the scheme"):
+            check_exported({}, s, *sizes)
+    with pytest.raises(InputError, match="'logit_scale' in eabf_rotary"):
+        check_exported(data | {"logit_scale": data["logit_scale"] | {"pretrained_window": 17}}, s, *sizes)

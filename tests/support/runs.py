@@ -1,0 +1,13 @@
+"""What is checked of training runs."""
+
+import pytest
+
+from eabf_jax.errors import InputError
+from eabf_jax.training.trainer import train
+
+
+def refuse(config, message):
+    """`train` refuses with one line."""
+    with pytest.raises(InputError, match=message) as error:
+        train(config)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,57 @@
+"""Tests stand where their module says: eabf_jax/a/b.py in tests/a/test_b.py, benchmarks/c.py in tests/benchmarks.
+
+A package's own tests, where it has some, stand beside its folder: those of eabf_jax/a/__init__.py in tests/test_a.py.
+"""
+
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+# Modules without a file of their own, and what judges them.
+ELSEWHERE = {
+    "__main__": "one call of cli.main: test_cli.py starts it",
+    "errors": "the class of every refusal and the sentence on unknown names: each test of a refusal reads both",
+    "commands/convert/from_gguf": "a table of options: commands/test_convert.py runs all three",
+    "commands/convert/from_hf": "likewise",
+    "commands/convert/to_hf": "likewise",
+    "commands/evaluate/passkey": "one value, the task: commands/evaluate/test_retrieval.py runs both tasks",
+    "commands/evaluate/line_retrieval": "likewise",
+    "inference/placement": "inference/test_generate.py compares its models on one device and on eight",
+    "interop/layout": "interop/test_huggingface.py has every name and shape beside transformers'",
+    "interop/loading": "interop/test_huggingface.py loads both kinds of directory",
+    "training/layerwise": "training/test_step.py runs it beside the other executor and transformers",
+}
+
+# Tests of something else than one module.
+OF_NO_MODULE = {
+    "test_layout": "this file",
+    "test_makefile": "the Makefile",
+    "test_readme": "pages beside the files that their figures come from",
+    "end_to_end/test_main_job": "from ShareGPT to an extended model",
+    "interop/test_smollm2": "a real model's file: converted, tokenized, run",
+    "training/test_lora": "training of adapters: steps, checkpoints, export",
+    "training/test_multiprocess": "runs of several processes",
+    "training/test_user_schemes": "a user's scheme through every command",
+}
+
+
+def files(folder: Path, pattern: str) -> set[Path]:
+    return {path.relative_to(folder).with_suffix("") for path in folder.rglob(pattern)}
+
+
+MODULES = files(ROOT / "eabf_jax", "*.py")
+MIRRORED = {path.parent / path.name.removeprefix("test_"): path for path in files(TESTS, "test_*.py")}
+
+
+def test_every_module_has_its_tests() -> None:
+    needed = {path for path in MODULES if path.name != "__init__"}
+    without = {str(path) for path in needed - MIRRORED.keys()}
+    assert without == ELSEWHERE.keys()
+
+
+def test_every_test_file_has_its_module() -> None:
+    packages = {path.parent for path in MODULES if path.name == "__init__"}
+    benchmarks = {"benchmarks" / path for path in files(ROOT / "benchmarks", "*.py")}
+    without = {str(test) for module, test in MIRRORED.items() if module not in MODULES | packages | benchmarks}
+    assert without == OF_NO_MODULE.keys()

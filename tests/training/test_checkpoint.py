@@ -1,0 +1,81 @@
+"""Checkpoints come back as they were saved, and what stands in their way is told in one line."""
+
+import errno
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from runs import refuse
+
+from eabf_jax.errors import InputError
+from eabf_jax.interop.loading import load_parameters
+from eabf_jax.training.checkpoint import Checkpoints, latest_step
+from eabf_jax.training.step import Saved
+
+
+def sharded(tree, devices):
+    """Arrays split by their first axis over some devices."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("fsdp",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, split), tree)
+
+
+def test_what_is_saved_comes_back_on_another_mesh_and_the_newest_are_kept(tmp_path):
+    rng = np.random.default_rng(0)
+    wanted = {
+        step: Saved(
+            {"a": rng.normal(size=(8, 3)).astype(np.float32)},
+            {"mu": {"a": rng.normal(size=(8, 3)).astype(ml_dtypes.bfloat16)}, "count": rng.integers(0, 9, 8)},
+        )
+        for step in (1, 2, 3)
+    }
+    assert latest_step(tmp_path / "run") == 0
+    with Checkpoints(tmp_path / "run", keep=2) as checkpoints:
+        assert checkpoints.latest_step() is None
+        for step, saved in wanted.items():
+            checkpoints.save(step, sharded(saved, 4), {"next": step})
+    (tmp_path / "run" / "checkpoints" / "7.orbax-checkpoint-tmp-1").mkdir()  # a save that was cut off
+    assert latest_step(tmp_path / "run") == 3
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), sharded(wanted[1], 2)
+    )
+    with Checkpoints(tmp_path / "run", keep=2) as checkpoints:
+        assert checkpoints.latest_step() == 3
+        for step in (2, 3):
+            found, data = checkpoints.restore(step, shapes)
+            jax.tree.map(np.testing.assert_array_equal, found, wanted[step])
+            assert jax.tree.map(lambda leaf: leaf.sharding, found) == jax.tree.map(lambda leaf: leaf.sharding, shapes)
+            assert jax.tree.map(lambda leaf: leaf.dtype, found) == jax.tree.map(lambda leaf: leaf.dtype, shapes)
+            assert data == {"next": step}
+        with pytest.raises(InputError, match=r"checkpoint 1 in .* cannot be read"):
+            checkpoints.restore(1, shapes)
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"2", "3"}
+
+
+def test_no_space_for_a_checkpoint_is_one_line(run_config, tmp_path, monkeypatch):
+    handler = ocp.StandardCheckpointHandler
+    original = handler.async_save
+
+    async def full_disk(self, directory, *arguments, **options):
+        if directory.name.startswith("optimizer") and "/3." in str(directory):
+            raise OSError(errno.ENOSPC, "it is full")
+        return await original(self, directory, *arguments, **options)
+
+    monkeypatch.setattr(handler, "async_save", full_disk)
+    refuse(run_config(tmp_path / "run"), "no space left: the checkpoint cannot be written .*it is full")
+    assert load_parameters(tmp_path / "run")  # checkpoint 2 is whole
+
+
+def test_a_write_that_the_system_refuses_is_one_line(config_file, fork, train_py, tmp_path):
+    """The real thing, within a user's means: files of more than 16 KiB are refused while Orbax writes."""
+    config = config_file(tmp_path / "config.yaml", tmp_path / "run")
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))\n"
+    process = fork(limited + train_py, "--config_path", config)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    *steps, last = err.splitlines()
+    assert last.startswith("error: file too large: the checkpoint cannot be written (")
+    assert all(line.startswith(("compiling", "step ")) for line in steps)
+    assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
