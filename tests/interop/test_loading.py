@@ -28,8 +28,6 @@ from eabf_jax.model.lora import Lora, split_trained
 from eabf_jax.model.parameters import flatten
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZES = {
     "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6,
     "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 64, "tie_word_embeddings": True,
