@@ -172,12 +172,11 @@ def from_gguf(src: Path | str, dst: Path | str, dtype: str = "float32", overwrit
     _check_tensors(config, file)
 
     def tensors() -> Iterator[np.ndarray]:
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         for entry in entries:
             for name in entry.gguf_names():
                 array = dequantised(file, name).reshape(entry.hf_shape)
-                count = heads.get(entry.path[-2])
-                yield (array if count is None else unpermuted(array, count)).astype(element, copy=False)
+                rows = unpermuted(array, len(array) // config.head_dim) if entry.entry.rotated else array
+                yield rows.astype(element, copy=False)
 
     with new_directory(dst, EXPORT, overwrite=overwrite, sources=[file.path]) as partial:
         if vocabulary is not None:

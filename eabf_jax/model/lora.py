@@ -23,7 +23,7 @@ class Lora:
 
     rank: int = 8  # columns of A and rows of B; LongLoRA: 8
     alpha: float = 16.0  # the adapters' product is multiplied by alpha / rank; LongLoRA: 16
-    # any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; LongLoRA: the four attention projections
+    # names of projections in the layers, such as down_proj; LongLoRA: the four attention projections
     targets: tuple[str, ...] = ATTENTION_PROJECTIONS
     train_embeddings: bool = False  # also train token embeddings (and a tied output); LongLoRA: yes for long windows
     train_norms: bool = False  # also train the scales of all norms; LongLoRA: yes for long windows

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from eabf_jax.errors import InputError
 from eabf_jax.model.config import LlamaConfig
 
-Path = tuple[str, ...]  # keys in the nested dict of parameters
+TreePath = tuple[str, ...]  # keys in the nested dict of parameters
 Axes = tuple[str | None, ...]
 
 
@@ -27,6 +27,7 @@ class Entry(NamedTuple):
       shape: sizes in the letters of `llama.py`, and R for the rank of adapters; without the axis of layers.
       axes: the logical axis of each dimension, which `parallel.rules` maps to mesh axes; None is never split.
       only_if: a field of the config and the value at which a model has the parameter; None if every model has it.
+      rotated: whether the last dimension is one of heads to which rotary embedding is applied.
     """
 
     module: str
@@ -35,6 +36,7 @@ class Entry(NamedTuple):
     shape: tuple[str, ...]
     axes: Axes
     only_if: tuple[str, bool] | None = None
+    rotated: bool = False
 
     @property
     def stacked(self) -> bool:
@@ -42,7 +44,7 @@ class Entry(NamedTuple):
         return "{}" in self.module
 
     @property
-    def path(self) -> Path:
+    def path(self) -> TreePath:
         """Keys in the nested dict of parameters, such as layers, self_attn, q_proj, kernel."""
         return (*self.module.removeprefix("model.").replace("{}.", "").split("."), self.leaf)
 
@@ -61,7 +63,7 @@ class Entry(NamedTuple):
 
 
 _UNTIED = ("tie_word_embeddings", False)
-_ATTENTION_BIAS = ("attention_bias", True)
+_ATTN_BIAS = ("attention_bias", True)
 _MLP_BIAS = ("mlp_bias", True)
 
 TABLE: tuple[Entry, ...] = (
@@ -70,14 +72,14 @@ TABLE: tuple[Entry, ...] = (
     Entry("lm_head", "kernel", "output", ("D", "V"), ("embed", "vocab"), _UNTIED),
     Entry("model.layers.{}.input_layernorm", "scale", "blk.{}.attn_norm", ("D",), (None,)),
     Entry("model.layers.{}.post_attention_layernorm", "scale", "blk.{}.ffn_norm", ("D",), (None,)),
-    Entry("model.layers.{}.self_attn.q_proj", "kernel", "blk.{}.attn_q", ("D", "NH"), ("embed", "heads")),
-    Entry("model.layers.{}.self_attn.q_proj", "bias", "blk.{}.attn_q", ("NH",), ("heads",), _ATTENTION_BIAS),
-    Entry("model.layers.{}.self_attn.k_proj", "kernel", "blk.{}.attn_k", ("D", "KH"), ("embed", "heads")),
-    Entry("model.layers.{}.self_attn.k_proj", "bias", "blk.{}.attn_k", ("KH",), ("heads",), _ATTENTION_BIAS),
+    Entry("model.layers.{}.self_attn.q_proj", "kernel", "blk.{}.attn_q", ("D", "NH"), ("embed", "heads"), rotated=True),
+    Entry("model.layers.{}.self_attn.q_proj", "bias", "blk.{}.attn_q", ("NH",), ("heads",), _ATTN_BIAS, rotated=True),
+    Entry("model.layers.{}.self_attn.k_proj", "kernel", "blk.{}.attn_k", ("D", "KH"), ("embed", "heads"), rotated=True),
+    Entry("model.layers.{}.self_attn.k_proj", "bias", "blk.{}.attn_k", ("KH",), ("heads",), _ATTN_BIAS, rotated=True),
     Entry("model.layers.{}.self_attn.v_proj", "kernel", "blk.{}.attn_v", ("D", "KH"), ("embed", "heads")),
-    Entry("model.layers.{}.self_attn.v_proj", "bias", "blk.{}.attn_v", ("KH",), ("heads",), _ATTENTION_BIAS),
+    Entry("model.layers.{}.self_attn.v_proj", "bias", "blk.{}.attn_v", ("KH",), ("heads",), _ATTN_BIAS),
     Entry("model.layers.{}.self_attn.o_proj", "kernel", "blk.{}.attn_output", ("NH", "D"), ("heads", "embed")),
-    Entry("model.layers.{}.self_attn.o_proj", "bias", "blk.{}.attn_output", ("D",), (None,), _ATTENTION_BIAS),
+    Entry("model.layers.{}.self_attn.o_proj", "bias", "blk.{}.attn_output", ("D",), (None,), _ATTN_BIAS),
     Entry("model.layers.{}.mlp.gate_proj", "kernel", "blk.{}.ffn_gate", ("D", "F"), ("embed", "mlp")),
     Entry("model.layers.{}.mlp.gate_proj", "bias", "blk.{}.ffn_gate", ("F",), ("mlp",), _MLP_BIAS),
     Entry("model.layers.{}.mlp.up_proj", "kernel", "blk.{}.ffn_up", ("D", "F"), ("embed", "mlp")),
@@ -110,23 +112,23 @@ class Parameter:
 
     Attributes:
       entry: its line in the table.
-      single: shape without the axis of layers.
+      unstacked: shape without the axis of layers.
       layers: how many layers are stacked on the leading axis; None where there is no such axis.
     """
 
     entry: Entry
-    single: tuple[int, ...]
+    unstacked: tuple[int, ...]
     layers: int | None
 
     @property
-    def path(self) -> Path:
+    def path(self) -> TreePath:
         """Keys in the nested dict of parameters."""
         return self.entry.path
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of our leaf."""
-        return self.single if self.layers is None else (self.layers, *self.single)
+        return self.unstacked if self.layers is None else (self.layers, *self.unstacked)
 
     @property
     def size(self) -> int:
@@ -141,7 +143,7 @@ class Parameter:
     @property
     def hf_shape(self) -> tuple[int, ...]:
         """Shape of one tensor in a Hugging Face or GGUF file."""
-        return self.single[::-1] if self.transposed else self.single
+        return self.unstacked[::-1] if self.transposed else self.unstacked
 
     def hf_names(self) -> list[str]:
         """The Hugging Face tensors that make up this leaf, in the order of the layers."""
@@ -180,7 +182,7 @@ def parameter_count(config: LlamaConfig) -> int:
     return sum(parameter.size for parameter in parameters(config))
 
 
-def parameter_axes(path: Path) -> Axes:
+def parameter_axes(path: TreePath) -> Axes:
     """Returns one logical axis name (or None) per dimension of a parameter or adapter, that of layers included.
 
     Args:
@@ -207,7 +209,7 @@ def optional_fields(gguf_tensors: Container[str]) -> dict[str, bool]:
     return found
 
 
-def nest(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+def nest(leaves: Mapping[TreePath, Any]) -> dict[str, Any]:
     """Turns {path: leaf} into the nested dict that the model takes.
 
     Args:
@@ -225,7 +227,7 @@ def nest(leaves: Mapping[Path, Any]) -> dict[str, Any]:
     return tree
 
 
-def flatten(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: TreePath = ()) -> Iterator[tuple[TreePath, Any]]:
     """Undoes `nest`.
 
     Args:
@@ -233,7 +235,7 @@ def flatten(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, 
       prefix: path of the mapping itself.
 
     Yields:
-      Path and leaf.
+      TreePath and leaf.
     """
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -242,12 +244,14 @@ def flatten(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, 
             yield (*prefix, key), value
 
 
-def shapes(config: LlamaConfig) -> dict[Path, tuple[int, ...]]:
+def shapes(config: LlamaConfig) -> dict[TreePath, tuple[int, ...]]:
     """Shape of every parameter of a model, by path."""
     return {parameter.path: parameter.shape for parameter in parameters(config)}
 
 
-def check_shapes(found: Mapping[Path, tuple[int, ...]], expected: Mapping[Path, tuple[int, ...]], where: str) -> None:
+def check_shapes(
+    found: Mapping[TreePath, tuple[int, ...]], expected: Mapping[TreePath, tuple[int, ...]], where: str
+) -> None:
     """Compares the leaves of a stored tree with those that are needed.
 
     Args:

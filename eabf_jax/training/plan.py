@@ -408,7 +408,7 @@ def _projections(model_config: LlamaConfig, tensor: int) -> _Projections:
     for kernel in parameters(model_config):
         if kernel.layers and kernel.entry.leaf == "kernel":
             ways = [tensor if LOGICAL_TO_MESH[axis] == "tensor" else 1 for axis in kernel.entry.axes]
-            wide_in, wide_out = (size // part for size, part in zip(kernel.single, ways, strict=True))
+            wide_in, wide_out = (size // part for size, part in zip(kernel.unstacked, ways, strict=True))
             policy = _KEPT_BY.get(kernel.path[-2], "dots")
             found.results[policy] += wide_out
             found.flops[policy] += 2.0 * wide_in * wide_out
