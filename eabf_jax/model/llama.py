@@ -19,7 +19,7 @@ from eabf_jax.errors import InputError
 from eabf_jax.model.attention import BACKENDS, Attention, precision_of, select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora, adapters
-from eabf_jax.model.parameters import TreePath, flatten, parameters
+from eabf_jax.model.parameters import TreePath, check_shapes, flatten, parameters
 from eabf_jax.rope import Scheme
 
 Constrain = Callable[..., Array]
@@ -147,18 +147,15 @@ class Initializer:
         self._rngs, self._dtype = rngs, param_dtype
         self._shapes = {entry.path: entry.shape for entry in (*parameters(config), *adapters(config, lora))}
 
-    def __contains__(self, path: TreePath) -> bool:
-        return path in self._shapes
-
-    def normal(self, path: TreePath) -> nnx.Param:
-        """Draws from a normal distribution: the config's, or with variance 1 / in for an adapter's first matrix."""
-        shape = self._shapes[path]
+    def __call__(self, *path: str) -> Any:
+        """Returns the parameter at a path of the tree; None if the model has no such parameter."""
+        if (shape := self._shapes.get(path)) is None:
+            return None
+        # With lora_b zero, the adapters change nothing before the first step.
+        if (value := {"scale": 1, "bias": 0, "lora_b": 0}.get(path[-1])) is not None:
+            return nnx.Param(jnp.full(shape, value, self._dtype))
         stddev = shape[-2] ** -0.5 if path[-1] == "lora_a" else self.config.initializer_range
         return nnx.Param(jax.nn.initializers.normal(stddev)(self._rngs.params(), shape, self._dtype))
-
-    def constant(self, path: TreePath, value: float) -> nnx.Param:
-        """Fills with one value."""
-        return nnx.Param(jnp.full(self._shapes[path], value, self._dtype))
 
 
 class Linear(nnx.Module):
@@ -166,17 +163,9 @@ class Linear(nnx.Module):
 
     def __init__(self, init: Initializer, path: TreePath, product: Product = product):
         self.path, self.product = path, product
-        self.kernel = init.normal((*path, "kernel"))
-        self.bias = init.constant((*path, "bias"), 0) if (*path, "bias") in init else None
-        self.lora_scale = 0.0
-        lora_a = lora_b = None
-        if init.lora is not None and (*path, "lora_a") in init:
-            self.lora_scale = init.lora.scale
-            lora_a = init.normal((*path, "lora_a"))
-            # Zero, so that the adapters change nothing before the first step.
-            lora_b = init.constant((*path, "lora_b"), 0)
-        # Assigned once: NNX treats an attribute that was first None as one without parameters.
-        self.lora_a, self.lora_b = lora_a, lora_b
+        self.kernel, self.bias = init(*path, "kernel"), init(*path, "bias")
+        self.lora_a, self.lora_b = init(*path, "lora_a"), init(*path, "lora_b")
+        self.lora_scale = 0.0 if init.lora is None else init.lora.scale
 
     def __call__(self, x: Array) -> Array:
         y = self.product(x, self.kernel[...], (*self.path, "kernel"))
@@ -190,7 +179,7 @@ class RMSNorm(nnx.Module):
     """Root-mean-square norm, computed in float32."""
 
     def __init__(self, init: Initializer, path: TreePath):
-        self.scale = init.constant((*path, "scale"), 1)
+        self.scale = init(*path, "scale")
         self.eps = init.config.rms_norm_eps
 
     def __call__(self, x: Array) -> Array:
@@ -283,7 +272,7 @@ class Embedding(nnx.Module):
     """Token vectors."""
 
     def __init__(self, init: Initializer, path: TreePath):
-        self.embedding = init.normal((*path, "embedding"))
+        self.embedding = init(*path, "embedding")
 
 
 class Llama(nnx.Module):
@@ -364,19 +353,9 @@ class Llama(nnx.Module):
         """
         graphdef, state = nnx.split(self)
         # In the order in which JAX flattens dicts.
-        expected, given = (
-            {".".join(path): leaf for path, leaf in sorted(flatten(tree))} for tree in (nnx.to_pure_dict(state), params)
-        )
-        for name in [*expected, *given]:
-            if name not in given:
-                raise InputError(f"parameter {name} of shape {expected[name].shape} is missing")
-            if name not in expected:
-                raise InputError(f"parameter {name} has no place in this model; remove it or correct the configuration")
-            if given[name].shape != expected[name].shape:
-                raise InputError(
-                    f"parameter {name} has shape {given[name].shape}; the model's configuration needs "
-                    f"{expected[name].shape}"
-                )
+        expected, given = (dict(sorted(flatten(tree))) for tree in (nnx.to_pure_dict(state), params))
+        found, needed = ({path: leaf.shape for path, leaf in tree.items()} for tree in (given, expected))
+        check_shapes(found, needed, "the model")
         return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), given.values()))
 
     def parameters(self) -> dict[str, Any]:

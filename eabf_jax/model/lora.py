@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.parameters import ADAPTERS, ATTENTION_PROJECTIONS, PROJECTIONS, Parameter
+from eabf_jax.model.parameters import ADAPTERS, ATTENTION_PROJECTIONS, PROJECTIONS, Parameter, flatten, nest
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,11 @@ def split_trained(params: Mapping[str, Any], lora: Lora | None) -> tuple[dict[st
     """
     if lora is None:
         return dict(params), {}
-    return _where(params, lora, True), _where(params, lora, False)
 
+    def part(trained: bool) -> dict[str, Any]:
+        return nest({path: leaf for path, leaf in flatten(params) if lora.trains(path) == trained})
 
-def _where(tree: Mapping[str, Any], lora: Lora, trained: bool, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = (*prefix, key)
-        if isinstance(value, Mapping):
-            if inner := _where(value, lora, trained, path):
-                found[key] = inner
-        elif lora.trains(path) == trained:
-            found[key] = value
-    return found
+    return part(True), part(False)
 
 
 def merged_kernel(

@@ -131,11 +131,6 @@ class Parameter:
         return self.unstacked if self.layers is None else (self.layers, *self.unstacked)
 
     @property
-    def size(self) -> int:
-        """How many numbers our leaf holds."""
-        return math.prod(self.shape)
-
-    @property
     def transposed(self) -> bool:
         """Whether ours is the transpose of Hugging Face's and GGUF's, [out, in] for a kernel."""
         return self.entry.leaf == "kernel"
@@ -162,14 +157,7 @@ def _suffix(entry: Entry) -> str:
 
 
 def parameters(config: LlamaConfig) -> tuple[Parameter, ...]:
-    """Lists the parameters of a model.
-
-    Args:
-      config: the model's shape.
-
-    Returns:
-      One entry per leaf of the parameter tree, without adapters.
-    """
+    """Lists the parameters of a model, one per leaf of the parameter tree, without adapters."""
     return tuple(
         entry.of(config)
         for entry in TABLE
@@ -179,7 +167,7 @@ def parameters(config: LlamaConfig) -> tuple[Parameter, ...]:
 
 def parameter_count(config: LlamaConfig) -> int:
     """Returns the number of parameters of a model, biases included."""
-    return sum(parameter.size for parameter in parameters(config))
+    return sum(math.prod(shape) for shape in shapes(config).values())
 
 
 def parameter_axes(path: TreePath) -> Axes:
@@ -200,24 +188,15 @@ def optional_fields(gguf_tensors: Container[str]) -> dict[str, bool]:
     Returns:
       The fields in `only_if`; each follows the first line of the table that depends on it.
     """
-    found: dict[str, bool] = {}
-    for entry in TABLE:
-        if entry.only_if is not None:
-            field, value = entry.only_if
-            present = f"{entry.gguf.format(0)}.{_suffix(entry)}" in gguf_tensors
-            found.setdefault(field, value if present else not value)
-    return found
+    conditions = [(entry, *entry.only_if) for entry in reversed(TABLE) if entry.only_if is not None]
+    return {
+        field: (f"{entry.gguf.format(0)}.{_suffix(entry)}" in gguf_tensors) == value
+        for entry, field, value in conditions
+    }
 
 
 def nest(leaves: Mapping[TreePath, Any]) -> dict[str, Any]:
-    """Turns {path: leaf} into the nested dict that the model takes.
-
-    Args:
-      leaves: leaf by path.
-
-    Returns:
-      Nested dict.
-    """
+    """Turns {path: leaf} into the nested dict that the model takes."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         branch = tree
@@ -228,15 +207,7 @@ def nest(leaves: Mapping[TreePath, Any]) -> dict[str, Any]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: TreePath = ()) -> Iterator[tuple[TreePath, Any]]:
-    """Undoes `nest`.
-
-    Args:
-      tree: nested mapping.
-      prefix: path of the mapping itself.
-
-    Yields:
-      TreePath and leaf.
-    """
+    """Undoes `nest`: yields pairs of path and leaf, with `prefix` before every path."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flatten(value, (*prefix, key))
@@ -250,23 +221,27 @@ def shapes(config: LlamaConfig) -> dict[TreePath, tuple[int, ...]]:
 
 
 def check_shapes(
-    found: Mapping[TreePath, tuple[int, ...]], expected: Mapping[TreePath, tuple[int, ...]], where: str
+    found: Mapping[Any, tuple[int, ...]], expected: Mapping[Any, tuple[int, ...]], where: str, kind: str = "parameter"
 ) -> None:
-    """Compares the leaves of a stored tree with those that are needed.
+    """Compares the arrays that were found with those that are needed.
 
     Args:
-      found: shape by path.
+      found: shape by path or name.
       expected: likewise.
       where: named in the message.
+      kind: what an array is called there.
 
     Raises:
-      InputError: a parameter missing, too many, or of another shape.
+      InputError: an array is missing, too many, or of another shape.
     """
-    for path, shape in expected.items():
-        name = ".".join(path)
-        if path not in found:
-            raise InputError(f"{where}: parameter {name} is missing; expected shape {list(shape)}")
-        if tuple(found[path]) != shape:
-            raise InputError(f"{where}: parameter {name} has shape {list(found[path])}, expected {list(shape)}")
-    if extra := sorted(".".join(path) for path in found.keys() - expected.keys()):
-        raise InputError(f"{where}: parameter {extra[0]} is not part of this model ({len(extra)} such)")
+
+    def named(key: Any) -> str:
+        return f"{where}: {kind} {key if isinstance(key, str) else '.'.join(key)}"
+
+    for key, shape in expected.items():
+        if key not in found:
+            raise InputError(f"{named(key)} is missing; expected shape {list(shape)}")
+        if tuple(found[key]) != shape:
+            raise InputError(f"{named(key)} has shape {list(found[key])}, expected {list(shape)}")
+    if extra := sorted(found.keys() - expected.keys()):
+        raise InputError(f"{named(extra[0])} is not part of this model ({len(extra)} such)")

@@ -15,6 +15,7 @@ from eabf_jax.model import Llama, LlamaConfig, decoder
 from eabf_jax.model.kv_cache import LayerCache, attend_chunk, attend_token, empty_cache
 from eabf_jax.model.llama import Row
 from eabf_jax.model.lora import Lora
+from eabf_jax.model.parameters import TABLE
 from eabf_jax.rope import Scheme, compose, scheme, scheme_names
 
 WINDOW = 16
@@ -57,6 +58,11 @@ def model_of(rope: Scheme, **changes: Any) -> Llama:
 
     params = jax.tree.map_with_path(draw, Llama.abstract(config).parameters())
     return Llama.from_params(config, params, attention="reference")
+
+
+def test_the_decoder_takes_every_parameter_of_a_layer() -> None:
+    taken = [part for _, parts in decoder._FORMS.values() for part in parts]
+    assert sorted(taken) == sorted(".".join(entry.path[1:]) for entry in TABLE if entry.stacked)
 
 
 def cached_logits(model: Llama, tokens: np.ndarray, length: int | None) -> np.ndarray:
