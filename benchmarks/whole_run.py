@@ -49,9 +49,9 @@ def random_model(config: LlamaConfig, directory: Path, tokenizer: Path) -> None:
     generator, leaves = np.random.default_rng(0), {}
     for entry in parameters(config):
         if entry.path[-1] == "scale":
-            drawn = np.ones(entry.single, ml_dtypes.bfloat16)
+            drawn = np.ones(entry.unstacked, ml_dtypes.bfloat16)
         else:
-            drawn = (0.02 * generator.standard_normal(entry.single, np.float32)).astype(ml_dtypes.bfloat16)
+            drawn = (0.02 * generator.standard_normal(entry.unstacked, np.float32)).astype(ml_dtypes.bfloat16)
         leaves[entry.path] = drawn if entry.layers is None else np.broadcast_to(drawn, entry.shape).copy()
     directory.mkdir(parents=True)
     native.save_params(directory, nest(leaves))

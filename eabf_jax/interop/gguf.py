@@ -16,7 +16,7 @@ from eabf_jax.interop.gguf_tokenizer import Vocabulary, read_vocabulary, write_t
 from eabf_jax.interop.huggingface import MAX_SHARD_BYTES, Summary, write_config
 from eabf_jax.interop.safetensors_stream import PlannedTensor, write_sharded
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.parameters import optional_fields, parameters
+from eabf_jax.model.parameters import check_shapes, optional_fields, parameters
 from eabf_jax.rope import Scheme, scheme
 
 ARCHITECTURE = "llama"
@@ -169,15 +169,17 @@ def from_gguf(src: Path | str, dst: Path | str, dtype: str = "float32", overwrit
     entries = parameters(config)
     element = np.dtype(jnp.dtype(dtype))
     planned = [PlannedTensor(name, element, entry.hf_shape) for entry in entries for name in entry.hf_names()]
-    _check_tensors(config, file)
+    shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in file.tensors.items()}
+    shapes.pop(ROTARY_FACTORS, None)
+    expected = {name: entry.hf_shape for entry in entries for name in entry.gguf_names()}
+    check_shapes(shapes, expected, str(file.path), "tensor")
 
     def tensors() -> Iterator[np.ndarray]:
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         for entry in entries:
             for name in entry.gguf_names():
                 array = dequantised(file, name).reshape(entry.hf_shape)
-                count = heads.get(entry.path[-2])
-                yield (array if count is None else unpermuted(array, count)).astype(element, copy=False)
+                rows = unpermuted(array, len(array) // config.head_dim) if entry.entry.rotated else array
+                yield rows.astype(element, copy=False)
 
     with new_directory(dst, EXPORT, overwrite=overwrite, sources=[file.path]) as partial:
         if vocabulary is not None:
@@ -335,16 +337,3 @@ def _llama3_rope(file: GgufFile, base: float, head_dim: int) -> Scheme:
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         raise file.error(f"{ROTARY_FACTORS} holds factors that are not Llama 3's; no rotary scheme has them")
     return found
-
-
-def _check_tensors(config: LlamaConfig, file: GgufFile) -> None:
-    """Refuses tensors that are missing, extra or of another shape, before any is written."""
-    expected = {name: entry.hf_shape for entry in parameters(config) for name in entry.gguf_names()}
-    for name, shape in expected.items():
-        if name not in file.tensors:
-            raise file.error(f"tensor {name} is missing; expected shape {list(shape)}")
-        found = tuple(int(length) for length in file.tensors[name].shape[::-1])
-        if found != shape:
-            raise file.error(f"tensor {name} has shape {list(found)}, expected {list(shape)}")
-    if extra := sorted(file.tensors.keys() - expected.keys() - {ROTARY_FACTORS}):
-        raise file.error(f"tensor {extra[0]} is not part of a LLaMA model ({len(extra)} such)")

@@ -19,12 +19,12 @@ from eabf_jax.errors import InputError
 from eabf_jax.model.attention import Attention, precision_of, select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora, adapters
-from eabf_jax.model.parameters import Path, flatten, parameters
+from eabf_jax.model.parameters import TreePath, check_shapes, flatten, parameters
 from eabf_jax.rope import Scheme
 
 Constrain = Callable[..., Array]
 # (x [..., in], one layer's parameter [in, out], its path in the parameter tree) -> x @ parameter.
-Product = Callable[[Array, Array, Path], Array]
+Product = Callable[[Array, Array, TreePath], Array]
 
 
 class Row(NamedTuple):
@@ -114,7 +114,7 @@ def rotate(x: Float[Array, "B T heads H"], cos: Array, sin: Array) -> Float[Arra
     return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
 
 
-def product(x: Array, kernel: Array, path: Path) -> Array:
+def product(x: Array, kernel: Array, path: TreePath) -> Array:
     """Computes x @ kernel and leaves its layout to the compiler; `parallel.rules` has the version for a mesh."""
     return _product(x, kernel)
 
@@ -139,7 +139,7 @@ def _product_backward(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Ar
 _product.defvjp(_product_forward, _product_backward)
 
 
-class Initial:
+class Initializer:
     """Makes the first values of a model's parameters, in the shapes of the table."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: Any, lora: Lora | None = None):
@@ -147,36 +147,25 @@ class Initial:
         self._rngs, self._dtype = rngs, param_dtype
         self._shapes = {entry.path: entry.shape for entry in (*parameters(config), *adapters(config, lora))}
 
-    def __contains__(self, path: Path) -> bool:
-        return path in self._shapes
-
-    def normal(self, path: Path) -> nnx.Param:
-        """Draws from a normal distribution: the config's, or with variance 1 / in for an adapter's first matrix."""
-        shape = self._shapes[path]
+    def __call__(self, *path: str) -> Any:
+        """Returns the parameter at a path of the tree; None if the model has no such parameter."""
+        if (shape := self._shapes.get(path)) is None:
+            return None
+        # With lora_b zero, the adapters change nothing before the first step.
+        if (value := {"scale": 1, "bias": 0, "lora_b": 0}.get(path[-1])) is not None:
+            return nnx.Param(jnp.full(shape, value, self._dtype))
         stddev = shape[-2] ** -0.5 if path[-1] == "lora_a" else self.config.initializer_range
         return nnx.Param(jax.nn.initializers.normal(stddev)(self._rngs.params(), shape, self._dtype))
-
-    def constant(self, path: Path, value: float) -> nnx.Param:
-        """Fills with one value."""
-        return nnx.Param(jnp.full(self._shapes[path], value, self._dtype))
 
 
 class Linear(nnx.Module):
     """y = x @ kernel (+ the adapters' product) (+ bias), computed in the dtype of x."""
 
-    def __init__(self, initial: Initial, path: Path, product: Product = product):
+    def __init__(self, init: Initializer, path: TreePath, product: Product = product):
         self.path, self.product = path, product
-        self.kernel = initial.normal((*path, "kernel"))
-        self.bias = initial.constant((*path, "bias"), 0) if (*path, "bias") in initial else None
-        self.lora_scale = 0.0
-        lora_a = lora_b = None
-        if initial.lora is not None and (*path, "lora_a") in initial:
-            self.lora_scale = initial.lora.scale
-            lora_a = initial.normal((*path, "lora_a"))
-            # Zero, so that the adapters change nothing before the first step.
-            lora_b = initial.constant((*path, "lora_b"), 0)
-        # Assigned once: NNX treats an attribute that was first None as one without parameters.
-        self.lora_a, self.lora_b = lora_a, lora_b
+        self.kernel, self.bias = init(*path, "kernel"), init(*path, "bias")
+        self.lora_a, self.lora_b = init(*path, "lora_a"), init(*path, "lora_b")
+        self.lora_scale = 0.0 if init.lora is None else init.lora.scale
 
     def __call__(self, x: Array) -> Array:
         y = self.product(x, self.kernel[...], (*self.path, "kernel"))
@@ -189,9 +178,9 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square norm, computed in float32."""
 
-    def __init__(self, initial: Initial, path: Path):
-        self.scale = initial.constant((*path, "scale"), 1)
-        self.eps = initial.config.rms_norm_eps
+    def __init__(self, init: Initializer, path: TreePath):
+        self.scale = init(*path, "scale")
+        self.eps = init.config.rms_norm_eps
 
     def __call__(self, x: Array) -> Array:
         return rms_norm(x, self.scale[...], self.eps)
@@ -216,12 +205,12 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> 
 class SelfAttention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, initial: Initial, path: Path, product: Product):
-        self.head_dim = initial.config.head_dim
-        self.q_proj = Linear(initial, (*path, "q_proj"), product)
-        self.k_proj = Linear(initial, (*path, "k_proj"), product)
-        self.v_proj = Linear(initial, (*path, "v_proj"), product)
-        self.o_proj = Linear(initial, (*path, "o_proj"), product)
+    def __init__(self, init: Initializer, path: TreePath, product: Product):
+        self.head_dim = init.config.head_dim
+        self.q_proj = Linear(init, (*path, "q_proj"), product)
+        self.k_proj = Linear(init, (*path, "k_proj"), product)
+        self.v_proj = Linear(init, (*path, "v_proj"), product)
+        self.o_proj = Linear(init, (*path, "o_proj"), product)
 
     def __call__(
         self,
@@ -246,10 +235,10 @@ class SelfAttention(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, initial: Initial, path: Path, product: Product):
-        self.gate_proj = Linear(initial, (*path, "gate_proj"), product)
-        self.up_proj = Linear(initial, (*path, "up_proj"), product)
-        self.down_proj = Linear(initial, (*path, "down_proj"), product)
+    def __init__(self, init: Initializer, path: TreePath, product: Product):
+        self.gate_proj = Linear(init, (*path, "gate_proj"), product)
+        self.up_proj = Linear(init, (*path, "up_proj"), product)
+        self.down_proj = Linear(init, (*path, "down_proj"), product)
 
     def __call__(self, x: Array, constrain: Constrain) -> Array:
         gate, up = (checkpoint_name(proj(x), "mlp") for proj in (self.gate_proj, self.up_proj))
@@ -259,11 +248,11 @@ class SwiGLU(nnx.Module):
 class Block(nnx.Module):
     """One decoder layer; holds the stacked parameters of all layers, or those of the layer that it computes."""
 
-    def __init__(self, initial: Initial, path: Path, product: Product):
-        self.input_layernorm = RMSNorm(initial, (*path, "input_layernorm"))
-        self.self_attn = SelfAttention(initial, (*path, "self_attn"), product)
-        self.post_attention_layernorm = RMSNorm(initial, (*path, "post_attention_layernorm"))
-        self.mlp = SwiGLU(initial, (*path, "mlp"), product)
+    def __init__(self, init: Initializer, path: TreePath, product: Product):
+        self.input_layernorm = RMSNorm(init, (*path, "input_layernorm"))
+        self.self_attn = SelfAttention(init, (*path, "self_attn"), product)
+        self.post_attention_layernorm = RMSNorm(init, (*path, "post_attention_layernorm"))
+        self.mlp = SwiGLU(init, (*path, "mlp"), product)
 
     def __call__(
         self,
@@ -282,8 +271,8 @@ class Block(nnx.Module):
 class Embedding(nnx.Module):
     """Token vectors."""
 
-    def __init__(self, initial: Initial, path: Path):
-        self.embedding = initial.normal((*path, "embedding"))
+    def __init__(self, init: Initializer, path: TreePath):
+        self.embedding = init(*path, "embedding")
 
 
 class Llama(nnx.Module):
@@ -321,11 +310,11 @@ class Llama(nnx.Module):
         self.constrain = constrain
         self.lora = lora
         self.attention = select(attention, self.dtype, config.head_dim) if isinstance(attention, str) else attention
-        initial = Initial(config, rngs=rngs, param_dtype=param_dtype, lora=lora)
-        self.embed_tokens = Embedding(initial, ("embed_tokens",))
-        self.layers = Block(initial, ("layers",), product)
-        self.norm = RMSNorm(initial, ("norm",))
-        self.lm_head = None if config.tie_word_embeddings else Linear(initial, ("lm_head",))
+        init = Initializer(config, rngs=rngs, param_dtype=param_dtype, lora=lora)
+        self.embed_tokens = Embedding(init, ("embed_tokens",))
+        self.layers = Block(init, ("layers",), product)
+        self.norm = RMSNorm(init, ("norm",))
+        self.lm_head = None if config.tie_word_embeddings else Linear(init, ("lm_head",))
 
     @classmethod
     def abstract(cls, config: LlamaConfig, **options: Any) -> Self:
@@ -362,19 +351,9 @@ class Llama(nnx.Module):
         """
         graphdef, state = nnx.split(self)
         # In the order in which JAX flattens dicts.
-        expected, given = (
-            {".".join(path): leaf for path, leaf in sorted(flatten(tree))} for tree in (nnx.to_pure_dict(state), params)
-        )
-        for name in [*expected, *given]:
-            if name not in given:
-                raise InputError(f"parameter {name} of shape {expected[name].shape} is missing")
-            if name not in expected:
-                raise InputError(f"parameter {name} has no place in this model; remove it or correct the configuration")
-            if given[name].shape != expected[name].shape:
-                raise InputError(
-                    f"parameter {name} has shape {given[name].shape}; the model's configuration needs "
-                    f"{expected[name].shape}"
-                )
+        expected, given = (dict(sorted(flatten(tree))) for tree in (nnx.to_pure_dict(state), params))
+        found, needed = ({path: leaf.shape for path, leaf in tree.items()} for tree in (given, expected))
+        check_shapes(found, needed, "the model")
         return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), given.values()))
 
     def parameters(self) -> dict[str, Any]:

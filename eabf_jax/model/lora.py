@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.parameters import ADAPTERS, ATTENTION_PROJECTIONS, PROJECTIONS, Parameter
+from eabf_jax.model.parameters import ADAPTERS, ATTENTION_PROJECTIONS, PROJECTIONS, Parameter, flatten, nest
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Lora:
 
     rank: int = 8  # columns of A and rows of B; LongLoRA: 8
     alpha: float = 16.0  # the adapters' product is multiplied by alpha / rank; LongLoRA: 16
-    # any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; LongLoRA: the four attention projections
+    # names of projections in the layers, such as down_proj; LongLoRA: the four attention projections
     targets: tuple[str, ...] = ATTENTION_PROJECTIONS
     train_embeddings: bool = False  # also train token embeddings (and a tied output); LongLoRA: yes for long windows
     train_norms: bool = False  # also train the scales of all norms; LongLoRA: yes for long windows
@@ -72,19 +72,11 @@ def split_trained(params: Mapping[str, Any], lora: Lora | None) -> tuple[dict[st
     """
     if lora is None:
         return dict(params), {}
-    return _where(params, lora, True), _where(params, lora, False)
 
+    def part(trained: bool) -> dict[str, Any]:
+        return nest({path: leaf for path, leaf in flatten(params) if lora.trains(path) == trained})
 
-def _where(tree: Mapping[str, Any], lora: Lora, trained: bool, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = (*prefix, key)
-        if isinstance(value, Mapping):
-            if inner := _where(value, lora, trained, path):
-                found[key] = inner
-        elif lora.trains(path) == trained:
-            found[key] = value
-    return found
+    return part(True), part(False)
 
 
 def merged_kernel(

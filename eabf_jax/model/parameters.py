@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from eabf_jax.errors import InputError
 from eabf_jax.model.config import LlamaConfig
 
-Path = tuple[str, ...]  # keys in the nested dict of parameters
+TreePath = tuple[str, ...]  # keys in the nested dict of parameters
 Axes = tuple[str | None, ...]
 
 
@@ -27,6 +27,7 @@ class Entry(NamedTuple):
       shape: sizes in the letters of `llama.py`, and R for the rank of adapters; without the axis of layers.
       axes: the logical axis of each dimension, which `parallel.rules` maps to mesh axes; None is never split.
       only_if: a field of the config and the value at which a model has the parameter; None if every model has it.
+      rotated: whether the last dimension is one of heads to which rotary embedding is applied.
     """
 
     module: str
@@ -35,6 +36,7 @@ class Entry(NamedTuple):
     shape: tuple[str, ...]
     axes: Axes
     only_if: tuple[str, bool] | None = None
+    rotated: bool = False
 
     @property
     def stacked(self) -> bool:
@@ -42,7 +44,7 @@ class Entry(NamedTuple):
         return "{}" in self.module
 
     @property
-    def path(self) -> Path:
+    def path(self) -> TreePath:
         """Keys in the nested dict of parameters, such as layers, self_attn, q_proj, kernel."""
         return (*self.module.removeprefix("model.").replace("{}.", "").split("."), self.leaf)
 
@@ -61,7 +63,7 @@ class Entry(NamedTuple):
 
 
 _UNTIED = ("tie_word_embeddings", False)
-_ATTENTION_BIAS = ("attention_bias", True)
+_ATTN_BIAS = ("attention_bias", True)
 _MLP_BIAS = ("mlp_bias", True)
 
 TABLE: tuple[Entry, ...] = (
@@ -70,14 +72,14 @@ TABLE: tuple[Entry, ...] = (
     Entry("lm_head", "kernel", "output", ("D", "V"), ("embed", "vocab"), _UNTIED),
     Entry("model.layers.{}.input_layernorm", "scale", "blk.{}.attn_norm", ("D",), (None,)),
     Entry("model.layers.{}.post_attention_layernorm", "scale", "blk.{}.ffn_norm", ("D",), (None,)),
-    Entry("model.layers.{}.self_attn.q_proj", "kernel", "blk.{}.attn_q", ("D", "NH"), ("embed", "heads")),
-    Entry("model.layers.{}.self_attn.q_proj", "bias", "blk.{}.attn_q", ("NH",), ("heads",), _ATTENTION_BIAS),
-    Entry("model.layers.{}.self_attn.k_proj", "kernel", "blk.{}.attn_k", ("D", "KH"), ("embed", "heads")),
-    Entry("model.layers.{}.self_attn.k_proj", "bias", "blk.{}.attn_k", ("KH",), ("heads",), _ATTENTION_BIAS),
+    Entry("model.layers.{}.self_attn.q_proj", "kernel", "blk.{}.attn_q", ("D", "NH"), ("embed", "heads"), rotated=True),
+    Entry("model.layers.{}.self_attn.q_proj", "bias", "blk.{}.attn_q", ("NH",), ("heads",), _ATTN_BIAS, rotated=True),
+    Entry("model.layers.{}.self_attn.k_proj", "kernel", "blk.{}.attn_k", ("D", "KH"), ("embed", "heads"), rotated=True),
+    Entry("model.layers.{}.self_attn.k_proj", "bias", "blk.{}.attn_k", ("KH",), ("heads",), _ATTN_BIAS, rotated=True),
     Entry("model.layers.{}.self_attn.v_proj", "kernel", "blk.{}.attn_v", ("D", "KH"), ("embed", "heads")),
-    Entry("model.layers.{}.self_attn.v_proj", "bias", "blk.{}.attn_v", ("KH",), ("heads",), _ATTENTION_BIAS),
+    Entry("model.layers.{}.self_attn.v_proj", "bias", "blk.{}.attn_v", ("KH",), ("heads",), _ATTN_BIAS),
     Entry("model.layers.{}.self_attn.o_proj", "kernel", "blk.{}.attn_output", ("NH", "D"), ("heads", "embed")),
-    Entry("model.layers.{}.self_attn.o_proj", "bias", "blk.{}.attn_output", ("D",), (None,), _ATTENTION_BIAS),
+    Entry("model.layers.{}.self_attn.o_proj", "bias", "blk.{}.attn_output", ("D",), (None,), _ATTN_BIAS),
     Entry("model.layers.{}.mlp.gate_proj", "kernel", "blk.{}.ffn_gate", ("D", "F"), ("embed", "mlp")),
     Entry("model.layers.{}.mlp.gate_proj", "bias", "blk.{}.ffn_gate", ("F",), ("mlp",), _MLP_BIAS),
     Entry("model.layers.{}.mlp.up_proj", "kernel", "blk.{}.ffn_up", ("D", "F"), ("embed", "mlp")),
@@ -110,28 +112,23 @@ class Parameter:
 
     Attributes:
       entry: its line in the table.
-      single: shape without the axis of layers.
+      unstacked: shape without the axis of layers.
       layers: how many layers are stacked on the leading axis; None where there is no such axis.
     """
 
     entry: Entry
-    single: tuple[int, ...]
+    unstacked: tuple[int, ...]
     layers: int | None
 
     @property
-    def path(self) -> Path:
+    def path(self) -> TreePath:
         """Keys in the nested dict of parameters."""
         return self.entry.path
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of our leaf."""
-        return self.single if self.layers is None else (self.layers, *self.single)
-
-    @property
-    def size(self) -> int:
-        """How many numbers our leaf holds."""
-        return math.prod(self.shape)
+        return self.unstacked if self.layers is None else (self.layers, *self.unstacked)
 
     @property
     def transposed(self) -> bool:
@@ -141,7 +138,7 @@ class Parameter:
     @property
     def hf_shape(self) -> tuple[int, ...]:
         """Shape of one tensor in a Hugging Face or GGUF file."""
-        return self.single[::-1] if self.transposed else self.single
+        return self.unstacked[::-1] if self.transposed else self.unstacked
 
     def hf_names(self) -> list[str]:
         """The Hugging Face tensors that make up this leaf, in the order of the layers."""
@@ -160,14 +157,7 @@ def _suffix(entry: Entry) -> str:
 
 
 def parameters(config: LlamaConfig) -> tuple[Parameter, ...]:
-    """Lists the parameters of a model.
-
-    Args:
-      config: the model's shape.
-
-    Returns:
-      One entry per leaf of the parameter tree, without adapters.
-    """
+    """Lists the parameters of a model, one per leaf of the parameter tree, without adapters."""
     return tuple(
         entry.of(config)
         for entry in TABLE
@@ -177,10 +167,10 @@ def parameters(config: LlamaConfig) -> tuple[Parameter, ...]:
 
 def parameter_count(config: LlamaConfig) -> int:
     """Returns the number of parameters of a model, biases included."""
-    return sum(parameter.size for parameter in parameters(config))
+    return sum(math.prod(shape) for shape in shapes(config).values())
 
 
-def parameter_axes(path: Path) -> Axes:
+def parameter_axes(path: TreePath) -> Axes:
     """Returns one logical axis name (or None) per dimension of a parameter or adapter, that of layers included.
 
     Args:
@@ -198,24 +188,15 @@ def optional_fields(gguf_tensors: Container[str]) -> dict[str, bool]:
     Returns:
       The fields in `only_if`; each follows the first line of the table that depends on it.
     """
-    found: dict[str, bool] = {}
-    for entry in TABLE:
-        if entry.only_if is not None:
-            field, value = entry.only_if
-            present = f"{entry.gguf.format(0)}.{_suffix(entry)}" in gguf_tensors
-            found.setdefault(field, value if present else not value)
-    return found
+    conditions = [(entry, *entry.only_if) for entry in reversed(TABLE) if entry.only_if is not None]
+    return {
+        field: (f"{entry.gguf.format(0)}.{_suffix(entry)}" in gguf_tensors) == value
+        for entry, field, value in conditions
+    }
 
 
-def nest(leaves: Mapping[Path, Any]) -> dict[str, Any]:
-    """Turns {path: leaf} into the nested dict that the model takes.
-
-    Args:
-      leaves: leaf by path.
-
-    Returns:
-      Nested dict.
-    """
+def nest(leaves: Mapping[TreePath, Any]) -> dict[str, Any]:
+    """Turns {path: leaf} into the nested dict that the model takes."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         branch = tree
@@ -225,16 +206,8 @@ def nest(leaves: Mapping[Path, Any]) -> dict[str, Any]:
     return tree
 
 
-def flatten(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Undoes `nest`.
-
-    Args:
-      tree: nested mapping.
-      prefix: path of the mapping itself.
-
-    Yields:
-      Path and leaf.
-    """
+def flatten(tree: Mapping[str, Any], prefix: TreePath = ()) -> Iterator[tuple[TreePath, Any]]:
+    """Undoes `nest`: yields pairs of path and leaf, with `prefix` before every path."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flatten(value, (*prefix, key))
@@ -242,27 +215,33 @@ def flatten(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, 
             yield (*prefix, key), value
 
 
-def shapes(config: LlamaConfig) -> dict[Path, tuple[int, ...]]:
+def shapes(config: LlamaConfig) -> dict[TreePath, tuple[int, ...]]:
     """Shape of every parameter of a model, by path."""
     return {parameter.path: parameter.shape for parameter in parameters(config)}
 
 
-def check_shapes(found: Mapping[Path, tuple[int, ...]], expected: Mapping[Path, tuple[int, ...]], where: str) -> None:
-    """Compares the leaves of a stored tree with those that are needed.
+def check_shapes(
+    found: Mapping[Any, tuple[int, ...]], expected: Mapping[Any, tuple[int, ...]], where: str, kind: str = "parameter"
+) -> None:
+    """Compares the arrays that were found with those that are needed.
 
     Args:
-      found: shape by path.
+      found: shape by path or name.
       expected: likewise.
       where: named in the message.
+      kind: what an array is called there.
 
     Raises:
-      InputError: a parameter missing, too many, or of another shape.
+      InputError: an array is missing, too many, or of another shape.
     """
-    for path, shape in expected.items():
-        name = ".".join(path)
-        if path not in found:
-            raise InputError(f"{where}: parameter {name} is missing; expected shape {list(shape)}")
-        if tuple(found[path]) != shape:
-            raise InputError(f"{where}: parameter {name} has shape {list(found[path])}, expected {list(shape)}")
-    if extra := sorted(".".join(path) for path in found.keys() - expected.keys()):
-        raise InputError(f"{where}: parameter {extra[0]} is not part of this model ({len(extra)} such)")
+
+    def named(key: Any) -> str:
+        return f"{where}: {kind} {key if isinstance(key, str) else '.'.join(key)}"
+
+    for key, shape in expected.items():
+        if key not in found:
+            raise InputError(f"{named(key)} is missing; expected shape {list(shape)}")
+        if tuple(found[key]) != shape:
+            raise InputError(f"{named(key)} has shape {list(found[key])}, expected {list(shape)}")
+    if extra := sorted(found.keys() - expected.keys()):
+        raise InputError(f"{named(extra[0])} is not part of this model ({len(extra)} such)")

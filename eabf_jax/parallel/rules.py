@@ -32,37 +32,31 @@ LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
 }
 
 
-def spec(*logical_axes: str | None) -> PartitionSpec:
+def spec(*logical_axes: str | None, of: str = "an array") -> PartitionSpec:
     """Returns the partition of an array with these logical axes.
+
+    Args:
+      logical_axes: names in `LOGICAL_TO_MESH`, one per dimension.
+      of: names the array in messages.
 
     Raises:
       InputError: two of them are split over the same mesh axis.
     """
     users: dict[str, str | None] = {}
-    for logical in logical_axes:
-        for name in _names(LOGICAL_TO_MESH[logical]):
+    for axis in logical_axes:
+        for name in _names(LOGICAL_TO_MESH[axis]):
             if name in users:
                 raise InputError(
-                    f"the logical axes {users[name]} and {logical} of one array are both split over the mesh axis "
-                    f"{name}, which can split one dimension only: leave one of them unsplit (None)"
+                    f"{of} has the logical axes {users[name]} and {axis}, both split over the mesh axis {name}, which "
+                    "can split one dimension only: None leaves a dimension unsplit"
                 )
-            users[name] = logical
+            users[name] = axis
     return PartitionSpec(*(LOGICAL_TO_MESH[axis] for axis in logical_axes))
 
 
 def parameter_spec(path: tuple[str, ...]) -> PartitionSpec:
-    """Returns the partition of a parameter.
-
-    Args:
-      path: its path in the parameter tree, e.g. ("layers", "self_attn", "q_proj", "kernel").
-
-    Raises:
-      InputError: two of its logical axes are split over the same mesh axis.
-    """
-    try:
-        return spec(*parameter_axes(path))
-    except InputError as error:
-        raise InputError(f"parameter {'.'.join(path)}: {error}") from error
+    """Returns the partition of the parameter at a path of the tree; raises as `spec` does."""
+    return spec(*parameter_axes(path), of=f"parameter {'.'.join(path)}")
 
 
 def parameter_shardings(mesh: Mesh, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +69,7 @@ def parameter_shardings(mesh: Mesh, params: Mapping[str, Any]) -> dict[str, Any]
     Returns:
       A nested dict of NamedSharding with the same structure.
     Raises:
-      InputError: a dimension does not divide by the mesh axes that split it; as for `parameter_spec`.
+      InputError: a dimension does not divide by the mesh axes that split it; as for `spec`.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.model.attention import precision_of
 from eabf_jax.model.llama import Llama, Row, logits, rms_norm
+from eabf_jax.model.parameters import flatten, nest
 from eabf_jax.parallel.fsdp import TOKEN_AXES, by_device, lookup, lookup_backward, scattered
 from eabf_jax.parallel.rules import parameter_spec, spec
 
@@ -275,10 +276,7 @@ def head_parameters(params: Mapping[str, Tree], tied: bool) -> dict[str, Tree]:
 
 def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Merges two nested mappings that have no leaf in common."""
-    merged = dict(first)
-    for key, value in second.items():
-        merged[key] = merge(merged[key], value) if key in merged else value
-    return merged
+    return nest({**dict(flatten(first)), **dict(flatten(second))})
 
 
 def zeros(params: Tree) -> Tree:

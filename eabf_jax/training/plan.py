@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -206,7 +205,7 @@ class _Step:
     query: int
     key_value: int
     heads: int
-    projections: "_Projections"
+    projections: Mapping[str, tuple[int, int]]  # from `_projections`
     vocabulary: int
     chunk: int  # tokens of a row whose logits are in memory at a time
     counts: "_Counts"
@@ -249,9 +248,8 @@ class _Step:
         """Bytes per token of a layer's residuals under a policy, by the smallest policy that keeps them."""
         sizes = {
             "attention": self.bytes * self.query + 4 * self.heads,  # the output, and float32 log-sum-exp
-            "qkv": self.bytes * self.projections.results["qkv"],
-            # The residual stream between the halves, gate and up.
-            "dots": self.bytes * self.projections.results["dots"],
+            "qkv": self.bytes * self.projections["qkv"][0],
+            "dots": self.bytes * self.projections["dots"][0],  # the residual stream between the halves, gate and up
         }
         if policy == "none":
             # Three float32 arrays for each of the two norms, the norms' outputs, and the arrays between gate and down.
@@ -266,7 +264,8 @@ class _Step:
     @property
     def _flops(self) -> dict[str, float]:
         """FLOPs per token of a layer's forward pass, by the smallest policy that keeps their result."""
-        return {"attention": 2.0 * self.window * self.query, **self.projections.flops}  # causal
+        products = {policy: 2.0 * weights for policy, (_, weights) in self.projections.items()}
+        return {"attention": 2.0 * self.window * self.query, **products}  # causal
 
     @property
     def forward_flops(self) -> float:
@@ -329,23 +328,17 @@ class _Step:
         return logits + kernel + 2 * self.bytes * self.tokens * self.hidden + self._tables
 
 
-class _Projections(NamedTuple):
-    """Sums over a layer's projections on one device, by the smallest policy that keeps their results."""
-
-    results: dict[str, int]  # numbers per token
-    flops: dict[str, float]  # per token
-
-
 @functools.lru_cache(maxsize=64)
-def _projections(model_config: LlamaConfig, tensor: int) -> _Projections:
-    found = _Projections(defaultdict(int), defaultdict(float))
+def _projections(model_config: LlamaConfig, tensor: int) -> dict[str, tuple[int, int]]:
+    """Returns the numbers per token that a layer's projections give and their weights, by the policy in `_KEPT_BY`."""
+    found: dict[str, tuple[int, int]] = {}
     for kernel in parameters(model_config):
         if kernel.layers and kernel.entry.leaf == "kernel":
             ways = [tensor if LOGICAL_TO_MESH[axis] == "tensor" else 1 for axis in kernel.entry.axes]
-            wide_in, wide_out = (size // part for size, part in zip(kernel.single, ways, strict=True))
+            wide_in, wide_out = (size // part for size, part in zip(kernel.unstacked, ways, strict=True))
             policy = _KEPT_BY.get(kernel.path[-2], "dots")
-            found.results[policy] += wide_out
-            found.flops[policy] += 2.0 * wide_in * wide_out
+            results, weights = found.get(policy, (0, 0))
+            found[policy] = results + wide_out, weights + wide_in * wide_out
     return found
 
 

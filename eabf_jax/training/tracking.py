@@ -42,7 +42,7 @@ def flops_per_token(config: LlamaConfig, length: int, lora: Lora | None = None) 
     if lora is None:
         return 6.0 * whole + 6.0 * attention
     trained = embedding if lora.train_embeddings and config.tie_word_embeddings else 0
-    beside = sum(adapter.size for adapter in adapters(config, lora))
+    beside = sum(math.prod(adapter.shape) for adapter in adapters(config, lora))
     return 4.0 * (whole - trained) + 6.0 * (trained + beside) + 6.0 * attention
 
 

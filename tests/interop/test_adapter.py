@@ -96,7 +96,7 @@ def test_a_digest_tells_models_apart_and_not_their_formats(base, tmp_path):
         (lambda told: told.update(targets=3), "'adapter.targets' is 3; a list of names is needed"),
         (lambda told: told.update(rank="many"), "'adapter.rank' is 'many'; an integer is needed"),
         (lambda told: told.update(targets=["q_porj"]), "did you mean 'q_proj'"),
-        (lambda told: told.update(rank=2), r"lora_a has shape \[2, 24, 3\], expected \[2, 24, 2\]"),
+        (lambda told: told.update(rank=2), r"q_proj\.lora_a has shape \[2, 16, 3\], expected \[2, 16, 2\]"),
         (lambda told: told.update(targets=["q_proj"]), r"layers\.mlp\.down_proj\.lora_a is not part of this model"),
         (lambda told: told.update(base_digest="0" * 16), "expected 0000000000000000"),
     ],

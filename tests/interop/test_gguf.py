@@ -261,11 +261,11 @@ BAD: dict[str, tuple[Callable[[Metadata, Tensors], object], str]] = {
     ),
     "extra tensor": (
         lambda values, tensors: tensors.update({"blk.0.more": np.ones(32, np.float32)}),
-        r"tensor blk.0.more is not part of a LLaMA model \(1 such\)",
+        r"tensor blk.0.more is not part of this model \(1 such\)",
     ),
     "tensor of experts": (
         lambda values, tensors: tensors.update({"blk.0.ffn_gate_exps.weight": np.ones((2, 96, 64), np.float32)}),
-        "tensor blk.0.ffn_gate_exps.weight is not part of a LLaMA model",
+        "tensor blk.0.ffn_gate_exps.weight is not part of this model",
     ),
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from eabf_jax.model.attention import BACKENDS
 from eabf_jax.model.kv_cache import LayerCache, attend_chunk, attend_token, empty_cache
 from eabf_jax.model.llama import Row, rotary_tables
 from eabf_jax.model.lora import Lora
+from eabf_jax.model.parameters import TABLE
 from eabf_jax.rope import Scheme, compose, scheme, scheme_names
 
 WINDOW = 16
@@ -45,6 +46,11 @@ def model_of(rope: Scheme, **changes: Any) -> Llama:
     }  # fmt: skip
     config = LlamaConfig(**{**sizes, **changes}, rope=rope)
     return Llama.from_params(config, random_params(config), attention="reference")
+
+
+def test_the_decoder_takes_every_parameter_of_a_layer() -> None:
+    taken = [part for _, parts in decoder._FORMS.values() for part in parts]
+    assert sorted(taken) == sorted(".".join(entry.path[1:]) for entry in TABLE if entry.stacked)
 
 
 def cached_logits(model: Llama, tokens: np.ndarray, length: int | None) -> np.ndarray:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from eabf_jax.errors import InputError
 from eabf_jax.model import Llama, LlamaConfig
-from eabf_jax.model.llama import Initial, Linear
+from eabf_jax.model.llama import Initializer, Linear
 from eabf_jax.model.lora import Lora, merged_kernel, split_trained
 from eabf_jax.model.parameters import PROJECTIONS
 
@@ -45,8 +45,8 @@ def test_a_projection_adds_its_adapters_product(dtype):
     """Against float64 NumPy: y = x W + (x A) B alpha / rank + bias."""
     lora, rng = Lora(rank=3, alpha=4.5), np.random.default_rng(0)
     config = dataclasses.replace(CONFIG, head_dim=6)
-    initial = Initial(config, rngs=nnx.Rngs(0), param_dtype=dtype, lora=lora)
-    linear = Linear(initial, ("layers", "self_attn", "q_proj"))
+    init = Initializer(config, rngs=nnx.Rngs(0), param_dtype=dtype, lora=lora)
+    linear = Linear(init, ("layers", "self_attn", "q_proj"))
     assert np.all(linear.lora_b[...] == 0)
     drawn = {"kernel": (16, 24), "lora_a": (16, 3), "lora_b": (3, 24), "bias": (24,)}
     values = {name: jnp.asarray(rng.normal(0, 0.3, shape), dtype) for name, shape in drawn.items()}

@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from eabf_jax.fields import types_of
-from eabf_jax.model import LlamaConfig
+from eabf_jax.model import Llama, LlamaConfig
+from eabf_jax.model.lora import Lora, adapters
 from eabf_jax.model.parameters import (
     TABLE,
     flatten,
@@ -45,6 +46,14 @@ def test_names_shapes_and_count_are_transformers(change: dict[str, Any]) -> None
     expected = {name: tuple(array.shape) for name, array in reference.named_parameters()}
     assert {name: entry.hf_shape for entry in parameters(config) for name in entry.hf_names()} == expected
     assert parameter_count(config) == reference.num_parameters()
+
+
+@pytest.mark.parametrize("change", CHANGES[:4], ids=str)
+@pytest.mark.parametrize("lora", [None, Lora(rank=3, targets=("k_proj", "down_proj"))], ids=["whole", "adapters"])
+def test_the_model_has_the_parameters_of_the_table(change: dict[str, Any], lora: Lora | None) -> None:
+    config = LlamaConfig(**{**SIZES, **change})
+    found = {path: leaf.shape for path, leaf in flatten(Llama.abstract(config, lora=lora).parameters())}
+    assert found == {entry.path: entry.shape for entry in (*parameters(config), *adapters(config, lora))}
 
 
 def test_names_are_ggufs() -> None:

@@ -82,9 +82,9 @@ def test_adapters_are_split_like_the_kernels_they_stand_beside() -> None:
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        (("heads", "mlp"), "heads and mlp of one array are both split over the mesh axis tensor"),
-        (("batch", "length", "embed"), "batch and embed of one array are both split over the mesh axis fsdp"),
-        (("vocab", "vocab"), "vocab and vocab of one array"),
+        (("heads", "mlp"), "an array has the logical axes heads and mlp, both split over the mesh axis tensor"),
+        (("batch", "length", "embed"), "logical axes batch and embed, both split over the mesh axis fsdp"),
+        (("vocab", "vocab"), "logical axes vocab and vocab, both"),
     ],
 )
 def test_two_axes_of_one_array_on_one_mesh_axis_are_refused(axes: tuple[str, ...], message: str) -> None:
@@ -95,7 +95,7 @@ def test_two_axes_of_one_array_on_one_mesh_axis_are_refused(axes: tuple[str, ...
 def test_a_parameter_whose_axes_collide_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "parameter_axes", lambda path: ("layers", "heads", "mlp"))
     params = Llama.abstract(CONFIG).parameters()["layers"]["mlp"]["up_proj"]
-    with pytest.raises(InputError, match=r"parameter layers\.mlp\.up_proj\.bias: the logical axes heads and mlp"):
+    with pytest.raises(InputError, match=r"parameter layers\.mlp\.up_proj\.bias has the logical axes heads and mlp"):
         parameter_shardings(make_mesh(MeshConfig(2, 2, 2)), {"layers": {"mlp": {"up_proj": params}}})
 
 
