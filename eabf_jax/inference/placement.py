@@ -7,13 +7,15 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from eabf_jax.errors import InputError
+from eabf_jax.interop.layout import parameters
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.decoder import Weights, WeightSource, weights_of
+from eabf_jax.model.decoder import LayerWeights, Weights, WeightSource, weights_of
 from eabf_jax.model.kv_cache import LayerCache, attend_chunk, attend_token
 from eabf_jax.parallel.rules import check_tensor_axis, spec
 
@@ -67,6 +69,23 @@ def weights_on(mesh: Mesh | None, source: WeightSource) -> Weights:
     fused = {name: NamedSharding(mesh, partition) for name, partition in (_LAYER | _WEIGHTS).items()}
     stored = {name: NamedSharding(mesh, partition) for name, partition in _STORED.items()}
     return weights_of(source, fused | stored, fused)
+
+
+def weight_shapes(mesh: Mesh, config: LlamaConfig, dtype: Any) -> Weights:
+    """Returns what `weights_on` makes, with shapes and shardings in place of arrays."""
+    own = {entry.path: entry.shape for entry in parameters(config)}
+    source = WeightSource(config, dtype, lambda path: jnp.zeros(own[path], dtype))
+
+    def placed(shapes: Any, partitions: dict[str, P]) -> dict[str, Any]:
+        return {
+            name: x and jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, partition))
+            for name, partition in partitions.items()
+            for x in (getattr(shapes, name),)
+        }
+
+    shapes = jax.eval_shape(lambda: weights_of(source))
+    layers = tuple(LayerWeights(**placed(layer, _LAYER)) for layer in shapes.layers)
+    return Weights(layers=layers, **placed(shapes, _WEIGHTS))
 
 
 def cache_sharding(mesh: Mesh, cache: Any) -> Any:
