@@ -1,4 +1,4 @@
-"""`eabf compile`: what a train step will cost, as a table."""
+"""`eabf compile`: what a train step, evaluation or generation will cost, as a table."""
 
 import argparse
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from typing import Any
 from eabf_jax.commands.options import write_figures
 from eabf_jax.console import Grid, show
 from eabf_jax.errors import InputError
+from eabf_jax.evaluation.compile import compile_for as compile_inference
 from eabf_jax.hardware import DEVICES, GIB
 from eabf_jax.parallel.mesh import gpu_defaults
 from eabf_jax.parallel.topology import tpu_slice
@@ -16,7 +17,8 @@ from eabf_jax.training.recipe import load_config
 EPILOG = """\
 Without --topology: predicts the memory of the step by part, from shapes alone, and settles what is `auto`.
 With --topology: compiles the very step with the TPU compiler (pip install libtpu; no TPU is needed) and reads the
-memory from the program. `eabf train --help` lists the keys of the configuration.
+memory from the program; --for evaluate or generate compiles the scoring of a window, or the reading of a prompt and
+the decode loop up to a window's end. `eabf train --help` lists the keys of the configuration.
 """
 
 
@@ -27,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.allow_abbrev = False
     parser.set_defaults(configuration_keys=[])
     parser.add_argument("--config_path", metavar="FILE", required=True, help="the run's configuration")
+    parser.add_argument(
+        "--for",
+        dest="purpose",
+        choices=("train", "evaluate", "generate"),
+        default="train",
+        help="what to compile for a --topology (default: the train step)",
+    )
     parser.add_argument("--topology", metavar="SLICE", help="TPU slice to compile for: v4-8 to v4-512, v5e-8, v5p-8, …")
     parser.add_argument("--device", metavar="NAME", help=f"plan for {', '.join(DEVICES)}; default: this machine")
     parser.add_argument("--devices", metavar="N", type=int, help="how many of them; default: all that are available")
@@ -37,12 +46,16 @@ def run(arguments: argparse.Namespace) -> None:
     """Predicts or compiles, and shows the figures."""
     gpu_defaults()
     config = load_config(["--config_path", arguments.config_path, *arguments.configuration_keys])
+    if arguments.topology is None and arguments.purpose != "train":
+        raise InputError(f"--for {arguments.purpose} compiles for a TPU slice: name it with --topology")
     if arguments.topology is None:
         figures = predict(config, arguments.device, arguments.devices)
     elif arguments.device or arguments.devices:
         raise InputError("--topology names the devices already: leave out --device and --devices")
-    else:
+    elif arguments.purpose == "train":
         figures = compile_for(config, tpu_slice(arguments.topology))
+    else:
+        figures = compile_inference(arguments.purpose, config, tpu_slice(arguments.topology))
     show(table(figures))
     write_figures(arguments, figures)
 
@@ -56,18 +69,20 @@ def table(figures: Mapping[str, Any]) -> Grid:
         else f"{figures['devices']} x {figures['device']}"
     )
     mesh = " x ".join(f"{axis} {size}" for axis, size in figures["mesh"].items() if size > 1) or "one device"
-    shown = Grid([""], [""], title=f"train step on {where}: {mesh}, window {figures['window']:,}")
+    what = {"evaluate": "evaluation", "generate": "generation"}.get(figures.get("for", ""), "train step")
+    shown = Grid([""], [""], title=f"{what} on {where}: {mesh}, window {figures['window']:,}")
     by_part, total = ("hbm_gib_by_part", "hbm_gib_per_chip") if compiled else ("gib_by_part", "gib_per_device")
     limit = figures["hbm_gib_available" if compiled else "device_gib"]
-    for key in ("microbatch_size", "remat", *(() if compiled else ("optimizer_memory", "gather"))):
-        shown.add_row(f"compute.{key}", str(figures[key]))
+    for key in ("rows", "microbatch_size", "remat", "optimizer_memory", "gather"):
+        if key in figures:
+            shown.add_row(key if key == "rows" else f"compute.{key}", str(figures[key]))
     for name, size in figures[by_part].items():
         shown.add_row(name, f"{size:.2f} GiB")
     told = "compiled" if compiled else "predicted"
     shown.add_row(f"{told}, of {limit:.2f} GiB", f"{figures[total]:.2f} GiB", style="bold")
     for name, size in figures.get("host_gib_by_part", {}).items():
         shown.add_row(f"{name} in host memory", f"{size:.2f} GiB")
-    if compiled:
+    if "estimate" in figures:
         shown.add_row("model FLOPs per chip and step", f"{figures['model_flops_per_chip']:.3e}")
         shown.add_row("recomputed FLOPs", f"{figures['recomputed_flops_per_chip']:.3e}")
         for kind, size in figures["collective_bytes_per_chip"].items():

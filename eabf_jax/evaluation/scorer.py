@@ -18,7 +18,7 @@ from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama, logits
 from eabf_jax.model.parameters import parameter_count
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
-from eabf_jax.parallel.rules import batch_ways, mesh_of, moved
+from eabf_jax.parallel.rules import batch_ways, llama_on, mesh_of, moved, parameter_shardings
 
 # Of a device's memory, what a whole model may take; activations and logits need the rest.
 _WHOLE_MODEL = 0.6
@@ -122,6 +122,30 @@ def _program(graph: Any) -> Callable[..., tuple[Array, Array]]:
     """`token_scores` of parameters and rows; kept, so that a model of the same shape needs no new compilation."""
     # Parameters are arguments: a closure would make them constants of the program.
     return jax.jit(lambda params, *rows: token_scores(nnx.merge(graph, params), *rows))
+
+
+def lower_scoring(config: LlamaConfig, dtype: Any, mesh: Mesh, window: int) -> jax.stages.Lowered:
+    """Traces and lowers the scoring of every token of a window, a row for each part of the batch, from shapes alone.
+
+    Args:
+      config: the model's shape.
+      dtype: of parameters and computation.
+      mesh: the mesh to lower for.
+      window: tokens of a row.
+    """
+    model = llama_on(mesh, config, dtype=dtype, param_dtype=dtype)
+    params = model.parameters()
+
+    def there(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    graph, state = nnx.split(model.with_parameters(jax.tree.map(there, params, parameter_shardings(mesh, params))))
+    batch = batch_ways(mesh)
+    tokens, lengths = (
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement.row_sharding(mesh))
+        for shape in ((batch, window), (batch,))
+    )
+    return _program(graph).lower(state, tokens, lengths, lengths, tokens)  # type: ignore[attr-defined]
 
 
 def token_scores(

@@ -589,3 +589,52 @@ def _marked(seen: Array | None, token: Array) -> Array | None:
     if seen is None:
         return None
     return seen | (jnp.arange(seen.shape[1]) == token[:, None])
+
+
+def lower_generation(
+    config: LlamaConfig, dtype: Any, mesh: Mesh, window: int, prefill_chunk: int = 8192
+) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+    """Traces and lowers generation to the end of a window, a row for each part of the batch, from shapes alone.
+
+    Args:
+      config: the model's shape.
+      dtype: of weights, computation and cache.
+      mesh: the mesh to lower for.
+      window: tokens of a row, prompt and text together.
+      prefill_chunk: as for `Generator`.
+
+    Returns:
+      One layer that reads the last chunk of a prompt, and the decode loop of all layers.
+    """
+    dtype, batch, slots = jnp.dtype(dtype), batch_ways(mesh), _rounded(window)
+    backend = select("auto", dtype, config.head_dim, mesh.devices.flat[0].platform)
+    setup = _Setup(config, dtype, backend, prefill_chunk, mesh, None)
+    steps, numbers = split(Sampling())
+    rows, everywhere = placement.row_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+
+    def there(shapes: Any) -> Any:
+        """Shapes of row arrays, and of scalars, with their shardings."""
+        at = jax.tree.map(lambda x: rows if x.ndim and x.shape[0] == batch else everywhere, shapes)
+        return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, at)
+
+    def like(shapes: LayerCache) -> LayerCache:
+        at = placement.cache_sharding(mesh, shapes)
+        return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, at)
+
+    def inputs() -> tuple[_State, _Choice, Array, Row]:
+        row = jnp.zeros(batch, jnp.int32)
+        size = min(window, prefill_chunk)
+        tables = _row(setup, jnp.zeros((batch, size), jnp.int32), row[:, None])
+        choice = _Choice(jax.tree.map(jnp.asarray, numbers), jax.vmap(jax.random.key)(row), jnp.zeros(1, jnp.int32))
+        x = jnp.zeros((batch, size, config.hidden_size), dtype)
+        return _State((), row, row, row > 0, None, jnp.int32(1)), choice, x, tables
+
+    state, choice, x, tables = there(jax.eval_shape(inputs))
+    shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+    cache = like(jax.eval_shape(lambda: empty_cache(*shape, dtype)))
+    weights = placement.weight_shapes(mesh, config, dtype)
+    start = (window - 1) // prefill_chunk * prefill_chunk
+    index = there(jax.eval_shape(lambda: jnp.int32(0)))
+    prefill = _read_layer.lower(setup, start, weights.layers[0], index, x, tables, cache)
+    state = state._replace(caches=(cache,) * config.num_hidden_layers)
+    return prefill, _decode.lower(setup, steps, weights, state, choice, TOKENS_AT_ONCE)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -15,9 +16,9 @@ from jaxtyping import Array
 from eabf_jax.errors import InputError
 from eabf_jax.model.attention import Backend
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.decoder import AXES, LAYER_AXES, PART_AXES, Weights, WeightSource, weights_of
+from eabf_jax.model.decoder import AXES, LAYER_AXES, PART_AXES, LayerWeights, Weights, WeightSource, weights_of
 from eabf_jax.model.kv_cache import LayerCache, attend_chunk, attend_token
-from eabf_jax.model.parameters import Axes
+from eabf_jax.model.parameters import Axes, shapes
 from eabf_jax.parallel.rules import check_tensor_axis, spec
 
 _CACHE = {
@@ -43,17 +44,31 @@ def check(mesh: Mesh, config: LlamaConfig) -> None:
             raise InputError(f"mesh tensor={ways} does not divide the model's {name} {getattr(config, name)}")
 
 
+def _shardings(mesh: Mesh, axes: Mapping[str, Axes]) -> dict[str, NamedSharding]:
+    # As in training, but not along `embed`: such a weight would have to be gathered.
+    kept = {name: [None if axis == "embed" else axis for axis in own] for name, own in axes.items()}
+    return {name: NamedSharding(mesh, spec(*own)) for name, own in kept.items()}
+
+
 def weights_on(mesh: Mesh | None, source: WeightSource) -> Weights:
     """Makes the weights of generation on a mesh, or on the default device; see `decoder.weights_of`."""
     if mesh is None:
         return weights_of(source)
+    return weights_of(source, _shardings(mesh, PART_AXES | AXES), _shardings(mesh, LAYER_AXES))
 
-    def placed(axes: Mapping[str, Axes]) -> dict[str, NamedSharding]:
-        # As in training, but not along `embed`: such a weight would have to be gathered.
-        partitions = {name: spec(*(None if axis == "embed" else axis for axis in own)) for name, own in axes.items()}
-        return {name: NamedSharding(mesh, partition) for name, partition in partitions.items()}
 
-    return weights_of(source, placed(PART_AXES | AXES), placed(LAYER_AXES))
+def weight_shapes(mesh: Mesh, config: LlamaConfig, dtype: Any) -> Weights:
+    """Returns what `weights_on` makes, with shapes and shardings in place of arrays."""
+    own = shapes(config)
+    made = jax.eval_shape(lambda: weights_of(WeightSource(config, dtype, lambda path: jnp.zeros(own[path], dtype))))
+
+    def placed(arrays: Any, axes: Mapping[str, Axes]) -> dict[str, Any]:
+        at = _shardings(mesh, axes)
+        found = {name: getattr(arrays, name) for name in axes}
+        return {name: x and jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at[name]) for name, x in found.items()}
+
+    layers = tuple(LayerWeights(**placed(layer, LAYER_AXES)) for layer in made.layers)
+    return Weights(layers=layers, **placed(made, AXES))
 
 
 def cache_sharding(mesh: Mesh, cache: Any) -> Any:

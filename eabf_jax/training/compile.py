@@ -42,7 +42,7 @@ def predict(config: TrainConfig, device_name: str | None = None, count: int | No
         raise InputError(f"--devices {count}: a positive number is needed")
     device = device_named(device_name) if device_name else device_at_hand()
     devices = count or (1 if device_name else jax.device_count())
-    model_config = _model_config(config)
+    model_config = run_model_config(config)
     mesh = axis_sizes(settle_mesh(config, model_config, devices, device), devices)
     settled, found = choose(config, model_config, mesh, device)
     check(found, settled, model_config)
@@ -55,10 +55,10 @@ def predict(config: TrainConfig, device_name: str | None = None, count: int | No
         "remat": found.remat,
         "optimizer_memory": found.optimizer_memory,
         "gather": found.gather,
-        "gib_per_device": _gib(found.total),
-        "gib_by_part": {name: _gib(size) for name, size in found.parts.items()},
-        "host_gib_by_part": {name: _gib(size) for name, size in found.host.items()},
-        "device_gib": _gib(found.device.memory),
+        "gib_per_device": gib(found.total),
+        "gib_by_part": {name: gib(size) for name, size in found.parts.items()},
+        "host_gib_by_part": {name: gib(size) for name, size in found.host.items()},
+        "device_gib": gib(found.device.memory),
     }
 
 
@@ -74,7 +74,7 @@ def compile_for(config: TrainConfig, slice_: Slice) -> dict[str, Any]:
     """
     devices = compile_only_devices(slice_)
     device = DEVICES[slice_.generation]
-    model_config = _model_config(config)
+    model_config = run_model_config(config)
     arranged = make_mesh(settle_mesh(config, model_config, len(devices), device), devices)
     mesh = arranged.shape
     # The compiler decides, not the planner: a step that the planner predicts to be too large is compiled anyway.
@@ -87,12 +87,7 @@ def compile_for(config: TrainConfig, slice_: Slice) -> dict[str, Any]:
         raise _refusal(error, slice_, predicted, config, model_config) from error
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
-    total = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
+    total = hbm_bytes(compiled)
     parts = _state_bytes(compiled, lowered)
     # The compiler reports temporaries as one sum; gradients and kept activations are known from their shapes.
     parts["gradients"] = predicted.parts["gradients"]
@@ -112,11 +107,11 @@ def compile_for(config: TrainConfig, slice_: Slice) -> dict[str, Any]:
         "batch_size": config.recipe.batch_size,
         "microbatch_size": config.compute.microbatch_size,
         "remat": config.compute.remat,
-        "hbm_gib_per_chip": _gib(total),
-        "hbm_gib_by_part": {name: _gib(size) for name, size in parts.items()},
-        "hbm_gib_available": _gib(device.memory),
-        "planned_gib_per_chip": _gib(predicted.total),
-        "host_gib_per_chip": _gib(memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes),
+        "hbm_gib_per_chip": gib(total),
+        "hbm_gib_by_part": {name: gib(size) for name, size in parts.items()},
+        "hbm_gib_available": gib(device.memory),
+        "planned_gib_per_chip": gib(predicted.total),
+        "host_gib_per_chip": gib(memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes),
         "model_flops_per_chip": predicted.model_flops,
         "recomputed_flops_per_chip": predicted.recomputed_flops,
         # The compiler counts the body of a loop once, whatever its number of iterations.
@@ -125,7 +120,7 @@ def compile_for(config: TrainConfig, slice_: Slice) -> dict[str, Any]:
         "collective_bytes_by_what_they_carry": collective_bytes(text, by="carries"),
         "estimate": {**estimate, "tokens_per_second_at_most": tokens / estimate["step_seconds_at_least"]},
         "compile_seconds": round(seconds, 1),
-        "versions": {"jax": jax.__version__, "libtpu": _libtpu_version()},
+        "versions": {"jax": jax.__version__, "libtpu": libtpu_version()},
     }
 
 
@@ -163,7 +158,30 @@ def roofline(predicted: Plan, slice_: Slice, collective: float) -> dict[str, flo
     }
 
 
-def _gib(size: float) -> float:
+def hbm_bytes(compiled: Any) -> int:
+    """Returns the memory that a compiled program takes on one chip: arguments, results and temporaries."""
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return int(held + memory.temp_size_in_bytes)
+
+
+def share_bytes(tree: Any, at: Any) -> float:
+    """Returns the bytes of arrays on one device.
+
+    Args:
+      tree: arrays or their shapes.
+      at: their shardings, in the same structure; None for what a program does not take.
+    """
+
+    def share(leaf: Any, sharding: Any) -> float:
+        if sharding is None:  # not an argument of the program: the rest of a float32 master has no elements
+            return 0.0
+        return float(leaf.dtype.itemsize * math.prod(sharding.shard_shape(leaf.shape)))
+
+    return sum(jax.tree.leaves(jax.tree.map(share, tree, at)))
+
+
+def gib(size: float) -> float:
     return round(size / GIB, 3)
 
 
@@ -171,15 +189,6 @@ def _state_bytes(compiled: Any, lowered: Any) -> dict[str, float]:
     """Returns the bytes of the step's arguments on one chip, by part of the state."""
     shapes, _ = lowered.in_avals
     shardings, _ = compiled.input_shardings
-
-    def size(tree: Any, at: Any) -> float:
-        def share(leaf: Any, sharding: Any) -> float:
-            if sharding is None:  # not an argument of the program: the rest of a float32 master has no elements
-                return 0.0
-            return float(leaf.dtype.itemsize * math.prod(sharding.shard_shape(leaf.shape)))
-
-        return sum(jax.tree.leaves(jax.tree.map(share, tree, at)))
-
     state, places = shapes[0], shardings[0]
     names = {
         "params": "parameters",
@@ -190,11 +199,11 @@ def _state_bytes(compiled: Any, lowered: Any) -> dict[str, float]:
     }
     found: dict[str, float] = {}
     for field, name in names.items():
-        found[name] = found.get(name, 0.0) + size(getattr(state, field), getattr(places, field))
+        found[name] = found.get(name, 0.0) + share_bytes(getattr(state, field), getattr(places, field))
     return {name: value for name, value in found.items() if value}
 
 
-def _model_config(config: TrainConfig) -> LlamaConfig:
+def run_model_config(config: TrainConfig) -> LlamaConfig:
     """Returns the model's configuration with the run's window and scheme."""
     base = shape_config(config) if config.model.shape else base_config(config)
     check_window(config, base)
@@ -205,15 +214,21 @@ def _refusal(
     error: Exception, slice_: Slice, predicted: Plan, config: TrainConfig, model_config: LlamaConfig
 ) -> Exception:
     """Returns the exception for a compiler error: one line if memory is too small, else the error itself."""
+    told = refused(error, slice_)
+    if told is None:
+        return error
+    what_fits = _what_fits(slice_, predicted, config, model_config)
+    return InputError(f"{told} (predicted {predicted.total / GIB:.1f}); {what_fits}")
+
+
+def refused(error: Exception, slice_: Slice) -> str | None:
+    """Returns what the TPU compiler says of a program that is too large; None for another error."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
-        return error
+        return None
     numbers = re.search(r"\(?([\d.]+)G\)? (?:exceeds available HBM|of) \(?([\d.]+)G\)?", text)
     told = f"{numbers[1]} GiB of {numbers[2]}" if numbers else text
-    return InputError(
-        f"the TPU compiler needs more memory than a chip of {slice_.name} has: {told} (predicted "
-        f"{predicted.total / GIB:.1f}); {_what_fits(slice_, predicted, config, model_config)}"
-    )
+    return f"the TPU compiler needs more memory than a chip of {slice_.name} has: {told}"
 
 
 def _what_fits(slice_: Slice, refused: Plan, config: TrainConfig, model_config: LlamaConfig) -> str:
@@ -234,7 +249,7 @@ def _what_fits(slice_: Slice, refused: Plan, config: TrainConfig, model_config: 
     return f"no {slice_.generation} slice is large enough, by prediction: a shorter window or adapters (lora) need less"
 
 
-def _libtpu_version() -> str:
+def libtpu_version() -> str:
     try:
         return version("libtpu")
     except PackageNotFoundError:

@@ -7,7 +7,7 @@ import pytest
 
 from eabf_jax import cli
 from eabf_jax.hardware import DEVICES, GIB
-from eabf_jax.training.compile import _model_config
+from eabf_jax.training.compile import run_model_config
 from eabf_jax.training.plan import plan
 from eabf_jax.training.recipe import load_config
 
@@ -27,7 +27,7 @@ def test_without_a_topology_the_memory_is_predicted(tmp_path, capsys):
     found = json.loads(out.read_text())
     config = load_config([*PAPER, "--compute.remat", "dots:8,full"])
     mesh = {"data": 1, "fsdp": 2, "context": 1, "tensor": 1}
-    expected = plan(config, _model_config(config), mesh, DEVICES["h200"])
+    expected = plan(config, run_model_config(config), mesh, DEVICES["h200"])
     assert found["gib_per_device"] == round(expected.total / GIB, 3)
     assert (found["device"], found["mesh"], found["remat"]) == ("h200", mesh, "dots:8,full")
     assert sum(found["gib_by_part"].values()) == pytest.approx(found["gib_per_device"], abs=0.005)
@@ -40,6 +40,7 @@ def test_without_a_topology_the_memory_is_predicted(tmp_path, capsys):
         ((*PAPER, "--device", "h100", "--compute.optimizer_memory", "device"), "the step needs 107."),
         ((*PAPER, "--topology", "v4-9"), "unknown TPU slice 'v4-9'"),
         ((*PAPER, "--topology", "v4-8", "--device", "h100"), "leave out --device"),
+        ((*PAPER, "--for", "generate"), "--for generate compiles for a TPU slice: name it with --topology"),
         ((*PAPER, "--device", "h100", "--windw", "3"), "did you mean 'window'"),
         ((*PAPER, "--device", "h100", "--devices", "0"), "--devices 0: a positive number is needed"),
         (("--device", "h100"), "--config_path"),

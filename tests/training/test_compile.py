@@ -202,7 +202,7 @@ def test_other_errors_of_the_compiler_stay_what_they_are(config_path, monkeypatc
 def test_the_estimate_is_what_the_slowest_resource_takes():
     config = load_config([*PAPER, "--compute.remat", "full"])
     found = plan(
-        config, command._model_config(config), {"data": 1, "fsdp": 16, "context": 1, "tensor": 1}, DEVICES["v4"]
+        config, command.run_model_config(config), {"data": 1, "fsdp": 16, "context": 1, "tensor": 1}, DEVICES["v4"]
     )
     slice_ = tpu_slice("v4-32")
     # 2 x 16,384 tokens a chip; 6 x 6.607e9 parameters in products + 6 x 32 x 4096 x 16384 of attention, a token

@@ -1,0 +1,97 @@
+"""Whether evaluation or generation fits a TPU slice, read from the compiled programs."""
+
+import math
+import time
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from eabf_jax.errors import InputError
+from eabf_jax.evaluation.scorer import evaluation_mesh, lower_scoring
+from eabf_jax.hardware import DEVICES
+from eabf_jax.inference import placement
+from eabf_jax.inference.generate import lower_generation
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.parameters import parameter_count
+from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.parallel.rules import batch_ways
+from eabf_jax.parallel.topology import Slice, compile_only_devices
+from eabf_jax.training.compile import gib, hbm_bytes, libtpu_version, refused, run_model_config, share_bytes
+from eabf_jax.training.recipe import TrainConfig
+
+# Of a chip's memory, what weights and cache of generation may take; the rest is for the step itself.
+_HELD = 0.85
+
+
+def compile_for(purpose: Literal["evaluate", "generate"], config: TrainConfig, slice_: Slice) -> dict[str, Any]:
+    """Compiles the scoring of a window, or the reading of a prompt and the decode loop up to a window's end.
+
+    Every group of devices that shares a model takes one row.
+
+    Args:
+      purpose: which of the two.
+      config: a run, whose model, window, scheme and `compute.dtype` are taken, and `mesh.tensor` where it is above 1.
+      slice_: from `topology.tpu_slice`.
+
+    Raises:
+      InputError: it does not fit into a chip's memory; the TPU compiler is not installed.
+    """
+    devices = compile_only_devices(slice_)
+    memory, model_config, dtype = DEVICES[slice_.generation].memory, run_model_config(config), config.compute.dtype
+    tensor = config.mesh.tensor if isinstance(config.mesh, MeshConfig) else 1
+    if purpose == "evaluate":
+        mesh = evaluation_mesh(model_config, dtype, tensor, devices, memory)
+        programs: tuple[jax.stages.Lowered, ...] = (lower_scoring(model_config, dtype, mesh, config.window),)
+    else:
+        mesh = _generation_mesh(model_config, dtype, config.window, tensor, devices, memory)
+        programs = lower_generation(model_config, dtype, mesh, config.window)
+    began = time.perf_counter()
+    try:
+        compiled = [program.compile() for program in programs]
+    except jax.errors.JaxRuntimeError as error:
+        told = refused(error, slice_)
+        raise error if told is None else InputError(told) from error
+    seconds = time.perf_counter() - began
+    # The last program takes everything that stays in memory: parameters, or weights and caches of all layers.
+    arguments, places = programs[-1].in_avals[0], compiled[-1].input_shardings[0]
+    parts = {"weights": share_bytes(arguments[0], places[0])}
+    if purpose == "generate":
+        parts["cache"] = share_bytes(arguments[1].caches, places[1].caches)
+    held = sum(parts.values())
+    # A layer that reads a prompt counts its own weights and cache again: little, and on the safe side.
+    parts["workspace"] = max(hbm_bytes(compiled[-1]) - held, *map(hbm_bytes, compiled[:-1]), 0.0)
+    total = sum(parts.values())
+    if total > memory:
+        raise InputError(
+            f"to {purpose} with a window of {config.window} takes {gib(total)} GiB of the {gib(memory)} of a chip of "
+            f"{slice_.name}: use a larger slice, a larger mesh.tensor or a shorter window"
+        )
+    return {
+        "for": purpose,
+        "topology": slice_.name,
+        "chips": slice_.chips,
+        "mesh": dict(mesh.shape),
+        "window": config.window,
+        "rows": batch_ways(mesh),
+        "dtype": dtype,
+        "hbm_gib_per_chip": gib(total),
+        "hbm_gib_by_part": {name: gib(size) for name, size in parts.items()},
+        "hbm_gib_available": gib(memory),
+        "compile_seconds": round(seconds, 1),
+        "versions": {"jax": jax.__version__, "libtpu": libtpu_version()},
+    }
+
+
+def _generation_mesh(
+    config: LlamaConfig, dtype: str, window: int, tensor: int, devices: list[jax.Device], memory: float
+) -> Mesh:
+    """The mesh of the fewest devices a model, at least `tensor`, that hold its weights and a row's cache."""
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * window
+    held = (parameter_count(config) + cache) * jnp.dtype(dtype).itemsize
+    heads = math.gcd(config.num_key_value_heads, len(devices))
+    ways = [n for n in range(tensor, heads + 1) if heads % n == 0] or [tensor]
+    mesh = make_mesh(MeshConfig(-1, 1, next((n for n in ways if held / n <= _HELD * memory), ways[-1])), devices)
+    placement.check(mesh, config)
+    return mesh
