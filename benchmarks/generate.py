@@ -34,6 +34,7 @@ from provenance import record
 
 from eabf_jax.cli import run
 from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.hardware import device_of_kind
 from eabf_jax.interop.directory import write_json
 from eabf_jax.model.kv_cache import CACHE_DTYPES
 
@@ -53,8 +54,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 REPEATS = 3
-# By part of a card's name, from its data sheet: dense bfloat16 FLOP/s, and memory bandwidth in bytes per second.
-CARDS = {"H100 80GB HBM3": (989.4e12, 3.35e12), "H200": (989.4e12, 4.8e12)}
 WEIGHT_BYTES = 2  # bfloat16
 # Bytes of one head's key, or value, in our caches.
 SLOT_BYTES: dict[str, Callable[[int], float]] = {"model": lambda head_dim: 2 * head_dim, "int8": lambda d: d + 4}
@@ -557,8 +556,8 @@ def finish(figures: dict[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
       The figures, with shares of the card's peaks, `strongest_peer` and `ratio_to_strongest_peer` by run.
     """
-    flops, bandwidth = next((peaks for name, peaks in CARDS.items() if name in figures["device"]), (None, None))
-    figures["memory_bandwidth"] = bandwidth
+    card = device_of_kind(figures["device"])
+    figures["memory_bandwidth"] = card.bandwidth if card else None
     by_run = figures.get("peer", {})
     for name, mine in figures["runs"].items():
         size = {key: mine[key] for key in ("batch", "prompt", "new")}
@@ -568,10 +567,10 @@ def finish(figures: dict[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
             found = by_run[name][setting] if setting else mine
             if "tokens_per_second" in found:
                 found["step_bytes"] = step_bytes(shape, **size, slot_bytes=slot_bytes)
-                if bandwidth is not None:
-                    found["bandwidth_share"] = bandwidth_share(found, size, found["step_bytes"], bandwidth)
-        if name == "long" and flops is not None and "first_token_seconds" in mine:
-            figures["prefill_mfu"] = prefill_flops(shape, mine["prompt"]) / mine["first_token_seconds"] / flops
+                if card:
+                    found["bandwidth_share"] = bandwidth_share(found, size, found["step_bytes"], card.bandwidth)
+        if name == "long" and card and "first_token_seconds" in mine:
+            figures["prefill_mfu"] = prefill_flops(shape, mine["prompt"]) / mine["first_token_seconds"] / card.flops
     if by_run:
         figures["peer"] = {
             name: {setting: described(setting, x) for setting, x in found.items()} for name, found in by_run.items()

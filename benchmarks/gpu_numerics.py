@@ -203,7 +203,7 @@ def token_case(backend: str, slots: int, kv_heads: int, head_dim: int, kind: str
     import jax
     import jax.numpy as jnp
 
-    from eabf_jax.model.attention import reference_at
+    from eabf_jax.model import attention
     from eabf_jax.model.kv_cache import attend_chunk, attend_token, empty_cache
 
     lengths = np.array([slots, slots // 2 + 1, 7])
@@ -215,7 +215,7 @@ def token_case(backend: str, slots: int, kv_heads: int, head_dim: int, kind: str
     @jax.jit
     def found(q: Any, k: Any, v: Any, newest: Any, positions: Any) -> Any:
         cache = empty_cache(rows, kv_heads, slots, head_dim, jnp.bfloat16, kind)
-        _, cache = attend_chunk(q, k, v, cache, start=0, backend=backend)
+        _, cache = attend_chunk(q, k, v, cache, start=0, backend=attention.BACKENDS[backend])
         # Slots beyond a row's end must not be seen.
         beyond = jnp.arange(slots) >= positions[:, None, None]
         cache = cache._replace(
@@ -223,13 +223,13 @@ def token_case(backend: str, slots: int, kv_heads: int, head_dim: int, kind: str
             v=jnp.where(beyond[..., None], 100, cache.v).astype(cache.v.dtype),
         )
         one_q, one_k, one_v = newest
-        return attend_token(one_q, one_k, one_v, cache, positions, backend=backend)[0]
+        return attend_token(one_q, one_k, one_v, cache, positions, backend=attention.BACKENDS[backend])[0]
 
     rounded = int8_rounded if kind == "int8" else lambda x: x
 
     @jax.jit
     def plain(q: Any, k: Any, v: Any) -> Any:
-        return reference_at(jnp.arange(slots), q, rounded(k), rounded(v))
+        return attention.BACKENDS["reference"](q, rounded(k), rounded(v))
 
     seen = np.arange(slots) < lengths[:, None, None]
     alone = newest[0][:, None]
@@ -279,13 +279,12 @@ class Dense:
         import jax
         import jax.numpy as jnp
 
-        from eabf_jax.model import Llama
-        from eabf_jax.model.attention import reference
+        from eabf_jax.model import Llama, attention
 
-        def attention(q: Any, k: Any, v: Any, ids: Any) -> Any:
-            return reference(q, rounded(k), rounded(v), ids)
+        def rounding(q: Any, k: Any, v: Any, ids: Any) -> Any:
+            return attention.BACKENDS["reference"](q, rounded(k), rounded(v), ids)
 
-        model = Llama.abstract(config, dtype=dtype, param_dtype=dtype, attention=attention)
+        model = Llama.abstract(config, dtype=dtype, param_dtype=dtype, attention=rounding)
         self._parameters = jax.tree.map(lambda x: x.astype(dtype), parameters)
 
         def loss(parameters: Any, tokens: Any, targets: Any) -> Any:
@@ -462,6 +461,7 @@ def decoding(generator: Any, prompts: Any, total: int) -> Callable[[Any, Any], A
 
     from eabf_jax.inference import placement
     from eabf_jax.model import decoder
+    from eabf_jax.model.llama import Row, rotary_tables
 
     setup, weights = generator._setup, generator._weights
     caches = list(generator._hidden(prompts, total)[1])
@@ -475,7 +475,8 @@ def decoding(generator: Any, prompts: Any, total: int) -> Callable[[Any, Any], A
             out, cache = placement.token_attention(None, q, k, v, cache, position, backend=setup.backend)
             return out[:, None], cache
 
-        row = decoder.rows(setup.config.rope, setup.config.head_dim, position[:, None], None)
+        positions = position[:, None]
+        row = Row(positions, *rotary_tables(setup.config.rope, setup.config.head_dim, positions, None), None)
         x = jnp.take(weights.embedding, token, axis=0)[:, None]
         for number, layer in enumerate(weights.layers):
             x, caches[number] = decoder.layer(setup.config, layer, number, x, row, caches[number], attend)
@@ -558,7 +559,7 @@ def main() -> None:
         kind = jax.devices()[0].device_kind
     except RuntimeError as error:
         raise InputError(f"--device {options.device}: {error}; --device cpu runs small shapes anywhere") from error
-    backend = select(BACKENDS[options.device], jnp.dtype("bfloat16"), sizes.head_dim)
+    backend = select(BACKENDS[options.device], jnp.dtype("bfloat16"), sizes.head_dim).name
     figures = {
         **record("gpu_numerics"),
         "device": kind,

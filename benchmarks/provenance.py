@@ -22,14 +22,19 @@ ROOT = Path(__file__).parents[1]
 
 # The code in this folder only acts across devices, so figures of one device do not depend on it.
 SHARING = "eabf_jax/parallel/"
+_ATTENTION = tuple(
+    f"eabf_jax/model/attention/{name}.py" for name in ("__init__", "backend", "chunked", "cudnn", "reference", "splash")
+)
 _STEP = (
-    *(f"eabf_jax/model/{name}.py" for name in ("attention", "llama")),
+    *_ATTENTION,
+    *(f"eabf_jax/model/{name}.py" for name in ("llama", "parameters")),
     *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale")),
     *(f"{SHARING}{name}.py" for name in ("context", "fsdp", "rules")),
     *(
         f"eabf_jax/training/{name}.py"
         for name in ("backward", "host_memory", "layerwise", "loss", "master", "optimizer", "plan", "step")
     ),
+    "eabf_jax/hardware.py",
 )
 # The code that each benchmark measures: the files that run while its clock runs, and those that choose their settings.
 MEASURED: Mapping[str, tuple[str, ...]] = {
@@ -43,13 +48,16 @@ MEASURED: Mapping[str, tuple[str, ...]] = {
     ),
     "generate": (
         "benchmarks/generate.py",
-        *(f"eabf_jax/model/{name}.py" for name in ("attention", "decoder", "kv_cache", "llama")),
+        *_ATTENTION,
+        *(f"eabf_jax/model/{name}.py" for name in ("decoder", "kv_cache", "llama", "parameters")),
         *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale")),
         *(f"eabf_jax/inference/{name}.py" for name in ("generate", "placement", "sampling")),
+        "eabf_jax/hardware.py",
     ),
     "gpu_numerics": (
         "benchmarks/gpu_numerics.py",
-        *(f"eabf_jax/model/{name}.py" for name in ("attention", "decoder", "kv_cache", "llama")),
+        *_ATTENTION,
+        *(f"eabf_jax/model/{name}.py" for name in ("decoder", "kv_cache", "llama", "parameters")),
         *(f"eabf_jax/rope/{name}.py" for name in ("frequencies", "logit_scale", "named", "registry", "schemes")),
         *(f"eabf_jax/inference/{name}.py" for name in ("generate", "placement")),
         "eabf_jax/training/backward.py",

@@ -24,10 +24,11 @@ from typing import Any
 
 from eabf_jax.cli import ArgumentParser, run
 from eabf_jax.errors import InputError
+from eabf_jax.hardware import DEVICES, GIB
 from eabf_jax.interop.directory import write_json
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.parallel.topology import SLICES
-from eabf_jax.training.plan import DEVICES, GIB, Plan, preferred_meshes
+from eabf_jax.training.plan import Plan, preferred_meshes
 from eabf_jax.training.recipe import load_config
 
 ROOT = Path(__file__).parents[1]

@@ -31,13 +31,13 @@ from provenance import record
 
 from eabf_jax.cli import ArgumentParser, run
 from eabf_jax.errors import InputError
+from eabf_jax.hardware import GIB, device_at_hand, device_of_kind
 from eabf_jax.interop.directory import write_json
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.training.recipe import RopeConfig, TrainConfig, dump_config, load_config
-from eabf_jax.training.tracking import flops_per_token, peak_flops
+from eabf_jax.training.tracking import flops_per_token
 
 PAPER_STEPS = 6  # paper: floor(100 / 32) x 2
-GIB = 2**30
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -188,8 +188,8 @@ def model_flops_utilisation(tokens_per_second: float, config: LlamaConfig, lengt
     Returns:
       The share, or None for a device whose peak is unknown.
     """
-    peak = peak_flops(device)
-    return tokens_per_second * flops_per_token(config, length) / peak if peak else None
+    known = device_of_kind(device)
+    return tokens_per_second * flops_per_token(config, length) / known.flops if known else None
 
 
 def own_figures(config: TrainConfig, options: argparse.Namespace) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def own_figures(config: TrainConfig, options: argparse.Namespace) -> dict[str, A
     gpu_defaults()
     import jax
 
-    from eabf_jax.training.plan import choose, device_at_hand, settle_mesh
+    from eabf_jax.training.plan import choose, settle_mesh
 
     mesh = make_mesh(settle_mesh(config, shape_of(config), jax.device_count(), device_at_hand()))
     device = mesh.devices.flat[0]

@@ -29,9 +29,9 @@ from eabf_jax.cli import ArgumentParser, run
 from eabf_jax.errors import InputError
 from eabf_jax.interop import native
 from eabf_jax.interop.directory import write_json
-from eabf_jax.interop.layout import nest, parameters
 from eabf_jax.interop.tokenizer import copy_tokenizer_files
 from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.parameters import nest, parameters
 from eabf_jax.training.recipe import load_config
 from eabf_jax.training.trainer import shape_config
 
@@ -48,11 +48,10 @@ def random_model(config: LlamaConfig, directory: Path, tokenizer: Path) -> None:
     """
     generator, leaves = np.random.default_rng(0), {}
     for entry in parameters(config):
-        shape = entry.shape if entry.layers is None else entry.shape[1:]
         if entry.path[-1] == "scale":
-            drawn = np.ones(shape, ml_dtypes.bfloat16)
+            drawn = np.ones(entry.single, ml_dtypes.bfloat16)
         else:
-            drawn = (0.02 * generator.standard_normal(shape, np.float32)).astype(ml_dtypes.bfloat16)
+            drawn = (0.02 * generator.standard_normal(entry.single, np.float32)).astype(ml_dtypes.bfloat16)
         leaves[entry.path] = drawn if entry.layers is None else np.broadcast_to(drawn, entry.shape).copy()
     directory.mkdir(parents=True)
     native.save_params(directory, nest(leaves))

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from eabf_jax.commands.evaluate.retrieval import figures, read
+from eabf_jax.hardware import DEVICES, GIB
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.training.plan import DEVICES, GIB, choose
+from eabf_jax.training.plan import choose
 from eabf_jax.training.recipe import load_config
 
 pytestmark = pytest.mark.document_check

@@ -7,10 +7,10 @@ from typing import Any
 from eabf_jax.commands.options import write_figures
 from eabf_jax.console import Grid, show
 from eabf_jax.errors import InputError
+from eabf_jax.hardware import DEVICES, GIB
 from eabf_jax.parallel.mesh import gpu_defaults
 from eabf_jax.parallel.topology import tpu_slice
 from eabf_jax.training.compile import compile_for, predict
-from eabf_jax.training.plan import DEVICES, GIB
 from eabf_jax.training.recipe import load_config
 
 EPILOG = """\

@@ -17,7 +17,7 @@ from eabf_jax.inference.generate import Completion, Generator
 from eabf_jax.inference.sampling import Sampling
 from eabf_jax.inference.text import TRUNCATIONS, encode_text, only_text, truncated
 from eabf_jax.interop.directory import write_json
-from eabf_jax.interop.loading import DTYPES, load, split_scheme
+from eabf_jax.interop.loading import DTYPES, open_weights, split_scheme
 from eabf_jax.interop.tokenizer import Tokenizer
 from eabf_jax.model.kv_cache import CACHE_DTYPES
 from eabf_jax.parallel.mesh import MeshConfig, gpu_memory_defaults, make_mesh
@@ -121,11 +121,11 @@ class _Session:
         _check(arguments)
         directory, scheme, window = split_scheme(arguments.model)
         rope = None if scheme is None else Scheme.from_dict(scheme)
-        model, tokenizer = load(directory, rope=rope, dtype=arguments.dtype)
+        weights, tokenizer = open_weights(directory, rope=rope, dtype=arguments.dtype)
         if tokenizer is None:
             raise InputError(f"{directory} has no tokenizer: copy tokenizer.json or tokenizer.model into it")
         self.tokenizer: Tokenizer = tokenizer
-        self.window: int = arguments.window or window or model.config.max_position_embeddings
+        self.window: int = arguments.window or window or weights.config.max_position_embeddings
         self.format: Format | None = chat_format(tokenizer, arguments.template) if arguments.chat else None
         self.seed: int = arguments.seed
         self._arguments = arguments
@@ -133,7 +133,7 @@ class _Session:
         if arguments.tensor > 1:
             mesh = make_mesh(MeshConfig(1, 1, arguments.tensor), jax.devices()[: arguments.tensor])
         self._generator = Generator(
-            model,
+            weights,
             tokenizer,
             mesh=mesh,
             cache=arguments.cache,

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import yaml
 from lm_eval import utils
@@ -29,14 +28,13 @@ from tqdm import tqdm
 
 from eabf_jax.data.chat import Turn
 from eabf_jax.errors import InputError, unknown_name
-from eabf_jax.evaluation.scorer import Scorer, Span
-from eabf_jax.inference import Generator, Sampling, placement
+from eabf_jax.evaluation.scorer import Scorer, Span, evaluation_mesh
+from eabf_jax.inference import Generator, Sampling
 from eabf_jax.inference.chat import render
 from eabf_jax.inference.text import TRUNCATIONS
-from eabf_jax.interop.loading import load, parse_entry
+from eabf_jax.interop.loading import load, open_weights, parse_entry
 from eabf_jax.interop.tokenizer import load_tokenizer
-from eabf_jax.model.llama import Llama
-from eabf_jax.parallel.mesh import MeshConfig, make_mesh, use_every_core
+from eabf_jax.parallel.mesh import use_every_core
 from eabf_jax.parallel.rules import batch_ways
 
 # Settings of `generate_until` that change how tokens are drawn.
@@ -63,7 +61,7 @@ class EabfLM(TemplateLM):
         max_batch_size: int | None = None,
         device: str | None = None,
     ):
-        """Loads the model.
+        """Opens the model; the first request reads it.
 
         Args:
           pretrained: a Hugging Face or native directory; after @ a rotary scheme, as YAML, to use instead of its own.
@@ -99,32 +97,21 @@ class EabfLM(TemplateLM):
         self.window: int = config.max_position_embeddings if window is None else _positive("window", window)
         self.max_gen_toks = _positive("max_gen_toks", max_gen_toks)
         self._seed = int(seed)
-        if jax.device_count() % _positive("tensor", tensor):
-            raise InputError(f"tensor is {tensor}, which does not divide the {jax.device_count()} devices available")
-        self._mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=int(tensor)))
-        placement.check(self._mesh, config)
-        self._model: Llama | None = self._load()
+        self._mesh = evaluation_mesh(config, dtype, _positive("tensor", tensor))
+        self._weights, _ = open_weights(self._directory, self._rope, dtype)
         self._scorer: Scorer | None = None
         self._generator: Generator | None = None
 
-    def _load(self) -> Llama:
-        return load(self._directory, rope=self._rope, dtype=self._dtype)[0]
-
-    def _take_model(self) -> Llama:
-        """The loaded model; the caller gets the only reference to its weights."""
-        model, self._model = self._model or self._load(), None
-        return model
-
     def _scoring(self) -> Scorer:
         if self._scorer is None:
-            self._generator = None  # the device need not hold the weights twice
-            self._scorer = Scorer(self._take_model(), self._mesh)
+            self._generator = None  # the devices need not hold the weights twice
+            self._scorer = Scorer(load(self._directory, self._rope, self._dtype, self._mesh)[0])
         return self._scorer
 
     def _generating(self) -> Generator:
         if self._generator is None:
             self._scorer = None
-            self._generator = Generator(self._take_model(), mesh=self._mesh)
+            self._generator = Generator(self._weights, mesh=self._mesh)
         return self._generator
 
     @property

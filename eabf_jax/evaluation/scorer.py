@@ -7,21 +7,47 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from eabf_jax.errors import InputError
+from eabf_jax.hardware import device_at_hand
 from eabf_jax.inference import placement
-from eabf_jax.model.attention import Attention
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama, logits
+from eabf_jax.model.parameters import parameter_count
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
-from eabf_jax.parallel.rules import (
-    activation_constraint,
-    batch_ways,
-    layer_product,
-    parameter_shardings,
-    sharded_attention,
-)
+from eabf_jax.parallel.rules import batch_ways, mesh_of, moved
+
+# Of a device's memory, what a whole model may take; activations and logits need the rest.
+_WHOLE_MODEL = 0.6
+
+
+def evaluation_mesh(
+    config: LlamaConfig, dtype: str, tensor: int = 1, devices: list[jax.Device] | None = None, memory: float = 0
+) -> Mesh:
+    """Chooses how devices share an evaluation: each reads rows of its own, and they split the model if it is large.
+
+    Args:
+      config: the model's shape.
+      dtype: of its parameters.
+      tensor: devices that share the model's heads.
+      devices: the devices; None for all.
+      memory: of each, in bytes; 0 asks this machine's.
+
+    Raises:
+      InputError: `tensor` does not divide the devices, or the model.
+    """
+    count = len(devices or jax.devices())
+    if count % tensor:
+        raise InputError(f"tensor is {tensor}, which does not divide the {count} devices available")
+    share = parameter_count(config) * jnp.dtype(dtype).itemsize / tensor
+    split = share > _WHOLE_MODEL * (memory or device_at_hand().memory)
+    data, fsdp = (1, -1) if split else (-1, 1)
+    mesh = make_mesh(MeshConfig(data, fsdp, tensor), devices)
+    placement.check(mesh, config)
+    return mesh
 
 
 class Span(NamedTuple):
@@ -41,21 +67,23 @@ class Span(NamedTuple):
 class Scorer:
     """A model on a mesh that scores spans."""
 
-    def __init__(self, model: Llama, mesh: Mesh | None = None):
-        """Places the parameters.
+    def __init__(self, model: Llama):
+        """Keeps the model's parameters where they are.
 
         Args:
-          model: the model.
-          mesh: the devices; None copies the whole model to each device, which takes rows of its own.
+          model: computes on the mesh that it was loaded on; a model on one device is copied to each device.
 
         Raises:
-          InputError: a mesh that the model does not fit on.
+          InputError: a mesh that splits rows.
         """
-        self._mesh = make_mesh(MeshConfig(data=-1, fsdp=1)) if mesh is None else mesh
-        placement.check(self._mesh, model.config)
-        params = model.parameters()
-        self._params = jax.device_put(params, parameter_shardings(self._mesh, params))
-        self._program = _program(model.config, model.dtype, model.attention, self._mesh)
+        mesh = mesh_of(model)
+        if mesh is None:
+            mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
+            model = moved(model, mesh)
+        placement.check(mesh, model.config)
+        self._mesh = mesh
+        graph, self._params = nnx.split(model)
+        self._program = _program(graph)
 
     def __call__(
         self, spans: Sequence[Span], batch_size: int = 1
@@ -90,17 +118,10 @@ class Scorer:
 
 
 @functools.lru_cache(maxsize=8)
-def _program(config: LlamaConfig, dtype: Any, attention: Attention, mesh: Mesh) -> Callable[..., tuple[Array, Array]]:
+def _program(graph: Any) -> Callable[..., tuple[Array, Array]]:
     """`token_scores` of parameters and rows; kept, so that a model of the same shape needs no new compilation."""
-    model = Llama.abstract(
-        config,
-        dtype=dtype,
-        attention=sharded_attention(mesh, attention, config.num_key_value_heads),
-        constrain=activation_constraint(mesh),
-        product=layer_product(mesh),
-    )
     # Parameters are arguments: a closure would make them constants of the program.
-    return jax.jit(lambda params, *rows: token_scores(model.with_parameters(params), *rows))
+    return jax.jit(lambda params, *rows: token_scores(nnx.merge(graph, params), *rows))
 
 
 def token_scores(

@@ -9,6 +9,7 @@ first layer, every hidden state, so the whole cache becomes stale. The whole row
 the scheme is defined, unless `rope_length` fixes the length.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from eabf_jax.errors import InputError
@@ -26,12 +27,12 @@ from eabf_jax.inference.sampling import Numbers, Sampling, Steps, choose, split
 from eabf_jax.inference.text import running_text
 from eabf_jax.interop.tokenizer import Tokenizer
 from eabf_jax.model import decoder
-from eabf_jax.model.attention import select
+from eabf_jax.model.attention import Backend, select
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.decoder import LayerWeights, Weights
+from eabf_jax.model.decoder import LayerWeights, Weights, WeightSource
 from eabf_jax.model.kv_cache import LayerCache, empty_cache, grown
-from eabf_jax.model.llama import Llama, Row
-from eabf_jax.parallel.rules import batch_ways
+from eabf_jax.model.llama import Llama, Row, rotary_tables
+from eabf_jax.parallel.rules import batch_ways, mesh_of
 
 # Tokens per row that the decode loop generates before the host reads them.
 TOKENS_AT_ONCE = 16
@@ -61,7 +62,7 @@ class _Setup:
 
     config: LlamaConfig
     dtype: Any
-    backend: str
+    backend: Backend
     chunk: int
     mesh: Mesh | None
     rope_length: int | None
@@ -91,7 +92,7 @@ class Generator:
 
     def __init__(
         self,
-        model: Llama,
+        model: Llama | WeightSource,
         tokenizer: Tokenizer | None = None,
         *,
         mesh: Mesh | None = None,
@@ -100,12 +101,13 @@ class Generator:
         attention: str = "auto",
         rope_length: int | None = None,
     ):
-        """Copies the model's weights in its compute dtype; does not keep the model itself.
+        """Makes the weights of generation, in the compute dtype, from a model or from one on disk.
 
         Args:
-          model: any Llama without adapters.
+          model: any Llama without adapters, whose weights are copied; or from `open_weights`, which holds no others.
           tokenizer: for text, stop strings and the default stop tokens.
-          mesh: splits heads over `tensor`, and rows over `data` and `fsdp`; None means the default device.
+          mesh: splits heads over `tensor`, and rows over `data` and `fsdp`; None means the mesh that the model is on,
+            else the default device.
           cache: "model" stores keys and values in the model's dtype, "int8" in 8 bits with a scale per token and head.
           prefill_chunk: tokens of each prompt that are read at a time.
           attention: the backend, a name in `model.attention.BACKENDS` or "auto".
@@ -119,13 +121,15 @@ class Generator:
         _check_count("prefill_chunk", prefill_chunk)
         if rope_length is not None:
             _check_count("rope_length", rope_length)
+        if isinstance(model, Llama):
+            mesh, model = mesh or mesh_of(model), decoder.source_of(model)
         empty_cache(1, 1, 1, 1, model.dtype, cache)  # raises if the kind is unknown
         backend = select(attention, model.dtype, model.config.head_dim)
         if mesh is not None:
             placement.check(mesh, model.config)
         self._setup = _Setup(model.config, model.dtype, backend, prefill_chunk, mesh, rope_length)
-        weights = decoder.weights_of(model)
-        self._weights = weights if mesh is None else placement.place_weights(mesh, weights)
+        self._weights = placement.weights_on(mesh, model)
+        self._attention = attention
         self._cache_kind = cache
         self.config = model.config
         self.tokenizer = tokenizer
@@ -173,7 +177,8 @@ class Generator:
           The completions so far, one per prompt in the same order; in the last list, every `finish` is set.
         Raises:
           InputError: no prompts, an empty prompt, text in place of ids, ids outside the vocabulary, stop strings
-            without a tokenizer, or a number out of range.
+            without a tokenizer, a number out of range, or a prompt longer than `prefill_chunk` for a backend that
+            returns no log-sum-exps.
         """
         rows = self._checked(prompts)
         _check_count("max_new_tokens", max_new_tokens)
@@ -361,7 +366,7 @@ class Generator:
                 present[row, list(prompt)] = True
             seen = self._row_array(present)
         logits = _logits(self._setup, self._ends(), hidden)
-        return _first(steps, logits, caches, lengths, ended, seen, jnp.int32(chosen), choice)
+        return _first(self._setup.mesh, steps, logits, caches, lengths, ended, seen, jnp.int32(chosen), choice)
 
     def _hidden(
         self, prompts: Sequence[Sequence[int]], total: int
@@ -369,6 +374,7 @@ class Generator:
         """Returns the last layer's hidden state at each prompt's last token, the caches, and the prompts' lengths."""
         longest = max(map(len, prompts))
         chunks = _chunks(longest, self._setup.chunk)
+        setups = [self._reading(chunk.start) for chunk in chunks]
         width = chunks[-1].stop
         tokens = np.zeros((len(prompts), width), np.int32)
         for number, prompt in enumerate(prompts):
@@ -376,15 +382,19 @@ class Generator:
         lengths = self._row_array(np.array([len(prompt) for prompt in prompts], np.int32))
         caches = self._empty_caches(len(prompts), max(_slots(longest + TOKENS_AT_ONCE, total), width))
         hidden = self._row_array(jnp.zeros((len(prompts), self.config.hidden_size), self._setup.dtype))
-        for chunk in chunks:
+        for chunk, setup in zip(chunks, setups, strict=True):
             start = jnp.int32(chunk.start)
             x, row = _begin(self._setup, self._weights.embedding, self._row_array(tokens[:, chunk]), start, lengths)
             for index, weights in enumerate(self._weights.layers):
-                x, caches[index] = _read_layer(
-                    self._setup, chunk.start, weights, jnp.int32(index), x, row, caches[index]
-                )
+                x, caches[index] = _read_layer(setup, chunk.start, weights, jnp.int32(index), x, row, caches[index])
             hidden = _collect(x, hidden, lengths, start)
         return hidden, tuple(caches), lengths
+
+    def _reading(self, start: int) -> _Setup:
+        """Returns the settings to read a chunk: past the first, the backend has to join it with the cache."""
+        needs = ("forward",) if start else ()
+        backend = select(self._attention, self._setup.dtype, self.config.head_dim, needs=needs)
+        return dataclasses.replace(self._setup, backend=backend)
 
     def _ends(self) -> Weights:
         return self._weights._replace(layers=())
@@ -466,9 +476,13 @@ def _begin(
 ) -> tuple[Float[Array, "B T D"], Row]:
     """Returns the hidden states before the first layer, and the per-token inputs that all layers share."""
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    length = lengths if setup.rope_length is None else setup.rope_length
-    row = decoder.rows(setup.config.rope, setup.config.head_dim, positions, length)
+    length = lengths[:, None] if setup.rope_length is None else setup.rope_length
+    row = _row(setup, positions, length)
     return jnp.take(embedding, tokens, axis=0), row
+
+
+def _row(setup: _Setup, positions: Int[Array, "B T"], length: int | Array | None) -> Row:
+    return Row(positions, *rotary_tables(setup.config.rope, setup.config.head_dim, positions, length), None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 6))
@@ -493,8 +507,9 @@ def _logits(setup: _Setup, ends: Weights, hidden: Float[Array, "B D"]) -> Float[
     return decoder.next_token_logits(setup.config, ends, hidden)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="caches")
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="caches")
 def _first(
+    mesh: Mesh | None,
     steps: Steps,
     logits: Float[Array, "B V"],
     caches: tuple[LayerCache, ...],
@@ -508,7 +523,7 @@ def _first(
     token = choose(logits, seen, choice.keys, chosen, steps, choice.numbers)
     token = jnp.where(ended, _NOTHING, token)
     ended |= jnp.isin(token, choice.stop_tokens)
-    return _State(caches, token, lengths, ended, _marked(seen, token), chosen + 1)
+    return _placed(mesh, _State(caches, token, lengths, ended, _marked(seen, token), chosen + 1))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="state")
@@ -529,7 +544,7 @@ def _decode(
 
     def step(carry: tuple[Array, Array, _State]) -> tuple[Array, Array, _State]:
         index, made, state = carry
-        row = decoder.rows(setup.config.rope, setup.config.head_dim, state.position[:, None], setup.rope_length)
+        row = _row(setup, state.position[:, None], setup.rope_length)
         # Finished rows keep overwriting one slot; their output is ignored.
         x = jnp.take(weights.embedding, jnp.maximum(state.token, 0), axis=0)[:, None]
         caches = list(state.caches)
@@ -556,7 +571,17 @@ def _decode(
 
     made = jnp.full((state.token.shape[0], TOKENS_AT_ONCE), _NOTHING, jnp.int32)
     _, made, state = jax.lax.while_loop(goes_on, step, (jnp.int32(0), made, state))
-    return made, state
+    return made, _placed(setup.mesh, state)
+
+
+def _placed(mesh: Mesh | None, state: _State) -> _State:
+    """Pins a state's layout, so that the loop's first call and the later ones, on its own output, share a program."""
+    if mesh is None:
+        return state
+    rows, everywhere = placement.row_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    places = jax.tree.map(lambda x: rows if x.ndim else everywhere, state._replace(caches=()))
+    caches = tuple(placement.on_mesh(mesh, cache) for cache in state.caches)
+    return jax.lax.with_sharding_constraint(state._replace(caches=()), places)._replace(caches=caches)
 
 
 def _marked(seen: Array | None, token: Array) -> Array | None:

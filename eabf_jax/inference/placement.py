@@ -4,6 +4,7 @@ Unlike in training, weights are never gathered, because a decode step would have
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,24 +13,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from eabf_jax.errors import InputError
+from eabf_jax.model.attention import Backend
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.decoder import LayerWeights, Weights
+from eabf_jax.model.decoder import AXES, LAYER_AXES, PART_AXES, Weights, WeightSource, weights_of
 from eabf_jax.model.kv_cache import LayerCache, attend_chunk, attend_token
+from eabf_jax.model.parameters import Axes
 from eabf_jax.parallel.rules import check_tensor_axis, spec
 
-_LAYER = {
-    "input_norm": P(),
-    "qkv": spec(None, "heads"),
-    "qkv_bias": spec("heads"),
-    "output": spec(None, "heads"),
-    "output_bias": P(),
-    "mlp_norm": P(),
-    "gate_up": spec(None, None, "mlp"),
-    "gate_up_bias": spec(None, "mlp"),
-    "down": spec(None, "mlp"),
-    "down_bias": P(),
-}
-_WEIGHTS = {"embedding": spec("vocab", None), "norm": P(), "head": spec(None, "vocab")}
 _CACHE = {
     "k": spec("batch", "heads", None, None),
     "v": spec("batch", "heads", None, None),
@@ -53,16 +43,17 @@ def check(mesh: Mesh, config: LlamaConfig) -> None:
             raise InputError(f"mesh tensor={ways} does not divide the model's {name} {getattr(config, name)}")
 
 
-def place_weights(mesh: Mesh, weights: Weights) -> Weights:
-    """Places a model's weights on the mesh."""
+def weights_on(mesh: Mesh | None, source: WeightSource) -> Weights:
+    """Makes the weights of generation on a mesh, or on the default device; see `decoder.weights_of`."""
+    if mesh is None:
+        return weights_of(source)
 
-    def put(arrays: Any, partitions: dict[str, P]) -> dict[str, Any]:
-        places = {name: NamedSharding(mesh, partition) for name, partition in partitions.items()}
-        named = {name: getattr(arrays, name) for name in places}
-        return {name: None if x is None else jax.device_put(x, places[name]) for name, x in named.items()}
+    def placed(axes: Mapping[str, Axes]) -> dict[str, NamedSharding]:
+        # As in training, but not along `embed`: such a weight would have to be gathered.
+        partitions = {name: spec(*(None if axis == "embed" else axis for axis in own)) for name, own in axes.items()}
+        return {name: NamedSharding(mesh, partition) for name, partition in partitions.items()}
 
-    layers = tuple(LayerWeights(**put(layer, _LAYER)) for layer in weights.layers)
-    return Weights(layers=layers, **put(weights, _WEIGHTS))
+    return weights_of(source, placed(PART_AXES | AXES), placed(LAYER_AXES))
 
 
 def cache_sharding(mesh: Mesh, cache: Any) -> Any:
@@ -86,7 +77,7 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def chunk_attention(
-    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, *, start: int, backend: str
+    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, *, start: int, backend: Backend
 ) -> tuple[Array, LayerCache]:
     """Runs `attend_chunk` on each device's own rows and heads."""
     attend: Any = functools.partial(attend_chunk, start=start, backend=backend)
@@ -96,7 +87,7 @@ def chunk_attention(
 
 
 def token_attention(
-    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, positions: Array, *, backend: str
+    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, positions: Array, *, backend: Backend
 ) -> tuple[Array, LayerCache]:
     """Runs `attend_token` on each device's own rows and heads."""
     attend: Any = functools.partial(attend_token, backend=backend)

@@ -5,30 +5,57 @@ model, and a digest of it.
 """
 
 import dataclasses
+import gc
 import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from eabf_jax.errors import InputError
 from eabf_jax.fields import check, types_of
 from eabf_jax.interop import native
 from eabf_jax.interop.directory import read_json_object
-from eabf_jax.interop.layout import flatten, parameters
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.llama import Llama
-from eabf_jax.model.lora import Lora, merged_kernel, split_trained
+from eabf_jax.model.lora import Lora, adapters, merged_kernel
+from eabf_jax.model.parameters import parameters
 
 
 class Leaves(NamedTuple):
-    """A stored model whose parameters are read one at a time."""
+    """A stored model whose parameters are read one at a time, each by its path of keys."""
 
     config: LlamaConfig
-    dtypes: Mapping[tuple[str, ...], np.dtype[Any]]  # as stored, by path of keys
-    read: Callable[[tuple[str, ...]], np.ndarray]  # one parameter by its path
+    dtypes: Mapping[tuple[str, ...], np.dtype[Any]]  # as stored
+    reader: Callable[[tuple[str, ...], Any], np.ndarray]  # (path, dtype) -> in host memory; see `read`
+    # (path, dtype, sharding) -> on its devices, where a process can read its own parts alone
+    restore: Callable[[tuple[str, ...], Any, jax.sharding.Sharding], jax.Array] | None = None
+
+    def read(self, path: tuple[str, ...], dtype: Any = None) -> np.ndarray:
+        """Reads a parameter into host memory.
+
+        Args:
+          path: the parameter's path of keys.
+          dtype: what to cast it to, None to keep what is stored.
+        """
+        gc.collect(0)  # makes JAX release host memory that it has copied; else the parameter before this one would stay
+        return self.reader(path, dtype)
+
+    def place(self, path: tuple[str, ...], dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+        """Reads a parameter straight to its devices, and returns once host memory is free of it.
+
+        Args:
+          path: the parameter's path of keys.
+          dtype: what to cast it to, None to keep what is stored.
+          sharding: which device holds which part.
+        """
+        if self.restore is not None:
+            return self.restore(path, dtype or self.dtypes[path], sharding)
+        leaf = self.read(path, dtype)
+        # Each device's part is sliced in host memory, so no device holds the whole.
+        return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +110,7 @@ def digest(model: Leaves) -> str:
     found = hashlib.sha256(json.dumps([[entry.path, entry.shape] for entry in entries]).encode())
     for entry in entries:
         if entry.path[-1] == "scale":
-            found.update(np.ascontiguousarray(model.read(entry.path), np.float32).tobytes())
+            found.update(np.ascontiguousarray(model.read(entry.path, np.float32)).tobytes())
     return found.hexdigest()[:16]
 
 
@@ -111,18 +138,20 @@ def merged(directory: Path | str, adapter: Adapter, base: Leaves, step: int | No
             f"expected {adapter.base_digest}"
         )
     path = native.checkpoint_path(directory, step)
-    trained, _ = split_trained(Llama.abstract(config, lora=adapter.lora).parameters(), adapter.lora)
-    own = native.stored_arrays(path, {name: leaf.shape for name, leaf in flatten(trained)})
+    lora = adapter.lora
+    entries = (*parameters(config), *adapters(config, lora))
+    own = native.stored_arrays(path, {entry.path: entry.shape for entry in entries if lora.trains(entry.path)})
 
     adapted = {(*name[:-1], "kernel") for name in own if name[-1] == "lora_a"}
 
-    def read(name: tuple[str, ...]) -> np.ndarray:
+    def read(name: tuple[str, ...], dtype: Any) -> np.ndarray:
         if name in own:
-            return native.read_leaf(path, name)
+            return native.read_leaf(path, name, dtype)
         if name not in adapted:
-            return base.read(name)
-        first, second = (native.read_leaf(path, (*name[:-1], leaf)) for leaf in ("lora_a", "lora_b"))
-        return merged_kernel(base.read(name), first, second, adapter.lora.scale)
+            return base.read(name, dtype)
+        first, second = (native.read_leaf(path, (*name[:-1], leaf), None) for leaf in ("lora_a", "lora_b"))
+        kernel = merged_kernel(base.read(name, None), first, second, lora.scale)
+        return kernel.astype(dtype or kernel.dtype, copy=False)
 
     changed = dict.fromkeys(adapted | (own.keys() & base.dtypes.keys()), np.dtype(np.float32))
     return Leaves(config, {**base.dtypes, **changed}, read)

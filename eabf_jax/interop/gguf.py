@@ -14,9 +14,9 @@ from eabf_jax.interop.directory import EXPORT, new_directory
 from eabf_jax.interop.gguf_file import COUNT, NUMBER, TEXT, GgufFile, Kind, dequantised, read_gguf, shortest, shown
 from eabf_jax.interop.gguf_tokenizer import Vocabulary, read_vocabulary, write_tokenizer
 from eabf_jax.interop.huggingface import MAX_SHARD_BYTES, Summary, write_config
-from eabf_jax.interop.layout import parameters
 from eabf_jax.interop.safetensors_stream import PlannedTensor, write_sharded
 from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.parameters import optional_fields, parameters
 from eabf_jax.rope import Scheme, scheme
 
 ARCHITECTURE = "llama"
@@ -225,14 +225,12 @@ def config_from_gguf(file: GgufFile, vocabulary: Vocabulary | None) -> LlamaConf
         )
     ids: Mapping[str, int] = {} if vocabulary is None else vocabulary.ids
     ends = () if vocabulary is None else vocabulary.ends
+    sizes: dict[str, Any] = {**shape, **optional_fields(file.tensors)}
     try:
         config = LlamaConfig(
-            **shape,
+            **sizes,
             vocab_size=int(embedding.shape[1]),
             rms_norm_eps=shortest(file.value(PREFIX + EPSILON, _POSITIVE)),
-            tie_word_embeddings="output.weight" not in file.tensors,
-            attention_bias="blk.0.attn_q.bias" in file.tensors,
-            mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
             bos_token_id=ids.get("bos"),
             eos_token_id=ends if len(ends) > 1 else next(iter(ends), None),
             pad_token_id=ids.get("pad"),

@@ -1,12 +1,11 @@
 """Hugging Face directories to native ones and back, tensor by tensor and bit by bit, and straight into memory."""
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from eabf_jax.errors import InputError
@@ -14,7 +13,6 @@ from eabf_jax.fields import check, types_of
 from eabf_jax.interop import native
 from eabf_jax.interop.adapter import Leaves, merged, read_adapter
 from eabf_jax.interop.directory import EXPORT, new_directory, read_json_object, write_json
-from eabf_jax.interop.layout import Parameter, nest, parameters, shapes
 from eabf_jax.interop.model_card import CARD_FILE, model_card, write_origin
 from eabf_jax.interop.safetensors_stream import (
     NAMES,
@@ -25,6 +23,7 @@ from eabf_jax.interop.safetensors_stream import (
 )
 from eabf_jax.interop.tokenizer import copy_tokenizer_files, export_tokenizer, has_tokenizer, load_tokenizer
 from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.parameters import Parameter, nest, parameters, shapes
 from eabf_jax.rope import from_hf as rope_from_hf
 from eabf_jax.rope import needs_remote_code
 from eabf_jax.rope import to_hf as rope_to_hf
@@ -138,23 +137,9 @@ def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
         }
     return {
         **identity,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
+        **{name: getattr(config, name) for name in _FIELDS},
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "initializer_range": config.initializer_range,
-        "bos_token_id": config.bos_token_id,
         "eos_token_id": list(end) if isinstance(end, tuple) else end,
-        "pad_token_id": config.pad_token_id,
         "torch_dtype": dtype,  # read by every release; `dtype` from 4.56 on
         **rope,
     }
@@ -192,34 +177,6 @@ def read_config(directory: Path | str) -> LlamaConfig:
         raise InputError(f"{path}: {message.removeprefix('config.json: ')}") from error
 
 
-def load_hf(directory: Path | str, dtype: Any = None, shardings: Any = None) -> tuple[LlamaConfig, dict[str, Any]]:
-    """Loads a Hugging Face directory into memory.
-
-    Args:
-      directory: folder with config.json and safetensors files.
-      dtype: what to cast the parameters to, None to keep what is stored.
-      shardings: nested dict of shardings in the parameters' structure, or of some of them, which alone are loaded then;
-        or one sharding for all; None for the default device.
-
-    Returns:
-      The config, and the parameters as a nested dict of JAX arrays.
-
-    Raises:
-      InputError: anything missing, damaged, or not of the config's shape.
-    """
-    config = read_config(directory)
-    found = find_tensors(Path(directory), config)
-    places = native.sharding_by_path(shardings, config)
-    leaves = {
-        entry.path: jax.device_put(
-            _stack(entry, found, None if dtype is None else jnp.dtype(dtype)), places[entry.path]
-        )
-        for entry in parameters(config)
-        if entry.path in places
-    }
-    return config, nest(leaves)
-
-
 def open_leaves(directory: Path | str, step: int | None = None, base: Path | str | None = None) -> Leaves:
     """Opens a model of any kind, to read its parameters one at a time.
 
@@ -249,12 +206,14 @@ def open_leaves(directory: Path | str, step: int | None = None, base: Path | str
         config, path = native.read_model_json(directory), native.checkpoint_path(directory, step)
         stored = native.stored_arrays(path, shapes(config))
         dtypes = {name: np.dtype(leaf.dtype) for name, leaf in stored.items()}
-        return Leaves(config, dtypes, lambda name: native.read_leaf(path, name))
+        return Leaves(
+            config, dtypes, functools.partial(native.read_leaf, path), functools.partial(native.place_leaf, path)
+        )
     config = read_config(directory)
     found = find_tensors(Path(directory), config)
     entries = {entry.path: entry for entry in parameters(config)}
     dtypes = {name: _common([found[key] for key in entry.hf_names()]) for name, entry in entries.items()}
-    return Leaves(config, dtypes, lambda name: _stack(entries[name], found, None))
+    return Leaves(config, dtypes, lambda name, dtype: _stack(entries[name], found, dtype or dtypes[name]))
 
 
 def from_hf(src: Path | str, dst: Path | str, overwrite: bool = False) -> Summary:
@@ -318,9 +277,10 @@ def to_hf(
     source = Path(src)
     if not native.is_native(source):
         raise InputError(f"{source}: no {native.MODEL_FILE} there; expected a native model directory or a run's")
-    config, stored, read = open_leaves(source, step, base)
+    leaves = open_leaves(source, step, base)
+    config = leaves.config
     entries = parameters(config)
-    dtypes = {name: np.dtype(dtype or own) for name, own in stored.items()}
+    dtypes = {name: np.dtype(dtype or own) for name, own in leaves.dtypes.items()}
     if has_tokenizer(source):
         native.check_vocabulary(load_tokenizer(source), config, source)
     planned = [
@@ -329,7 +289,7 @@ def to_hf(
 
     def tensors() -> Iterator[np.ndarray]:
         for entry in entries:
-            leaf = read(entry.path)
+            leaf = leaves.read(entry.path)
             for own in leaf[None] if entry.layers is None else leaf:
                 yield (own.T if entry.transposed else own).astype(dtypes[entry.path], copy=False)
 
@@ -446,8 +406,7 @@ def _stack(entry: Parameter, found: Mapping[str, StoredTensor], dtype: Any) -> n
     own = dtype if dtype is not None else _common(stored)
     leaf = native.empty_leaf(entry.shape, own)
     for target, tensor in zip(leaf[None] if entry.layers is None else leaf, stored, strict=True):
-        array = tensor.read()
-        target[...] = array.T if entry.transposed else array
+        target[...] = tensor.read().T if entry.transposed else tensor.read()  # unnamed: one tensor at a time
     return leaf
 
 

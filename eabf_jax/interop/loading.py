@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import yaml
+from jax.sharding import Mesh
 
 from eabf_jax.errors import InputError
 from eabf_jax.interop import huggingface, native
-from eabf_jax.interop.adapter import read_adapter
-from eabf_jax.interop.layout import nest, parameters
+from eabf_jax.interop.adapter import Leaves
 from eabf_jax.interop.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.decoder import WeightSource
 from eabf_jax.model.llama import Llama
+from eabf_jax.model.parameters import flatten, nest, parameters
+from eabf_jax.parallel.rules import llama_on, parameter_shardings
 from eabf_jax.rope import Scheme
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -26,34 +29,74 @@ def load(
     directory: Path | str,
     rope: Scheme | Mapping[str, Any] | None = None,
     dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
     base: Path | str | None = None,
 ) -> tuple[Llama, Tokenizer | None]:
-    """Loads a model and its tokenizer.
+    """Loads a model and its tokenizer, each parameter from disk straight to its devices.
 
     Args:
       directory: a Hugging Face directory or a native one (model.json), told apart by content; adapters are merged into
         the model that they belong to.
       rope: rotary scheme to use instead of the stored one, or its mapping such as `{"type": "eabf", …}`.
       dtype: of the parameters and of the computation: bfloat16, float16 or float32.
+      mesh: holds and computes the model: `fsdp` and `tensor` split it, and rows are split over `data` and `fsdp`; None
+        for the default device.
       base: where the model that adapters belong to is now; None where it was when they were trained.
 
     Returns:
       The model, and the tokenizer or None where the directory has none.
 
     Raises:
-      InputError: no such directory, files that are missing, damaged or not of the config's shape, or a vocabulary
-        larger than the embedding.
+      InputError: no such directory, files that are missing, damaged or not of the config's shape, a vocabulary larger
+        than the embedding, or a mesh that does not divide the model.
     """
+    leaves, tokenizer, element = _open(directory, rope, dtype, base)
+    if mesh is None:
+        model = Llama.abstract(leaves.config, dtype=element, param_dtype=element)
+        return model.with_parameters(_placed(leaves, element, None)), tokenizer
+    if mesh.shape["context"] > 1:
+        raise InputError(f"mesh context={mesh.shape['context']}: only training splits rows; use data, fsdp and tensor")
+    model = llama_on(mesh, leaves.config, dtype=element, param_dtype=element)
+    shardings = parameter_shardings(mesh, model.parameters())
+    return model.with_parameters(_placed(leaves, element, shardings)), tokenizer
+
+
+def open_weights(
+    directory: Path | str,
+    rope: Scheme | Mapping[str, Any] | None = None,
+    dtype: str = "bfloat16",
+    base: Path | str | None = None,
+) -> tuple[WeightSource, Tokenizer | None]:
+    """Opens a model to read its weights in another form than `load`'s, one parameter at a time.
+
+    Args:
+      directory, rope, dtype, base: as for `load`.
+
+    Returns:
+      The weights, each in host memory while it is read, and the tokenizer or None.
+
+    Raises:
+      InputError: as `load`.
+    """
+    leaves, tokenizer, element = _open(directory, rope, dtype, base)
+    return WeightSource(leaves.config, element, lambda path: leaves.read(path, element)), tokenizer
+
+
+def _open(
+    directory: Path | str, rope: Scheme | Mapping[str, Any] | None, dtype: str, base: Path | str | None
+) -> tuple[Leaves, Tokenizer | None, jnp.dtype]:
+    """A model with the scheme that was asked for, its tokenizer, and the dtype."""
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    element = jnp.dtype(dtype)
-    config, params = load_parameters(directory, dtype=element, base=base)
+    _check_exists(directory)
+    leaves = huggingface.open_leaves(directory, base=base)
     tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
     if tokenizer is not None:
-        native.check_vocabulary(tokenizer, config, directory)
+        native.check_vocabulary(tokenizer, leaves.config, directory)
     if rope is not None:
-        config = dataclasses.replace(config, rope=rope if isinstance(rope, Scheme) else Scheme.from_dict(rope))
-    return Llama.from_params(config, params, dtype=element, param_dtype=element), tokenizer
+        scheme = rope if isinstance(rope, Scheme) else Scheme.from_dict(rope)
+        leaves = leaves._replace(config=dataclasses.replace(leaves.config, rope=scheme))
+    return leaves, tokenizer, jnp.dtype(dtype)
 
 
 def split_scheme(text: str) -> tuple[str, dict[str, Any] | None, int | None]:
@@ -154,26 +197,18 @@ def load_parameters(
       InputError: as `load`.
     """
     _check_exists(directory)
-    if base is not None or (native.is_native(directory) and read_adapter(directory)):
-        return _load_merged(directory, dtype, shardings, base)
-    read = native.load_native if native.is_native(directory) else huggingface.load_hf
-    return read(directory, dtype=dtype, shardings=shardings)
+    leaves = huggingface.open_leaves(directory, base=base)
+    return leaves.config, _placed(leaves, dtype, shardings)
 
 
-def _load_merged(
-    directory: Path | str, dtype: Any, shardings: Any, base: Path | str | None
-) -> tuple[LlamaConfig, dict[str, Any]]:
-    """The same for a run that holds adapters alone: merged in host memory, one parameter at a time."""
-    config, stored, read = huggingface.open_leaves(directory, base=base)
-    places = native.sharding_by_path(shardings, config)
-    leaves = {
-        entry.path: jax.device_put(
-            read(entry.path).astype(jnp.dtype(dtype or stored[entry.path]), copy=False), places[entry.path]
-        )
-        for entry in parameters(config)
-        if entry.path in places
-    }
-    return config, nest(leaves)
+def _placed(leaves: Leaves, dtype: Any, shardings: Any) -> dict[str, Any]:
+    """Parameters on their devices, one at a time; see `load_parameters`."""
+    if isinstance(shardings, Mapping):
+        places = dict(flatten(shardings))
+    else:
+        one = shardings or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        places = {entry.path: one for entry in parameters(leaves.config)}
+    return nest({path: leaves.place(path, dtype, places[path]) for path in places})
 
 
 def _check_exists(directory: Path | str) -> None:

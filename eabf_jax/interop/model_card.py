@@ -1,7 +1,6 @@
 """The model card of an exported model: README.md with what was done to it, how to run it, and how well it does."""
 
 import json
-import math
 import os
 import re
 from pathlib import Path
@@ -13,10 +12,10 @@ from huggingface_hub.repocard import metadata_load
 
 from eabf_jax.errors import InputError
 from eabf_jax.interop.directory import read_json_object
-from eabf_jax.interop.layout import shapes
 from eabf_jax.interop.native import CONFIG_FILE, DATASET_FILE, EVALUATION, METRICS_FILE
 from eabf_jax.interop.tokenizer import has_tokenizer
 from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.parameters import parameter_count
 from eabf_jax.rope import needs_remote_code, to_hf
 
 CARD_FILE = "README.md"
@@ -79,7 +78,7 @@ def model_card(source: Path, name: str, config: LlamaConfig, step: int) -> str:
     """
     own_code = needs_remote_code(to_hf(config.rope, head_dim=config.head_dim))
     facts = {
-        "parameters": f"{sum(math.prod(shape) for shape in shapes(config).values()):,}",
+        "parameters": f"{parameter_count(config):,}",
         "context window": f"{config.max_position_embeddings:,} tokens",
         "rotary scheme": _settings(config.rope.to_dict()),
     }

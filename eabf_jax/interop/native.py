@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from eabf_jax.destination import Mark
 from eabf_jax.errors import InputError
 from eabf_jax.interop.directory import read_json_object, write_json
-from eabf_jax.interop.layout import check_shapes, flatten, nest, parameters, shapes
 from eabf_jax.interop.tokenizer import Tokenizer
 from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.parameters import check_shapes, flatten, nest
 
 MODEL_FILE = "model.json"
 NATIVE = Mark("a native model directory", MODEL_FILE, ("hidden_size", "rope"))
@@ -177,68 +176,33 @@ def stored_arrays(
     return found
 
 
-def load_params(
-    directory: Path | str,
-    config: LlamaConfig,
-    step: int | None = None,
-    dtype: Any = None,
-    shardings: Any = None,
-) -> dict[str, Any]:
-    """Restores parameters straight to their devices.
-
-    Args:
-      directory: a native model directory.
-      config: the model's shape.
-      step: the step's number, None for the latest.
-      dtype: what to cast them to, None to keep what is stored.
-      shardings: nested dict of shardings in the parameters' structure, or of some of them, which alone are loaded then;
-        or one sharding for all; None for the default device.
-
-    Returns:
-      Nested dict of JAX arrays.
-
-    Raises:
-      InputError: no such checkpoint, damaged, or parameters that are not this model's.
-    """
-    path = checkpoint_path(directory, step)
-    found = stored_arrays(path, shapes(config))
-    places = sharding_by_path(shardings, config)
-    arguments = {
-        name: ocp.ArrayRestoreArgs(
-            restore_type=jax.Array,
-            dtype=jnp.dtype(dtype or leaf.dtype),
-            sharding=places[name],
-            global_shape=leaf.shape,
-        )
-        for name, leaf in found.items()
-        if name in places
-    }
-    return _restore(path, arguments) if arguments else {}
-
-
-def read_leaf(path: Path, name: tuple[str, ...]) -> np.ndarray:
-    """Reads one parameter into memory, as it is stored.
+def read_leaf(path: Path, name: tuple[str, ...], dtype: Any) -> np.ndarray:
+    """Reads one parameter into host memory.
 
     Args:
       path: folder of the `params` item.
       name: the parameter's path of keys.
-
-    Returns:
-      The array.
+      dtype: what to cast it to, None to keep what is stored.
 
     Raises:
       InputError: a damaged checkpoint.
     """
-    tree = _restore(path, {name: ocp.RestoreArgs(restore_type=np.ndarray)})
-    return dict(flatten(tree))[name]
+    return _restore(path, name, ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype))
 
 
-def load_native(
-    directory: Path | str, step: int | None = None, dtype: Any = None, shardings: Any = None
-) -> tuple[LlamaConfig, dict[str, Any]]:
-    """Loads the config and the parameters of a native model directory; see `load_params`."""
-    config = read_model_json(directory)
-    return config, load_params(directory, config, step=step, dtype=dtype, shardings=shardings)
+def place_leaf(path: Path, name: tuple[str, ...], dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Restores one parameter straight to its devices; a process reads only the parts that its devices hold.
+
+    Args:
+      path: folder of the `params` item.
+      name: the parameter's path of keys.
+      dtype: what to cast it to.
+      sharding: which device holds which part.
+
+    Raises:
+      InputError: a damaged checkpoint.
+    """
+    return _restore(path, name, ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=sharding))
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig, directory: Path | str) -> None:
@@ -259,20 +223,10 @@ def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig, directory: Path 
         )
 
 
-def sharding_by_path(shardings: Any, config: LlamaConfig) -> dict[tuple[str, ...], jax.sharding.Sharding]:
-    if shardings is None:
-        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    if isinstance(shardings, Mapping):
-        return dict(flatten(shardings))
-    return {entry.path: shardings for entry in parameters(config)}
-
-
-def _restore(path: Path, arguments: Mapping[tuple[str, ...], ocp.RestoreArgs]) -> dict[str, Any]:
-    restore = ocp.args.PyTreeRestore(
-        item=nest(dict.fromkeys(arguments, 0)), restore_args=nest(arguments), partial_restore=True
-    )
+def _restore(path: Path, name: tuple[str, ...], arguments: ocp.RestoreArgs) -> Any:
+    restore = ocp.args.PyTreeRestore(item=nest({name: 0}), restore_args=nest({name: arguments}), partial_restore=True)
     with _reading(path) as checkpointer:
-        return checkpointer.restore(path, args=restore)
+        return dict(flatten(checkpointer.restore(path, args=restore)))[name]
 
 
 @contextmanager

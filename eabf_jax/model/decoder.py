@@ -7,12 +7,13 @@ stream have the summed dimension last, so that each sum reads contiguous memory.
 those of `llama.py`, against which this module is tested.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int
 
 from eabf_jax.errors import InputError
@@ -20,7 +21,7 @@ from eabf_jax.model.attention import precision_of
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.kv_cache import LayerCache
 from eabf_jax.model.llama import Llama, Row, rms_norm, rotate
-from eabf_jax.rope import Scheme
+from eabf_jax.model.parameters import Axes, parameter_axes, parameters
 
 # (q, k, v, cache) -> attended values and the cache with k and v added; arrays are [B, T, heads, H].
 CachedAttention = Callable[[Array, Array, Array, LayerCache], tuple[Array, LayerCache]]
@@ -51,11 +52,63 @@ class Weights(NamedTuple):
     head: Array | None  # [D, V]; None if tied to the embedding
 
 
-def weights_of(model: Llama) -> Weights:
-    """Splits a model's parameters by layer and casts them to its compute dtype.
+class _Form(NamedTuple):
+    """How parameters of a layer become one array: what is done to their values, and to their logical axes."""
+
+    values: Callable[[LlamaConfig, list[Array]], Array]
+    axes: Callable[[Axes], Axes] = lambda axes: axes
+
+
+def _joined_by_head(config: LlamaConfig, values: list[Array]) -> Array:
+    parts = [x.reshape(*x.shape[:-1], config.num_key_value_heads, -1, config.head_dim) for x in values]
+    joined = jnp.concatenate(parts, axis=-2)
+    return joined.reshape(*joined.shape[:-3], -1)
+
+
+_AS_IS = _Form(lambda config, values: values[0])
+_TRANSPOSED = _Form(lambda config, values: values[0].T, lambda axes: axes[::-1])
+_BY_HEAD = _Form(_joined_by_head)
+_SIDE_BY_SIDE = _Form(lambda config, values: jnp.stack(values, axis=-2), lambda axes: (*axes[:-1], None, axes[-1]))
+
+# The parameters in each array of `LayerWeights`.
+_FORMS: dict[str, tuple[_Form, tuple[str, ...]]] = {
+    "input_norm": (_AS_IS, ("input_layernorm.scale",)),
+    "qkv": (_BY_HEAD, ("self_attn.q_proj.kernel", "self_attn.k_proj.kernel", "self_attn.v_proj.kernel")),
+    "qkv_bias": (_BY_HEAD, ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")),
+    "output": (_TRANSPOSED, ("self_attn.o_proj.kernel",)),
+    "output_bias": (_AS_IS, ("self_attn.o_proj.bias",)),
+    "mlp_norm": (_AS_IS, ("post_attention_layernorm.scale",)),
+    "gate_up": (_SIDE_BY_SIDE, ("mlp.gate_proj.kernel", "mlp.up_proj.kernel")),
+    "gate_up_bias": (_SIDE_BY_SIDE, ("mlp.gate_proj.bias", "mlp.up_proj.bias")),
+    "down": (_TRANSPOSED, ("mlp.down_proj.kernel",)),
+    "down_bias": (_AS_IS, ("mlp.down_proj.bias",)),
+}
+
+# Logical axes of the parameters that make up an array in `LayerWeights`, of that array, and of the others in `Weights`.
+PART_AXES: dict[str, Axes] = {
+    name: parameter_axes(("layers", *parts[0].split(".")))[1:] for name, (_, parts) in _FORMS.items()
+}
+LAYER_AXES: dict[str, Axes] = {name: form.axes(PART_AXES[name]) for name, (form, _) in _FORMS.items()}
+AXES: dict[str, Axes] = {
+    "embedding": parameter_axes(("embed_tokens", "embedding")),
+    "norm": parameter_axes(("norm", "scale")),
+    "head": parameter_axes(("lm_head", "kernel")),
+}
+
+
+class WeightSource(NamedTuple):
+    """A model's weights as `Llama` names them, read one stacked parameter at a time."""
+
+    config: LlamaConfig
+    dtype: Any  # compute dtype
+    read: Callable[[tuple[str, ...]], Any]  # path in the parameter tree -> NumPy or JAX array
+
+
+def source_of(model: Llama) -> WeightSource:
+    """Reads weights from a model in memory, which stays as it is.
 
     Args:
-      model: a model whose parameters fit on one device twice.
+      model: the model.
 
     Raises:
       InputError: the model has adapters.
@@ -64,67 +117,54 @@ def weights_of(model: Llama) -> Weights:
         raise InputError(
             "the model has adapters beside its weights; load its directory, which merges them, to generate"
         )
-    config, params = model.config, nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    stacked, dtype = params["layers"], model.dtype
-    take = jax.jit(_layer_weights, static_argnums=(2, 3))
-    layers = tuple(take(stacked, index, config, dtype) for index in range(config.num_hidden_layers))
-    head = None if model.lm_head is None else params["lm_head"]["kernel"].astype(dtype)
-    return Weights(
-        params["embed_tokens"]["embedding"].astype(dtype), layers, params["norm"]["scale"].astype(dtype), head
+    params = model.parameters()
+    return WeightSource(
+        model.config, model.dtype, lambda path: functools.reduce(lambda tree, key: tree[key], path, params)
     )
 
 
-def _layer_weights(stacked: dict, index: int, config: LlamaConfig, dtype: jnp.dtype) -> LayerWeights:
-    layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False).astype(dtype), stacked)
-    attention, mlp = layer["self_attn"], layer["mlp"]
+def weights_of(
+    source: WeightSource, stored: Mapping[str, Sharding] | None = None, fused: Mapping[str, Sharding] | None = None
+) -> Weights:
+    """Makes the weights of generation, layer by layer and in the compute dtype.
 
-    def by_head(name: str, part: str) -> Array:
-        x = attention[name][part]
-        return x.reshape(*x.shape[:-1], config.num_key_value_heads, -1, config.head_dim)
-
-    def qkv(part: str) -> Array:
-        joined = jnp.concatenate([by_head(name, part) for name in ("q_proj", "k_proj", "v_proj")], axis=-2)
-        return joined.reshape(*joined.shape[:-3], -1)
-
-    def gate_up(part: str) -> Array:
-        return jnp.stack([mlp[name][part] for name in ("gate_proj", "up_proj")], axis=-2)
-
-    return LayerWeights(
-        input_norm=layer["input_layernorm"]["scale"],
-        qkv=qkv("kernel"),
-        qkv_bias=qkv("bias") if config.attention_bias else None,
-        output=attention["o_proj"]["kernel"].T,
-        output_bias=attention["o_proj"].get("bias"),
-        mlp_norm=layer["post_attention_layernorm"]["scale"],
-        gate_up=gate_up("kernel"),
-        gate_up_bias=gate_up("bias") if config.mlp_bias else None,
-        down=mlp["down_proj"]["kernel"].T,
-        down_bias=mlp["down_proj"].get("bias"),
-    )
-
-
-def rows(rope: Scheme, head_dim: int, positions: Int[Array, "B T"], length: int | Int[Array, "B"] | None) -> Row:
-    """Computes the per-token inputs that all layers share: positions, cosines and sines.
+    Beside what is made, devices hold the parameters of one field in one layer, and the host those of one field in all.
 
     Args:
-      rope: the rotary scheme.
-      head_dim: size of one head.
-      positions: int32 [batch, length], 0-based.
-      length: the current length in tokens, used by dynamic schemes only: an integer for all rows, known before
-        tracing, or an array with one length per row. None means within the pretrained window.
+      source: the model's weights.
+      stored: by field of `Weights` and `LayerWeights`, where a parameter that it is made of goes; None for the default
+        device.
+      fused: by field, where it goes itself; None leaves that to the compiler.
     """
-    if rope.depends_on_length and isinstance(length, jax.Array):
+    config, layers = source.config, source.config.num_hidden_layers
+    present = {entry.path for entry in parameters(config)}
 
-        def rotation(row: Array) -> tuple[Array, Array]:
-            return rope.inverse_frequencies(head_dim, row), jnp.asarray(rope.rotation_scale(row), jnp.float32)
+    def place(field: str, x: Any) -> Array:
+        return jax.device_put(x, None if stored is None else stored[field]).astype(source.dtype)
 
-        frequencies, scale = jax.vmap(rotation)(length)
-        frequencies, scale = frequencies[:, None], scale[:, None, None]
-    else:
-        static = None if isinstance(length, jax.Array) else length
-        frequencies, scale = rope.inverse_frequencies(head_dim, static), jnp.float32(rope.rotation_scale(static))
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return Row(positions, jnp.cos(angles) * scale, jnp.sin(angles) * scale, None)
+    def by_layer(field: str) -> list[Array | None]:
+        paths = [("layers", *part.split(".")) for part in _FORMS[field][1]]
+        if paths[0] not in present:
+            return [None] * layers
+        stacked = [source.read(path) for path in paths]
+        at = None if fused is None else fused[field]
+        made = [_fused(field, config, at, [place(field, x[index]) for x in stacked]) for index in range(layers)]
+        return jax.block_until_ready(made)  # then `stacked` is no longer needed
+
+    fields = [by_layer(field) for field in LayerWeights._fields]
+    return Weights(
+        place("embedding", source.read(("embed_tokens", "embedding"))),
+        tuple(LayerWeights(*layer) for layer in zip(*fields, strict=True)),
+        place("norm", source.read(("norm", "scale"))),
+        None if config.tie_word_embeddings else place("head", source.read(("lm_head", "kernel"))),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _fused(field: str, config: LlamaConfig, sharding: Sharding | None, parts: list[Array]) -> Array:
+    """Joins the parameters of one layer that make up a field."""
+    y = _FORMS[field][0].values(config, parts)
+    return y if sharding is None else jax.lax.with_sharding_constraint(y, sharding)
 
 
 def layer(
@@ -143,7 +183,7 @@ def layer(
       weights: this layer's weights.
       index: 0-based layer index.
       x: hidden states before the layer, in the compute dtype.
-      row: from `rows`.
+      row: positions and rotary tables.
       cache: this layer's cache.
       attention: attends to the new tokens and to the cache.
 

@@ -13,16 +13,15 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from eabf_jax.errors import unknown_name
-from eabf_jax.model.attention import BACKENDS, KERNELS, cudnn_token, precision_of
+from eabf_jax.model.attention import Backend, ability, joined, precision_of
+from eabf_jax.model.attention.backend import MASKED
 
 # Dtypes by name; None is the model's compute dtype. Any other 8-bit dtype would need scales, as int8 does.
 CACHE_DTYPES = {"model": None, "int8": jnp.int8}
 
-# exp() of this is 0 in float32; unlike -inf, it gives no NaN in a row whose entries are all masked.
-_MASKED = -1e30
 _INT8_MAX = 127.0
-# Caches up to this size use XLA's products, not cuDNN: 1 % of a 7B step faster at 256 slots, slower at 2,304.
-# Sizes between these two are not measured.
+# Caches up to this size use XLA's products even if the backend has a kernel. Measured with cuDNN's in a step of a 7B
+# model: the products are 1 % faster at 256 slots and slower at 2,304; sizes between these two are not measured.
 _FEW_SLOTS = 1024
 
 
@@ -85,7 +84,7 @@ def attend_chunk(
     cache: LayerCache,
     *,
     start: int,
-    backend: str,
+    backend: Backend,
 ) -> tuple[Float[Array, "B T N H"], LayerCache]:
     """Attends causally within a chunk of new tokens and to all earlier tokens, and stores the chunk.
 
@@ -98,20 +97,20 @@ def attend_chunk(
       v: the chunk's values.
       cache: holds the earlier tokens.
       start: position of the chunk's first token in every row, known before tracing.
-      backend: a name in `attention.BACKENDS`.
+      backend: computes the attention.
 
     Returns:
       The attended values, in the dtype of v, and the cache with the chunk added.
+    Raises:
+      InputError: a start past 0, and a backend that returns no log-sum-exps.
     """
     if start == 0:
-        out = BACKENDS[backend](q, k, v, None)
+        out = backend(q, k, v)
     else:
-        kernel = KERNELS.get(backend, KERNELS["chunked"])
-        own, own_lse = kernel.forward(q, k, v, None, True)
+        forward = ability(backend, "forward")
+        own, own_lse = forward(q, k, v, None, True)
         keys, values = (_cached(cache, name, start, v.dtype) for name in ("k", "v"))
-        earlier, earlier_lse = kernel.forward(q, keys, values, None, False)
-        lse = jnp.logaddexp(own_lse, earlier_lse)
-        out = (own * _weight(own_lse - lse) + earlier * _weight(earlier_lse - lse)).astype(v.dtype)
+        out, _ = joined(own, own_lse, *forward(q, keys, values, None, False))
     places = (0, 0, start, 0)
     (new_k, k_scale), (new_v, v_scale) = (_quantized(x.swapaxes(1, 2), cache.k.dtype) for x in (k, v))
     stored = LayerCache(
@@ -130,12 +129,13 @@ def attend_token(
     cache: LayerCache,
     positions: Int[Array, "B"],
     *,
-    backend: str,
+    backend: Backend,
 ) -> tuple[Float[Array, "B N H"], LayerCache]:
     """Stores one new token per row and attends to it and all earlier tokens.
 
-    For large caches that are not int8, cuDNN's kernel reads only the slots in use. In other cases all slots are read,
-    because slicing the cache would copy it. The cache should therefore be little larger than needed; see `grown`.
+    For large caches that are not int8, the backend's kernel (if it has one) reads only the slots in use. In other cases
+    all slots are read, because slicing the cache would copy it. The cache should therefore be little larger than
+    needed; see `grown`.
 
     Args:
       q: queries, rotated and scaled.
@@ -143,7 +143,7 @@ def attend_token(
       v: values.
       cache: holds the earlier tokens.
       positions: 0-based position of each row's token, less than the number of slots.
-      backend: a name in `attention.BACKENDS`.
+      backend: computes the attention.
 
     Returns:
       The attended values, in the dtype of v, and the cache with the tokens added.
@@ -155,12 +155,12 @@ def attend_token(
         None if cache.k_scale is None else _put(cache.k_scale, k_scale, positions),
         None if cache.v_scale is None else _put(cache.v_scale, v_scale, positions),
     )
-    if backend == "splash":
+    if backend.platforms == ("tpu",):
         # Without this constraint, the TPU compiler picks another cache layout inside the decode loop to suit the
         # one-slot writes; it then copies the caches on entry and exit and holds both copies.
         cache = cache._replace(k=_as_it_lies(cache.k), v=_as_it_lies(cache.v))
-    if backend == "cudnn" and cache.k_scale is None and cache.k.shape[2] > _FEW_SLOTS:
-        return cudnn_token(q, cache.k, cache.v, positions + 1), cache
+    if backend.token is not None and cache.k_scale is None and cache.k.shape[2] > _FEW_SLOTS:
+        return backend.token(q, cache.k, cache.v, positions + 1), cache
     keys, values = (x.astype(v.dtype) for x in (cache.k, cache.v))
     grouped = q.reshape(q.shape[0], keys.shape[1], -1, q.shape[-1])
     precision = precision_of(q.dtype)
@@ -168,7 +168,7 @@ def attend_token(
     if cache.k_scale is not None:
         logits *= cache.k_scale[:, :, None]
     seen = jnp.arange(keys.shape[2]) <= positions[:, None, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, logits, _MASKED), axis=-1)
+    weights = jax.nn.softmax(jnp.where(seen, logits, MASKED), axis=-1)
     if cache.v_scale is not None:
         weights *= cache.v_scale[:, :, None]
     out = jnp.einsum("bkgs,bksh->bkgh", weights.astype(v.dtype), values, precision=precision)
@@ -204,8 +204,3 @@ def _cached(cache: LayerCache, name: str, slots: int, dtype: jnp.dtype) -> Array
     if scale is not None:
         taken = taken.astype(jnp.float32) * scale[:, :, :slots, None]
     return taken.astype(dtype).swapaxes(1, 2)
-
-
-def _weight(log_share: Array) -> Array:
-    """Turns a log weight [B, N, T] into a weight [B, T, N, 1] for one part's output."""
-    return jnp.exp(log_share).swapaxes(1, 2)[..., None]

@@ -5,7 +5,7 @@ V vocabulary, L layers. Module names are Hugging Face's; kernels are [in, out]; 
 on a leading axis L, so that one traced block serves every layer and compile time does not grow with depth.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -16,14 +16,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from eabf_jax.errors import InputError
-from eabf_jax.model.attention import BACKENDS, Attention, precision_of, select
+from eabf_jax.model.attention import Attention, precision_of, select
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.lora import Lora
+from eabf_jax.model.lora import Lora, adapters
+from eabf_jax.model.parameters import Path, flatten, parameters
 from eabf_jax.rope import Scheme
 
 Constrain = Callable[..., Array]
-# (x [..., in], parameter [in, out], the parameter's name within the layer, e.g. ("q_proj", "kernel")) -> x @ parameter.
-Product = Callable[[Array, Array, tuple[str, str]], Array]
+# (x [..., in], one layer's parameter [in, out], its path in the parameter tree) -> x @ parameter.
+Product = Callable[[Array, Array, Path], Array]
 
 
 class Row(NamedTuple):
@@ -55,39 +56,39 @@ def positions_from_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]
 
 
 def rotary_tables(
-    rope: Scheme, head_dim: int, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
+    rope: Scheme, head_dim: int, positions: Int[Array, "B T"], length: int | Int[Array, "B T"] | None
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Computes cosines and sines of every token's angles, times the scheme's rotation scale.
-
-    For schemes that depend on the current length, each token's length is that of its own segment. Other rows of the
-    batch and other segments of the row therefore never change a token's frequencies.
 
     Args:
       rope: the rotary scheme.
       head_dim: size of one head.
       positions: int32 [batch, length], 0-based.
-      segment_ids: int32 [batch, length] or None.
+      length: the current length in tokens, used by dynamic schemes only: an integer known before tracing, or an array
+        [batch, length] or [batch, 1]. None means within the pretrained window.
 
     Returns:
       float32 cosines and sines, each [batch, length, head_dim // 2].
     """
-    if rope.depends_on_length:
-        lengths = _segment_lengths(positions, segment_ids)
+    if rope.depends_on_length and isinstance(length, jax.Array):
 
         def rotation(length: Array) -> tuple[Array, Array]:
             scale = jnp.asarray(rope.rotation_scale(length), jnp.float32)
             return rope.inverse_frequencies(head_dim, length), scale[None]
 
-        inverse_frequencies, scale = jax.vmap(jax.vmap(rotation))(lengths)
+        frequencies, scale = jax.vmap(jax.vmap(rotation))(length)
     else:
-        inverse_frequencies = jnp.asarray(rope.inverse_frequencies(head_dim))
-        scale = jnp.float32(rope.rotation_scale())
-    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies
+        known = None if isinstance(length, jax.Array) else length
+        frequencies, scale = rope.inverse_frequencies(head_dim, known), jnp.float32(rope.rotation_scale(known))
+    angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
-def _segment_lengths(positions: Array, segment_ids: Array | None) -> Array:
-    """Returns, for each token, the largest position in its segment plus 1: int32 [batch, length]."""
+def segment_lengths(positions: Array, segment_ids: Array | None) -> Array:
+    """Returns, for each token, the largest position in its segment plus 1: int32 [batch, length].
+
+    Other rows of the batch and other segments of the row therefore never change a token's frequencies.
+    """
     if segment_ids is None:
         return jnp.broadcast_to(positions.max(1, keepdims=True) + 1, positions.shape)
     starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
@@ -113,7 +114,7 @@ def rotate(x: Float[Array, "B T heads H"], cos: Array, sin: Array) -> Float[Arra
     return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
 
 
-def product(x: Array, kernel: Array, name: tuple[str, str]) -> Array:
+def product(x: Array, kernel: Array, path: Path) -> Array:
     """Computes x @ kernel and leaves its layout to the compiler; `parallel.rules` has the version for a mesh."""
     return _product(x, kernel)
 
@@ -138,80 +139,59 @@ def _product_backward(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Ar
 _product.defvjp(_product_forward, _product_backward)
 
 
+class Initial:
+    """Makes the first values of a model's parameters, in the shapes of the table."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: Any, lora: Lora | None = None):
+        self.config, self.lora = config, lora
+        self._rngs, self._dtype = rngs, param_dtype
+        self._shapes = {entry.path: entry.shape for entry in (*parameters(config), *adapters(config, lora))}
+
+    def __contains__(self, path: Path) -> bool:
+        return path in self._shapes
+
+    def normal(self, path: Path) -> nnx.Param:
+        """Draws from a normal distribution: the config's, or with variance 1 / in for an adapter's first matrix."""
+        shape = self._shapes[path]
+        stddev = shape[-2] ** -0.5 if path[-1] == "lora_a" else self.config.initializer_range
+        return nnx.Param(jax.nn.initializers.normal(stddev)(self._rngs.params(), shape, self._dtype))
+
+    def constant(self, path: Path, value: float) -> nnx.Param:
+        """Fills with one value."""
+        return nnx.Param(jnp.full(self._shapes[path], value, self._dtype))
+
+
 class Linear(nnx.Module):
     """y = x @ kernel (+ the adapters' product) (+ bias), computed in the dtype of x."""
 
-    def __init__(
-        self,
-        stack: tuple[int, ...],
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool,
-        stddev: float,
-        rngs: nnx.Rngs,
-        param_dtype: Any,
-        lora: Lora | None = None,
-        name: str = "",
-        product: Product = product,
-    ):
-        init = jax.nn.initializers.normal(stddev)
-        self.name, self.product = name, product
-        self.kernel = nnx.Param(init(rngs.params(), (*stack, in_features, out_features), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((*stack, out_features), param_dtype)) if bias else None
-        self.lora_scale = 0.0 if lora is None else lora.scale
+    def __init__(self, initial: Initial, path: Path, product: Product = product):
+        self.path, self.product = path, product
+        self.kernel = initial.normal((*path, "kernel"))
+        self.bias = initial.constant((*path, "bias"), 0) if (*path, "bias") in initial else None
+        self.lora_scale = 0.0
         lora_a = lora_b = None
-        if lora is not None:
-            init = jax.nn.initializers.normal(in_features**-0.5)
-            lora_a = nnx.Param(init(rngs.params(), (*stack, in_features, lora.rank), param_dtype))
+        if initial.lora is not None and (*path, "lora_a") in initial:
+            self.lora_scale = initial.lora.scale
+            lora_a = initial.normal((*path, "lora_a"))
             # Zero, so that the adapters change nothing before the first step.
-            lora_b = nnx.Param(jnp.zeros((*stack, lora.rank, out_features), param_dtype))
+            lora_b = initial.constant((*path, "lora_b"), 0)
         # Assigned once: NNX treats an attribute that was first None as one without parameters.
         self.lora_a, self.lora_b = lora_a, lora_b
 
     def __call__(self, x: Array) -> Array:
-        y = self.product(x, self.kernel[...], (self.name, "kernel"))
+        y = self.product(x, self.kernel[...], (*self.path, "kernel"))
         if self.lora_a is not None and self.lora_b is not None:
-            narrow = self.product(x, self.lora_a[...], (self.name, "lora_a")) * self.lora_scale
-            y += self.product(narrow, self.lora_b[...], (self.name, "lora_b"))
+            narrow = self.product(x, self.lora_a[...], (*self.path, "lora_a")) * self.lora_scale
+            y += self.product(narrow, self.lora_b[...], (*self.path, "lora_b"))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
-
-
-def _linears(
-    stack: tuple[int, ...],
-    config: LlamaConfig,
-    lora: Lora | None,
-    *,
-    bias: bool,
-    rngs: nnx.Rngs,
-    param_dtype: Any,
-    product: Product,
-) -> Callable[[str, int, int], Linear]:
-    """Returns a constructor for the projections of one module; it takes their name and sizes."""
-
-    def linear(name: str, in_features: int, out_features: int) -> Linear:
-        return Linear(
-            stack,
-            in_features,
-            out_features,
-            bias=bias,
-            stddev=config.initializer_range,
-            rngs=rngs,
-            param_dtype=param_dtype,
-            lora=lora if lora is not None and name in lora.targets else None,
-            name=name,
-            product=product,
-        )
-
-    return linear
 
 
 class RMSNorm(nnx.Module):
     """Root-mean-square norm, computed in float32."""
 
-    def __init__(self, stack: tuple[int, ...], features: int, *, eps: float, param_dtype: Any):
-        self.scale = nnx.Param(jnp.ones((*stack, features), param_dtype))
-        self.eps = eps
+    def __init__(self, initial: Initial, path: Path):
+        self.scale = initial.constant((*path, "scale"), 1)
+        self.eps = initial.config.rms_norm_eps
 
     def __call__(self, x: Array) -> Array:
         return rms_norm(x, self.scale[...], self.eps)
@@ -236,13 +216,12 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> 
 class SelfAttention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, stack: tuple[int, ...], config: LlamaConfig, lora: Lora | None, **options: Any):
-        linear = _linears(stack, config, lora, bias=config.attention_bias, **options)
-        self.head_dim = config.head_dim
-        self.q_proj = linear("q_proj", config.hidden_size, config.num_attention_heads * config.head_dim)
-        self.k_proj = linear("k_proj", config.hidden_size, config.num_key_value_heads * config.head_dim)
-        self.v_proj = linear("v_proj", config.hidden_size, config.num_key_value_heads * config.head_dim)
-        self.o_proj = linear("o_proj", config.num_attention_heads * config.head_dim, config.hidden_size)
+    def __init__(self, initial: Initial, path: Path, product: Product):
+        self.head_dim = initial.config.head_dim
+        self.q_proj = Linear(initial, (*path, "q_proj"), product)
+        self.k_proj = Linear(initial, (*path, "k_proj"), product)
+        self.v_proj = Linear(initial, (*path, "v_proj"), product)
+        self.o_proj = Linear(initial, (*path, "o_proj"), product)
 
     def __call__(
         self,
@@ -267,11 +246,10 @@ class SelfAttention(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, stack: tuple[int, ...], config: LlamaConfig, lora: Lora | None, **options: Any):
-        linear = _linears(stack, config, lora, bias=config.mlp_bias, **options)
-        self.gate_proj = linear("gate_proj", config.hidden_size, config.intermediate_size)
-        self.up_proj = linear("up_proj", config.hidden_size, config.intermediate_size)
-        self.down_proj = linear("down_proj", config.intermediate_size, config.hidden_size)
+    def __init__(self, initial: Initial, path: Path, product: Product):
+        self.gate_proj = Linear(initial, (*path, "gate_proj"), product)
+        self.up_proj = Linear(initial, (*path, "up_proj"), product)
+        self.down_proj = Linear(initial, (*path, "down_proj"), product)
 
     def __call__(self, x: Array, constrain: Constrain) -> Array:
         gate, up = (checkpoint_name(proj(x), "mlp") for proj in (self.gate_proj, self.up_proj))
@@ -279,27 +257,13 @@ class SwiGLU(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One decoder layer; with a non-empty `stack`, the stacked parameters of several layers."""
+    """One decoder layer; holds the stacked parameters of all layers, or those of the layer that it computes."""
 
-    def __init__(
-        self,
-        stack: tuple[int, ...],
-        config: LlamaConfig,
-        lora: Lora | None,
-        *,
-        rngs: nnx.Rngs,
-        param_dtype: Any,
-        product: Product,
-    ):
-        options = {"rngs": rngs, "param_dtype": param_dtype, "product": product}
-
-        def norm() -> RMSNorm:
-            return RMSNorm(stack, config.hidden_size, eps=config.rms_norm_eps, param_dtype=param_dtype)
-
-        self.input_layernorm = norm()
-        self.self_attn = SelfAttention(stack, config, lora, **options)
-        self.post_attention_layernorm = norm()
-        self.mlp = SwiGLU(stack, config, lora, **options)
+    def __init__(self, initial: Initial, path: Path, product: Product):
+        self.input_layernorm = RMSNorm(initial, (*path, "input_layernorm"))
+        self.self_attn = SelfAttention(initial, (*path, "self_attn"), product)
+        self.post_attention_layernorm = RMSNorm(initial, (*path, "post_attention_layernorm"))
+        self.mlp = SwiGLU(initial, (*path, "mlp"), product)
 
     def __call__(
         self,
@@ -318,9 +282,8 @@ class Block(nnx.Module):
 class Embedding(nnx.Module):
     """Token vectors."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: Any):
-        init = jax.nn.initializers.normal(config.initializer_range)
-        self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.hidden_size), param_dtype))
+    def __init__(self, initial: Initial, path: Path):
+        self.embedding = initial.normal((*path, "embedding"))
 
 
 class Llama(nnx.Module):
@@ -345,7 +308,7 @@ class Llama(nnx.Module):
           rngs: source of randomness; the stream `params` is used.
           dtype: compute dtype of the matrix products; norms, angles, softmax and logits are float32.
           param_dtype: dtype of the parameters.
-          attention: a backend's name, "auto", or a function with the signature of `attention.reference`.
+          attention: a backend's name, "auto", or a function with the signature of `attention.Backend`.
           constrain: called with each large activation and its logical axes, to set its layout on a mesh.
           product: multiplies activations by the layers' kernels and adapters.
           lora: adds adapters to the projections that it names.
@@ -357,27 +320,12 @@ class Llama(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.constrain = constrain
         self.lora = lora
-        self.attention = (
-            BACKENDS[select(attention, self.dtype, config.head_dim)] if isinstance(attention, str) else attention
-        )
-        self.embed_tokens = Embedding(config, rngs=rngs, param_dtype=param_dtype)
-        self.layers = Block(
-            (config.num_hidden_layers,), config, lora, rngs=rngs, param_dtype=param_dtype, product=product
-        )
-        self.norm = RMSNorm((), config.hidden_size, eps=config.rms_norm_eps, param_dtype=param_dtype)
-        self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else Linear(
-                (),
-                config.hidden_size,
-                config.vocab_size,
-                bias=False,
-                stddev=config.initializer_range,
-                rngs=rngs,
-                param_dtype=param_dtype,
-            )
-        )
+        self.attention = select(attention, self.dtype, config.head_dim) if isinstance(attention, str) else attention
+        initial = Initial(config, rngs=rngs, param_dtype=param_dtype, lora=lora)
+        self.embed_tokens = Embedding(initial, ("embed_tokens",))
+        self.layers = Block(initial, ("layers",), product)
+        self.norm = RMSNorm(initial, ("norm",))
+        self.lm_head = None if config.tie_word_embeddings else Linear(initial, ("lm_head",))
 
     @classmethod
     def abstract(cls, config: LlamaConfig, **options: Any) -> Self:
@@ -413,7 +361,10 @@ class Llama(nnx.Module):
           InputError: a parameter is missing, unknown or has the wrong shape.
         """
         graphdef, state = nnx.split(self)
-        expected, given = (dict(_named_leaves(tree)) for tree in (nnx.to_pure_dict(state), params))
+        # In the order in which JAX flattens dicts.
+        expected, given = (
+            {".".join(path): leaf for path, leaf in sorted(flatten(tree))} for tree in (nnx.to_pure_dict(state), params)
+        )
         for name in [*expected, *given]:
             if name not in given:
                 raise InputError(f"parameter {name} of shape {expected[name].shape} is missing")
@@ -482,8 +433,9 @@ class Llama(nnx.Module):
                 if segment_ids is None
                 else positions_from_segments(segment_ids)
             )
-        cos, sin = rotary_tables(self.config.rope, self.config.head_dim, positions, segment_ids)
-        return Row(positions, cos, sin, segment_ids)
+        rope = self.config.rope
+        length = segment_lengths(positions, segment_ids) if rope.depends_on_length else None
+        return Row(positions, *rotary_tables(rope, self.config.head_dim, positions, length), segment_ids)
 
     def embed(self, embedding: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Returns the hidden states before the first layer, in the compute dtype."""
@@ -566,13 +518,3 @@ def _checked(name: str, given: Any, low: int, end: int, shape: tuple[int, ...] |
                 f"{name}: values from {known.min()} to {known.max()} were given; {low} to {end - 1} are possible"
             )
     return jnp.asarray(values, jnp.int32)
-
-
-def _named_leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields pairs of dotted name and array, in the order in which JAX flattens dicts."""
-    for key in sorted(params):
-        name = f"{prefix}{key}"
-        if isinstance(params[key], Mapping):
-            yield from _named_leaves(params[key], f"{name}.")
-        else:
-            yield name, params[key]

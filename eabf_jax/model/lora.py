@@ -13,9 +13,8 @@ import numpy as np
 from jaxtyping import Float
 
 from eabf_jax.errors import InputError, unknown_name
-
-ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-PROJECTIONS = (*ATTENTION_PROJECTIONS, "gate_proj", "up_proj", "down_proj")
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.parameters import ADAPTERS, ATTENTION_PROJECTIONS, PROJECTIONS, Parameter
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,11 @@ class Lora:
             or (self.train_embeddings and path[-1] == "embedding")
             or (self.train_norms and path[-1] == "scale")
         )
+
+
+def adapters(config: LlamaConfig, lora: Lora | None) -> tuple[Parameter, ...]:
+    """Lists the adapters of a model: `lora_a` and `lora_b` per adapted kernel, none without `lora`."""
+    return () if lora is None else tuple(e.of(config, lora.rank) for e in ADAPTERS if e.path[-2] in lora.targets)
 
 
 def split_trained(params: Mapping[str, Any], lora: Lora | None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -19,24 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from eabf_jax.errors import InputError
-from eabf_jax.model.attention import (
-    BACKENDS,
-    KERNELS,
-    SPLASH_LANES,
-    Attention,
-    Kernel,
-    named,
-    reference,
-    reference_at,
-    run_splash,
-    splash,
-    splash_kernel,
-)
+from eabf_jax.model.attention import Attention, Backend, ability, joined, named
+from eabf_jax.model.attention.backend import Backward, Forward
 from eabf_jax.parallel.fsdp import reduce_scatter
 
 _AXIS = "context"
-# A chunk's length must be a multiple of this: cuDNN's backward pass needs even lengths, splash full lanes per device.
-_CHUNK_MULTIPLE = {BACKENDS["cudnn"]: 2, splash: SPLASH_LANES // 2}
 
 
 def zigzag_order(length: int, ways: int) -> np.ndarray:
@@ -75,19 +62,25 @@ def undo_zigzag_order(length: int, ways: int) -> np.ndarray:
     return np.argsort(zigzag_order(length, ways))
 
 
-def context_attention(mesh: Mesh, attention: Attention, heads: PartitionSpec) -> Attention:
+def context_attention(mesh: Mesh, backend: Attention, heads: PartitionSpec) -> Attention:
     """Builds attention over rows whose tokens are split over devices in `zigzag_order`.
 
     Args:
       mesh: a device mesh whose context axis is larger than 1.
-      attention: a function of `model.attention.BACKENDS`.
+      backend: one of `model.attention.BACKENDS`.
       heads: partition of [B, T, N, H] on the mesh.
 
     Returns:
-      A function with the signature of `reference` for arrays laid out on the mesh. It raises InputError for segment
+      A function with the backend's signature for arrays laid out on the mesh. It raises InputError for segment
       ids, and for rows that the backend cannot split.
+    Raises:
+      InputError: the backend can neither permute queries nor join results by log-sum-exps.
     """
     ways = mesh.shape[_AXIS]
+    if not isinstance(backend, Backend):
+        raise InputError(f"mesh context={ways} needs an attention backend by name; a function was given: {backend}")
+    permuted, multiple = backend.permuted, 2 * ways * backend.chunk_multiple
+    parts = None if permuted else _in_parts(ability(backend, "forward"), ability(backend, "backward"), mesh)
     shard_map = functools.partial(jax.shard_map, mesh=mesh, out_specs=heads, check_vma=False)
 
     def attend(q: Array, k: Array, v: Array, segment_ids: Array | None = None) -> Array:
@@ -95,43 +88,26 @@ def context_attention(mesh: Mesh, attention: Attention, heads: PartitionSpec) ->
             raise InputError(
                 f"mesh context={ways} splits rows of one document; packed rows (pretraining) need context=1"
             )
-        length, multiple = q.shape[1], 2 * ways * _CHUNK_MULTIPLE.get(attention, 1)
+        length = q.shape[1]
         if length % multiple:
             raise InputError(
-                f"rows of {length} tokens cannot be split over mesh context={ways} for this attention backend: "
-                f"the window has to be a multiple of {multiple}"
+                f"rows of {length} tokens cannot be split over mesh context={ways} for attention backend "
+                f"{backend.name!r}: the window has to be a multiple of {multiple}"
             )
-        if attention is splash:
-            order = tuple(zigzag_order(length, ways).tolist())
-            kernel = splash_kernel(order, q.shape[2], head_shards=mesh.shape["tensor"], q_shards=ways)
-            layout = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(heads[2], _AXIS)))
-            return shard_map(functools.partial(_splash, mesh), in_specs=(layout, *(heads,) * 3))(kernel, q, k, v)
-        local = _reference(mesh) if attention is reference else _joined(_kernel_of(attention), mesh)
-        return shard_map(local, in_specs=(heads,) * 3)(q, k, v)
+        if permuted is None:
+            return shard_map(parts, in_specs=(heads,) * 3)(q, k, v)
+        queries = NamedSharding(mesh, PartitionSpec(heads[2], _AXIS))
+        kernel, layout, run = permuted(zigzag_order(length, ways), q.shape[2], queries)
+
+        def whole(kernel: Any, q: Array, k: Array, v: Array) -> Array:
+            return run(kernel, q, _gather(k, mesh), _gather(v, mesh))
+
+        return shard_map(whole, in_specs=(layout, *(heads,) * 3))(kernel, q, k, v)
 
     return attend
 
 
-def _kernel_of(attention: Attention) -> Kernel:
-    return next(KERNELS[name] for name, backend in BACKENDS.items() if backend is attention)
-
-
-def _splash(mesh: Mesh, kernel: Any, q: Array, k: Array, v: Array) -> Array:
-    head_dim = q.shape[-1]
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -head_dim % SPLASH_LANES))) for x in (q, k, v))
-    return run_splash(kernel, q, _gather(k, mesh), _gather(v, mesh))[..., :head_dim]
-
-
-def _reference(mesh: Mesh) -> Callable[[Array, Array, Array], Array]:
-    def attend(q: Array, k: Array, v: Array) -> Array:
-        ways, rank, chunk = mesh.shape[_AXIS], jax.lax.axis_index(_AXIS), jnp.arange(q.shape[1] // 2)
-        q_index = jnp.concatenate((rank * chunk.size + chunk, (2 * ways - 1 - rank) * chunk.size + chunk))
-        return reference_at(q_index, q, _gather(k, mesh), _gather(v, mesh))
-
-    return attend
-
-
-def _joined(kernel: Kernel, mesh: Mesh) -> Callable[[Array, Array, Array], Array]:
+def _in_parts(forward: Forward, backward: Backward, mesh: Mesh) -> Callable[[Array, Array, Array], Array]:
     """Builds attention for a device's two query chunks: [B, 2c, N, H], [B, 2c, K, H] twice -> [B, 2c, N, H].
 
     A causal kernel attends within each chunk and an unmasked one attends to all earlier chunks, so no block is wasted;
@@ -143,24 +119,19 @@ def _joined(kernel: Kernel, mesh: Mesh) -> Callable[[Array, Array, Array], Array
 
     @jax.custom_vjp
     def attend(q: Array, k: Array, v: Array) -> Array:
-        return forward(q, k, v)[0]
+        return kept(q, k, v)[0]
 
-    def forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
-        own, own_lse = kernel.forward(_apart(q), _apart(k), _apart(v), None, True)
-        branches = [functools.partial(_before, kernel, ways, rank) for rank in range(ways)]
+    def kept(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+        own, own_lse = forward(_apart(q), _apart(k), _apart(v), None, True)
+        branches = [functools.partial(_before, forward, ways, rank) for rank in range(ways)]
         before, before_lse = jax.lax.switch(jax.lax.axis_index(_AXIS), branches, q, _gather(k, mesh), _gather(v, mesh))
-        own, own_lse = _together(own), _statistics_together(own_lse)
-        lse = jnp.logaddexp(own_lse, before_lse)
-        out = own * _weight(own_lse - lse) + before * _weight(before_lse - lse)
-        out, lse = named(out.astype(v.dtype), lse)
+        out, lse = named(*joined(_together(own), _statistics_together(own_lse), before, before_lse))
         return out, (q, k, v, out, lse)
 
-    def backward(saved: tuple[Array, ...], d_out: Array) -> tuple[Array, Array, Array]:
+    def gradients(saved: tuple[Array, ...], d_out: Array) -> tuple[Array, Array, Array]:
         q, k, v, out, lse = saved
-        own = kernel.backward(
-            _apart(q), _apart(k), _apart(v), None, _apart(out), _statistics_apart(lse), _apart(d_out), True
-        )
-        branches = [functools.partial(_before_backward, kernel, ways, rank) for rank in range(ways)]
+        own = backward(_apart(q), _apart(k), _apart(v), None, _apart(out), _statistics_apart(lse), _apart(d_out), True)
+        branches = [functools.partial(_before_backward, backward, ways, rank) for rank in range(ways)]
         rank = jax.lax.axis_index(_AXIS)
         before = jax.lax.switch(rank, branches, q, _gather(k, mesh), _gather(v, mesh), out, lse, d_out)
         d_q, d_k, d_v = (
@@ -169,7 +140,7 @@ def _joined(kernel: Kernel, mesh: Mesh) -> Callable[[Array, Array, Array], Array
         )
         return d_q, d_k, d_v
 
-    attend.defvjp(forward, backward)
+    attend.defvjp(kept, gradients)
     return attend
 
 
@@ -179,10 +150,10 @@ def _prefixes(ways: int, rank: int, chunk: int) -> list[tuple[slice, int]]:
     return [(slice(i * chunk, (i + 1) * chunk), number * chunk) for i, number in enumerate(numbers) if number]
 
 
-def _before(kernel: Kernel, ways: int, rank: int, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+def _before(forward: Forward, ways: int, rank: int, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
     """Attends from a rank's queries to all earlier chunks: out [B, 2c, N, H], log-sum-exp [B, N, 2c]."""
     parts = [
-        kernel.forward(q[:, place], k[:, :keys], v[:, :keys], None, False)
+        forward(q[:, place], k[:, :keys], v[:, :keys], None, False)
         for place, keys in _prefixes(ways, rank, q.shape[1] // 2)
     ]
     if len(parts) == 1:
@@ -194,13 +165,11 @@ def _before(kernel: Kernel, ways: int, rank: int, q: Array, k: Array, v: Array) 
 
 
 def _before_backward(
-    kernel: Kernel, ways: int, rank: int, q: Array, k: Array, v: Array, out: Array, lse: Array, d_out: Array
+    backward: Backward, ways: int, rank: int, q: Array, k: Array, v: Array, out: Array, lse: Array, d_out: Array
 ) -> tuple[Array, Array, Array]:
     """Computes gradients of `_before` under the joined softmax: d_q of the rank's queries, d_k and d_v of the row."""
     parts = [
-        kernel.backward(
-            q[:, place], k[:, :keys], v[:, :keys], None, out[:, place], lse[:, :, place], d_out[:, place], False
-        )
+        backward(q[:, place], k[:, :keys], v[:, :keys], None, out[:, place], lse[:, :, place], d_out[:, place], False)
         for place, keys in _prefixes(ways, rank, q.shape[1] // 2)
     ]
     d_qs, d_ks, d_vs = zip(*parts, strict=True)
@@ -252,8 +221,3 @@ def _statistics_apart(x: Array) -> Array:
 
 def _statistics_together(x: Array) -> Array:
     return _together(x.swapaxes(1, 2)).swapaxes(1, 2)
-
-
-def _weight(log_share: Array) -> Array:
-    """Turns a log weight [B, N, T] into a weight [B, T, N, 1] for one part's output."""
-    return jnp.exp(log_share).swapaxes(1, 2)[..., None]

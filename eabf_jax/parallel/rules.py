@@ -1,18 +1,23 @@
-"""Sharding rules as tables: one from logical axes to mesh axes, one from parameters to logical axes."""
+"""Sharding rules: the table from logical axes to mesh axes, and what follows from it for parameters and activations."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from eabf_jax.errors import InputError
-from eabf_jax.model.attention import Attention
-from eabf_jax.model.llama import Constrain, Product, product, unconstrained
+from eabf_jax.model.attention import Attention, select
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.llama import Constrain, Llama, Product, product, unconstrained
+from eabf_jax.model.parameters import parameter_axes
 from eabf_jax.parallel.context import context_attention
 from eabf_jax.parallel.fsdp import PARAMETER_AXES, TOKEN_AXES, sharded_product
+from eabf_jax.parallel.mesh import AXES
 
 LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -26,48 +31,38 @@ LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
 }
 
-_COLUMN: dict[str, tuple[str | None, ...]] = {
-    "kernel": ("embed", "{}"),
-    "bias": ("{}",),
-    "lora_a": ("embed", None),
-    "lora_b": (None, "{}"),
-}
-_ROW: dict[str, tuple[str | None, ...]] = {
-    "kernel": ("{}", "embed"),
-    "bias": (None,),
-    "lora_a": ("{}", None),
-    "lora_b": (None, "embed"),
-}
-_LAYERS: dict[str, tuple[dict[str, tuple[str | None, ...]], str]] = {
-    "q_proj": (_COLUMN, "heads"),
-    "k_proj": (_COLUMN, "heads"),
-    "v_proj": (_COLUMN, "heads"),
-    "o_proj": (_ROW, "heads"),
-    "gate_proj": (_COLUMN, "mlp"),
-    "up_proj": (_COLUMN, "mlp"),
-    "down_proj": (_ROW, "mlp"),
-    "lm_head": (_COLUMN, "vocab"),
-}
+
+def spec(*logical_axes: str | None) -> PartitionSpec:
+    """Returns the partition of an array with these logical axes.
+
+    Raises:
+      InputError: two of them are split over the same mesh axis.
+    """
+    users: dict[str, str | None] = {}
+    for logical in logical_axes:
+        for name in _names(LOGICAL_TO_MESH[logical]):
+            if name in users:
+                raise InputError(
+                    f"the logical axes {users[name]} and {logical} of one array are both split over the mesh axis "
+                    f"{name}, which can split one dimension only: leave one of them unsplit (None)"
+                )
+            users[name] = logical
+    return PartitionSpec(*(LOGICAL_TO_MESH[axis] for axis in logical_axes))
 
 
-def parameter_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
-    """Returns one logical axis name (or None) per dimension of a parameter.
+def parameter_spec(path: tuple[str, ...]) -> PartitionSpec:
+    """Returns the partition of a parameter.
 
     Args:
       path: its path in the parameter tree, e.g. ("layers", "self_attn", "q_proj", "kernel").
+
+    Raises:
+      InputError: two of its logical axes are split over the same mesh axis.
     """
-    stack = ("layers",) if path[0] == "layers" else ()
-    if path[-1] == "embedding":
-        return ("vocab", "embed")
-    if path[-1] == "scale":
-        return (*stack, None)
-    kind, axis = _LAYERS[path[-2]]
-    return (*stack, *(axis if name == "{}" else name for name in kind[path[-1]]))
-
-
-def spec(*logical_axes: str | None) -> PartitionSpec:
-    """Returns the partition of an array with these logical axes."""
-    return PartitionSpec(*(LOGICAL_TO_MESH[axis] for axis in logical_axes))
+    try:
+        return spec(*parameter_axes(path))
+    except InputError as error:
+        raise InputError(f"parameter {'.'.join(path)}: {error}") from error
 
 
 def parameter_shardings(mesh: Mesh, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,12 +75,12 @@ def parameter_shardings(mesh: Mesh, params: Mapping[str, Any]) -> dict[str, Any]
     Returns:
       A nested dict of NamedSharding with the same structure.
     Raises:
-      InputError: a dimension does not divide by the mesh axes that split it.
+      InputError: a dimension does not divide by the mesh axes that split it; as for `parameter_spec`.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = tuple(key.key for key in path)
-        partition = spec(*parameter_axes(names))
+        partition = parameter_spec(names)
         for size, axes in zip(leaf.shape, partition, strict=True):
             ways = _ways(mesh, axes)
             if size % ways:
@@ -154,6 +149,7 @@ def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else axes or ()
 
 
+@functools.cache  # models of one shape on one mesh share their compiled programs
 def activation_constraint(mesh: Mesh) -> Constrain:
     """Builds the `constrain` hook of `Llama` for a mesh, which pins large activations to their logical axes."""
     if mesh.size == 1:
@@ -165,6 +161,7 @@ def activation_constraint(mesh: Mesh) -> Constrain:
     return constrain
 
 
+@functools.cache
 def layer_product(mesh: Mesh, *, whole: bool = False) -> Product:
     """Builds the `product` hook of `Llama` for a mesh, which gathers parameters and scatters their gradients.
 
@@ -175,7 +172,8 @@ def layer_product(mesh: Mesh, *, whole: bool = False) -> Product:
     if all(mesh.shape[axis] == 1 for axis in TOKEN_AXES):
         return product
     multiply = sharded_product(mesh, spec("batch", "length"), whole=whole)
-    return lambda x, kernel, name: multiply(x, kernel, spec(*parameter_axes(name)))
+    # Without the axis of layers: a product is one layer's.
+    return lambda x, kernel, path: multiply(x, kernel, PartitionSpec(*parameter_spec(path)[1:]))
 
 
 def check_tensor_axis(ways: int, kv_heads: int) -> None:
@@ -195,19 +193,20 @@ def check_tensor_axis(ways: int, kv_heads: int) -> None:
         )
 
 
+@functools.cache
 def sharded_attention(mesh: Mesh, attention: Attention, kv_heads: int) -> Attention:
     """Runs an attention backend on each device's own rows, queries and heads, so that kernels need not handle a mesh.
 
     Args:
       mesh: the device mesh.
-      attention: a function of `model.attention.BACKENDS`.
+      attention: one of `model.attention.BACKENDS`, or without a context axis any function with its signature.
       kv_heads: key-value heads of the model.
 
     Returns:
       A function with the same signature for arrays laid out on the mesh; with a context axis, the tokens of each row
       must be in `context.zigzag_order`.
     Raises:
-      InputError: the tensor axis does not divide the key-value heads.
+      InputError: the tensor axis does not divide the key-value heads, or the backend cannot split rows.
     """
     check_tensor_axis(mesh.shape["tensor"], kv_heads)
     if mesh.size == 1:
@@ -234,3 +233,52 @@ def sharded_attention(mesh: Mesh, attention: Attention, kv_heads: int) -> Attent
         )(q, k, v, segment_ids)
 
     return attend
+
+
+def llama_on(
+    mesh: Mesh,
+    config: LlamaConfig,
+    *,
+    dtype: Any,
+    attention: str | Attention = "auto",
+    whole: bool = False,
+    **options: Any,
+) -> Llama:
+    """Builds a model that computes on a mesh, with shapes in place of parameters.
+
+    Args:
+      mesh: the device mesh.
+      config: the model's shape.
+      dtype: compute dtype.
+      attention: a backend's name, "auto", or a function for one device.
+      whole: as for `layer_product`.
+      **options: as for `Llama`.
+
+    Raises:
+      InputError: the tensor axis does not divide the key-value heads; unknown backend.
+    """
+    if isinstance(attention, str):
+        platform = mesh.devices.flat[0].platform
+        attention = select(attention, jnp.dtype(dtype), config.head_dim, platform)
+    return Llama.abstract(
+        config,
+        dtype=jnp.dtype(dtype),
+        attention=sharded_attention(mesh, attention, config.num_key_value_heads),
+        constrain=activation_constraint(mesh),
+        product=layer_product(mesh, whole=whole),
+        **options,
+    )
+
+
+def moved(model: Llama, mesh: Mesh) -> Llama:
+    """Returns a model on one device as one that is held and computed on a mesh."""
+    params = model.parameters()
+    options: dict[str, Any] = {"dtype": model.dtype, "attention": model.attention, "lora": model.lora}
+    placed = jax.device_put(params, parameter_shardings(mesh, params))
+    return llama_on(mesh, model.config, **options).with_parameters(placed)
+
+
+def mesh_of(model: Llama) -> Mesh | None:
+    """Returns the mesh that a model's parameters are on; None if they are on one device."""
+    mesh = getattr(getattr(model.embed_tokens.embedding[...], "sharding", None), "mesh", None)
+    return mesh if isinstance(mesh, Mesh) and mesh.axis_names == AXES else None

@@ -18,12 +18,12 @@ from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.model.attention import precision_of
 from eabf_jax.model.llama import Llama, Row, logits, rms_norm
 from eabf_jax.parallel.fsdp import TOKEN_AXES, by_device, lookup, lookup_backward, scattered
-from eabf_jax.parallel.rules import parameter_axes, spec
+from eabf_jax.parallel.rules import parameter_spec, spec
 
 Tree = Any  # nested dict of arrays
 
 _TOKENS = spec("batch", "length")
-_EMBEDDING = spec(*parameter_axes(("embed_tokens", "embedding")))
+_EMBEDDING = parameter_spec(("embed_tokens", "embedding"))
 
 # The residuals that a layer keeps in addition to its input, by their names in `model/`; None keeps all residuals.
 # `offload` keeps its residuals in host memory.
@@ -80,7 +80,7 @@ class Pieces:
     """
 
     def __init__(
-        self, model: Llama, loss_chunk: int, mesh: Mesh | None = None, *, wide: bool = False, whole: bool = False
+        self, model: Llama, loss_chunk: int, mesh: Mesh | None = None, *, wide: bool = False, gathered: bool = False
     ):
         """Stores the static settings.
 
@@ -90,13 +90,13 @@ class Pieces:
           mesh: the device mesh of the arrays.
           wide: matrix products return layer gradients in float32, so that a product can add to its sum directly. If
             False, gradients have the compute dtype, which halves the bytes sent between devices.
-          whole: parameters are already gathered over the mesh axes that only shard their storage.
+          gathered: parameters are already gathered over the mesh axes that only shard their storage.
         """
         self._model = model
         self._chunk = loss_chunk
         self._mesh = mesh if mesh is not None and mesh.size > 1 else None
         self._wide = wide
-        self._whole = whole
+        self._gathered = gathered
 
     def row(self, rows: Microbatch) -> Row:
         """Computes the per-token inputs that all layers share."""
@@ -107,7 +107,7 @@ class Pieces:
         embedding = parameters["embedding"]
         if self._mesh is None:
             return self._model.embed(embedding, tokens)
-        lies = PartitionSpec() if self._whole else _EMBEDDING
+        lies = PartitionSpec() if self._gathered else _EMBEDDING
         return self._laid_out(lookup(self._mesh, _TOKENS, lies)(embedding, tokens).astype(self._model.dtype))
 
     def _pullback(
@@ -121,8 +121,8 @@ class Pieces:
             trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
         names = REMAT_POLICIES[policy]
         if names is not None:
-            kept = jax.checkpoint_policies.save_only_these_names(*names)
-            layer = jax.checkpoint(layer, policy=kept, prevent_cse=False)
+            keep = jax.checkpoint_policies.save_only_these_names(*names)
+            layer = jax.checkpoint(layer, policy=keep, prevent_cse=False)
         return jax.vjp(layer, trained, x, frozen, index, row)
 
     def forward(
@@ -152,22 +152,22 @@ class Pieces:
         index: Array,
         x: Float[Array, "B T D"],
         row: Row,
-        kept: list[Array],
+        residuals: list[Array],
         d_y: Float[Array, "B T D"],
     ) -> tuple[Tree, Float[Array, "B T D"]]:
         """Runs the backward pass of one layer.
 
         Args:
           policy, trained, frozen, index, x, row: as given to `forward`.
-          kept: the residuals that `forward` returned.
+          residuals: what `forward` returned.
           d_y: gradient of the loss with respect to the layer's output.
 
         Returns:
           Gradients with respect to the trained parameters and to x.
         """
-        # Traced again for the pullback's structure; the compiler removes the computation that `kept` replaces.
+        # Traced again for the pullback's structure; the compiler removes the computation that `residuals` replace.
         _, pullback = self._pullback(policy, trained, frozen, index, x, row)
-        pullback.opaque_residuals = kept
+        pullback.opaque_residuals = residuals
         d_trained, d_x, *_ = pullback(d_y)
         return d_trained, self._laid_out(d_x)
 
@@ -228,7 +228,7 @@ class Pieces:
         mesh = self._mesh
         if mesh is None:
             return run(gradients, *arrays)
-        specs = jax.tree.map_with_path(lambda path, _: spec(*parameter_axes(tuple(k.key for k in path))), gradients)
+        specs = jax.tree.map_with_path(lambda path, _: parameter_spec(tuple(k.key for k in path)), gradients)
 
         def share(sums: Tree, *arrays: Array) -> tuple[Array, Tree, Array]:
             """Processes a device's own tokens; sums over all chunks first, then once over the devices."""

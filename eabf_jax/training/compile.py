@@ -10,18 +10,15 @@ from typing import Any
 import jax
 
 from eabf_jax.errors import InputError
+from eabf_jax.hardware import DEVICES, GIB, device_at_hand, device_named
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.parallel.collectives import collective_bytes
 from eabf_jax.parallel.mesh import axis_sizes, make_mesh
 from eabf_jax.parallel.topology import SLICES, Slice, compile_only_devices
 from eabf_jax.training.plan import (
-    DEVICES,
-    GIB,
     Plan,
     check,
     choose,
-    device_at_hand,
-    device_named,
     mesh_told,
     preferred_meshes,
     settle_mesh,
@@ -35,7 +32,7 @@ def predict(config: TrainConfig, device_name: str | None = None, count: int | No
 
     Args:
       config: the run.
-      device_name: a name in `plan.DEVICES`; None means this machine's devices.
+      device_name: a name in `hardware.DEVICES`; None means this machine's devices.
       count: number of devices; None means all of this machine's devices, or one device if `device_name` is given.
 
     Raises:

@@ -40,7 +40,7 @@ def device_bytes(tree: Any) -> int:
     return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
 
 
-class Streamed:
+class OptimizerStream:
     """Streams the optimizer's state, part by part, from host memory to its update and back.
 
     A copy to the device starts only when all computation queued before it is done. Copies are therefore queued between
@@ -56,53 +56,53 @@ class Streamed:
           on_device: the shardings of each part on the device.
           on_host: the shardings of each part in host memory.
         """
-        self._sizes = [device_bytes(part) for part in parts]
-        self._waiting, self._targets, self._homes = deque(parts), deque(on_device), deque(on_host)
-        self._coming: deque[Any] = deque()
+        sizes = [device_bytes(part) for part in parts]
+        self._waiting = deque(zip(parts, sizes, on_device, strict=True))
+        self._on_host = deque(on_host)
+        self._arriving: deque[Any] = deque()
         self._leaving: deque[tuple[Any, int]] = deque()
-        self._next = 0
-        self._room = 0
+        self._largest = max(sizes)
+        self._free = 0  # of the granted bytes
         self.granted = 0
 
     def grant(self, size: int) -> None:
         """Grants the parts `size` more bytes of device memory, and starts the copies that now fit."""
         self.granted += size
-        self._room += size
-        while self._waiting and self._room >= self._sizes[self._next]:
-            self._fetch()
+        self._fetch(size)
 
     def grant_least(self) -> None:
         """Raises the grant to the minimum: `IN_FLIGHT` parts in transfer each way, and one part in its update."""
-        self.grant(max(0, (2 * IN_FLIGHT + 1) * max(self._sizes) - self.granted))
+        self.grant(max(0, (2 * IN_FLIGHT + 1) * self._largest - self.granted))
 
-    def _fetch(self) -> None:
-        self._room -= self._sizes[self._next]
-        self._next += 1
-        self._coming.append(moved(self._waiting.popleft(), self._targets.popleft()))
+    def _fetch(self, freed: int) -> None:
+        self._free += freed
+        while self._waiting and self._free >= self._waiting[0][1]:
+            part, size, at = self._waiting.popleft()
+            self._free -= size
+            self._arriving.append(moved(part, at))
 
     def take(self) -> Any:
         """Returns the next part, on the device."""
-        while not self._coming:
-            self._settle_one()
-        return self._coming.popleft()
+        while not self._arriving:
+            self._drain_one()
+        return self._arriving.popleft()
 
     def give(self, part: Any) -> Any:
         """Starts the copy of an updated part to host memory; returns the copy."""
         size = device_bytes(part)
-        parked = moved(part, self._homes.popleft())
-        self._leaving.append((parked, size))
-        return parked
+        copy = moved(part, self._on_host.popleft())
+        self._leaving.append((copy, size))
+        return copy
 
-    def settle(self, size: float) -> None:
+    def drain(self, size: float) -> None:
         """Waits until the parts still being copied to host memory take at most `size` bytes on the device."""
         while sum(bytes_ for _, bytes_ in self._leaving) > size:
-            self._settle_one()
+            self._drain_one()
 
-    def _settle_one(self) -> None:
-        parked, size = self._leaving.popleft()
-        jax.block_until_ready(parked)
-        self._room += size
-        self.grant(0)
+    def _drain_one(self) -> None:
+        copy, size = self._leaving.popleft()
+        jax.block_until_ready(copy)
+        self._fetch(size)
 
 
 class Shards:
@@ -133,15 +133,15 @@ def stacked(at: NamedSharding, *layers: Shards) -> Array:
     return jax.make_array_from_single_device_arrays((len(layers), *layers[0].shape), at, pieces)
 
 
-def layer_of(leaf: Array, number: int, at: NamedSharding) -> Array:
+def layer_of(leaf: Array, index: int, at: NamedSharding) -> Array:
     """Copies one layer of a stacked array to the device.
 
     Args:
       leaf: [layers, ...], on the device or in host memory.
-      number: 0-based layer index.
+      index: 0-based layer index.
       at: sharding of the result.
     """
     if leaf.sharding.memory_kind != HOST:
-        return jax.device_put(leaf[number], at)
-    pieces = [jax.device_put(np.asarray(shard.data)[number], shard.device) for shard in leaf.addressable_shards]
+        return jax.device_put(leaf[index], at)
+    pieces = [jax.device_put(np.asarray(shard.data)[index], shard.device) for shard in leaf.addressable_shards]
     return jax.make_array_from_single_device_arrays(leaf.shape[1:], at, pieces)

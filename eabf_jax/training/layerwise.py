@@ -4,12 +4,16 @@ It has three advantages over one program that scans the layers. Parameters, grad
 buffers, which matrix products read and write without a copy. Each layer can keep different residuals. The optimizer's
 state can stay in host memory and pass through the device a few layers at a time; in one program, XLA would have to
 schedule that. The device does not wait for Python, which queues calls much faster than the device runs them.
+
+`Layerwise.compile` settles a `Schedule`, and `Layerwise.__call__` follows it. What a layer keeps for its backward pass
+is its input and its residuals. A part of a tree is one layer, or any other top-level entry such as the embedding.
 """
 
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -25,8 +29,8 @@ from eabf_jax.parallel.rules import parameter_shardings, spec
 from eabf_jax.training.backward import Microbatch, Pieces, Tree, add, head_parameters, remat_by_layer, zeros
 from eabf_jax.training.host_memory import (
     IN_FLIGHT,
+    OptimizerStream,
     Shards,
-    Streamed,
     device_bytes,
     layer_of,
     moved,
@@ -36,6 +40,24 @@ from eabf_jax.training.host_memory import (
 from eabf_jax.training.master import join, split_tree
 from eabf_jax.training.recipe import ComputeConfig
 from eabf_jax.training.step import Saved, StepMetrics, TrainState, clip_factor, narrowed, update, with_shardings
+
+Path = tuple[Any, ...]  # of a part: ("layers", index) or (name,)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Everything that the loop of a step follows, settled before the first step."""
+
+    programs: Mapping[Any, Any]  # compiled; the key is a name, where there are several with a policy or a part's name
+    parts: tuple[Path, ...]  # of the trained parameters, in the order of their update
+    indices: tuple[Array, ...]  # 0, 1, … on the device, for layers and for microbatches
+    policies: tuple[str, ...]  # by layer, a name in `REMAT_POLICIES`
+    kept_bytes: Mapping[str, int]  # by policy, the size on one device of what a layer keeps
+    kept_on_device: Any  # shardings of what an offloaded layer keeps, before it leaves and after it returns
+    kept_on_host: Any  # its shardings in between
+    freed_bytes: int  # what a backward pass frees on one device for the optimizer's state
+    optimizer_on_device: Mapping[str, Any]  # by a part's name, shardings of its master rest, mu and nu in the update
+    optimizer_on_host: Mapping[str, Any] | None  # its shardings between steps; None: it stays on the device
 
 
 class Layerwise:
@@ -51,101 +73,103 @@ class Layerwise:
         clip_norm: float,
         batch: Microbatch,
     ):
-        """Plans the step; arguments and errors are those of `step.Program`."""
+        """Settles shapes and shardings; arguments and errors are those of `step.Program`."""
         self._optimizer, self._clip_norm, self._batch = optimizer, clip_norm, batch
         self._dtype = jnp.dtype(compute.dtype)
-        self._layers = model.config.num_hidden_layers
-        self._remat = remat_by_layer(compute.remat, self._layers)
+        self._policies = remat_by_layer(compute.remat, model.config.num_hidden_layers)
         self._gathered = compute.gather == "step" and mesh.shape["fsdp"] * mesh.shape["context"] > 1
-        self._pieces = Pieces(model, compute.loss_chunk, mesh, wide=mesh.size == 1, whole=self._gathered)
+        self._pieces = Pieces(model, compute.loss_chunk, mesh, wide=mesh.size == 1, gathered=self._gathered)
         self._tied = model.config.tie_word_embeddings
         self._replicated = NamedSharding(mesh, PartitionSpec())
-        self._on_host = compute.optimizer_memory == "host"
         params = model.parameters()
         masters, frozen = split_trained(with_shardings(params, parameter_shardings(mesh, params)), model.lora)
         frozen = narrowed(frozen, self._dtype)
 
-        def parked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        def in_host_memory(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_host(leaf.sharding))
 
         def one_layer(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             at = NamedSharding(mesh, PartitionSpec(*leaf.sharding.spec[1:]))
             return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=at)
 
-        def by_layer(tree: Tree) -> Tree:
+        def by_part(tree: Tree) -> Tree:
             return {**tree, "layers": jax.tree.map(one_layer, tree["layers"])} if tree else {}
+
+        def optimizer_shardings(part: Tree) -> list[Any]:
+            at, rest = _shardings(part), jax.eval_shape(lambda tree: split_tree(tree, self._dtype)[1], part)
+            return [jax.tree.map(lambda leaf, to: to if leaf.size else self._replicated, rest, at), at, at]
 
         # Stacked moments and frozen layers pass through host memory, because the device has no room for them next to
         # the same arrays by layer.
-        moments = jax.tree.map(parked, masters)
+        moments = jax.tree.map(in_host_memory, masters)
         self.abstract = Saved(masters, {"mu": moments, "nu": moments})
-        self.frozen = {**frozen, "layers": jax.tree.map(parked, frozen["layers"])} if frozen else {}
-        self._masters, self._frozen = by_layer(masters), by_layer(frozen)
-        self._programs: dict[Any, Any] = {}
+        self.frozen = {**frozen, "layers": jax.tree.map(in_host_memory, frozen["layers"])} if frozen else {}
+        # Shapes by a part's name: all layers have the same.
+        self._masters, self._frozen = by_part(masters), by_part(frozen)
+        self._parts: list[Path] = []
+        for name in masters:
+            self._parts += [(name, index) for index in range(len(self._policies))] if name == "layers" else [(name,)]
+        self._optimizer_on_device = {name: optimizer_shardings(part) for name, part in self._masters.items()}
+        streaming = compute.optimizer_memory == "host"
+        self._optimizer_on_host = jax.tree.map(on_host, self._optimizer_on_device) if streaming else None
         # Collectives overlap with computation only under this scheduler; a single device has no collectives.
         overlap = mesh.size > 1 and mesh.devices.flat[0].platform == "gpu"
         self._options: Any = {"compiler_options": {"xla_gpu_enable_latency_hiding_scheduler": True}} if overlap else {}
-        self._numbers: list[Array] = []
-        self._stream: Streamed | None = None  # parts of the optimizer's state that are still returning to the host
-        self._room = 0  # bytes that one backward pass frees for these parts
-        self._sizes: dict[str, int] = {}  # bytes that a layer keeps, by policy
-        self._back: deque[Array] = deque()  # per offloaded layer, an array that is ready once the layer is back
+        self._programs: dict[Any, Any] = {}
+        self._schedule: Schedule
+        # What a step leaves to the next one: optimizer state that is still returning to the host and, for each
+        # offloaded layer, an array that is ready once all that the layer keeps is back on the device.
+        self._stream: OptimizerStream | None = None
+        self._returned: deque[Array] = deque()
 
     # Programs. Each is compiled for the shapes and shardings that the previous program returns.
 
     def compile(self) -> float:
         """See `Step`."""
         began = time.perf_counter()
-        pieces, masters, frozen = self._pieces, self._masters, self._frozen
-        others = frozen.get("layers", {})
+        pieces, policies, masters, frozen = self._pieces, self._policies, self._masters, self._frozen
         halves = jax.eval_shape(lambda tree: split_tree(tree, self._dtype), masters)
-        params = with_shardings(halves[0], _shardings(masters))
-        rest_at = {name: self._optimizer_shardings(name, host=False)[0] for name in masters}
-        rest = with_shardings(halves[1], rest_at)
-        shares, frozen_shares = params, frozen
+        params = shares = with_shardings(halves[0], _shardings(masters))
+        rest = with_shardings(halves[1], {name: at[0] for name, at in self._optimizer_on_device.items()})
         if self._gathered:
-            params, frozen = (jax.tree.map(_whole, tree) for tree in (params, frozen))
-            others = frozen.get("layers", {})
-            for kind, tree, whole in (("trained", shares, params), ("frozen", frozen_shares, frozen)):
-                for name in tree:
-                    self._compile(("gather", kind, name), _same, tree[name], outputs=_shardings(whole[name]))
-        number = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
+            params, frozen = (jax.tree.map(_gathered, tree) for tree in (shares, self._frozen))
+            for kind, before, after in (("trained", shares, params), ("frozen", self._frozen, frozen)):
+                for name in before:
+                    self._compile(("gather", kind, name), _same, before[name], outputs=_shardings(after[name]))
+        index = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
         scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._replicated)
-        self._numbers = [
-            jax.device_put(np.int32(i), self._replicated) for i in range(max(self._layers, self._batch.tokens.shape[0]))
-        ]
+        count = max(len(policies), self._batch.tokens.shape[0])
+        indices = tuple(jax.device_put(np.int32(i), self._replicated) for i in range(count))
 
-        def start(embedding: Tree, batch: Microbatch, number: Array) -> tuple[Any, ...]:
-            rows = jax.tree.map(lambda array: array[number], batch)
+        def start(embedding: Tree, batch: Microbatch, index: Array) -> tuple[Any, ...]:
+            rows = jax.tree.map(lambda array: array[index], batch)
             return rows, pieces.row(rows), pieces.embed(embedding, rows.tokens)
 
-        rows, row, x = self._compile("start", start, {**params, **frozen}["embed_tokens"], self._batch, number)
-        kept = {}
-        for policy in dict.fromkeys(self._remat):
+        rows, row, x = self._compile("start", start, {**params, **frozen}["embed_tokens"], self._batch, index)
+        layer = (params["layers"], frozen.get("layers", {}), index)
+        residuals, kept_bytes = {}, {}
+        for policy in dict.fromkeys(policies):
             forward = functools.partial(pieces.forward, policy)
-            x, kept[policy] = self._compile(("forward", policy), forward, params["layers"], others, number, x, row)
-            self._sizes[policy] = device_bytes((x, kept[policy]))
-        staying = sum(self._sizes[policy] for policy in self._remat if policy != "offload")
-        back = min(self._remat.count("offload"), IN_FLIGHT + 1) * self._sizes.get("offload", 0)
-        self._room = max(0, staying - back)
-        self._kept_at = [_shardings([x, kept.get("offload", [])])]
-        self._kept_at.append(jax.tree.map(on_host, self._kept_at[0]))
+            x, residuals[policy] = self._compile(("forward", policy), forward, *layer, x, row)
+            kept_bytes[policy] = device_bytes((x, residuals[policy]))
+        kept_on_device = _shardings([x, residuals.get("offload", [])])
+        staying = sum(kept_bytes[policy] for policy in policies if policy != "offload")
+        returning = min(policies.count("offload"), IN_FLIGHT + 1) * kept_bytes.get("offload", 0)
 
         def head(*inputs: Any) -> tuple[Any, ...]:
             loss, gradients, d_x = pieces.head(*inputs[:-1])
             return inputs[-1] + loss, gradients, d_x
 
-        trained, fixed, sums = (head_parameters(tree, self._tied) for tree in (params, frozen, masters))
-        _, _, d_x = self._compile("head", head, trained, fixed, x, rows, sums, scalar, donate=(4, 5))
-        for policy, saved in kept.items():
+        *of_head, gradients = (head_parameters(tree, self._tied) for tree in (params, frozen, masters))
+        _, _, d_x = self._compile("head", head, *of_head, x, rows, gradients, scalar, donate=(4, 5))
+        for policy in residuals:
 
-            def backward(gradients: Tree, d_y: Array, *layer: Any, policy: str = policy) -> tuple[Tree, Array]:
-                trained, others, number, x, row, saved = layer
-                d_layer, d_x = pieces.backward(policy, trained, others, number, x, row, saved, d_y)
+            def backward(gradients: Tree, d_y: Array, *inputs: Any, policy: str = policy) -> tuple[Tree, Array]:
+                d_layer, d_x = pieces.backward(policy, *(*inputs, d_y))
                 return add(gradients, d_layer), d_x
 
-            layer = (params["layers"], others, number, x, row, saved)
-            self._compile(("backward", policy), backward, masters["layers"], d_x, *layer, donate=(0, 1))
+            kept = (x, row, residuals[policy])
+            self._compile(("backward", policy), backward, masters["layers"], d_x, *layer, *kept, donate=(0, 1))
         if "embed_tokens" in masters:
             embedding = (masters["embed_tokens"], rows.tokens, d_x)
             self._compile("embed_backward", pieces.embed_backward, *embedding, donate=0)
@@ -157,15 +181,27 @@ class Layerwise:
             norm = jnp.sqrt(sum(squares, start=jnp.float32(0))) * scale
             return total * scale, norm, scale * clip_factor(norm, self._clip_norm), count
 
-        self._compile("finish", finish, [scalar] * (self._layers + len(masters) - 1), scalar, self._batch.mask)
+        self._compile("finish", finish, [scalar] * len(self._parts), scalar, self._batch.mask)
         for name in masters:
             self._compile(("squares", name), lambda tree: optax.tree.norm(tree, squared=True), masters[name])
             part = (shares[name], rest[name], masters[name], masters[name])
             outputs = (*_shardings(part), self._replicated)
+            inputs = (index, *part, masters[name], scalar)
             change = functools.partial(update, self._optimizer)
-            whole = (number, *part, masters[name], scalar)
-            self._compile(("update", name), change, *whole, donate=(1, 2, 3, 4), outputs=outputs)
+            self._compile(("update", name), change, *inputs, donate=(1, 2, 3, 4), outputs=outputs)
             self._compile(("zeros", name), functools.partial(zeros, masters[name]), outputs=_shardings(masters[name]))
+        self._schedule = Schedule(
+            programs=self._programs,
+            parts=tuple(self._parts),
+            indices=indices,
+            policies=policies,
+            kept_bytes=kept_bytes,
+            kept_on_device=kept_on_device,
+            kept_on_host=jax.tree.map(on_host, kept_on_device),
+            freed_bytes=max(0, staying - returning),
+            optimizer_on_device=self._optimizer_on_device,
+            optimizer_on_host=self._optimizer_on_host,
+        )
         return time.perf_counter() - began
 
     def _compile(
@@ -177,110 +213,44 @@ class Layerwise:
         self._programs[name] = compiled
         return with_shardings(jax.eval_shape(function, *shapes), compiled.output_shardings)
 
-    # The step.
+    # The loop.
 
     def __call__(self, state: TrainState, batch: Microbatch) -> tuple[TrainState, StepMetrics]:
         """See `Step`."""
-        run, numbers = self._programs, self._numbers
-        params, frozen = self._used("trained", state.params), self._used("frozen", state.frozen)
-        gradients = {
-            name: [run["zeros", name]() for _ in range(self._layers)] if name == "layers" else run["zeros", name]()
-            for name in params
-        }
+        schedule, run, microbatches = self._schedule, self._schedule.programs, batch.tokens.shape[0]
+        params, frozen = self._gather("trained", state.params), self._gather("frozen", state.frozen)
+        frozen_layers = frozen.get("layers", [{}] * len(schedule.policies))
+        layers = list(zip(params["layers"], frozen_layers, schedule.indices, strict=False))
+        gradients = _tree(schedule.parts, [run["zeros", path[0]]() for path in schedule.parts])
         total = jax.device_put(np.float32(0), self._replicated)
-        before, coming = self._stream, self._streamed(state) if self._on_host else None
-        for number in numbers[: batch.tokens.shape[0]]:
+        leaving, arriving = self._stream, _optimizer_stream(schedule, state)
+        for microbatch in range(microbatches):
             # Calls queued beyond the previous backward pass would wait for memory, and the allocator soon gives up.
             jax.block_until_ready(total)
-            rows, row, x = run["start"]({**params, **frozen}["embed_tokens"], batch, number)
-            x, kept = self._forward(params, frozen, x, row, before)
-            before = None
-            trained, fixed, sums = (head_parameters(tree, self._tied) for tree in (params, frozen, gradients))
-            total, sums, d_x = run["head"](trained, fixed, x, rows, sums, total)
+            embedding = {**params, **frozen}["embed_tokens"]
+            rows, row, x = run["start"](embedding, batch, schedule.indices[microbatch])
+            x, kept = self._forward(layers, x, row, leaving if microbatch == 0 else None)
+            *of_head, sums = (head_parameters(tree, self._tied) for tree in (params, frozen, gradients))
+            total, sums, d_x = run["head"](*of_head, x, rows, sums, total)
             gradients.update(sums)
             del x, sums
-            last = number is numbers[batch.tokens.shape[0] - 1]
-            d_x = self._backward(params, frozen, gradients, row, kept, d_x, coming if last else None)
+            last = microbatch == microbatches - 1
+            d_x = self._backward(layers, gradients["layers"], row, kept, d_x, arriving if last else None)
             if "embed_tokens" in gradients:
                 gradients["embed_tokens"] = run["embed_backward"](gradients["embed_tokens"], rows.tokens, d_x)
             del d_x
-        del params, frozen
-        squares = [run["squares", name](_part(gradients, place)) for name, place in self._places()]
+        del params, frozen, frozen_layers, layers, embedding, of_head  # gathered parameters are free from here on
+        squares = [run["squares", path[0]](_part(gradients, path)) for path in schedule.parts]
         loss, norm, scale, count = run["finish"](squares, total, batch.mask)
-        state, parameter_norm = self._update(state, gradients, scale, coming)
-        self._stream = coming
+        state, parameter_norm = _update(schedule, state, gradients, scale, arriving)
+        self._stream = arriving
         return state, StepMetrics(loss, norm, parameter_norm, count)
 
-    def _forward(
-        self, params: Tree, frozen: Tree, x: Array, row: Row, leaving: Streamed | None
-    ) -> tuple[Array, list[Any]]:
-        """Runs the forward pass of all layers; returns each layer's input and residuals."""
-        others = frozen.get("layers", [{}] * self._layers)
-        kept: list[Any] = []
-        offloaded: list[Any] = []
-        used = 0
-        room = self._layers - self._remat.count("offload")
-        for number, policy in enumerate(self._remat):
-            if 0 <= number - room < len(offloaded):
-                jax.block_until_ready(offloaded[number - room])  # this layer needs the device memory that it frees
-            used += self._sizes[policy]
-            if leaving:  # waits only until enough of the previous step's state has left for this layer to fit
-                leaving.settle(max(0, self._room - used))
-            y, saved = self._programs["forward", policy](
-                params["layers"][number], others[number], self._numbers[number], x, row
-            )
-            kept.append([x, saved])
-            if policy == "offload":
-                if self._back:  # the previous microbatch no longer uses this much host memory
-                    jax.block_until_ready(self._back.popleft())
-                kept[number] = jax.device_put(kept[number], self._kept_at[1])
-                offloaded.append(kept[number])
-            x = y
-        return x, kept
-
-    def _backward(
-        self,
-        params: Tree,
-        frozen: Tree,
-        gradients: Tree,
-        row: Row,
-        kept: list[Any],
-        d_x: Array,
-        coming: Streamed | None,
-    ) -> Array:
-        """Runs all backward passes, last layer first; adds to `gradients`, and grants the freed memory to `coming`."""
-        others = frozen.get("layers", [{}] * self._layers)
-        freed = 0
-        for number in reversed(range(self._layers + IN_FLIGHT)):
-            ahead = number - IN_FLIGHT
-            if ahead >= 0 and self._remat[ahead] == "offload":
-                kept[ahead] = moved(kept[ahead], self._kept_at[0])
-                # The smallest array, because it stays on the device until a later forward pass has waited for it.
-                self._back.append(min(jax.tree.leaves(kept[ahead]), key=device_bytes))
-            if number >= self._layers:
-                continue
-            x, saved = kept.pop()
-            freed += 0 if self._remat[number] == "offload" else self._sizes[self._remat[number]]
-            gradients["layers"][number], d_x = self._programs["backward", self._remat[number]](
-                gradients["layers"][number],
-                d_x,
-                params["layers"][number],
-                others[number],
-                self._numbers[number],
-                x,
-                row,
-                saved,
-            )
-            del x, saved
-            if coming:  # a quarter stays free, because the incoming parts have other sizes than the freed buffers
-                coming.grant(min(freed, 3 * self._room // 4) - coming.granted)
-        return d_x
-
-    def _used(self, kind: str, tree: Tree) -> Tree:
+    def _gather(self, kind: str, tree: Tree) -> Tree:
         """Returns the parameters that the layers use: gathered, if they are gathered once per step."""
         if not self._gathered:
             return tree
-        run = self._programs
+        run = self._schedule.programs
         return {
             name: [run["gather", kind, name](layer) for layer in part]
             if name == "layers"
@@ -288,55 +258,64 @@ class Layerwise:
             for name, part in tree.items()
         }
 
-    def _places(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """Yields the parts in update order: the name of the part's programs, and its path in the trees."""
-        for name in self._masters:
-            if name == "layers":
-                yield from ((name, (name, number)) for number in range(self._layers))
-            else:
-                yield name, (name,)
+    def _forward(
+        self, layers: list[Any], x: Array, row: Row, leaving: OptimizerStream | None
+    ) -> tuple[Array, list[Any]]:
+        """Runs the forward pass of all layers, as the optimizer state in `leaving` makes room for them.
 
-    def _streamed(self, state: TrainState) -> Streamed:
-        """Prepares to stream the optimizer's state from host memory."""
-        places = list(self._places())
-        parts = [[_part(tree, place) for tree in (state.rest, state.mu, state.nu)] for _, place in places]
-        device, host = ([self._optimizer_shardings(name, host=host) for name, _ in places] for host in (False, True))
-        return Streamed(parts, device, host)
+        Returns:
+          The last layer's output, and what each layer keeps.
+        """
+        schedule = self._schedule
+        kept: list[Any] = []
+        offloaded: list[Any] = []
+        kept_bytes = 0
+        staying = len(layers) - schedule.policies.count("offload")
+        for index, policy in enumerate(schedule.policies):
+            if 0 <= index - staying < len(offloaded):
+                jax.block_until_ready(offloaded[index - staying])  # this layer needs the device memory that it frees
+            kept_bytes += schedule.kept_bytes[policy]
+            if leaving:  # waits only until enough of the state has left for this layer to fit
+                leaving.drain(max(0, schedule.freed_bytes - kept_bytes))
+            y, residuals = schedule.programs["forward", policy](*layers[index], x, row)
+            kept.append([x, residuals])
+            if policy == "offload":
+                if self._returned:  # the previous microbatch no longer uses this much host memory
+                    jax.block_until_ready(self._returned.popleft())
+                kept[index] = jax.device_put(kept[index], schedule.kept_on_host)
+                offloaded.append(kept[index])
+            x = y
+        return x, kept
 
-    def _update(
-        self, state: TrainState, gradients: Tree, scale: Array, coming: Streamed | None
-    ) -> tuple[TrainState, Array]:
-        """Updates the parameters part by part; returns the new state and the parameters' norm."""
-        trees = [{**tree, "layers": list(tree["layers"])} for tree in state[1:5]]
-        squares = []
-        if coming:
-            jax.block_until_ready(scale)  # from here on, the memory of the residuals is free
-            coming.grant_least()
-        for name, place in self._places():
-            params, *optimizer = (_part(tree, place) for tree in trees)
-            if coming:
-                optimizer = coming.take()
-            *new, square = self._programs["update", name](
-                state.step, params, *optimizer, _part(gradients, place), scale
+    def _backward(
+        self,
+        layers: list[Any],
+        gradients: list[Tree],
+        row: Row,
+        kept: list[Any],
+        d_x: Array,
+        arriving: OptimizerStream | None,
+    ) -> Array:
+        """Runs all backward passes, last layer first; adds to `gradients`, and grants `arriving` the freed memory."""
+        schedule = self._schedule
+        freed = 0
+        for index in reversed(range(len(layers) + IN_FLIGHT)):
+            ahead = index - IN_FLIGHT
+            if ahead >= 0 and schedule.policies[ahead] == "offload":
+                kept[ahead] = moved(kept[ahead], schedule.kept_on_device)
+                # The smallest array, because it stays on the device until a later forward pass has waited for it.
+                self._returned.append(min(jax.tree.leaves(kept[ahead]), key=device_bytes))
+            if index >= len(layers):
+                continue
+            policy, (x, residuals) = schedule.policies[index], kept.pop()
+            freed += 0 if policy == "offload" else schedule.kept_bytes[policy]
+            gradients[index], d_x = schedule.programs["backward", policy](
+                gradients[index], d_x, *layers[index], x, row, residuals
             )
-            _set_part(gradients, place, None)
-            del params, optimizer
-            squares.append(square)
-            if coming:
-                new[1:] = coming.give(new[1:])
-            for tree, value in zip(trees, new, strict=True):
-                _set_part(tree, place, value)
-        norm = jnp.sqrt(jnp.stack(squares).sum())
-        params, rest, mu, nu = trees
-        return TrainState(state.step + 1, params, rest, mu, nu, state.frozen), norm
-
-    @functools.cache  # noqa: B019 - lives as long as the run
-    def _optimizer_shardings(self, name: str, *, host: bool) -> Any:
-        """Returns the shardings of one part's rest, mu and nu."""
-        at = _shardings(self._masters[name])
-        halves = jax.eval_shape(lambda tree: split_tree(tree, self._dtype)[1], self._masters[name])
-        rest = jax.tree.map(lambda leaf, sharding: sharding if leaf.size else self._replicated, halves, at)
-        return jax.tree.map(on_host, [rest, at, at]) if host else [rest, at, at]
+            del x, residuals
+            if arriving:  # a quarter stays free, because the arriving parts have other sizes than the freed buffers
+                arriving.grant(min(freed, 3 * schedule.freed_bytes // 4) - arriving.granted)
+        return d_x
 
     # Conversion to and from checkpoints, in which the layers are stacked.
 
@@ -350,73 +329,103 @@ class Layerwise:
 
     def _state(self, step: int, masters: Tree, moments: Tree | None, frozen: Tree) -> TrainState:
         halves = jax.jit(lambda tree: split_tree(tree, self._dtype))
-        trees: list[dict[str, Any]] = [{name: [] for name in self._masters} for _ in range(4)]
-
-        def keep(tree: dict[str, Any], name: str, value: Tree, at: Tree) -> None:
-            value = jax.device_put(value, at)
-            if name == "layers":
-                tree[name].append(value)
-            else:
-                tree[name] = value
-
-        for name, place in self._places():
-            rest_at, *_ = self._optimizer_shardings(name, host=self._on_host)
-            params, rest = halves(_unstacked(masters, place, self._masters))
-            keep(trees[0], name, params, _shardings(self._masters[name]))
-            keep(trees[1], name, rest, rest_at)
-        # The moments follow once the stacked parameters are freed, because the device may not have room for both.
-        jax.block_until_ready(trees)
-        jax.tree.map(lambda leaf: leaf.delete(), masters["layers"])
-        none = {
+        optimizer_at = self._optimizer_on_host or self._optimizer_on_device
+        no_moments = {
             name: jax.jit(functools.partial(zeros, shapes), out_shardings=_shardings(shapes))
             for name, shapes in self._masters.items()
         }
-        for name, place in self._places():
-            _, *at = self._optimizer_shardings(name, host=self._on_host)
-            for tree, key, to in zip(trees[2:], ("mu", "nu"), at, strict=True):
-                value = _unstacked(moments[key], place, self._masters) if moments else none[name]()
-                keep(tree, name, value, to)
-        jax.block_until_ready(trees)
-        fixed = {name: _unstacked(frozen, (name,), self._frozen) for name in frozen if name != "layers"}
+
+        def master(path: Path) -> tuple[Tree, Tree]:
+            at = _shardings(self._masters[path[0]])
+            params, rest = halves(_unstacked(masters, path, at))
+            return jax.device_put(params, at), jax.device_put(rest, optimizer_at[path[0]][0])
+
+        def moment(key: str, path: Path, to: Tree) -> Tree:
+            at = _shardings(self._masters[path[0]])
+            return jax.device_put(_unstacked(moments[key], path, at) if moments else no_moments[path[0]](), to)
+
+        pairs = [master(path) for path in self._parts]
+        # The moments follow once the stacked parameters are freed, because the device may not have room for both.
+        jax.block_until_ready(pairs)
+        jax.tree.map(lambda leaf: leaf.delete(), masters["layers"])
+        more = [
+            [moment(key, path, to) for key, to in zip(("mu", "nu"), optimizer_at[path[0]][1:], strict=True)]
+            for path in self._parts
+        ]
+        jax.block_until_ready(more)
+        at = _shardings(self._frozen)
+        fixed = {name: _unstacked(frozen, (name,), at[name]) for name in frozen if name != "layers"}
         if frozen:
-            fixed["layers"] = [_unstacked(frozen, ("layers", i), self._frozen) for i in range(self._layers)]
-        params, rest, mu, nu = trees
-        return TrainState(jax.device_put(np.int32(step), self._replicated), params, rest, mu, nu, fixed)
+            fixed["layers"] = [_unstacked(frozen, ("layers", i), at["layers"]) for i in range(len(self._policies))]
+        trees = (_tree(self._parts, parts) for parts in (*zip(*pairs, strict=True), *zip(*more, strict=True)))
+        return TrainState(*(jax.device_put(np.int32(step), self._replicated), *trees, fixed))
 
     def saved(self, state: TrainState, *, moments: bool = True) -> Saved:
         """See `Step`."""
         whole = jax.jit(lambda params, rest: jax.tree.map(join, params, rest))
 
-        def master(name: str, params: Tree, rest: Tree) -> Tree:
-            return whole(params, jax.device_put(rest, self._optimizer_shardings(name, host=False)[0]))
+        def master(path: Path) -> Tree:
+            rest = jax.device_put(_part(state.rest, path), self._optimizer_on_device[path[0]][0])
+            return whole(_part(state.params, path), rest)
 
-        def whole_tree(at: Tree, part: Callable[..., Tree], *trees: dict[str, Any]) -> Tree:
+        def stack(shapes: Tree, parts: Iterator[Tree]) -> Tree:
             out = {}
-            for name, to in _shardings(at).items():
+            for name, at in _shardings(shapes).items():
                 if name == "layers":
-                    layers = zip(*(tree[name] for tree in trees), strict=True)
-                    out[name] = jax.tree.map(stacked, to, *(jax.tree.map(Shards, part(name, *x)) for x in layers))
+                    layers = [jax.tree.map(Shards, next(parts)) for _ in self._policies]
+                    out[name] = jax.tree.map(stacked, at, *layers)
                 else:
-                    out[name] = jax.device_put(part(name, *(tree[name] for tree in trees)), to)
+                    out[name] = jax.device_put(next(parts), at)
             return out
 
-        def moment(name: str, tree: Tree) -> Tree:
-            return tree
+        optimizer = {
+            key: stack(shapes, (_part(getattr(state, key), path) for path in self._parts))
+            for key, shapes in (self.abstract.optimizer if moments else {}).items()
+        }
+        return Saved(stack(self.abstract.params, map(master, self._parts)), optimizer)
 
-        kept = self.abstract.optimizer if moments else {}
-        optimizer = {key: whole_tree(at, moment, getattr(state, key)) for key, at in kept.items()}
-        return Saved(whole_tree(self.abstract.params, master, state.params, state.rest), optimizer)
+
+def _optimizer_stream(schedule: Schedule, state: TrainState) -> OptimizerStream | None:
+    """Prepares to stream the optimizer's state, if it lies in host memory."""
+    if schedule.optimizer_on_host is None:
+        return None
+    parts = [[_part(tree, path) for tree in (state.rest, state.mu, state.nu)] for path in schedule.parts]
+    device, host = (
+        [at[path[0]] for path in schedule.parts] for at in (schedule.optimizer_on_device, schedule.optimizer_on_host)
+    )
+    return OptimizerStream(parts, device, host)
 
 
-def _unstacked(tree: Tree, place: tuple[Any, ...], parts: Tree) -> Tree:
+def _update(
+    schedule: Schedule, state: TrainState, gradients: Tree, scale: Array, stream: OptimizerStream | None
+) -> tuple[TrainState, Array]:
+    """Updates the parameters part by part; returns the new state and the parameters' norm."""
+    if stream:
+        jax.block_until_ready(scale)  # from here on, the memory of what the layers kept is free
+        stream.grant_least()
+    updated, squares = [], []
+    for path in schedule.parts:
+        params, *optimizer = (_part(tree, path) for tree in state[1:5])
+        if stream:
+            optimizer = stream.take()
+        gradient = _part(gradients, path)
+        *new, square = schedule.programs["update", path[0]](state.step, params, *optimizer, gradient, scale)
+        _part(gradients, path[:-1])[path[-1]] = gradient = None
+        squares.append(square)
+        updated.append([new[0], *stream.give(new[1:])] if stream else new)
+    norm = jnp.sqrt(jnp.stack(squares).sum())
+    trees = (_tree(schedule.parts, parts) for parts in zip(*updated, strict=True))
+    return TrainState(*(state.step + 1, *trees, state.frozen)), norm
+
+
+def _unstacked(tree: Tree, path: Path, at: Tree) -> Tree:
     """Copies one part of a tree with stacked layers to the device."""
-    at = _shardings(parts[place[0]])
-    if len(place) == 1:
-        return jax.device_put(tree[place[0]], at)
-    return jax.tree.map(lambda leaf, to: layer_of(leaf, place[1], to), tree[place[0]], at)
+    if len(path) == 1:
+        return jax.device_put(tree[path[0]], at)
+    return jax.tree.map(lambda leaf, to: layer_of(leaf, path[1], to), tree[path[0]], at)
 
 
-def _whole(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def _gathered(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Returns the shape of a parameter that is gathered over the mesh axes fsdp and context."""
     shared = spec("embed")[0]
     at = NamedSharding(
@@ -433,11 +442,18 @@ def _shardings(shapes: Tree) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, shapes)
 
 
-def _part(tree: Tree, place: tuple[Any, ...]) -> Tree:
-    for key in place:
+def _part(tree: Tree, path: Path) -> Tree:
+    for key in path:
         tree = tree[key]
     return tree
 
 
-def _set_part(tree: Tree, place: tuple[Any, ...], value: Any) -> None:
-    _part(tree, place[:-1])[place[-1]] = value
+def _tree(paths: Iterable[Path], parts: Iterable[Tree]) -> dict[str, Any]:
+    """Builds a tree from its parts."""
+    tree: dict[str, Any] = {}
+    for (name, *layer), part in zip(paths, parts, strict=True):
+        if layer:
+            tree.setdefault(name, []).append(part)
+        else:
+            tree[name] = part
+    return tree

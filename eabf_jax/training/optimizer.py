@@ -6,6 +6,7 @@ import jax
 import optax
 from jaxtyping import Array
 
+from eabf_jax.model.parameters import VECTORS
 from eabf_jax.training.recipe import RecipeConfig
 
 
@@ -32,7 +33,7 @@ def learning_rate_schedule(recipe: RecipeConfig, steps: int) -> optax.Schedule:
 
 def decayed(params: Any) -> Any:
     """Returns a tree with True for the parameters under weight decay: all except norm scales and biases."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+    return jax.tree.map_with_path(lambda path, _: path[-1].key not in VECTORS, params)
 
 
 def make_optimizer(recipe: RecipeConfig, steps: int) -> optax.GradientTransformation:

@@ -8,62 +8,33 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.errors import InputError
+from eabf_jax.hardware import GIB, Device
+from eabf_jax.model.attention import select
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.llama import Llama
-from eabf_jax.model.lora import Lora, split_trained
+from eabf_jax.model.lora import Lora, adapters, split_trained
+from eabf_jax.model.parameters import nest, parameters
 from eabf_jax.parallel.mesh import MeshConfig
-from eabf_jax.parallel.rules import check_tensor_axis, parameter_shardings
+from eabf_jax.parallel.rules import LOGICAL_TO_MESH, check_tensor_axis, parameter_shardings
 from eabf_jax.training.backward import remat_by_layer
 from eabf_jax.training.host_memory import IN_FLIGHT
 from eabf_jax.training.recipe import TrainConfig
 from eabf_jax.training.tracking import flops_per_token
 
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Device:
-    """The planner's figures for one kind of accelerator."""
-
-    name: str
-    kind: str  # a substring of `jax.Device.device_kind`
-    platform: Literal["gpu", "tpu", "cpu"]
-    memory: float  # bytes available to a program; less than the data sheet says
-    flops: float  # dense bfloat16 FLOP/s
-    bandwidth: float  # memory bandwidth, bytes/s
-    link: float = 0.0  # bytes/s of one link to a neighbour, one way (TPU)
-    host_memory: float = 128 * GIB  # bytes of its share of the host's memory
-
-
-# GPU memory: 97 % of what CUDA reports, the fraction set by `mesh.gpu_memory_defaults`. TPU memory: what the compiler
-# leaves to a program (v4, by the compiler's message: 30.75 of 32 GiB; others in proportion). TPU bandwidths: "How to
-# Scale Your Model" (Google DeepMind). Host memory of other machines is assumed to be 128 GiB per device.
-DEVICES = {
-    device.name: device
-    for device in (
-        Device("h100", "H100", "gpu", 76.8 * GIB, 989.4e12, 3.35e12),
-        Device("h200", "H200", "gpu", 135.6 * GIB, 989.4e12, 4.8e12),
-        Device("a100-80", "A100-SXM4-80GB", "gpu", 76.8 * GIB, 312e12, 2.0e12),
-        Device("a100-40", "A100-SXM4-40GB", "gpu", 38.2 * GIB, 312e12, 1.55e12),
-        Device("v4", "TPU v4", "tpu", 30.75 * GIB, 275e12, 1.2e12, 45e9),
-        Device("v5e", "TPU v5 lite", "tpu", 15.4 * GIB, 197e12, 0.81e12, 45e9),
-        Device("v5p", "TPU v5", "tpu", 91.8 * GIB, 459e12, 2.8e12, 90e9),
-        Device("v6e", "TPU v6 lite", "tpu", 30.75 * GIB, 918e12, 1.6e12, 90e9),
-    )
-}
-
 # Remat policies in order of memory, least first. `offload` is `dots` in host memory; `none` is for tiny models.
 _KEEPING = ("full", "attention", "qkv", "dots")
+# The smallest policy that keeps a projection's result, if it is not `dots`; the backward pass needs no down_proj's.
+_NEVER = "never"
+_KEPT_BY = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "down_proj": _NEVER}
 # Measured on one H100: the fraction of peak FLOP/s that a layer's matrix products and attention reach, and bytes/s
 # between a GPU and its host, in one direction and in both directions together.
 _EFFICIENCY, _ONE_WAY, _BOTH_WAYS = 0.66, 53e9, 84e9
@@ -120,39 +91,6 @@ class Plan:
         return compute + traffic / self.device.bandwidth + self.waiting
 
 
-def device_named(name: str) -> Device:
-    """Finds a device by its name in `DEVICES`.
-
-    Raises:
-      InputError: unknown name.
-    """
-    if name.lower() not in DEVICES:
-        raise unknown_name("device", name, DEVICES)
-    return DEVICES[name.lower()]
-
-
-def device_at_hand() -> Device:
-    """Returns the kind of device that JAX sees, with the memory that is actually available to a program.
-
-    Raises:
-      InputError: the device is unknown and does not report its memory.
-    """
-    device = jax.devices()[0]
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
-    if device.platform == "cpu":
-        return Device("cpu", "cpu", "cpu", memory=host, flops=1e11, bandwidth=2e10, host_memory=host)
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    # The longest match wins, because "TPU v5" is also a substring of "TPU v5 lite".
-    known = [spec for spec in DEVICES.values() if spec.kind in device.device_kind]
-    if not known and limit is None:
-        raise InputError(
-            f"the memory of the device {device.device_kind!r} is not known; --device names one of {', '.join(DEVICES)}"
-        )
-    platform: Any = "tpu" if device.platform == "tpu" else "gpu"
-    found = max(known, key=lambda spec: len(spec.kind), default=Device(device.device_kind, "", platform, 0, 1e14, 1e12))
-    return dataclasses.replace(found, memory=limit or found.memory, host_memory=host)
-
-
 def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str, int], device: Device) -> Plan:
     """Predicts the memory of a step whose settings are all given.
 
@@ -187,11 +125,11 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
     # (kept activations, gathered parameters, workspace) of each phase. A layer's backward pass frees what it kept.
     phases = []
     forward_seconds = step.tokens * step.forward_flops / rate
-    kept = leaving = parked = 0.0
+    kept = leaving = offloaded = 0.0
     for policy in policies:
         size = step.kept(policy)
         if policy == "offload":
-            parked, leaving = parked + size, leaving + size
+            offloaded, leaving = offloaded + size, leaving + size
         else:
             kept += size
         phases.append((kept + leaving, gathered_layers, step.forward_workspace))
@@ -205,7 +143,7 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
         phases.append((kept + back, gathered_layers, step.layer_workspace(policies[index])))
         kept -= step.kept(policies[index]) if policies[index] != "offload" else 0.0
     # Offloaded activations return during the backward pass, which takes about twice as long as the forward pass.
-    waiting += microbatches * max(0.0, parked / _ONE_WAY - 2 * len(policies) * forward_seconds)
+    waiting += microbatches * max(0.0, offloaded / _ONE_WAY - 2 * len(policies) * forward_seconds)
     # While one layer is updated, the state of the next layers arrives from the host and that of the last layers leaves.
     # The gradients of updated layers are already freed.
     passing = (2 * IN_FLIGHT + 1) * sum(layer[name] for name in _OPTIMIZER) - (IN_FLIGHT + 1) * layer["gradients"]
@@ -230,7 +168,7 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
             "gathered parameters": gathered,
             "workspace": workspace,
         },
-        host={**(optimizer if on_host else {}), **({"kept activations": parked} if parked else {})},
+        host={**(optimizer if on_host else {}), **({"kept activations": offloaded} if offloaded else {})},
         model_flops=microbatches
         * step.tokens
         * flops_per_token(model_config, config.window, config.lora)
@@ -268,6 +206,7 @@ class _Step:
     query: int
     key_value: int
     heads: int
+    projections: "_Projections"
     vocabulary: int
     chunk: int  # tokens of a row whose logits are in memory at a time
     counts: "_Counts"
@@ -293,6 +232,7 @@ class _Step:
             query=model_config.num_attention_heads * model_config.head_dim // tensor,
             key_value=model_config.num_key_value_heads * model_config.head_dim // tensor,
             heads=model_config.num_attention_heads // tensor,
+            projections=_projections(model_config, tensor),
             vocabulary=model_config.vocab_size // tensor,
             chunk=min(config.compute.loss_chunk, length),
             counts=_count(model_config, config.lora, tuple(mesh.items())),
@@ -305,12 +245,13 @@ class _Step:
     def tokens(self) -> int:
         return self.rows * self.length
 
-    def _kept(self, policy: str) -> dict[str, float]:
-        """Bytes per token and layer that a policy keeps besides the input, by the smallest policy that keeps them."""
+    def _residuals(self, policy: str) -> dict[str, float]:
+        """Bytes per token of a layer's residuals under a policy, by the smallest policy that keeps them."""
         sizes = {
             "attention": self.bytes * self.query + 4 * self.heads,  # the output, and float32 log-sum-exp
-            "qkv": self.bytes * (self.query + 2 * self.key_value),
-            "dots": self.bytes * (self.hidden + 2 * self.wide),  # the residual stream between the halves, gate and up
+            "qkv": self.bytes * self.projections.results["qkv"],
+            # The residual stream between the halves, gate and up.
+            "dots": self.bytes * self.projections.results["dots"],
         }
         if policy == "none":
             # Three float32 arrays for each of the two norms, the norms' outputs, and the arrays between gate and down.
@@ -319,26 +260,22 @@ class _Step:
         return {name: sizes[name] for name in _KEEPING[1 : _KEEPING.index(policy) + 1]}
 
     def kept(self, policy: str) -> float:
-        """Bytes that one layer keeps from its forward to its backward pass."""
-        return self.tokens * (self.bytes * self.hidden + sum(self._kept(policy).values()))
+        """Bytes of what one layer keeps for its backward pass: its input and its residuals."""
+        return self.tokens * (self.bytes * self.hidden + sum(self._residuals(policy).values()))
 
     @property
-    def _products(self) -> dict[str, float]:
+    def _flops(self) -> dict[str, float]:
         """FLOPs per token of a layer's forward pass, by the smallest policy that keeps their result."""
-        return {
-            "attention": 2.0 * self.window * self.query,  # causal
-            "qkv": 2.0 * self.hidden * (self.query + 2 * self.key_value),
-            "dots": 2.0 * self.hidden * (self.query + 2 * self.wide),
-        }
+        return {"attention": 2.0 * self.window * self.query, **self.projections.flops}  # causal
 
     @property
     def forward_flops(self) -> float:
         """FLOPs per token of a layer's forward pass."""
-        return sum(self._products.values()) + 2.0 * self.hidden * self.wide
+        return sum(self._flops.values())
 
     def recomputed_flops(self, policy: str) -> float:
         """FLOPs per token that the backward pass of one layer repeats."""
-        return sum(self._products[name] for name in self._products.keys() - self._kept(policy).keys())
+        return sum(self._flops[name] for name in self._flops.keys() - self._residuals(policy).keys() - {_NEVER})
 
     @property
     def forward_workspace(self) -> float:
@@ -352,8 +289,8 @@ class _Step:
         layer's normed input; gate, up and the gradients of gate, up and their product; and the gradients of the layer's
         output and of the normed input. Arrays that the policy keeps are not counted again.
         """
-        recomputed = sum(self._kept("dots").values()) - sum(
-            size for name, size in self._kept(policy).items() if name != "none"
+        recomputed = sum(self._residuals("dots").values()) - sum(
+            size for name, size in self._residuals(policy).items() if name != "none"
         )
         gradients = self.bytes * (3 * self.hidden + 3 * self.wide)
         # Keys and values of the whole row, and their gradients, if the row is split over devices.
@@ -392,6 +329,26 @@ class _Step:
         return logits + kernel + 2 * self.bytes * self.tokens * self.hidden + self._tables
 
 
+class _Projections(NamedTuple):
+    """Sums over a layer's projections on one device, by the smallest policy that keeps their results."""
+
+    results: dict[str, int]  # numbers per token
+    flops: dict[str, float]  # per token
+
+
+@functools.lru_cache(maxsize=64)
+def _projections(model_config: LlamaConfig, tensor: int) -> _Projections:
+    found = _Projections(defaultdict(int), defaultdict(float))
+    for kernel in parameters(model_config):
+        if kernel.layers and kernel.entry.leaf == "kernel":
+            ways = [tensor if LOGICAL_TO_MESH[axis] == "tensor" else 1 for axis in kernel.entry.axes]
+            wide_in, wide_out = (size // part for size, part in zip(kernel.single, ways, strict=True))
+            policy = _KEPT_BY.get(kernel.path[-2], "dots")
+            found.results[policy] += wide_out
+            found.flops[policy] += 2.0 * wide_in * wide_out
+    return found
+
+
 class _Counts(NamedTuple):
     """Trained and frozen parameters on one device, and how many of each are in layers."""
 
@@ -405,16 +362,12 @@ class _Counts(NamedTuple):
 def _count(model_config: LlamaConfig, lora: Lora | None, mesh: tuple[tuple[str, int], ...]) -> _Counts:
     names, sizes = zip(*mesh, strict=True)
     abstract = AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
-    params = _shapes(model_config, lora)
+    entries = (*parameters(model_config), *adapters(model_config, lora))
+    params = nest({entry.path: jax.ShapeDtypeStruct(entry.shape, jnp.float32) for entry in entries})
     shardings = parameter_shardings(abstract, params)  # type: ignore[arg-type]  # shapes need no devices
     shares = jax.tree.map(lambda leaf, at: float(math.prod(at.shard_shape(leaf.shape))), params, shardings)
     parts = split_trained(shares, lora)
     return _Counts(*(sum(jax.tree.leaves(tree)) for part in parts for tree in (part, part.get("layers", {}))))
-
-
-@functools.lru_cache(maxsize=8)
-def _shapes(model_config: LlamaConfig, lora: Lora | None) -> dict[str, Any]:
-    return Llama.abstract(model_config, lora=lora).parameters()
 
 
 def choose(
@@ -527,9 +480,11 @@ def mesh_plans(config: TrainConfig, model_config: LlamaConfig, devices: int, dev
     Yields:
       One plan per mesh, with all `auto` settings chosen, simplest mesh first.
     """
+    dtype = jnp.dtype(config.compute.dtype)
+    backend = select(config.compute.attention, dtype, model_config.head_dim, device.platform)
     for sizes in meshes(devices):
-        # Each device holds two chunks of a row; on TPU, splash needs chunks that are multiples of half a lane count.
-        chunks = sizes["context"] * (128 if device.platform == "tpu" else 2)
+        # Each device holds two chunks of a row.
+        chunks = 2 * sizes["context"] * backend.chunk_multiple
         if sizes["context"] > 1 and (config.window % chunks or config.recipe.objective == "pretrain"):
             continue
         with contextlib.suppress(InputError):  # a dimension, or the batch, does not divide

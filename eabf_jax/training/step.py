@@ -14,17 +14,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from eabf_jax.model.attention import BACKENDS, select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 from eabf_jax.model.lora import Lora, split_trained
-from eabf_jax.parallel.rules import (
-    activation_constraint,
-    layer_product,
-    parameter_shardings,
-    sharded_attention,
-    spec,
-)
+from eabf_jax.parallel.rules import llama_on, parameter_shardings, spec
 from eabf_jax.training.backward import Microbatch, Pieces, Tree, head_parameters, merge, remat_by_layer, zeros
 from eabf_jax.training.master import join, split_tree
 from eabf_jax.training.optimizer import updated
@@ -98,15 +91,13 @@ def build_model(config: LlamaConfig, compute: ComputeConfig, mesh: Mesh, lora: L
       mesh: the device mesh.
       lora: the adapters to train; None trains every parameter.
     """
-    platform = mesh.devices.flat[0].platform
-    backend = BACKENDS[select(compute.attention, jnp.dtype(compute.dtype), config.head_dim, platform)]
-    return Llama.abstract(
+    return llama_on(
+        mesh,
         config,
-        dtype=jnp.dtype(compute.dtype),
+        dtype=compute.dtype,
         param_dtype=jnp.float32,
-        attention=sharded_attention(mesh, backend, config.num_key_value_heads),
-        constrain=activation_constraint(mesh),
-        product=layer_product(mesh, whole=compute.gather == "step"),
+        attention=compute.attention,
+        whole=compute.gather == "step",
         lora=lora,
     )
 
@@ -139,7 +130,7 @@ class Program:
         """
         self._optimizer, self._clip_norm, self._batch = optimizer, clip_norm, batch
         self._dtype = jnp.dtype(compute.dtype)
-        self._remat = remat_by_layer(compute.remat, model.config.num_hidden_layers)
+        self._policies = remat_by_layer(compute.remat, model.config.num_hidden_layers)
         self._pieces = Pieces(model, compute.loss_chunk, mesh)
         params = model.parameters()
         masters, frozen = split_trained(with_shardings(params, parameter_shardings(mesh, params)), model.lora)
@@ -219,53 +210,47 @@ class Program:
     def _microbatch(self, state: TrainState, rows: Microbatch, gradients: Tree) -> tuple[Array, Tree]:
         """Returns the summed loss of one microbatch, and `gradients` plus this microbatch's gradients."""
         pieces, params, frozen = self._pieces, state.params, state.frozen
-        whole = merge(params, frozen)
+        merged = merge(params, frozen)
         row = pieces.row(rows)
-        x = pieces.embed(whole["embed_tokens"], rows.tokens)
+        x = pieces.embed(merged["embed_tokens"], rows.tokens)
 
         def layer(index: Array) -> tuple[Tree, Tree, Array]:
-            trained, others = (
-                jax.tree.map(lambda leaf: leaf[index], tree.get("layers", {})) for tree in (params, frozen)
-            )
-            return trained, others, index
+            one = (jax.tree.map(lambda leaf: leaf[index], tree.get("layers", {})) for tree in (params, frozen))
+            return (*one, index)
 
         # One scan per run of consecutive layers with the same policy.
-        runs = [(policy, [index for index, _ in group]) for policy, group in self._runs()]
-        kept = []
+        groups = itertools.groupby(range(len(self._policies)), key=self._policies.__getitem__)
+        runs = [(policy, jnp.array([*indices], jnp.int32)) for policy, indices in groups]
+        kept = []  # by run, the layers' inputs and residuals
         for policy, indices in runs:
 
             def forward(x: Array, index: Array, policy: str = policy) -> tuple[Array, tuple[Array, list[Array]]]:
-                y, saved = pieces.forward(policy, *layer(index), x, row)
-                return y, (x, saved)
+                y, residuals = pieces.forward(policy, *layer(index), x, row)
+                return y, (x, residuals)
 
-            x, saved = jax.lax.scan(forward, x, jnp.array(indices, jnp.int32))
-            kept.append(saved)
-        tied = "lm_head" not in whole
+            x, of_run = jax.lax.scan(forward, x, indices)
+            kept.append(of_run)
+        tied = "lm_head" not in merged
         loss, head, d_x = pieces.head(
             head_parameters(params, tied), head_parameters(frozen, tied), x, rows, head_parameters(gradients, tied)
         )
         gradients = {**gradients, **head}
         layers = gradients.get("layers", {})
-        for (policy, indices), saved in zip(reversed(runs), reversed(kept), strict=True):
+        for (policy, indices), of_run in zip(reversed(runs), reversed(kept), strict=True):
 
             def backward(
                 carry: tuple[Array, Tree], inputs: tuple[Array, tuple[Array, list[Array]]], policy: str = policy
             ) -> tuple[tuple[Array, Tree], None]:
-                (d_y, sums), (index, (x, saved)) = carry, inputs
-                d_layer, d_x = pieces.backward(policy, *layer(index), x, row, saved, d_y)
+                (d_y, sums), (index, (x, residuals)) = carry, inputs
+                d_layer, d_x = pieces.backward(policy, *layer(index), x, row, residuals, d_y)
                 # Added to the sums in place, so that no second copy of all layers' gradients exists.
                 sums = jax.tree.map(lambda a, g: a.at[index].add(g.astype(jnp.float32)), sums, d_layer)
                 return (d_x, sums), None
 
-            (d_x, layers), _ = jax.lax.scan(
-                backward, (d_x, layers), (jnp.array(indices, jnp.int32), saved), reverse=True
-            )
+            (d_x, layers), _ = jax.lax.scan(backward, (d_x, layers), (indices, of_run), reverse=True)
         embedding = pieces.embed_backward(gradients.get("embed_tokens", {}), rows.tokens, d_x)
         found = {"embed_tokens": embedding, "layers": layers}
         return loss, {**gradients, **{name: tree for name, tree in found.items() if name in gradients}}
-
-    def _runs(self) -> Any:
-        return itertools.groupby(enumerate(self._remat), key=lambda item: item[1])
 
 
 def clip_factor(norm: Float[Array, ""], largest: float) -> Float[Array, ""]:

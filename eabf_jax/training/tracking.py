@@ -17,40 +17,10 @@ from eabf_jax.console import progress_bar
 from eabf_jax.destination import whole
 from eabf_jax.interop.native import METRICS_FILE
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.lora import Lora
+from eabf_jax.model.lora import Lora, adapters
+from eabf_jax.model.parameters import parameter_count
 
 TENSORBOARD = "tensorboard"
-
-# Dense bfloat16 peak of one device in FLOP/s, by a substring of `jax.Device.device_kind`; from vendor data sheets.
-PEAK_FLOPS = {
-    "H100": 989.4e12,
-    "H200": 989.4e12,
-    "A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Returns the dense bfloat16 peak of a device in FLOP/s; None if it is not in `PEAK_FLOPS`.
-
-    Args:
-      device_kind: `jax.Device.device_kind`.
-    """
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
-
-
-def parameter_count(config: LlamaConfig) -> int:
-    """Returns the number of parameters of a model, biases included."""
-    query, key_value = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    hidden, wide = config.hidden_size, config.intermediate_size
-    layer = 2 * hidden * (query + key_value) + 3 * hidden * wide + 2 * hidden
-    layer += config.attention_bias * (query + 2 * key_value + hidden) + config.mlp_bias * (2 * wide + hidden)
-    embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    return config.num_hidden_layers * layer + embeddings + hidden
 
 
 def flops_per_token(config: LlamaConfig, length: int, lora: Lora | None = None) -> float:
@@ -72,23 +42,8 @@ def flops_per_token(config: LlamaConfig, length: int, lora: Lora | None = None) 
     if lora is None:
         return 6.0 * whole + 6.0 * attention
     trained = embedding if lora.train_embeddings and config.tie_word_embeddings else 0
-    return 4.0 * (whole - trained) + 6.0 * (trained + _adapter_count(config, lora)) + 6.0 * attention
-
-
-def _adapter_count(config: LlamaConfig, lora: Lora) -> int:
-    """Returns the number of parameters in the adapters of all layers."""
-    query, key_value = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    hidden, wide = config.hidden_size, config.intermediate_size
-    ends = {
-        "q_proj": hidden + query,
-        "k_proj": hidden + key_value,
-        "v_proj": hidden + key_value,
-        "o_proj": query + hidden,
-        "gate_proj": hidden + wide,
-        "up_proj": hidden + wide,
-        "down_proj": wide + hidden,
-    }
-    return config.num_hidden_layers * lora.rank * sum(ends[name] for name in lora.targets)
+    beside = sum(adapter.size for adapter in adapters(config, lora))
+    return 4.0 * (whole - trained) + 6.0 * (trained + beside) + 6.0 * attention
 
 
 class Tracker:

@@ -21,6 +21,7 @@ from eabf_jax.data.dataset import read_metadata, tokenizer_digest
 from eabf_jax.data.loader import Mode, make_loader, steps_per_epoch
 from eabf_jax.destination import check_apart, replacing, whole
 from eabf_jax.errors import InputError
+from eabf_jax.hardware import Device, device_at_hand, device_of_kind
 from eabf_jax.interop.adapter import Adapter, digest, read_adapter
 from eabf_jax.interop.directory import write_json
 from eabf_jax.interop.huggingface import open_leaves
@@ -49,7 +50,7 @@ from eabf_jax.training.layerwise import Layerwise
 from eabf_jax.training.lock import LOCK_FILE, locked
 from eabf_jax.training.loss import next_tokens
 from eabf_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from eabf_jax.training.plan import Device, check, choose, device_at_hand, settle_mesh
+from eabf_jax.training.plan import check, choose, settle_mesh
 from eabf_jax.training.recipe import (
     TrainConfig,
     check_window,
@@ -59,7 +60,7 @@ from eabf_jax.training.recipe import (
     total_steps,
 )
 from eabf_jax.training.step import Program, Saved, Step, build_model, microbatch_sharding
-from eabf_jax.training.tracking import TENSORBOARD, Tracker, flops_per_token, peak_flops
+from eabf_jax.training.tracking import TENSORBOARD, Tracker, flops_per_token
 
 # Everything that a run writes; overwriting removes these entries and no others.
 _RUN_ENTRIES = (CONFIG_FILE, DATASET_FILE, MODEL_FILE, METRICS_FILE, TENSORBOARD, CHECKPOINTS, *TOKENIZER_FILES)
@@ -152,7 +153,7 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
             batches.set_state(position)
         schedule = learning_rate_schedule(config.recipe, steps)
         row_tokens = config.recipe.batch_size * config.window
-        peak = peak_flops(jax.devices()[0].device_kind)
+        known = device_of_kind(jax.devices()[0].device_kind)
         with Tracker(run, steps=steps, start=start, quiet=jax.process_index() != 0) as tracker:
             once = {"compile_seconds": step_of.compile()}
             tracker.compiled()
@@ -181,7 +182,7 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
                         "parameter_norm": figures["parameter_norm"],
                         "trained_tokens": int(metrics.tokens),
                         "tokens_per_second": rate,
-                        "mfu": per_device / peak if peak else None,
+                        "mfu": per_device / known.flops if known else None,
                         "seconds": seconds,
                         **once,
                     },

@@ -199,7 +199,9 @@ def test_the_cards_data_sheet(program):
     shape, runs = program.SHAPES["llama2_7b"], {"short": measured(192.554)}
     h200 = program.finish({**report(program, **runs), "device": "NVIDIA H200"}, shape)["runs"]["short"]
     assert h200["bandwidth_share"] == pytest.approx(0.767 * 3.35 / 4.8, abs=0.001)
-    for unknown in ("NVIDIA H100 PCIe", "cpu"):  # the PCIe card's memory is another
+    pcie = program.finish({**report(program, **runs), "device": "NVIDIA H100 PCIe"}, shape)["runs"]["short"]
+    assert pcie["bandwidth_share"] == pytest.approx(0.767 * 3.35 / 2.0, abs=0.001)  # slower memory than SXM's
+    for unknown in ("NVIDIA H100", "cpu"):
         figures = program.finish({**report(program, **runs), "device": unknown}, shape)
         assert figures["memory_bandwidth"] is None and "bandwidth_share" not in figures["runs"]["short"]
 

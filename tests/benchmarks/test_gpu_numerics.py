@@ -63,8 +63,10 @@ def test_a_result_may_be_twice_as_wrong_as_the_plain_one(program):
 
 
 BROKEN = {
-    "no causal mask": lambda q, k, v, ids: attention.reference_at(jnp.full(q.shape[1], q.shape[1]), q, k, v, ids),
-    "a scale that is wrong by a tenth": lambda q, k, v, ids: attention.reference(1.1 * q, k, v, ids),
+    "no causal mask": lambda q, k, v, ids: attention.reference.attend_at(
+        jnp.full(q.shape[1], q.shape[1]), q, k, v, ids
+    ),
+    "a scale that is wrong by a tenth": lambda q, k, v, ids: attention.BACKENDS["reference"](1.1 * q, k, v, ids),
 }
 
 

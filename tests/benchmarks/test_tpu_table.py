@@ -6,10 +6,11 @@ import shlex
 import pytest
 
 from eabf_jax.errors import InputError
+from eabf_jax.hardware import DEVICES, GIB
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.parallel.mesh import axis_sizes
 from eabf_jax.parallel.topology import tpu_slice
-from eabf_jax.training.plan import DEVICES, GIB, plan
+from eabf_jax.training.plan import plan
 from eabf_jax.training.recipe import load_config
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from eabf_jax import load
 from eabf_jax.errors import InputError
-from eabf_jax.interop.layout import flatten
 from eabf_jax.interop.loading import load_parameters
 from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.parameters import flatten
 
 SHAPE = {"vocab_size": 4096, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32}  # fmt: skip

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from eabf_jax import cli
+from eabf_jax.hardware import DEVICES, GIB
 from eabf_jax.training.compile import _model_config
-from eabf_jax.training.plan import DEVICES, GIB, plan
+from eabf_jax.training.plan import plan
 from eabf_jax.training.recipe import load_config
 
 PAPER = ("--config_path", str(Path(__file__).parents[2] / "configs/llama2_7b_eabf_16k.yaml"))

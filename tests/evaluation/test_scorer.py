@@ -18,6 +18,7 @@ from eabf_jax.evaluation.scorer import Scorer, Span, padded_length, token_scores
 from eabf_jax.model import Llama
 from eabf_jax.model.llama import unconstrained
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.parallel.rules import moved
 
 
 @pytest.mark.parametrize(("mesh", "longest"), [(None, 32), (MeshConfig(fsdp=2, tensor=2), 16)], ids=str)
@@ -35,7 +36,7 @@ def test_spans_of_all_lengths_are_scored_as_in_transformers(
         targets = np.where(random.random(len(logits)) < 0.5, logits.argmax(-1), random.integers(0, 62, len(logits)))
         spans.append(Span(tokens.tolist(), begin, targets.tolist()))
         expected.append((log_probs[np.arange(len(targets)), targets], log_probs.argmax(-1) == targets))
-    scorer = Scorer(model, mesh and make_mesh(mesh, jax.devices()[:4]))
+    scorer = Scorer(model if mesh is None else moved(model, make_mesh(mesh, jax.devices()[:4])))
     run, shapes = scorer._program, set()
     scorer._program = lambda params, *rows: shapes.add(tuple(x.shape for x in rows)) or run(params, *rows)
     found = {index: scores for index, *scores in scorer(spans, batch_size=2)}
@@ -85,4 +86,4 @@ def test_models_of_one_shape_share_their_programs(model: Llama) -> None:
 
 def test_a_mesh_that_splits_rows_is_refused(model: Llama) -> None:
     with pytest.raises(InputError, match="context=2"):
-        Scorer(model, make_mesh(MeshConfig(context=2)))
+        Scorer(moved(model, make_mesh(MeshConfig(context=2))))

@@ -21,6 +21,7 @@ from eabf_jax.inference.generate import TOKENS_AT_ONCE
 from eabf_jax.inference.sampling import split
 from eabf_jax.interop.tokenizer import Tokenizer
 from eabf_jax.model import Llama, LlamaConfig, decoder
+from eabf_jax.model.attention import BACKENDS
 from eabf_jax.model.kv_cache import empty_cache
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.parallel.topology import compile_only_devices, tpu_slice
@@ -122,6 +123,14 @@ def test_greedy_text_is_the_full_forwards(name: str) -> None:
     assert {completion.finish for completion in completions} == {"length"}
 
 
+def test_a_backend_that_cannot_join_chunks_is_refused_before_the_first(eabf: Llama) -> None:
+    generator = Generator(eabf, prefill_chunk=CHUNK, attention="splash")
+    with pytest.raises(
+        InputError, match=r"attention backend 'splash' cannot return log-sum-exps, which prompts longer"
+    ):
+        generator.generate(prompts_of(CHUNK + 1), 1)
+
+
 def test_a_long_text_outgrows_its_cache(eabf: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     grown = generate._grown
@@ -164,7 +173,7 @@ def test_the_tpu_compiler_copies_no_cache() -> None:
         caches = tuple(empty_cache(1, 8, 18_432, 128, dtype) for _ in range(config.num_hidden_layers))
         row = jnp.zeros(1, jnp.int32)
         return (
-            decoder.weights_of(Llama(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)),
+            decoder.weights_of(decoder.source_of(Llama(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))),
             generate._State(caches, row, row, row > 0, None, jnp.int32(1)),
             generate._Choice(jax.tree.map(jnp.asarray, numbers), jax.random.key(0)[None], row),
         )
@@ -173,7 +182,7 @@ def test_the_tpu_compiler_copies_no_cache() -> None:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(device))
 
     weights, state, choice = jax.tree.map(there, jax.eval_shape(arguments))
-    setup = generate._Setup(config, dtype, "splash", 8192, None, None)
+    setup = generate._Setup(config, dtype, BACKENDS["splash"], 8192, None, None)
     compiled = generate._decode.lower(setup, steps, weights, state, choice, 16).compile()
     keys = state.caches[0].k
     assert compiled.memory_analysis().temp_size_in_bytes < keys.size * keys.dtype.itemsize / 2

@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 import eabf_jax
 from eabf_jax.errors import InputError
 from eabf_jax.interop import native
-from eabf_jax.interop.huggingface import FIXED, config_from_hf, config_to_hf, from_hf, load_hf, to_hf
-from eabf_jax.interop.layout import flatten, nest, parameters
+from eabf_jax.interop.huggingface import FIXED, config_from_hf, config_to_hf, from_hf, to_hf
+from eabf_jax.interop.loading import load_parameters
+from eabf_jax.model.parameters import flatten, nest, parameters
 from eabf_jax.rope import scheme
 
 
@@ -94,21 +95,20 @@ def test_params_arrive_sharded_and_cast(tmp_path: Path) -> None:
     tree = nest({entry.path: one for entry in parameters(config)})
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
     tree["layers"]["mlp"]["up_proj"]["kernel"] = split
-    for read in (load_hf, native.load_native):
-        directory = source if read is load_hf else tmp_path / "native"
-        _, params = read(directory, dtype="bfloat16", shardings=tree)
+    for directory in (source, tmp_path / "native"):
+        _, params = load_parameters(directory, dtype="bfloat16", shardings=tree)
         kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
         assert kernel.sharding == split and kernel.dtype == ml_dtypes.bfloat16
         expected = tensors(source)["model.layers.2.mlp.up_proj.weight"].to(torch.bfloat16).float().numpy().T
         np.testing.assert_array_equal(np.asarray(kernel[2], np.float32), expected)
-    _, plain = load_hf(source)
+    _, plain = load_parameters(source)
     assert plain["norm"]["scale"].dtype == np.float32
 
 
 def test_steps_and_dtype_of_export(tmp_path: Path) -> None:
     source = make(tmp_path / "hf")
     from_hf(source, tmp_path / "run")
-    config, params = native.load_native(tmp_path / "run")
+    config, params = load_parameters(tmp_path / "run")
     native.save_params(tmp_path / "run", jax.tree.map(lambda x: x + 1, params), step=6)
     to_hf(tmp_path / "run", tmp_path / "last", dtype="bfloat16")
     to_hf(tmp_path / "run", tmp_path / "first", step=0)
@@ -143,7 +143,7 @@ def test_layers_of_different_dtypes_become_the_wider(tmp_path: Path) -> None:
     name = "model.layers.1.input_layernorm.weight"
     values[name] = torch.full((32,), 1.0001)
     save_file(values, source / "model.safetensors")
-    _, params = load_hf(source)
+    _, params = load_parameters(source)
     np.testing.assert_array_equal(np.asarray(params["layers"]["input_layernorm"]["scale"][1]), values[name].numpy())
 
 
@@ -425,8 +425,8 @@ def test_numbers_with_a_point_and_a_byte_order_mark(good: Path, tmp_path: Path) 
     edit_config(max_position_embeddings=64.0, head_dim=8.0)(directory)
     for path in directory.glob("*.json"):
         path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
-    config, params = load_hf(directory)
-    expected, plain = load_hf(good)
+    config, params = load_parameters(directory)
+    expected, plain = load_parameters(good)
     assert config == expected and type(config.max_position_embeddings) is int
     jax.tree.map(np.testing.assert_array_equal, params, plain)
 

@@ -9,8 +9,8 @@ import pytest
 
 import eabf_jax
 from eabf_jax.errors import InputError
-from eabf_jax.interop import native
 from eabf_jax.interop.huggingface import from_hf, to_hf
+from eabf_jax.interop.loading import load_parameters
 
 
 def edit_model(**changes: object) -> Callable[[Path], None]:
@@ -63,5 +63,5 @@ def test_truncated_checkpoint(good: Path, tmp_path: Path, capfd: pytest.CaptureF
     largest = max(files, key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
     with pytest.raises(InputError, match="damaged checkpoint"):
-        native.load_native(tmp_path / "native")
+        load_parameters(tmp_path / "native")
     assert "Traceback" not in capfd.readouterr().err

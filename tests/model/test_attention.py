@@ -1,8 +1,12 @@
 """The backends against attention in float64 NumPy, values and gradients; which backend is chosen where."""
 
 import functools
+import importlib.util
 import math
+import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +20,9 @@ from jax.interpreters import partial_eval as pe
 
 from eabf_jax.errors import InputError
 from eabf_jax.model import attention
-from eabf_jax.model.attention import BACKENDS, chunked, cudnn, cudnn_token, reference, select, splash
+from eabf_jax.model.attention import BACKENDS, select
+
+chunked, cudnn, reference, splash = (BACKENDS[name] for name in ("chunked", "cudnn", "reference", "splash"))
 
 QKV = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -92,7 +98,7 @@ SHAPES = [(64, 4, 4, 8), (50, 4, 2, 8), (97, 6, 2, 16), (13, 4, 1, 8)]
 def test_values_and_gradients_are_exact_to_float32(
     shape: tuple[int, int, int, int], packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_CHUNK", 16)  # several blocks, without long rows
+    monkeypatch.setattr(attention.chunked, "_CHUNK", 16)  # several blocks, without long rows
     qkv = random_qkv(*shape)
     segments = random_segments(shape[0]) if packed else None
     d_out = np.random.default_rng(1).normal(size=qkv[0].shape).astype(np.float32)
@@ -112,7 +118,7 @@ def test_chunked_with_its_own_chunk_size() -> None:
 def test_bfloat16_loses_only_the_roundings_of_its_inputs_and_outputs(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_CHUNK", 16)
+    monkeypatch.setattr(attention.chunked, "_CHUNK", 16)
     qkv = [jnp.asarray(x, jnp.bfloat16) for x in random_qkv(50, 4, 2, 8)]
     segments = random_segments(50)
     d_out = np.asarray(jnp.asarray(np.random.default_rng(1).normal(size=qkv[0].shape), jnp.bfloat16), np.float32)
@@ -124,7 +130,7 @@ def test_bfloat16_loses_only_the_roundings_of_its_inputs_and_outputs(
 
 
 def test_large_logits_neither_overflow_nor_lose_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_CHUNK", 16)
+    monkeypatch.setattr(attention.chunked, "_CHUNK", 16)
     q, k, v = random_qkv(40, 2, 2, 8)
     qkv = (q * 100, k, v)  # logits of some 600: exp() of them is infinite in float32
     out = exact(*qkv, None, np.ones_like(q))[0]
@@ -172,16 +178,43 @@ def test_cudnn_lowers_to_the_fused_kernel(length: int, packed: bool) -> None:
 def test_cudnn_lowers_one_query_to_the_fused_kernel(
     heads: int, kv_heads: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention.fused, "check_cudnn_version", lambda: 91_000)  # there is none to ask here
+    monkeypatch.setattr(f"{attention.cudnn._MODULE}.check_cudnn_version", lambda: 91_000)  # there is none to ask here
     q = jax.ShapeDtypeStruct((2, heads, head_dim), jnp.bfloat16)
     kv = jax.ShapeDtypeStruct((2, kv_heads, 1536, head_dim), jnp.bfloat16)
-    traced = jax.jit(cudnn_token).trace(q, kv, kv, jax.ShapeDtypeStruct((2,), jnp.int32))
+    traced = jax.jit(cudnn.token).trace(q, kv, kv, jax.ShapeDtypeStruct((2,), jnp.int32))
     assert traced.out_info.shape == q.shape
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "@__cudnn$fmhaSoftmax(" in text
     assert "exponential" not in text
     # The cache is read where it lies.
     assert not [line for line in text.splitlines() if "transpose" in line and "1536" in line]
+
+
+PRIVATE = "jax._src.cudnn.fused_attention_stablehlo"
+
+
+@pytest.mark.parametrize(
+    "name", ["_dot_product_attention_fwd_p_wrapper", "_dot_product_attention_bwd_p_wrapper", "MaskType", None]
+)
+def test_a_jax_without_cudnns_private_names_is_one_line_where_cudnn_runs(
+    name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name is None:
+        monkeypatch.setitem(sys.modules, PRIVATE, None)  # as if there were no such module
+    else:
+        monkeypatch.delattr(f"{PRIVATE}.{name}")
+    spec = importlib.util.find_spec("eabf_jax.model.attention.cudnn")
+    assert spec is not None and spec.loader is not None
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)  # imports nothing private
+    q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    versions = re.search(r"^jax(>=.*)$", Path("requirements.txt").read_text(), re.MULTILINE)
+    assert versions is not None
+    with pytest.raises(InputError) as caught:
+        jax.eval_shape(jax.grad(lambda q: fresh.BACKEND(q, q, q).astype(jnp.float32).sum()), q)
+    message = str(caught.value)
+    assert f"JAX {jax.__version__} has no {PRIVATE}.{name or ''}" in message and f"jax{versions[1]}," in message
+    assert "\n" not in message
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
@@ -247,15 +280,29 @@ def test_what_remat_keeps_spares_the_forward_kernel_and_is_kept_once(backend: st
 def test_auto_takes_the_best_that_platform_and_shape_allow(
     platform: str | None, dtype: Any, head_dim: int, expected: str
 ) -> None:
-    assert select("auto", dtype, head_dim, platform) == expected
+    assert select("auto", dtype, head_dim, platform) is BACKENDS[expected]
+
+
+def test_auto_takes_the_best_that_has_what_is_needed() -> None:
+    assert select("auto", jnp.bfloat16, 64, "tpu", needs=("forward",)) is chunked
+    assert select("auto", jnp.bfloat16, 64, "gpu", needs=("forward", "backward")) is cudnn
+    with pytest.raises(InputError, match="attention backend 'splash' cannot return log-sum-exps"):
+        select("splash", jnp.bfloat16, 64, "tpu", needs=("forward",))
+
+
+def test_a_new_kernel_is_one_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    new = attention.Backend("new", lambda q, k, v, segment_ids: v, platforms=("npu",))
+    monkeypatch.setattr(attention, "BACKENDS", {"new": new, **BACKENDS})
+    assert select("new", jnp.float32, 64) is select("auto", jnp.float32, 64, "npu") is new
+    assert select("auto", jnp.float32, 64, "cpu") is chunked
 
 
 def test_a_named_backend_is_taken_or_refused() -> None:
     for name in BACKENDS:
-        assert select(name, jnp.bfloat16, 64, "cpu") == name
+        assert select(name, jnp.bfloat16, 64, "cpu") is BACKENDS[name]
     with pytest.raises(InputError, match="unknown attention backend 'chunk': did you mean 'chunked'"):
         select("chunk", jnp.bfloat16, 64)
-    with pytest.raises(InputError, match="not float32 and 64; 'chunked' takes any"):
+    with pytest.raises(InputError, match="not float32 and 64; 'auto' chooses one that does"):
         select("cudnn", jnp.float32, 64)
     with pytest.raises(InputError, match="not bfloat16 and 256"):
         select("cudnn", jnp.bfloat16, 256)

@@ -12,8 +12,9 @@ from weights import random_params
 
 from eabf_jax.errors import InputError
 from eabf_jax.model import Llama, LlamaConfig, decoder
+from eabf_jax.model.attention import BACKENDS
 from eabf_jax.model.kv_cache import LayerCache, attend_chunk, attend_token, empty_cache
-from eabf_jax.model.llama import Row
+from eabf_jax.model.llama import Row, rotary_tables
 from eabf_jax.model.lora import Lora
 from eabf_jax.rope import Scheme, compose, scheme, scheme_names
 
@@ -50,10 +51,12 @@ def cached_logits(model: Llama, tokens: np.ndarray, length: int | None) -> np.nd
     """Logits at every position: a prompt in chunks, then token by token, row 1 always three tokens behind row 0."""
     config = model.config
     positions = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), tokens.shape)
-    row = decoder.rows(config.rope, config.head_dim, positions, length)
+    row = Row(positions, *rotary_tables(config.rope, config.head_dim, positions, length), None)
     # The scheme is in the tables; but for the multiplier one program serves all.
     plain = compose(scheme("default"), config.rope)
-    prompt, generated = _cached(dataclasses.replace(config, rope=plain), decoder.weights_of(model), tokens, row)
+    prompt, generated = _cached(
+        dataclasses.replace(config, rope=plain), decoder.weights_of(decoder.source_of(model)), tokens, row
+    )
     found = np.zeros((*tokens.shape, config.vocab_size), np.float32)
     found[:, :PROMPT] = prompt
     for index, logits in enumerate(np.asarray(generated)):
@@ -97,11 +100,11 @@ def _cached(
 
 
 def _chunk(q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, start: int) -> Any:
-    return attend_chunk(q, k, v, cache, start=start, backend="chunked")
+    return attend_chunk(q, k, v, cache, start=start, backend=BACKENDS["chunked"])
 
 
 def _token(q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, positions: jax.Array) -> Any:
-    out, cache = attend_token(q[:, 0], k[:, 0], v[:, 0], cache, positions, backend="chunked")
+    out, cache = attend_token(q[:, 0], k[:, 0], v[:, 0], cache, positions, backend=BACKENDS["chunked"])
     return out[:, None], cache
 
 
@@ -128,13 +131,13 @@ def test_biases_and_tied_embeddings() -> None:
 def test_each_row_has_the_tables_of_its_own_length(name: str) -> None:
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (3, LENGTH))
     lengths = [WINDOW - 1, WINDOW + 1, LENGTH]
-    found = decoder.rows(SCHEMES[name], 8, positions, jnp.array(lengths))
+    found = rotary_tables(SCHEMES[name], 8, positions, jnp.array(lengths)[:, None])
     for row, length in enumerate(lengths):
-        expected = decoder.rows(SCHEMES[name], 8, positions[:1], length)
+        expected = rotary_tables(SCHEMES[name], 8, positions[:1], length)
         # Traced lengths are computed in float32, of angles up to 40.
-        np.testing.assert_allclose(found.cos[row], expected.cos[0], atol=1e-5)
-        np.testing.assert_allclose(found.sin[row], expected.sin[0], atol=1e-5)
-    assert np.abs(found.cos[0] - found.cos[2]).max() > 0.1
+        for table, wanted in zip(found, expected, strict=True):
+            np.testing.assert_allclose(table[row], wanted[0], atol=1e-5)
+    assert np.abs(found[0][0] - found[0][2]).max() > 0.1
 
 
 def test_one_token_on_a_gpu_has_the_products_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,4 +154,4 @@ def test_one_token_on_a_gpu_has_the_products_of_many(monkeypatch: pytest.MonkeyP
 def test_a_model_with_adapters_is_refused() -> None:
     model = Llama.abstract(model_of(SCHEMES["default"]).config, lora=Lora())
     with pytest.raises(InputError, match="has adapters beside its weights"):
-        decoder.weights_of(model)
+        decoder.weights_of(decoder.source_of(model))

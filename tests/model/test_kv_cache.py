@@ -1,5 +1,6 @@
 """The cache and attention to it, against attention in float64 NumPy written here."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from eabf_jax.errors import InputError
 from eabf_jax.model import kv_cache
+from eabf_jax.model.attention import BACKENDS
 from eabf_jax.model.kv_cache import LayerCache, empty_cache
 
 ROWS, KV_HEADS, GROUPS, HEAD_DIM = 2, 2, 3, 8
@@ -18,7 +20,7 @@ ROUNDING = 2e-5
 # Compiling is nearly all the time these tests take; the compiler need not try hard.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 attend_chunk = compiled(kv_cache.attend_chunk, static_argnames=("start", "backend"))
-attend_token = compiled(functools.partial(kv_cache.attend_token, backend="chunked"))
+attend_token = compiled(functools.partial(kv_cache.attend_token, backend=BACKENDS["chunked"]))
 
 
 def draw(seed: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -45,7 +47,7 @@ def read(
     for start in range(0, q.shape[1], chunk):
         part = slice(start, start + chunk)
         out, cache = attend_chunk(
-            *(jnp.asarray(x[:, part]) for x in (q, k, v)), cache, start=start, backend=backend
+            *(jnp.asarray(x[:, part]) for x in (q, k, v)), cache, start=start, backend=BACKENDS[backend]
         )  # fmt: skip
         outs.append(np.asarray(out))
     return np.concatenate(outs, axis=1), cache
@@ -61,6 +63,15 @@ def test_chunks_see_themselves_and_all_before(backend: str, chunk: int) -> None:
         np.testing.assert_allclose(found[:, index], expected_at(q, k, v, index), atol=ROUNDING)
     np.testing.assert_array_equal(cache.k[:, :, :24], k.swapaxes(1, 2))
     np.testing.assert_array_equal(cache.v[:, :, :24], v.swapaxes(1, 2))
+
+
+def test_a_backend_that_cannot_join_a_chunk_with_the_cache_is_refused() -> None:
+    q, k, v = draw(0, 8)
+    cache = empty_cache(ROWS, KV_HEADS, 16, HEAD_DIM, jnp.dtype("float32"))
+    with pytest.raises(
+        InputError, match=r"attention backend 'splash' cannot return log-sum-exps.* choose one of cudnn"
+    ):
+        kv_cache.attend_chunk(*map(jnp.asarray, (q, k, v)), cache, start=8, backend=BACKENDS["splash"])
 
 
 def test_tokens_of_rows_at_different_positions() -> None:
@@ -90,7 +101,7 @@ def test_a_gpu_reads_large_caches_by_its_kernel(monkeypatch: pytest.MonkeyPatch)
             seen.append(expected_at(queries, keys, values, length - 1)[0])
         return jnp.asarray(np.stack(seen), q.dtype)
 
-    monkeypatch.setattr(kv_cache, "cudnn_token", kernel)
+    backend = dataclasses.replace(BACKENDS["cudnn"], token=kernel)
     monkeypatch.setattr(kv_cache, "_FEW_SLOTS", 16)
     q, k, v = draw(10, 24)
     new = [jnp.asarray(x[:, 0]) for x in draw(11, 1)]
@@ -99,7 +110,7 @@ def test_a_gpu_reads_large_caches_by_its_kernel(monkeypatch: pytest.MonkeyPatch)
         _, cache = read(q[:, :slots], k[:, :slots], v[:, :slots], 8, empty)
         positions = jnp.array([5, slots - 10])
         expected, cache_before = attend_token(*new, cache, positions)
-        found, cache_after = kv_cache.attend_token(*new, cache, positions, backend="cudnn")
+        found, cache_after = kv_cache.attend_token(*new, cache, positions, backend=backend)
         np.testing.assert_allclose(found, expected, atol=ROUNDING)
         jax.tree.map(np.testing.assert_array_equal, cache_after, cache_before)
 
@@ -165,7 +176,7 @@ def test_int8_attends_to_what_it_stores() -> None:
     assert 1e-5 < np.abs(found - exact).max() < 0.1
     # A later chunk reads the cache back in the same way.
     chunk_q, chunk_k, chunk_v = draw(8, 8)
-    out, _ = attend_chunk(*map(jnp.asarray, (chunk_q, chunk_k, chunk_v)), cache, start=24, backend="chunked")
+    out, _ = attend_chunk(*map(jnp.asarray, (chunk_q, chunk_k, chunk_v)), cache, start=24, backend=BACKENDS["chunked"])
     whole = [np.concatenate((held[:, :24], new), 1) for held, new in ((held_k, chunk_k), (held_v, chunk_v))]
     padded = np.concatenate((np.zeros_like(q), chunk_q), 1)
     np.testing.assert_allclose(out[:, -1], expected_at(padded, *whole, 31), atol=ROUNDING)

@@ -17,9 +17,9 @@ from weights import random_params, torch_state
 
 from eabf_jax.errors import InputError
 from eabf_jax.model import Llama, LlamaConfig, attention
-from eabf_jax.model.llama import positions_from_segments, rotary_tables
+from eabf_jax.model.llama import positions_from_segments, rotary_tables, segment_lengths
+from eabf_jax.model.parameters import parameter_count
 from eabf_jax.rope import Scheme, compose, from_hf, scheme
-from eabf_jax.training.tracking import parameter_count
 
 WINDOW = 16
 
@@ -309,7 +309,7 @@ def test_positions_restart_with_each_segment() -> None:
 def test_angles_far_out_are_float32(name: str) -> None:
     rope, frequencies, _ = CASES[name]
     positions = np.array([[99_989, 100_003, 131_071]], np.int32)
-    cos, sin = rotary_tables(rope, 8, jnp.asarray(positions), None)
+    cos, sin = rotary_tables(rope, 8, jnp.asarray(positions), segment_lengths(jnp.asarray(positions), None))
     inverse, scale = frequencies(131_072)
     # The fastest angle is 131,071 x (1 rounded to float32's 24 bits): off by at most half a unit of 2^-7.
     angles = positions[..., None] * inverse
@@ -473,7 +473,7 @@ def test_an_attention_function_can_be_given() -> None:
 
     def recorded(*qkvs: Any) -> jax.Array:
         calls.append([x if x is None else x.shape for x in qkvs])
-        return attention.reference(*qkvs)
+        return attention.BACKENDS["reference"](*qkvs)
 
     logits = jax.jit(lambda model: model(tokens))(Llama.from_params(config, params, attention=recorded))
     np.testing.assert_allclose(logits, our_logits(config, params, tokens), atol=2e-5, rtol=0)

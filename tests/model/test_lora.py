@@ -8,8 +8,9 @@ from flax import nnx
 
 from eabf_jax.errors import InputError
 from eabf_jax.model import Llama, LlamaConfig
-from eabf_jax.model.llama import Linear
-from eabf_jax.model.lora import PROJECTIONS, Lora, merged_kernel, split_trained
+from eabf_jax.model.llama import Initial, Linear
+from eabf_jax.model.lora import Lora, merged_kernel, split_trained
+from eabf_jax.model.parameters import PROJECTIONS
 
 CONFIG = LlamaConfig(
     vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -43,7 +44,9 @@ def test_bad_values_are_refused_in_one_line(changes, message):
 def test_a_projection_adds_its_adapters_product(dtype):
     """Against float64 NumPy: y = x W + (x A) B alpha / rank + bias."""
     lora, rng = Lora(rank=3, alpha=4.5), np.random.default_rng(0)
-    linear = Linear((), 16, 24, bias=True, stddev=0.1, rngs=nnx.Rngs(0), param_dtype=dtype, lora=lora)
+    config = dataclasses.replace(CONFIG, head_dim=6)
+    initial = Initial(config, rngs=nnx.Rngs(0), param_dtype=dtype, lora=lora)
+    linear = Linear(initial, ("layers", "self_attn", "q_proj"))
     assert np.all(linear.lora_b[...] == 0)
     drawn = {"kernel": (16, 24), "lora_a": (16, 3), "lora_b": (3, 24), "bias": (24,)}
     values = {name: jnp.asarray(rng.normal(0, 0.3, shape), dtype) for name, shape in drawn.items()}

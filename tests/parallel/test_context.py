@@ -1,5 +1,6 @@
 """Rows split over devices: the order of their tokens, and that every backend attends as it does on one device."""
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -14,12 +15,13 @@ from jax.interpreters import partial_eval as pe
 
 from eabf_jax.errors import InputError
 from eabf_jax.model import attention
-from eabf_jax.model.attention import BACKENDS, chunked, cudnn, reference, splash
+from eabf_jax.model.attention import BACKENDS
 from eabf_jax.parallel.context import undo_zigzag_order, zigzag_order
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.parallel.rules import sharded_attention
 
 HEADS, KV_HEADS = 4, 2
+chunked, cudnn, reference, splash = (BACKENDS[name] for name in ("chunked", "cudnn", "reference", "splash"))
 
 
 def test_each_device_holds_an_early_and_a_late_chunk() -> None:
@@ -86,13 +88,13 @@ SIZES = [(1, 1, 1, 2), (2, 1, 1, 4), (1, 1, 2, 4), (1, 1, 1, 8)]
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_split_rows_attend_as_whole_ones(backend: str, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_CHUNK", 4)  # several blocks, and chunks of 6 that are no multiple of them
+    monkeypatch.setattr(attention.chunked, "_CHUNK", 4)  # several blocks, and chunks of 6 that are no multiple of them
     # float32 sums of up to 96 terms in another order: some ten roundings of 6e-8
     assert_attends_as_on_one_device(BACKENDS[backend], sizes, *arrays(96, 8, batch=2), tolerance=3e-6)
 
 
 def test_joined_parts_lose_only_roundings_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_CHUNK", 8)
+    monkeypatch.setattr(attention.chunked, "_CHUNK", 8)
     # As the GPU's kernel: each part's output and gradients are rounded to 8 bits (2^-9), then their sums once more.
     inputs = arrays(64, 8, batch=1, dtype=jnp.bfloat16)
     assert_attends_as_on_one_device(chunked, (1, 1, 1, 2), *inputs, tolerance=6 * 2**-9)
@@ -108,11 +110,11 @@ def test_large_logits_are_joined_without_overflow() -> None:
 def test_splash_attends_to_split_rows_in_the_interpreter(
     sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_SPLASH_BLOCK", 128)  # several blocks a device
-    attention.splash_kernel.cache_clear()
+    monkeypatch.setattr(attention.splash, "_BLOCK", 128)  # several blocks a device
+    attention.splash._kernel.cache_clear()
     with pltpu.force_tpu_interpret_mode():
         assert_attends_as_on_one_device(splash, sizes, *arrays(512, 64, batch=1), tolerance=1e-5)
-    attention.splash_kernel.cache_clear()
+    attention.splash._kernel.cache_clear()
 
 
 def lowered_for_cuda(length: int, sizes: tuple[int, ...]) -> str:
@@ -145,6 +147,23 @@ def test_lengths_that_a_backend_cannot_split_are_refused(backend: Any, length: i
     q, kv = (jax.ShapeDtypeStruct((2, length, heads, 64), jnp.bfloat16) for heads in (HEADS, KV_HEADS))
     with pytest.raises(InputError, match=f"rows of {length} tokens .* context=4 .* a multiple of {multiple}"):
         jax.eval_shape(lambda q, k, v: attend(q, k, v, None), q, kv, kv)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "message"),
+    [
+        ({"forward": None}, "attention backend 'new' cannot return log-sum-exps"),
+        ({"backward": None}, "attention backend 'new' cannot compute gradients from log-sum-exps"),
+    ],
+)
+def test_a_backend_without_the_abilities_is_refused_by_name(lacking: dict[str, None], message: str) -> None:
+    mesh = make_mesh(MeshConfig(fsdp=1, context=4), jax.devices()[:4])
+    new = dataclasses.replace(chunked, name="new", **lacking)
+    assert sharded_attention(make_mesh(MeshConfig(fsdp=4), jax.devices()[:4]), new, KV_HEADS)
+    with pytest.raises(InputError, match=message):
+        sharded_attention(mesh, new, KV_HEADS)
+    with pytest.raises(InputError, match="context=4 needs an attention backend by name"):
+        sharded_attention(mesh, new.attend, KV_HEADS)
 
 
 def test_packed_rows_are_refused() -> None:

@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 from eabf_jax.errors import InputError
 from eabf_jax.model import Llama, LlamaConfig
-from eabf_jax.model.attention import chunked
+from eabf_jax.model.attention import BACKENDS
 from eabf_jax.model.llama import product, unconstrained
 from eabf_jax.model.lora import Lora
+from eabf_jax.parallel import rules
 from eabf_jax.parallel.context import undo_zigzag_order, zigzag_order
 from eabf_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from eabf_jax.parallel.rules import (
@@ -25,10 +26,10 @@ from eabf_jax.parallel.rules import (
     batch_sharding,
     batch_ways,
     layer_product,
-    parameter_axes,
     parameter_shardings,
     process_batch_shard,
     sharded_attention,
+    spec,
 )
 from eabf_jax.rope import scheme
 
@@ -78,9 +79,24 @@ def test_adapters_are_split_like_the_kernels_they_stand_beside() -> None:
     }
 
 
-def test_axes_of_a_parameter_outside_the_layers_have_no_layer_axis() -> None:
-    assert parameter_axes(("lm_head", "kernel")) == ("embed", "vocab")
-    assert parameter_axes(("layers", "mlp", "down_proj", "bias")) == ("layers", None)
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (("heads", "mlp"), "heads and mlp of one array are both split over the mesh axis tensor"),
+        (("batch", "length", "embed"), "batch and embed of one array are both split over the mesh axis fsdp"),
+        (("vocab", "vocab"), "vocab and vocab of one array"),
+    ],
+)
+def test_two_axes_of_one_array_on_one_mesh_axis_are_refused(axes: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        spec(*axes)
+
+
+def test_a_parameter_whose_axes_collide_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "parameter_axes", lambda path: ("layers", "heads", "mlp"))
+    params = Llama.abstract(CONFIG).parameters()["layers"]["mlp"]["up_proj"]
+    with pytest.raises(InputError, match=r"parameter layers\.mlp\.up_proj\.bias: the logical axes heads and mlp"):
+        parameter_shardings(make_mesh(MeshConfig(2, 2, 2)), {"layers": {"mlp": {"up_proj": params}}})
 
 
 def test_a_dimension_that_the_mesh_does_not_divide_is_named() -> None:
@@ -98,12 +114,12 @@ def test_the_batch_is_split_over_data_and_fsdp(sizes: tuple[int, int, int], ways
 
 def test_a_tensor_axis_that_does_not_divide_the_key_value_heads_is_refused() -> None:
     with pytest.raises(InputError, match="mesh tensor=8 does not divide the model's 4 key-value heads"):
-        sharded_attention(make_mesh(MeshConfig(1, 1, 8)), chunked, CONFIG.num_key_value_heads)
+        sharded_attention(make_mesh(MeshConfig(1, 1, 8)), BACKENDS["chunked"], CONFIG.num_key_value_heads)
 
 
 def test_one_device_needs_no_hooks() -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    assert sharded_attention(mesh, chunked, 3) is chunked
+    assert sharded_attention(mesh, BACKENDS["chunked"], 3) is BACKENDS["chunked"]
     assert activation_constraint(mesh) is unconstrained
     assert layer_product(mesh) is product
 
@@ -173,7 +189,7 @@ def test_eight_devices_compute_what_one_does(
 ) -> None:
     mesh, ways = make_mesh(MeshConfig(*sizes)), sizes[3]
     model = Llama.abstract(
-        CONFIG, attention=sharded_attention(mesh, chunked, CONFIG.num_key_value_heads),
+        CONFIG, attention=sharded_attention(mesh, BACKENDS["chunked"], CONFIG.num_key_value_heads),
         constrain=activation_constraint(mesh),
         product=layer_product(mesh) if ways > 1 else product,  # the compiler's own collectives are right as well
     )  # fmt: skip

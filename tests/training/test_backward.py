@@ -182,7 +182,8 @@ def test_gradients_are_those_of_the_plain_loss(model_config, changes, packed, ba
 @pytest.mark.parametrize("wide", [True, False])
 def test_gradients_under_bfloat16(model_config, wide, monkeypatch):
     """Wide, a kernel's gradient leaves its product unrounded, in float32; else it is a sum of bfloat16 numbers."""
-    monkeypatch.setattr(attention, "_CHUNK", 8)  # rows of one block end in a product that XLA's CPU lacks in bfloat16
+    # Rows of one block end in a product that XLA's CPU lacks in bfloat16.
+    monkeypatch.setattr(attention.chunked, "_CHUNK", 8)
     config = variant(model_config, **GQA)
     # Drawn narrow: a sharp softmax would blow up what the parameters lose to bfloat16.
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), drawn(config, 0.1))

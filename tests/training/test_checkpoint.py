@@ -10,7 +10,7 @@ import pytest
 from runs import refuse
 
 from eabf_jax.errors import InputError
-from eabf_jax.interop.native import load_native
+from eabf_jax.interop.loading import load_parameters
 from eabf_jax.training.checkpoint import Checkpoints, latest_step
 from eabf_jax.training.step import Saved
 
@@ -65,7 +65,7 @@ def test_no_space_for_a_checkpoint_is_one_line(run_config, tmp_path, monkeypatch
 
     monkeypatch.setattr(handler, "async_save", full_disk)
     refuse(run_config(tmp_path / "run"), "no space left: the checkpoint cannot be written .*it is full")
-    assert load_native(tmp_path / "run")  # checkpoint 2 is whole
+    assert load_parameters(tmp_path / "run")  # checkpoint 2 is whole
 
 
 def test_a_write_that_the_system_refuses_is_one_line(config_file, fork, train_py, tmp_path):

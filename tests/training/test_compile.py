@@ -13,10 +13,11 @@ import yaml
 
 from eabf_jax import cli
 from eabf_jax.errors import InputError
+from eabf_jax.hardware import DEVICES, GIB
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.parallel.topology import compile_only_devices, tpu_slice
 from eabf_jax.training import compile as command
-from eabf_jax.training.plan import DEVICES, GIB, plan
+from eabf_jax.training.plan import plan
 from eabf_jax.training.recipe import load_config
 from eabf_jax.training.trainer import lower_train_step
 

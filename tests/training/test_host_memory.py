@@ -5,7 +5,16 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
-from eabf_jax.training.host_memory import IN_FLIGHT, Shards, Streamed, device_bytes, layer_of, moved, on_host, stacked
+from eabf_jax.training.host_memory import (
+    IN_FLIGHT,
+    OptimizerStream,
+    Shards,
+    device_bytes,
+    layer_of,
+    moved,
+    on_host,
+    stacked,
+)
 
 PARTS, SIZE = 12, 1024  # bytes of a part
 
@@ -21,11 +30,11 @@ def streamed(at):
         [jax.device_put(jnp.full((SIZE,), number, jnp.float32), on_host(at)) for number in range(PARTS)][i : i + 1]
         for i in range(PARTS)
     ]
-    return Streamed(parts, [[at]] * PARTS, [[on_host(at)]] * PARTS), parts
+    return OptimizerStream(parts, [[at]] * PARTS, [[on_host(at)]] * PARTS), parts
 
 
 def on_device(stream):
-    return len(stream._coming) + len(stream._leaving)
+    return len(stream._arriving) + len(stream._leaving)
 
 
 def test_bytes_are_those_of_one_device(at):
@@ -67,9 +76,9 @@ def test_every_part_passes_once_in_order_within_the_room(streamed, granted):
         assert home[0].sharding.memory_kind == "pinned_host"
         np.testing.assert_array_equal(home[0], number + 1)
         assert on_device(stream) <= max(granted // SIZE, 1)
-    stream.settle(2.5 * SIZE)
+    stream.drain(2.5 * SIZE)
     assert on_device(stream) <= 2
-    stream.settle(0)
+    stream.drain(0)
     assert on_device(stream) == 0
 
 

@@ -15,10 +15,10 @@ import transformers
 import eabf_jax
 from eabf_jax.errors import InputError
 from eabf_jax.interop.huggingface import to_hf
-from eabf_jax.interop.layout import flatten
 from eabf_jax.interop.native import save_params, write_model_json
 from eabf_jax.model.llama import Llama
-from eabf_jax.model.lora import PROJECTIONS, Lora, split_trained
+from eabf_jax.model.lora import Lora, split_trained
+from eabf_jax.model.parameters import PROJECTIONS, flatten
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.training.backward import merge
 from eabf_jax.training.checkpoint import Checkpoints

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from eabf_jax.interop.native import load_native
+from eabf_jax.interop.loading import load_parameters
 from eabf_jax.training.trainer import train
 
 # As in test_step: with the usual epsilon, Adam makes a whole step of a gradient that is nought but for rounding.
@@ -109,7 +109,7 @@ def same_run(read_metrics, params):
         for name in ("loss", "gradient_norm"):
             # The same sums in another order: roundings of 1e-7 in some hundreds of sums, carried over the steps.
             np.testing.assert_allclose([m[name] for m in lines], [m[name] for m in wanted], rtol=2e-5, err_msg=name)
-        trees = (*(load_native(run)[1] for run in (found, expected)), params)
+        trees = (*(load_parameters(run)[1] for run in (found, expected)), params)
         for leaf, other, start in zip(*map(jax.tree.leaves, trees), strict=True):
             # rate x gradient's rounding / epsilon = 1e-2 x 1e-6 / 1e-3 a step, on entries of order one.
             np.testing.assert_allclose(leaf, other, rtol=0, atol=steps * 1e-5)

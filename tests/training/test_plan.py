@@ -8,12 +8,13 @@ import pytest
 import yaml
 
 from eabf_jax.errors import InputError
+from eabf_jax.hardware import DEVICES, GIB
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora
 from eabf_jax.parallel.mesh import MeshConfig, axis_sizes, make_mesh
 from eabf_jax.training import plan as planner
 from eabf_jax.training.backward import REMAT_POLICIES, Pieces
-from eabf_jax.training.plan import DEVICES, GIB, check, choose, device_at_hand, device_named, plan, settle_mesh
+from eabf_jax.training.plan import check, choose, plan, settle_mesh
 from eabf_jax.training.recipe import load_config
 from eabf_jax.training.step import build_model
 
@@ -45,6 +46,18 @@ def test_devices_share_the_state(axis):
     share = (PARAMETERS_7B - 65 * 4096) / 4 + 65 * 4096
     assert found.parts["parameters"] == 2 * share
     assert found.parts["moments"] == 8 * share
+
+
+@pytest.mark.parametrize(
+    ("attention", "device", "window", "contexts"),
+    [("auto", "h200", 8 * 2047, {1, 2}), ("chunked", "h200", 8 * 2047, {1, 2, 4}), ("auto", "v4", 16384 - 256, {1, 2})],
+)
+def test_rows_are_split_only_where_the_attention_backend_can(attention, device, window, contexts):
+    """Into two chunks a device, which are even for cuDNN and multiples of 64 tokens for splash."""
+    config, model = llama_7b(attention=attention)
+    config = dataclasses.replace(config, window=window)
+    found = planner.mesh_plans(config, model, 4, DEVICES[device])
+    assert {each.mesh["context"] for each in found} == contexts
 
 
 def test_replicas_do_not_share():
@@ -247,45 +260,3 @@ def test_rows_that_do_not_divide_are_refused():
         plan(config, model, {**ONE, "fsdp": 64}, DEVICES["v4"])
     with pytest.raises(InputError, match="window 16384 is not divisible by mesh context=3"):
         plan(config, model, {**ONE, "context": 3}, DEVICES["v4"])
-
-
-def test_devices_are_known_by_name_and_the_one_at_hand_by_itself():
-    assert device_named("H100") is DEVICES["h100"]
-    with pytest.raises(InputError, match="unknown device 'h1000': did you mean 'h100'"):
-        device_named("h1000")
-    found = device_at_hand()
-    assert found.platform == "cpu" and found.memory > GIB
-
-
-@pytest.mark.parametrize(
-    ("kind", "limit", "name", "memory"),
-    [
-        ("NVIDIA H100 80GB HBM3", 60 * GIB, "h100", 60 * GIB),
-        ("TPU v5 lite", None, "v5e", DEVICES["v5e"].memory),
-        ("TPU v5", None, "v5p", DEVICES["v5p"].memory),
-        ("NVIDIA L4", 20 * GIB, "NVIDIA L4", 20 * GIB),
-    ],
-)
-def test_the_memory_of_the_device_at_hand_is_what_its_allocator_says(monkeypatch, kind, limit, name, memory):
-    class Found:
-        platform = "tpu" if kind.startswith("TPU") else "gpu"
-        device_kind = kind
-
-        def memory_stats(self):
-            return {"bytes_limit": limit} if limit else None
-
-    monkeypatch.setattr(planner.jax, "devices", lambda: [Found()])
-    found = device_at_hand()
-    assert (found.name, found.memory) == (name, memory)
-
-
-def test_a_device_of_unknown_memory_is_asked_for(monkeypatch):
-    class Found:
-        platform, device_kind = "gpu", "Other"
-
-        def memory_stats(self):
-            return None
-
-    monkeypatch.setattr(planner.jax, "devices", lambda: [Found()])
-    with pytest.raises(InputError, match="memory of the device 'Other' is not known; --device names one of h100"):
-        device_at_hand()

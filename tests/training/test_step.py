@@ -9,13 +9,13 @@ import pytest
 import torch
 from weights import torch_state
 
+from eabf_jax.model.parameters import parameter_count
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.training.backward import Microbatch
 from eabf_jax.training.layerwise import Layerwise
 from eabf_jax.training.optimizer import make_optimizer
 from eabf_jax.training.recipe import ComputeConfig, RecipeConfig
 from eabf_jax.training.step import Program, build_model, microbatch_sharding
-from eabf_jax.training.tracking import parameter_count
 from eabf_jax.training.trainer import place_batch
 
 STEPS, BATCH, LENGTH = 4, 8, 24
@@ -293,7 +293,8 @@ def test_the_optimizers_state_passes_in_the_room_that_layers_leave(model_config,
 
         return call
 
-    step._programs = {name: watched(name, program) for name, program in step._programs.items()}
+    programs = {name: watched(name, program) for name, program in step._schedule.programs.items()}
+    step._schedule = dataclasses.replace(step._schedule, programs=programs)
     for _ in range(2):
         state, _ = step(state, batch)
         assert len(used["head"]) == 1

@@ -22,13 +22,14 @@ from runs import refuse
 
 from eabf_jax.cli import main
 from eabf_jax.data.dataset import tokenizer_digest
-from eabf_jax.interop.native import load_native, save_params, write_model_json
+from eabf_jax.interop.loading import load_parameters
+from eabf_jax.interop.native import save_params, write_model_json
 from eabf_jax.interop.tokenizer import load_tokenizer
+from eabf_jax.model.parameters import parameter_count
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.training import trainer
 from eabf_jax.training.plan import Plan
 from eabf_jax.training.recipe import load_config
-from eabf_jax.training.tracking import parameter_count
 from eabf_jax.training.trainer import _preemption_flag, base_config, lower_train_step, train
 
 TOKENIZER = "assets/tiny"
@@ -42,7 +43,7 @@ def finished(run_config, tmp_path_factory):
 
 
 def final_params(run):
-    return load_native(run)[1]
+    return load_parameters(run)[1]
 
 
 def test_a_run_leaves_a_model_directory_with_its_record(finished, extended, read_metrics):
@@ -60,7 +61,7 @@ def test_a_run_leaves_a_model_directory_with_its_record(finished, extended, read
     # The moments are of no use to a finished run.
     assert {path.name for path in (run / "checkpoints" / "10").iterdir() if path.is_dir()} == {"params"}
     assert load_config(["--config_path", str(run / "config.yaml")]) == config
-    found, params = load_native(run)
+    found, params = load_parameters(run)
     assert found == extended
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     metrics = read_metrics(run)
@@ -294,7 +295,7 @@ def test_a_checkpoint_that_host_memory_has_no_room_for(run_config, tmp_path, mon
     refuse(config, "host memory has no room for a checkpoint .* set checkpoint.every_steps null")
     assert not (tmp_path / "run").exists()
     run = train(run_config(tmp_path / "run", recipe={"steps": 1}, checkpoint={"every_steps": None}, mesh="auto"))
-    assert load_native(run)
+    assert load_parameters(run)
 
 
 def test_a_damaged_checkpoint_is_named(finished, run_config, tmp_path):

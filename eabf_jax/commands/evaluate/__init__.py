@@ -16,8 +16,10 @@ from eabf_jax import __version__
 from eabf_jax.commands.options import check_positive, write_figures
 from eabf_jax.console import Grid, show
 from eabf_jax.errors import InputError, unknown_name
-from eabf_jax.interop.loading import DTYPES, Entry, parse_entry
+from eabf_jax.evaluation.scorer import evaluation_mesh
+from eabf_jax.interop.loading import DTYPES, Entry, load, parse_entry
 from eabf_jax.interop.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from eabf_jax.model.llama import Llama
 from eabf_jax.parallel.mesh import gpu_memory_defaults, use_every_core
 from eabf_jax.rope import Scheme
 
@@ -35,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
     parser.add_argument("--batch-size", type=int, default=1, help="rows that each device reads at a time (default: 1)")
+    parser.add_argument("--tensor", type=int, default=1, help="devices that share the model's heads (default: 1)")
     parser.add_argument("--json", help="write the figures here")
 
 
@@ -52,7 +55,7 @@ def begin(arguments: argparse.Namespace, positive: Sequence[str] = ()) -> list[E
     """
     use_every_core()
     gpu_memory_defaults()
-    check_positive(arguments, ("batch_size", *positive))
+    check_positive(arguments, ("batch_size", "tensor", *positive))
     if arguments.dtype not in DTYPES:
         raise unknown_name("--dtype", arguments.dtype, DTYPES)
     entries = [parse_entry(text) for text in arguments.model]
@@ -99,6 +102,16 @@ def tokenizer_of(directory: str) -> Tokenizer:
     if not has_tokenizer(directory):
         raise InputError(f"{directory} has no tokenizer: copy tokenizer.json or tokenizer.model into it")
     return load_tokenizer(directory)
+
+
+def model_of(entry: Entry, arguments: argparse.Namespace) -> Llama:
+    """Loads a model onto the devices that share its evaluation.
+
+    Raises:
+      InputError: as `load`; `--tensor` does not divide the devices, or the model.
+    """
+    mesh = evaluation_mesh(entry.config, arguments.dtype, arguments.tensor)
+    return load(entry.directory, entry.rope, arguments.dtype, mesh)[0]
 
 
 def report(

@@ -79,7 +79,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, help="the first so many documents of each task (default: all)")
     parser.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's)")
-    parser.add_argument("--tensor", type=int, default=1, help="devices that share the model's heads (default: 1)")
     parser.add_argument(
         "--apply-chat-template",
         action="store_true",
@@ -91,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs every task with every model at every window, and shows and writes the figures."""
-    entries = common.begin(arguments, ("limit", "tensor"))
+    entries = common.begin(arguments, ("limit",))
     windows = _check(arguments, entries)
     _import_harness()
     tasks = load_tasks(arguments.tasks.split(","), arguments.include_path, arguments.data)

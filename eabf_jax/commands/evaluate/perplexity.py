@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from eabf_jax.commands import evaluate
-from eabf_jax.commands.evaluate import measured_on, numbers, tokenizer_of
+from eabf_jax.commands.evaluate import measured_on, model_of, numbers, tokenizer_of
 from eabf_jax.console import Grid, progress_bar, track
 from eabf_jax.data.dataset import tokenizer_digest
 from eabf_jax.errors import InputError
@@ -30,7 +30,7 @@ from eabf_jax.evaluation.perplexity import (
     window_ends,
     window_perplexity,
 )
-from eabf_jax.interop.loading import Entry, load
+from eabf_jax.interop.loading import Entry
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 
@@ -104,10 +104,10 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     means: dict[str, list[np.ndarray]] = {}
     with progress_bar() as progress:
         for entry in entries:
-            model, _ = load(entry.directory, rope=entry.rope, dtype=arguments.dtype)
             total = sum(_rows(documents, windows, arguments.stride))
             advance = track(progress, f"evaluating {entry.label}", total)
-            losses = _losses(model, documents, windows, arguments, advance)
+            # No name holds the model, so that it is gone before the next one comes.
+            losses = _losses(model_of(entry, arguments), documents, windows, arguments, advance)
             if not all(np.isfinite(part).all() for part in losses):
                 raise InputError(f"{entry.label}: the loss is not finite; expected sound weights, or --dtype float32")
             if windows:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eabf_jax.commands import evaluate
-from eabf_jax.commands.evaluate import measured_on, numbers, tokenizer_of
+from eabf_jax.commands.evaluate import measured_on, model_of, numbers, tokenizer_of
 from eabf_jax.console import Grid, progress_bar, track
 from eabf_jax.data.dataset import tokenizer_digest
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation.intervals import Share, clustered, finite
 from eabf_jax.evaluation.retrieval import Cell, Prompt, measure
-from eabf_jax.interop.loading import Entry, load
+from eabf_jax.interop.loading import Entry
 from eabf_jax.interop.tokenizer import Tokenizer
 
 
@@ -104,8 +104,10 @@ def compare(arguments: argparse.Namespace, task: Task) -> Retrieval:
     with progress_bar() as progress:
         for entry, prompts in zip(entries, by_model, strict=True):
             advance = track(progress, f"{task.name}, {entry.label}", len(prompts))
-            model, _ = load(entry.directory, rope=entry.rope, dtype=arguments.dtype)
-            cells[entry.label] = measure(model, prompts, batch_size=arguments.batch_size, progress=advance)
+            # No name holds the model, so that it is gone before the next one comes.
+            cells[entry.label] = measure(
+                model_of(entry, arguments), prompts, batch_size=arguments.batch_size, progress=advance
+            )
     return Retrieval(task.name, cells, arguments.pretrained_window or window, note)
 
 

@@ -1,0 +1,216 @@
+"""Models on a mesh: what each device and the host hold while they are read, and what the model then computes."""
+
+import gc
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import eabf_jax
+from eabf_jax.errors import InputError
+from eabf_jax.evaluation.perplexity import position_losses
+from eabf_jax.inference import Generator, generate
+from eabf_jax.interop import native
+from eabf_jax.interop.adapter import Adapter, digest
+from eabf_jax.interop.huggingface import from_hf, open_leaves, to_hf
+from eabf_jax.interop.loading import open_weights, read_config
+from eabf_jax.interop.safetensors_stream import StoredTensor
+from eabf_jax.model import Llama
+from eabf_jax.model.lora import Lora, split_trained
+from eabf_jax.model.parameters import flatten
+from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SIZES = {
+    "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6,
+    "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 64, "tie_word_embeddings": True,
+    "initializer_range": 0.1,
+}  # fmt: skip
+LAYERS, KERNEL, WIDE = 6, 4 * 256 * 256, 4 * 256 * 512  # bytes of a square and of a wide kernel of one layer
+EMBEDDING = 4 * 1024 * 256
+TOTAL = LAYERS * (4 * KERNEL + 3 * WIDE) + EMBEDDING
+NORMS = 4 * (2 * LAYERS + 1) * 256  # small, so each device has all of them
+# Rows, positions and the like; far less than one kernel.
+SLACK = 40_000
+KINDS = ("hf", "native", "adapters")
+LORA = Lora(rank=4, alpha=8.0, targets=("q_proj", "down_proj"), train_embeddings=False, train_norms=True)
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model in three forms, and `merged`: what the adapters' form is for transformers."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).save_pretrained(root / "hf", max_shard_size="3MB")
+    from_hf(root / "hf", root / "native")
+    (root / "adapters").mkdir()
+    config, generator = read_config(root / "hf"), np.random.default_rng(0)
+    adapter = Adapter(LORA, str(root / "hf"), digest(open_leaves(root / "hf")))
+    native.write_model_json(root / "adapters", config, adapter=adapter.to_json())
+    shapes = split_trained(Llama.abstract(config, lora=LORA).parameters(), LORA)[0]
+    drawn = jax.tree.map(lambda leaf: generator.normal(0, 0.1, leaf.shape).astype(np.float32), shapes)
+    native.save_params(root / "adapters", drawn)
+    to_hf(root / "adapters", root / "merged")
+    return root
+
+
+@pytest.fixture(scope="module")
+def logits_of(directories: Path) -> Callable[[str, np.ndarray], np.ndarray]:
+    """transformers' logits of a model, without a batch's other rows and without a cache."""
+
+    def logits(kind: str, tokens: np.ndarray) -> np.ndarray:
+        name = "merged" if kind == "adapters" else "hf"
+        model = transformers.LlamaForCausalLM.from_pretrained(directories / name, dtype=torch.float32)
+        with torch.no_grad():
+            return model(torch.tensor(tokens)).logits.numpy()
+
+    return logits
+
+
+def on_each_device() -> int:
+    """Bytes of JAX arrays on the device that holds the most."""
+    held = dict.fromkeys(jax.devices(), 0)
+    for array in jax.live_arrays():
+        # Not from the shards' data, which would be live arrays as well.
+        size = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        for device in array.sharding.device_set:
+            held[device] += size
+    return max(held.values())
+
+
+@contextmanager
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Samples `on_each_device` at every array that is put on devices, and all the while."""
+    gc.collect()  # models of earlier tests
+    before, found, done = on_each_device(), [0], threading.Event()
+
+    def sample() -> None:
+        found[0] = max(found[0], on_each_device() - before)
+
+    def sampled(function: Callable) -> Callable:
+        def call(*arguments: object, **options: object) -> object:
+            result = function(*arguments, **options)
+            sample()
+            return result
+
+        return call
+
+    def go_on() -> None:
+        while not done.wait(0.001):
+            sample()
+
+    with monkeypatch.context() as patch:
+        for name in ("device_put", "make_array_from_callback"):
+            patch.setattr(jax, name, sampled(getattr(jax, name)))
+        patch.setattr(native, "place_leaf", sampled(native.place_leaf))
+        thread = threading.Thread(target=go_on)
+        thread.start()
+        try:
+            yield found
+        finally:
+            done.set()
+            thread.join()
+    sample()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_a_device_holds_its_share_and_never_more_than_one_parameter_besides(
+    directories: Path, logits_of: Callable, kind: str, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = make_mesh(MeshConfig(**sizes))
+    split = math.prod(sizes.values()) // sizes.get("data", 1)
+    share = TOTAL / split + NORMS
+    gc.collect()
+    before = on_each_device()
+    with watched(monkeypatch) as peak:
+        model, _ = eabf_jax.load(directories / kind, dtype="float32", mesh=mesh)
+    assert share - SLACK <= on_each_device() - before <= share + SLACK
+    assert peak[0] <= share + LAYERS * WIDE / split + SLACK
+    tokens = np.random.default_rng(1).integers(0, 1024, (8, 24))
+    found = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
+    np.testing.assert_allclose(found, logits_of(kind, tokens), atol=1e-4)  # the project's promise for float32
+    half, _ = eabf_jax.load(directories / kind, mesh=mesh)
+    assert {leaf.dtype.name for _, leaf in flatten(half.parameters())} == {"bfloat16"}
+
+
+def test_the_host_holds_one_parameter_at_a_time(directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest is a wide kernel of all layers, into which one tensor of a layer at a time is read."""
+    held = {"now": 0, "most": 0}
+
+    def counted(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        def call(*arguments: object) -> np.ndarray:
+            array = function(*arguments)
+            memory = array
+            while isinstance(memory.base, np.ndarray):
+                memory = memory.base
+            held["now"] += array.nbytes
+            held["most"] = max(held["most"], held["now"])
+            weakref.finalize(memory, lambda size=array.nbytes: held.update(now=held["now"] - size))
+            return array
+
+        return call
+
+    monkeypatch.setattr(native, "empty_leaf", counted(native.empty_leaf))
+    monkeypatch.setattr(StoredTensor, "read", counted(StoredTensor.read))
+    # On a mesh that splits every large array, no CPU device takes the host's memory for its own.
+    model, _ = eabf_jax.load(directories / "hf", dtype="float32", mesh=make_mesh(MeshConfig()))
+    assert LAYERS * WIDE < held["most"] <= (LAYERS + 1) * WIDE + NORMS
+    assert held["now"] <= NORMS
+    del model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [None, {"data": 2, "fsdp": 1, "tensor": 4}], ids=str)
+def test_generation_holds_its_weights_once(
+    directories: Path, logits_of: Callable, kind: str, sizes: dict[str, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = None if sizes is None else make_mesh(MeshConfig(**sizes))
+    split = 1 if mesh is None else 4
+    with watched(monkeypatch) as peak:
+        generator = Generator(open_weights(directories / kind, dtype="float32")[0], mesh=mesh)
+    # Two kernels of one layer, stored and joined, are there beside the rest for a moment.
+    assert peak[0] <= TOTAL / split + NORMS + 2 * 2 * WIDE / split + SLACK
+    prompts = np.random.default_rng(2).integers(0, 1024, (2, 20))
+    expected = logits_of(kind, prompts)[:, -1]
+    np.testing.assert_allclose(generator.next_token_logits(prompts), expected, atol=1e-4)
+    if kind == "hf":
+        model, _ = eabf_jax.load(directories / kind, dtype="float32", mesh=mesh)
+        assert Generator(model).generate(prompts, 4) == generator.generate(prompts, 4)
+
+
+def test_the_decode_loop_is_compiled_once_on_a_mesh(directories: Path) -> None:
+    """The first call has the state that follows the prompt, the later ones their own output."""
+    generator = Generator(open_weights(directories / "hf")[0], mesh=make_mesh(MeshConfig(2, 2, 2)))
+    before = generate._decode._cache_size()
+    generator.generate([[1, 2, 3]], 1 + 3 * generate.TOKENS_AT_ONCE)
+    shapes = 2  # caches of 32 slots, then of 64
+    assert generate._decode._cache_size() == before + shapes
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_losses_on_a_mesh_are_those_of_transformers(
+    directories: Path, logits_of: Callable, sizes: dict[str, int]
+) -> None:
+    documents = np.random.default_rng(3).integers(0, 1024, (9, 24)).astype(np.int32)
+    model, _ = eabf_jax.load(directories / "hf", dtype="float32", mesh=make_mesh(MeshConfig(**sizes)))
+    log_probs = torch.tensor(logits_of("hf", documents)).log_softmax(-1).numpy()
+    expected = -np.take_along_axis(log_probs[:, :-1], documents[:, 1:, None], axis=2)[..., 0]
+    np.testing.assert_allclose(position_losses(model, documents), expected, atol=1e-4)
+
+
+def test_meshes_that_do_not_fit(directories: Path) -> None:
+    with pytest.raises(InputError, match="mesh context=2: only training splits rows"):
+        eabf_jax.load(directories / "hf", mesh=make_mesh(MeshConfig(context=2)))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:3]).reshape(1, 3, 1, 1), ("data", "fsdp", "context", "tensor"))
+    with pytest.raises(InputError, match=r"dimension of \d+, which the mesh splits 3 ways"):
+        eabf_jax.load(directories / "hf", mesh=mesh)
