@@ -13,6 +13,8 @@ from eabf_jax.model.config import LlamaConfig
 from eabf_jax.training.plan import choose
 from eabf_jax.training.recipe import load_config
 
+pytestmark = pytest.mark.document_check
+
 ROOT = Path(__file__).parents[1]
 WHEN = ("trained", "untrained")
 METHODS = ("PI", "YaRN", "ABF", "EABF")

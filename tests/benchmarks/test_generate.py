@@ -180,6 +180,7 @@ def test_shares_and_ratios(program):
     }
     runs = {"short": measured(192.554), "long": measured(123.821), "batch": measured(1381.1)}
     figures = program.finish(report(program, peer, **runs), program.SHAPES["llama2_7b"])
+    # Shares are told to a thousandth.
     assert figures["runs"]["short"]["bandwidth_share"] == pytest.approx(0.767, abs=0.001)
     assert figures["runs"]["long"]["bandwidth_share"] == pytest.approx(0.808, abs=0.001)
     # By hand: 16 rows of 2,176 slots of 524,288 bytes, and 6,607,343,616 weights of 2.

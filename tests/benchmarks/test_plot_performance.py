@@ -268,6 +268,7 @@ def test_no_results_is_one_line(program, tmp_path):
         program.read_results(tmp_path)
 
 
+@pytest.mark.document_check
 def test_the_committed_pages_are_those_of_the_results_and_of_todays_code(program):
     """A change of code that a figure measures makes the figure stale, and the pages have to say so."""
     for part, text in program.parts(program.ROOT / "benchmarks/results").items():

@@ -43,7 +43,7 @@ def test_the_model_on_disk_is_a_converted_one(program, tmp_path):
     leaves = dict(flatten(load_parameters(tmp_path / "model")[1]))
     assert {str(leaf.dtype) for leaf in leaves.values()} == {"bfloat16"}
     kernel = np.asarray(leaves["layers", "mlp", "up_proj", "kernel"], np.float32)
-    assert kernel.std() == pytest.approx(0.02, rel=0.05)
+    assert kernel.std() == pytest.approx(0.02, rel=0.05)  # of 4,608 numbers: off by 1 % or so
     assert (np.asarray(leaves["norm", "scale"]) == 1).all()
 
 

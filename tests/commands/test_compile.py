@@ -30,6 +30,7 @@ def test_without_a_topology_the_memory_is_predicted(tmp_path, capsys):
     expected = plan(config, run_model_config(config), mesh, DEVICES["h200"])
     assert found["gib_per_device"] == round(expected.total / GIB, 3)
     assert (found["device"], found["mesh"], found["remat"]) == ("h200", mesh, "dots:8,full")
+    # The parts are rounded to a thousandth each.
     assert sum(found["gib_by_part"].values()) == pytest.approx(found["gib_per_device"], abs=0.005)
     assert "predicted, of 135.60 GiB" in capsys.readouterr().out
 

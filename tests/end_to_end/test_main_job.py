@@ -70,7 +70,7 @@ def test_transformers_sees_the_same_model(made: Path) -> None:
     ).eval()
     with torch.no_grad():
         expected = theirs(torch.tensor(document, dtype=torch.long)).logits.numpy()
-    np.testing.assert_allclose(np.asarray(model(document)), expected, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(model(document)), expected, atol=1e-4)  # the project's promise for float32
     assert theirs.config.max_position_embeddings == 1024
     text = "USER: Name three colours of the rainbow. ASSISTANT:"
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(made / "hf")

@@ -18,7 +18,7 @@ def test_mean_with_students_t_from_the_printed_table(freedom: int, t: float) -> 
     mean = sum(values) / len(values)
     variance = sum((value - mean) ** 2 for value in values) / freedom
     found = student(values)
-    assert found.mean == pytest.approx(mean, rel=1e-12)
+    assert found.mean == pytest.approx(mean, rel=1e-12)  # float64
     # The table has three decimals.
     assert found.half_width == pytest.approx(t * math.sqrt(variance / len(values)), rel=5e-4)
 

@@ -67,7 +67,7 @@ def test_chunks_change_nothing_but_the_logits_that_exist(chunk: int) -> None:
     probabilities = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
     log_probs, is_greedy = jax.jit(run)(*arrays)
     expected = np.log(np.take_along_axis(probabilities, targets[..., None], axis=-1)[..., 0])
-    np.testing.assert_allclose(log_probs, expected, atol=1e-5)
+    np.testing.assert_allclose(log_probs, expected, atol=1e-5)  # float32 sums of 8 and 62 terms, of order 10
     np.testing.assert_array_equal(is_greedy, scores.argmax(-1) == targets)
 
 

@@ -132,7 +132,7 @@ def test_yarn_is_that_of_llama_cpp(
     found = config_of(converted(tmp_path, scaling(settings))).rope
     frequencies, magnitude = llama_cpp_yarn(settings["factor"], window, fast, slow, own)
     np.testing.assert_allclose(found.inverse_frequencies(HEAD_DIM), frequencies, rtol=2e-7)  # float32
-    assert found.rotation_scale() == pytest.approx(magnitude, rel=1e-12)
+    assert found.rotation_scale() == pytest.approx(magnitude, rel=1e-12)  # float64
 
 
 def test_yarn_logits_are_those_of_the_model_before_conversion(tmp_path: Path) -> None:
@@ -313,6 +313,7 @@ def test_sizes_once_a_layer(tmp_path: Path) -> None:
     assert found.intermediate_size == WIDE
 
 
+@pytest.mark.document_check
 def test_the_page_names_every_key() -> None:
     """docs/gguf.md says of each key what is done with it: the tables in the code, word for word."""
     rows = re.findall(r"^\| (`.*`) \| (read|harmless|one value) ", PAGE.read_text(), re.MULTILINE)

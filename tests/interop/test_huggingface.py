@@ -376,6 +376,7 @@ def test_null_is_the_default_where_transformers_has_had_it_so(name: str) -> None
     assert config_from_hf({**values, name: None}) == config_from_hf(values)
 
 
+@pytest.mark.document_check
 def test_every_key_that_transformers_reads_is_accounted_for() -> None:
     """The keys of LLaMA's config, and every attribute that building and running the model looks at."""
     looked_at: set[str] = set()

@@ -73,7 +73,7 @@ def test_transformers_computes_our_frequencies_from_our_keys(s: Scheme, spelling
         )
     # transformers works in float32: see test_frequencies.py for this bound.
     np.testing.assert_allclose(rotary.inv_freq.numpy(), s.inverse_frequencies(d), rtol=5 * 32 * 2.0**-24)
-    assert rotary.attention_scaling == pytest.approx(s.rotation_scale(), rel=1e-15)
+    assert rotary.attention_scaling == pytest.approx(s.rotation_scale(), rel=1e-15, abs=0)  # float64: there too
 
 
 @pytest.mark.parametrize("s", KNOWN_TO_HF, ids=repr)
@@ -228,8 +228,9 @@ def test_mscale_becomes_the_attention_factor_that_transformers_derives() -> None
         )
     s = from_hf(DEEPSEEK_LIKE)
     assert s.name == "yarn"
-    assert s.rotation_scale() == pytest.approx(rotary.attention_scaling, rel=1e-15)
-    assert s.rotation_scale() == pytest.approx((0.0707 * math.log(40) + 1) / (0.1 * math.log(40) + 1), rel=1e-15)
+    # Two logarithms, products and sums and a quotient in float64, each rounded by 2^-53 relative at most.
+    assert s.rotation_scale() == pytest.approx(rotary.attention_scaling, rel=1e-15, abs=0)
+    assert s.rotation_scale() == pytest.approx((0.0707 * math.log(40) + 1) / (0.1 * math.log(40) + 1), rel=1e-15, abs=0)
     equal = copy.deepcopy(DEEPSEEK_LIKE)
     equal["rope_scaling"]["mscale"] = 1.0  # type: ignore[index]
     assert from_hf(equal).name == "ntk_by_parts"
@@ -259,7 +260,7 @@ def test_unusual_values_are_read_as_transformers_reads_them(section: dict[str, A
     s = from_hf(config)
     # transformers works in float32: see test_frequencies.py for this bound.
     np.testing.assert_allclose(s.inverse_frequencies(32, length), values.numpy(), rtol=5 * 32 * 2.0**-24)
-    assert s.rotation_scale(length) == pytest.approx(scale, rel=1e-15)
+    assert s.rotation_scale(length) == pytest.approx(scale, rel=1e-15, abs=0)  # float64: there too
 
 
 def test_a_window_with_a_point_is_a_whole_number() -> None:

@@ -35,6 +35,7 @@ def test_a_file_of_a_users_own(user_schemes: Path) -> None:
     assert Scheme.from_dict(s.to_dict()) == s and s.to_dict() == SHARP
     assert scheme("slow_half", factor=4).to_dict() == {"type": "slow_half", "base": 10_000.0, "factor": 4.0}
     widening = scheme("widening", pretrained_window=16)
+    # A traced length: a power in float32, exp(x) with |x| up to ln 40,000 = 10.6; x is off by 10.6 x 2^-24 = 6e-7.
     np.testing.assert_allclose(widening.inverse_frequencies(16, jnp.int32(64)), theta(40_000.0), rtol=1e-6)
 
 

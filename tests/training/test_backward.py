@@ -211,7 +211,7 @@ def test_what_is_frozen_has_no_gradient_and_changes_none(model_config):
     run = ByHand(Llama.abstract(config, attention="chunked"), "qkv")
     loss, gradients = run(microbatches(config, packed=True), trained, frozen)
     expected_loss, expected = expected_gradients(config, packed=True)
-    np.testing.assert_allclose(loss, expected_loss, rtol=2e-6)
+    np.testing.assert_allclose(loss, expected_loss, rtol=2e-6)  # as above
     assert jax.tree.structure(gradients) == jax.tree.structure(trained)
     assert_near(gradients["layers"]["self_attn"], {n: expected["layers"]["self_attn"][n] for n in names}, 5e-5)
 
@@ -301,8 +301,9 @@ def test_chunks_of_the_loss_do_not_change_it(model_config):
     split = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2, context=2))
     for chunk, mesh in ((1, None), (7, None), (1024, None), (3, split), (5, split)):
         loss, gradients, d_x = run(chunk, mesh)
+        # Sums of 40 terms in another order.
         np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
-        assert_near((gradients, d_x), expected[1:], 3e-6)  # sums of 40 terms in another order
+        assert_near((gradients, d_x), expected[1:], 3e-6)
 
 
 def test_sums_are_float32_whatever_is_added():

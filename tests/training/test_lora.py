@@ -258,6 +258,7 @@ def test_tied_embeddings_are_trained_as_input_and_output(tune, batches, yarn, pa
     norm = np.sqrt(sum(np.square(np.float64(leaf)).sum() for leaf in jax.tree.leaves(gradients)))
     for executor in ("program", "layerwise"):
         (found,), saved, *_ = tune([batch], lora, config=tied, params=params, executor=executor)
+        # The same float32 sums in another order, some ten roundings of 6e-8 deep.
         np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
         np.testing.assert_allclose(found["gradient_norm"], norm, rtol=1e-5)
         # The first moment after one step is (1 - beta1) of the clipped gradient.
@@ -330,6 +331,7 @@ def test_the_export_is_the_same_in_transformers(finished, tmp_path):
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
     for directory in (run, tmp_path / "hf"):
         model, _ = eabf_jax.load(directory, dtype="float32")
+        # As above: float32 sums in another order, through three layers and a head; logits of 10.
         np.testing.assert_allclose(model(tokens), expected, atol=2e-4)
     # A step of its own, and a dtype of its own.
     to_hf(run, tmp_path / "narrow", step=4, dtype="bfloat16")

@@ -69,6 +69,7 @@ def test_a_run_leaves_a_model_directory_with_its_record(finished, extended, read
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.3
     # Cosine from the peak; the last step's own rate is the one before nought.
     expected = [1e-2 * 0.5 * (1 + np.cos(np.pi * step / 10)) for step in range(10)]
+    # In float32; where the cosine is near -1, at least 0.024 of the peak is left of roundings of 6e-8 of it.
     np.testing.assert_allclose([m["learning_rate"] for m in metrics], expected, rtol=1e-5)
     assert ["compile_seconds" in m for m in metrics] == [True] + [False] * 9
     # The first step's rate is that of a step, not of the compilation before it.

@@ -87,7 +87,7 @@ def test_two_schemes_side_by_side(
         assert tokenizer is None
         losses = position_losses(model, documents)
         for band, (start, end) in zip(written["bands"][label], ((1, 16), (16, 40)), strict=True):
-            expected = losses[:, start - 1 : end - 1].mean()
+            expected = losses[:, start - 1 : end - 1].mean()  # in float32, where the report's is float64
             assert band["mean"] == pytest.approx(expected, rel=1e-6)
             assert f"{expected:.3f}" in out
             assert f"{expected:.3f}" in rows[label]  # without the marks of the best
@@ -136,12 +136,13 @@ def test_windows_and_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         for number, window in enumerate((8, 24)):
             found = written["windows"][label][number]
             means[label, window] = sliding_losses(model, documents, window, 3).mean(axis=1)
-            perplexity = np.exp(means[label, window].mean())
+            perplexity = np.exp(means[label, window].mean())  # float32: of the exponent, 4.5, a few roundings of 2e-7
             assert (found["window"], found["stride"]) == (window, 3)
             assert found["perplexity"] == pytest.approx(perplexity, rel=1e-5)
             assert f"{perplexity:.3f}" in out
     difference = means["extended", 24] - means["own", 24]
     assert written["beside_first"]["own"][1] == {"mean": 0.0, "half_width": 0.0}
+    # The difference of two float32 means near 4.5, each off by a few roundings of 2e-7.
     assert written["beside_first"]["extended"][1]["mean"] == pytest.approx(difference.mean(), abs=1e-6)
     # For two documents, Student's t of 1 degree of freedom: 12.7062 x half of their difference.
     expected = 12.7062 * abs(difference[0] - difference[1]) / 2
