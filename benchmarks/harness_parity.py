@@ -65,7 +65,9 @@ def measure(model: Path) -> dict[str, Any]:
     }
 
 
-def _compared(task: str, ours: tuple[dict, list], theirs: tuple[dict, list]) -> dict[str, Any]:
+def _compared(
+    task: str, ours: tuple[dict[str, Any], list[Any]], theirs: tuple[dict[str, Any], list[Any]]
+) -> dict[str, Any]:
     metrics = {
         key.removesuffix(",none"): (ours[0][key], value)
         for key, value in theirs[0].items()

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 # Scopes (`jax.named_scope`) that name the data a collective carries. Collectives that the compiler inserts have no
@@ -11,7 +11,7 @@ from typing import NamedTuple
 CARRIED = ("parameters", "parameter_gradients", "keys_values", "key_value_gradients", "embedding")
 
 # Bytes that each of n devices sends per byte of the result, with ring algorithms.
-_SENT = {
+_SENT: dict[str, Callable[[float], float]] = {
     "all-gather": lambda n: (n - 1) / n,
     "reduce-scatter": lambda n: n - 1.0,
     "all-reduce": lambda n: 2 * (n - 1) / n,
