@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from eabf_jax import cli, load
 from eabf_jax.commands.evaluate import harness as command
 from eabf_jax.commands.evaluate.harness import load_tasks
 from eabf_jax.errors import InputError
-from eabf_jax.evaluation import harness, longbench
+from eabf_jax.evaluation import harness, longbench, scorer
 from eabf_jax.evaluation.harness import EabfLM
 from eabf_jax.interop.tokenizer import load_tokenizer
 from eabf_jax.parallel.mesh import make_mesh
@@ -52,7 +53,7 @@ TOLERANCE: dict[str, Any] = {"rel": 2e-5, "abs": 2e-5}
 def two_devices() -> Iterator[None]:
     """Or twice as many as share the heads: after each token all wait for each other, on few cores."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[: 2 * mesh.tensor]))
+        patch.setattr(scorer, "make_mesh", lambda mesh, _: make_mesh(mesh, jax.devices()[: 2 * mesh.tensor]))
         yield
 
 
@@ -294,8 +295,13 @@ def test_windows_and_chat_templates_on_the_command_line(
     assert "local_last_word" in shown and "trec" in shown and "macro" not in shown
 
 
-def test_rows_of_a_scheme_that_follows_the_length(small: str) -> None:
-    """What fills a shorter row does not lengthen it: each scores as by itself, in the full forward."""
+@pytest.mark.parametrize("splits_model", [False, True])
+def test_rows_of_a_scheme_that_follows_the_length(
+    small: str, splits_model: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fills a shorter row does not lengthen it: each scores as by itself, in the full forward on one device."""
+    if splits_model:
+        monkeypatch.setattr(scorer, "device_at_hand", lambda: SimpleNamespace(memory=1))
     rope = {"type": "dynamic_ntk", "factor": 4, "pretrained_window": 8}
     lm = EabfLM(small, dtype="float32", rope=yaml.safe_dump(rope), batch_size=2, tensor=4)
     rows = [list(range(5, 5 + length)) for length in (40, 23, 6)]
