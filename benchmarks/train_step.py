@@ -209,15 +209,16 @@ def own_figures(config: TrainConfig, options: argparse.Namespace) -> dict[str, A
     import jax
 
     from eabf_jax.training.plan import choose, settle_mesh
+    from eabf_jax.training.trainer import extended_config
 
     mesh = make_mesh(settle_mesh(config, shape_of(config), jax.device_count(), device_at_hand()))
     device = mesh.devices.flat[0]
     figures: dict[str, Any] = {"device": device.device_kind, "platform": device.platform, "devices": mesh.size}
     try:
         # A step that the planner considers too large is still tried, which also tests the planner.
-        config, predicted = choose(config, shape_of(config), mesh.shape, device_at_hand())
-        figures |= {"compute": dataclasses.asdict(config.compute), "planned_gib": predicted.total / GIB}
-        return figures | _measure(config, options, mesh)
+        planned = choose(config, extended_config(config), mesh.shape, device_at_hand())
+        figures |= {"compute": dataclasses.asdict(planned.config.compute), "planned_gib": planned.total / GIB}
+        return figures | _measure(planned, options, mesh)
     except jax.errors.JaxRuntimeError as error:
         message = str(error)
         if not any(sign in message for sign in ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "ut of memory")):
@@ -227,16 +228,15 @@ def own_figures(config: TrainConfig, options: argparse.Namespace) -> dict[str, A
         return figures | {"error": str(error)}
 
 
-def _measure(config: TrainConfig, options: argparse.Namespace, mesh: Any) -> dict[str, Any]:
+def _measure(planned: Any, options: argparse.Namespace, mesh: Any) -> dict[str, Any]:
     import jax
 
-    from eabf_jax.parallel.rules import batch_ways
-    from eabf_jax.training.trainer import microbatch_count, place_batch, prepare_step, random_params
+    from eabf_jax.training.trainer import place_batch, prepare_step, random_params
 
     started = time.perf_counter()
-    model, microbatches = shape_of(config), microbatch_count(config, mesh)
+    config, model, microbatches = planned.config, planned.model_config, planned.microbatches
     generator = np.random.default_rng(config.recipe.seed)
-    prepared = prepare_step(config, mesh, steps=config.recipe.steps or 1)
+    prepared = prepare_step(planned, mesh, config.recipe.steps or 1)
     compile_seconds = prepared.compile()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, prepared.abstract.params)
     state = prepared.begin(random_params(model, config.recipe.seed, shardings))
@@ -276,7 +276,7 @@ def _measure(config: TrainConfig, options: argparse.Namespace, mesh: Any) -> dic
         "warmup_seconds": seconds[:warmup],
         "sequences": config.recipe.batch_size,
         "microbatches": microbatches,
-        "microbatch_size": config.recipe.batch_size // microbatches // batch_ways(mesh),
+        "microbatch_size": config.compute.microbatch_size,
         "losses": losses,
         "gradient_norms": norms,
     }
@@ -288,7 +288,8 @@ def _measure(config: TrainConfig, options: argparse.Namespace, mesh: Any) -> dic
         }
     if options.multiplier_cost:
         plain_rope = rope_config({"type": "default", "base": rotary_base(config.scheme.to_dict())})
-        plain = prepare_step(dataclasses.replace(config, rope=plain_rope), mesh)
+        plain_model = dataclasses.replace(model, rope=dataclasses.replace(config, rope=plain_rope).scheme)
+        plain = prepare_step(dataclasses.replace(planned, model_config=plain_model), mesh)
         plain.compile()
         pairs = []
         for _ in range(options.multiplier_cost + 1):  # the first pair is the warm-up

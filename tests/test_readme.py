@@ -134,7 +134,7 @@ def test_what_is_said_of_speed_is_that_of_the_committed_runs() -> None:
     assert f"ours is {long['ratio_to_strongest_peer']:.2f} ×" in page
     config = load_config(["--config_path", str(ROOT / "configs/llama2_7b_eabf_16k.yaml")])
     model = dataclasses.replace(LlamaConfig.from_fields(config.model.shape), rope=config.scheme)
-    _, found = choose(config, model, {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, DEVICES["h100"])
+    found = choose(config, model, {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, DEVICES["h100"])
     planned, took = sum(found.host.values()) / GIB, short["host_gib"]
     assert f"predicts {planned:.1f} GiB of host memory" in page and f"took {took:.1f} GiB in all" in page
     readme = " ".join((ROOT / "README.md").read_text().split())

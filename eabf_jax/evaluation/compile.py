@@ -18,8 +18,9 @@ from eabf_jax.model.parameters import parameter_count
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.parallel.rules import batch_ways
 from eabf_jax.parallel.topology import Slice, compile_only_devices
-from eabf_jax.training.compile import gib, hbm_bytes, libtpu_version, refused, run_model_config, share_bytes
+from eabf_jax.training.compile import gib, hbm_bytes, libtpu_version, refused, share_bytes
 from eabf_jax.training.recipe import TrainConfig
+from eabf_jax.training.trainer import extended_config
 
 # Of a chip's memory, what weights and cache of generation may take; the rest is for the step itself.
 _HELD = 0.85
@@ -39,7 +40,7 @@ def compile_for(purpose: Literal["evaluate", "generate"], config: TrainConfig, s
       InputError: it does not fit into a chip's memory; the TPU compiler is not installed.
     """
     devices = compile_only_devices(slice_)
-    memory, model_config, dtype = DEVICES[slice_.generation].memory, run_model_config(config), config.compute.dtype
+    memory, model_config, dtype = DEVICES[slice_.generation].memory, extended_config(config), config.compute.dtype
     tensor = config.mesh.tensor if isinstance(config.mesh, MeshConfig) else 1
     if purpose == "evaluate":
         mesh = evaluation_mesh(model_config, dtype, tensor, devices, memory)

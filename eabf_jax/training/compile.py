@@ -11,7 +11,6 @@ import jax
 
 from eabf_jax.errors import InputError
 from eabf_jax.hardware import DEVICES, GIB, device_at_hand, device_named
-from eabf_jax.model.config import LlamaConfig
 from eabf_jax.parallel.collectives import collective_bytes
 from eabf_jax.parallel.mesh import axis_sizes, make_mesh
 from eabf_jax.parallel.topology import SLICES, Slice, compile_only_devices
@@ -23,8 +22,8 @@ from eabf_jax.training.plan import (
     preferred_meshes,
     settle_mesh,
 )
-from eabf_jax.training.recipe import TrainConfig, check_window
-from eabf_jax.training.trainer import base_config, lower_train_step, shape_config
+from eabf_jax.training.recipe import TrainConfig
+from eabf_jax.training.trainer import extended_config, lower_train_step
 
 
 def predict(config: TrainConfig, device_name: str | None = None, count: int | None = None) -> dict[str, Any]:
@@ -42,19 +41,20 @@ def predict(config: TrainConfig, device_name: str | None = None, count: int | No
         raise InputError(f"--devices {count}: a positive number is needed")
     device = device_named(device_name) if device_name else device_at_hand()
     devices = count or (1 if device_name else jax.device_count())
-    model_config = run_model_config(config)
+    model_config = extended_config(config)
     mesh = axis_sizes(settle_mesh(config, model_config, devices, device), devices)
-    settled, found = choose(config, model_config, mesh, device)
-    check(found, settled, model_config)
+    found = choose(config, model_config, mesh, device)
+    check(found)
+    compute = found.config.compute
     return {
         "device": found.device.name,
         "devices": devices,
         "mesh": dict(mesh),
         "window": config.window,
-        "microbatch_size": found.microbatch_size,
-        "remat": found.remat,
-        "optimizer_memory": found.optimizer_memory,
-        "gather": found.gather,
+        "microbatch_size": compute.microbatch_size,
+        "remat": compute.remat,
+        "optimizer_memory": compute.optimizer_memory,
+        "gather": compute.gather,
         "gib_per_device": gib(found.total),
         "gib_by_part": {name: gib(size) for name, size in found.parts.items()},
         "host_gib_by_part": {name: gib(size) for name, size in found.host.items()},
@@ -74,17 +74,18 @@ def compile_for(config: TrainConfig, slice_: Slice) -> dict[str, Any]:
     """
     devices = compile_only_devices(slice_)
     device = DEVICES[slice_.generation]
-    model_config = run_model_config(config)
+    model_config = extended_config(config)
     arranged = make_mesh(settle_mesh(config, model_config, len(devices), device), devices)
     mesh = arranged.shape
     # The compiler decides, not the planner: a step that the planner predicts to be too large is compiled anyway.
-    config, predicted = choose(config, model_config, mesh, device)
+    predicted = choose(config, model_config, mesh, device)
+    config = predicted.config
     lowered = lower_train_step(config, arranged)
     began = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        raise _refusal(error, slice_, predicted, config, model_config) from error
+        raise _refusal(error, slice_, predicted) from error
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
     total = hbm_bytes(compiled)
@@ -203,21 +204,12 @@ def _state_bytes(compiled: Any, lowered: Any) -> dict[str, float]:
     return {name: value for name, value in found.items() if value}
 
 
-def run_model_config(config: TrainConfig) -> LlamaConfig:
-    """Returns the model's configuration with the run's window and scheme."""
-    base = shape_config(config) if config.model.shape else base_config(config)
-    check_window(config, base)
-    return dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
-
-
-def _refusal(
-    error: Exception, slice_: Slice, predicted: Plan, config: TrainConfig, model_config: LlamaConfig
-) -> Exception:
+def _refusal(error: Exception, slice_: Slice, predicted: Plan) -> Exception:
     """Returns the exception for a compiler error: one line if memory is too small, else the error itself."""
     told = refused(error, slice_)
     if told is None:
         return error
-    what_fits = _what_fits(slice_, predicted, config, model_config)
+    what_fits = _what_fits(slice_, predicted)
     return InputError(f"{told} (predicted {predicted.total / GIB:.1f}); {what_fits}")
 
 
@@ -231,14 +223,14 @@ def refused(error: Exception, slice_: Slice) -> str | None:
     return f"the TPU compiler needs more memory than a chip of {slice_.name} has: {told}"
 
 
-def _what_fits(slice_: Slice, refused: Plan, config: TrainConfig, model_config: LlamaConfig) -> str:
+def _what_fits(slice_: Slice, refused: Plan) -> str:
     """Names the smallest slice of the same generation, and a mesh on it, on which the step is predicted to fit."""
-    compute = dataclasses.replace(config.compute, remat="full", microbatch_size=1)
-    config = dataclasses.replace(config, compute=compute)
+    compute = dataclasses.replace(refused.config.compute, remat="full", microbatch_size=1)
+    config = dataclasses.replace(refused.config, compute=compute)
     for larger in SLICES.values():
         if larger.generation != slice_.generation or larger.chips < slice_.chips:
             continue
-        found = next(preferred_meshes(config, model_config, larger.chips, refused.device), None)
+        found = next(preferred_meshes(config, refused.model_config, larger.chips, refused.device), None)
         # The compiler has just refused the same mesh on the same slice.
         if found is not None and found.fits and (larger is not slice_ or found.mesh != refused.mesh):
             where = f"on {larger.name} " if larger is not slice_ else ""

@@ -43,16 +43,13 @@ _SPARE = 0.03
 
 @dataclass(frozen=True)
 class Plan:
-    """The predicted memory use of a step at its peak, and the settings that it is for."""
+    """A run with nothing left open, and the predicted memory use of its step at the peak."""
 
+    config: TrainConfig  # nothing in `compute` but the executor is `auto`
+    model_config: LlamaConfig
     device: Device
     mesh: Mapping[str, int]
-    window: int
-    microbatch_size: int
     microbatches: int
-    remat: str
-    optimizer_memory: str
-    gather: str  # when parameters are gathered: for each `layer`, or once per `step`
     parts: Mapping[str, float]  # bytes on one device at the step's peak
     host: Mapping[str, float]  # bytes of host memory for one device
     model_flops: float  # FLOPs of one device per optimizer step, without recomputation
@@ -115,11 +112,11 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
     counts, layers = step.counts, model_config.num_hidden_layers
     held, layer = _held(counts.trained, compute.dtype), _held(counts.trained_in_layers / layers, compute.dtype)
     optimizer = {name: held[name] for name in _OPTIMIZER}
-    on_host = compute.optimizer_memory == "host"
+    on_host, gathered_once = compute.optimizer_memory == "host", compute.gather == "step"
     rate = _EFFICIENCY * device.flops
 
     gathered_layers, gathered_head = step.gathered_layers, step.gathered_head
-    if compute.gather == "step":
+    if gathered_once:
         gathered_layers = gathered_head = step.gathered_step
     # (kept activations, gathered parameters, workspace) of each phase. A layer's backward pass frees what it kept.
     phases = []
@@ -150,14 +147,15 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
     waiting += 2 * sum(optimizer.values()) / _BOTH_WAYS if on_host else 0.0
     activations, gathered, workspace = max(phases, key=sum)
     return Plan(
+        config=_with_compute(
+            config,
+            optimizer_memory="host" if on_host else "device",
+            gather="step" if gathered_once else "layer",
+        ),
+        model_config=model_config,
         device=device,
         mesh=dict(mesh_shape),
-        window=config.window,
-        microbatch_size=step.rows,
         microbatches=microbatches,
-        remat=compute.remat,
-        optimizer_memory="host" if on_host else "device",
-        gather="step" if compute.gather == "step" else "layer",
         parts={
             "parameters": held["parameters"],
             **({"frozen parameters": step.bytes * counts.frozen} if counts.frozen else {}),
@@ -363,22 +361,12 @@ def _count(model_config: LlamaConfig, lora: Lora | None, mesh: tuple[tuple[str, 
     return _Counts(*(sum(jax.tree.leaves(tree)) for part in parts for tree in (part, part.get("layers", {}))))
 
 
-def choose(
-    config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str, int], device: Device
-) -> tuple[TrainConfig, Plan]:
+def choose(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str, int], device: Device) -> Plan:
     """Chooses the `compute` settings that are `auto`: `microbatch_size`, `remat`, `optimizer_memory` and `gather`.
 
     Takes the fastest settings by `Plan.seconds` among those that fit with a margin. If none fit, takes the smallest
     and leaves it to `check` to refuse them.
 
-    Args:
-      config: the run.
-      model_config: the model's shape.
-      mesh_shape: number of devices by mesh axis.
-      device: the kind of device.
-
-    Returns:
-      The configuration without `auto`, and its prediction.
     Raises:
       InputError: as for `plan`.
     """
@@ -387,12 +375,10 @@ def choose(
     if roomy:
         best = min(roomy, key=lambda found: (found.seconds, sum(found.host.values())))
         if config.compute.gather == "auto" and device.platform == "gpu":
-            compute = dataclasses.replace(_settled(config, best).compute, gather="step")
-            once = plan(dataclasses.replace(config, compute=compute), model_config, mesh_shape, device)
+            once = plan(_with_compute(best.config, gather="step"), model_config, mesh_shape, device)
             best = once if once.roomy else best
-    else:
-        best = min(candidates, key=lambda found: found.total)
-    return _settled(config, best), best
+        return best
+    return min(candidates, key=lambda found: found.total)
 
 
 def _candidates(
@@ -412,8 +398,8 @@ def _candidates(
     for memory in memories:
         for rows in sizes:
             for remat in remats:
-                settled = dataclasses.replace(compute, optimizer_memory=memory, remat=remat, microbatch_size=rows)
-                yield plan(dataclasses.replace(config, compute=settled), model_config, mesh_shape, device)
+                settled = _with_compute(config, optimizer_memory=memory, remat=remat, microbatch_size=rows)
+                yield plan(settled, model_config, mesh_shape, device)
 
 
 def _streaming(config: TrainConfig, device: Device) -> bool:
@@ -442,16 +428,8 @@ def _microbatch_sizes(config: TrainConfig, mesh_shape: Mapping[str, int]) -> lis
     return [size for size in range(1, min(rows, most) + 1) if rows % size == 0]
 
 
-def _settled(config: TrainConfig, found: Plan) -> TrainConfig:
-    compute: Any = config.compute
-    compute = dataclasses.replace(
-        compute,
-        microbatch_size=found.microbatch_size,
-        remat=found.remat,
-        optimizer_memory=found.optimizer_memory,
-        gather=found.gather,
-    )
-    return dataclasses.replace(config, compute=compute)
+def _with_compute(config: TrainConfig, **changes: Any) -> TrainConfig:
+    return dataclasses.replace(config, compute=dataclasses.replace(config.compute, **changes))
 
 
 def meshes(devices: int) -> Iterator[dict[str, int]]:
@@ -462,17 +440,7 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
 
 
 def mesh_plans(config: TrainConfig, model_config: LlamaConfig, devices: int, device: Device) -> Iterator[Plan]:
-    """Plans the step for every mesh that divides the model, the batch and the window, whatever `config.mesh` says.
-
-    Args:
-      config: the run.
-      model_config: the model's shape.
-      devices: number of devices.
-      device: the kind of device.
-
-    Yields:
-      One plan per mesh, with all `auto` settings chosen, simplest mesh first.
-    """
+    """Yields a plan for every mesh that divides model, batch and window, simplest first, whatever `config.mesh` is."""
     dtype = jnp.dtype(config.compute.dtype)
     backend = select(config.compute.attention, dtype, model_config.head_dim, device.platform)
     for sizes in meshes(devices):
@@ -481,17 +449,11 @@ def mesh_plans(config: TrainConfig, model_config: LlamaConfig, devices: int, dev
         if sizes["context"] > 1 and (config.window % chunks or config.recipe.objective == "pretrain"):
             continue
         with contextlib.suppress(InputError):  # a dimension, or the batch, does not divide
-            yield choose(config, model_config, sizes, device)[1]
+            yield choose(config, model_config, sizes, device)
 
 
 def preferred_meshes(config: TrainConfig, model_config: LlamaConfig, devices: int, device: Device) -> Iterator[Plan]:
     """Yields meshes to try: the simplest on which the step fits with a margin, then the one that needs least memory.
-
-    Args:
-      config: the run.
-      model_config: the model's shape.
-      devices: number of devices.
-      device: the kind of device.
 
     Yields:
       One or two plans; none if no mesh with this number of devices divides model, batch and window.
@@ -507,12 +469,6 @@ def preferred_meshes(config: TrainConfig, model_config: LlamaConfig, devices: in
 
 def settle_mesh(config: TrainConfig, model_config: LlamaConfig, devices: int, device: Device) -> MeshConfig:
     """Returns the run's mesh; if it is `auto`, the first of `preferred_meshes`.
-
-    Args:
-      config: the run.
-      model_config: the model's shape.
-      devices: number of devices.
-      device: the kind of device.
 
     Raises:
       InputError: no mesh with this number of devices divides model, batch and window.
@@ -533,13 +489,8 @@ def mesh_told(mesh: Mapping[str, int]) -> str:
     return ", ".join(f"mesh.{axis} {size}" for axis, size in mesh.items() if size > 1 or axis == "fsdp")
 
 
-def check(found: Plan, config: TrainConfig, model_config: LlamaConfig) -> None:
+def check(found: Plan) -> None:
     """Refuses a step that does not fit.
-
-    Args:
-      found: the step's prediction.
-      config: the run.
-      model_config: the model's shape.
 
     Raises:
       InputError: the step does not fit; the message gives the numbers, and the nearest settings that do fit.
@@ -553,20 +504,19 @@ def check(found: Plan, config: TrainConfig, model_config: LlamaConfig) -> None:
     )
     if found.total <= found.device.memory:
         problem = f"the step needs {sum(found.host.values()) / GIB:.1f} GiB of host memory for each device"
-    remedies = list(itertools.islice(_remedies(found, config, model_config), 3))
+    remedies = list(itertools.islice(_remedies(found), 3))
     advice = f"what fits: {'; or '.join(remedies)}" if remedies else "no setting of remat, mesh or window makes it fit"
     raise InputError(f"{problem}; {advice}")
 
 
-def _remedies(found: Plan, config: TrainConfig, model_config: LlamaConfig) -> Iterator[str]:
+def _remedies(found: Plan) -> Iterator[str]:
     """Yields settings that fit, smallest change first."""
+    config, model_config = found.config, found.model_config
 
     def fits(window: int, mesh: Mapping[str, int], lora: Lora | None = config.lora, **compute: Any) -> bool:
-        changed = dataclasses.replace(_settled(config, found).compute, **compute)
+        changed = dataclasses.replace(_with_compute(config, **compute), window=window, lora=lora)
         try:
-            return plan(
-                dataclasses.replace(config, window=window, lora=lora, compute=changed), model_config, mesh, found.device
-            ).fits
+            return plan(changed, model_config, mesh, found.device).fits
         except InputError:
             return False
 
@@ -579,8 +529,8 @@ def _remedies(found: Plan, config: TrainConfig, model_config: LlamaConfig) -> It
         if fits(config.window, found.mesh, **change):
             yield _told(change)
             break
-    changed = dataclasses.replace(config, compute=dataclasses.replace(_settled(config, found).compute, **least))
-    for other in preferred_meshes(changed, model_config, math.prod(found.mesh.values()), found.device):
+    devices = math.prod(found.mesh.values())
+    for other in preferred_meshes(_with_compute(config, **least), model_config, devices, found.device):
         if other.fits and other.mesh != found.mesh:
             yield f"{mesh_told(other.mesh)}, " + _told(least)
             break

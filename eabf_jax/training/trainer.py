@@ -43,14 +43,14 @@ from eabf_jax.model.lora import split_trained
 from eabf_jax.parallel.context import zigzag_order
 from eabf_jax.parallel.mesh import make_mesh
 from eabf_jax.parallel.processes import all_or_none, gathered
-from eabf_jax.parallel.rules import batch_ways, process_batch_shard
+from eabf_jax.parallel.rules import process_batch_shard
 from eabf_jax.training.backward import Microbatch, Tree, merge
 from eabf_jax.training.checkpoint import Checkpoints, latest_step
 from eabf_jax.training.layerwise import Layerwise
 from eabf_jax.training.lock import LOCK_FILE, locked
 from eabf_jax.training.loss import next_tokens
 from eabf_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from eabf_jax.training.plan import check, choose, settle_mesh
+from eabf_jax.training.plan import Plan, check, choose, settle_mesh
 from eabf_jax.training.recipe import (
     TrainConfig,
     check_window,
@@ -88,18 +88,16 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
     run = Path(config.output)
     with all_or_none():
         base = base_config(config)
-        check_window(config, base)
-        model_config = dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
+        model_config = extended_config(config, base)
         device = _least_device()
         mesh = make_mesh(settle_mesh(config, model_config, jax.device_count(), device))
-        settled, planned = choose(config, model_config, mesh.shape, device)
-        check(planned, settled, model_config)
+        planned = choose(config, model_config, mesh.shape, device)
+        check(planned)
         if config.checkpoint.every_steps and not planned.can_checkpoint:
             raise InputError(
                 "host memory has no room for a checkpoint beside what the step keeps there: set checkpoint.every_steps "
                 "null (parameters alone are saved, at the end), or use more devices"
             )
-        microbatches = microbatch_count(settled, mesh)
         mode: Mode = "packed" if config.recipe.objective == "pretrain" else "conversations"
         per_epoch = steps_per_epoch(
             config.data.directory,
@@ -116,7 +114,7 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
             )
         tokenizer = _tokenizer(config)
         _check_vocabularies(config, base, tokenizer)
-        step_of = prepare_step(settled, mesh, model_config, steps)
+        step_of = prepare_step(planned, mesh, steps)
         process_index, process_count = process_batch_shard(mesh)
         batches = make_loader(
             config.data.directory,
@@ -159,7 +157,7 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
             tracker.compiled()
             for step in range(start + 1, steps + 1):
                 began = time.perf_counter()
-                batch = place_batch(next(batches), mesh, microbatches, every_token=mode == "packed")
+                batch = place_batch(next(batches), mesh, planned.microbatches, every_token=mode == "packed")
                 state, metrics = step_of(state, batch)
                 figures = {name: float(value) for name, value in metrics._asdict().items()}
                 if not all(map(math.isfinite, figures.values())):
@@ -243,26 +241,27 @@ def shape_config(config: TrainConfig) -> LlamaConfig:
     return _with_window(config, LlamaConfig.from_fields(config.model.shape))
 
 
+def extended_config(config: TrainConfig, base: LlamaConfig | None = None) -> LlamaConfig:
+    """Returns the model's configuration with the run's window and scheme.
+
+    Args:
+      config: the run.
+      base: from `base_config`; None takes it from `model.shape`, or else `model.path`.
+
+    Raises:
+      InputError: as for `base_config` and `check_window`.
+    """
+    if base is None:
+        base = shape_config(config) if config.model.shape else base_config(config)
+    check_window(config, base)
+    return dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
+
+
 def _with_window(config: TrainConfig, base: LlamaConfig) -> LlamaConfig:
     window, own = config.model.window, base.max_position_embeddings
     if window is not None and window > own:
         raise InputError(f"model.window {window} is larger than the model's own window {own}: a smaller one is needed")
     return base if window is None else dataclasses.replace(base, max_position_embeddings=window)
-
-
-def microbatch_count(config: TrainConfig, mesh: Mesh) -> int:
-    """Returns the microbatches per optimizer step: batch_size / (microbatch_size x devices that split the batch).
-
-    Raises:
-      InputError: the result is not an integer.
-    """
-    ways, size, batch = batch_ways(mesh), int(config.compute.microbatch_size), config.recipe.batch_size
-    if batch % (ways * size):
-        raise InputError(
-            f"recipe.batch_size {batch} is not divisible by compute.microbatch_size {size} x {ways} devices of the "
-            "mesh axes data and fsdp: choose a divisor, or give devices to the tensor axis"
-        )
-    return batch // (ways * size)
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int, *, every_token: bool) -> Microbatch:
@@ -295,25 +294,20 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int, 
     return jax.tree.map(place, rows)
 
 
-def prepare_step(config: TrainConfig, mesh: Mesh, model_config: LlamaConfig | None = None, steps: int = 1) -> Step:
+def prepare_step(planned: Plan, mesh: Mesh, steps: int = 1) -> Step:
     """Builds the run's optimizer step from shapes alone.
 
     Args:
-      config: the run; the planner chooses the settings of `compute` that are `auto`.
+      planned: from `choose`.
       mesh: the device mesh.
-      model_config: the model with the run's window and scheme; None takes it from `model.shape`, or else `model.path`.
       steps: optimizer steps of the run, for the schedule.
 
     Returns:
       A step of the kind that `compute.executor` names.
     Raises:
-      InputError: as for `train`, except that the memory is not checked.
+      InputError: a setting that the executor does not have.
     """
-    if model_config is None:
-        base = shape_config(config) if config.model.shape else base_config(config)
-        check_window(config, base)
-        model_config = dataclasses.replace(base, max_position_embeddings=config.window, rope=config.scheme)
-    config, _ = choose(config, model_config, mesh.shape, device_at_hand())
+    config, microbatches = planned.config, planned.microbatches
     executor = config.compute.executor
     if executor == "auto":
         executor = "layerwise" if mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm") else "program"
@@ -325,7 +319,6 @@ def prepare_step(config: TrainConfig, mesh: Mesh, model_config: LlamaConfig | No
     for setting, wanted in of_layerwise.items():
         if wanted and executor != "layerwise":
             raise InputError(f"{setting} needs compute.executor 'layerwise', not 'program'")
-    microbatches = microbatch_count(config, mesh)
     shape = (microbatches, config.recipe.batch_size // microbatches, config.window)
     ids, flags = (
         jax.ShapeDtypeStruct(shape, dtype, sharding=microbatch_sharding(mesh)) for dtype in (jnp.int32, jnp.bool_)
@@ -335,7 +328,7 @@ def prepare_step(config: TrainConfig, mesh: Mesh, model_config: LlamaConfig | No
         raise InputError("mesh.context above 1 takes one document a row: recipe.objective 'pretrain' packs several")
     kind: type[Program | Layerwise] = Layerwise if executor == "layerwise" else Program
     return kind(
-        build_model(model_config, config.compute, mesh, config.lora),
+        build_model(planned.model_config, config.compute, mesh, config.lora),
         make_optimizer(config.recipe, steps),
         config.compute,
         mesh,
@@ -354,10 +347,11 @@ def lower_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     Returns:
       The lowered step, ready for `compile()`.
     Raises:
-      InputError: as for `prepare_step`.
+      InputError: as for `train`, except that the memory is not checked.
     """
-    compute = dataclasses.replace(config.compute, executor="program")
-    step = prepare_step(dataclasses.replace(config, compute=compute), mesh, steps=config.recipe.steps or 1)
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, executor="program"))
+    planned = choose(config, extended_config(config), mesh.shape, device_at_hand())
+    step = prepare_step(planned, mesh, config.recipe.steps or 1)
     assert isinstance(step, Program)
     return step.lower()
 

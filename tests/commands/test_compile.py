@@ -7,9 +7,9 @@ import pytest
 
 from eabf_jax import cli
 from eabf_jax.hardware import DEVICES, GIB
-from eabf_jax.training.compile import run_model_config
 from eabf_jax.training.plan import plan
 from eabf_jax.training.recipe import load_config
+from eabf_jax.training.trainer import extended_config
 
 PAPER = ("--config_path", str(Path(__file__).parents[2] / "configs/llama2_7b_eabf_16k.yaml"))
 
@@ -27,7 +27,7 @@ def test_without_a_topology_the_memory_is_predicted(tmp_path, capsys):
     found = json.loads(out.read_text())
     config = load_config([*PAPER, "--compute.remat", "dots:8,full"])
     mesh = {"data": 1, "fsdp": 2, "context": 1, "tensor": 1}
-    expected = plan(config, run_model_config(config), mesh, DEVICES["h200"])
+    expected = plan(config, extended_config(config), mesh, DEVICES["h200"])
     assert found["gib_per_device"] == round(expected.total / GIB, 3)
     assert (found["device"], found["mesh"], found["remat"]) == ("h200", mesh, "dots:8,full")
     # The parts are rounded to a thousandth each.

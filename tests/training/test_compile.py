@@ -19,7 +19,7 @@ from eabf_jax.parallel.topology import compile_only_devices, tpu_slice
 from eabf_jax.training import compile as command
 from eabf_jax.training.plan import plan
 from eabf_jax.training.recipe import load_config
-from eabf_jax.training.trainer import lower_train_step
+from eabf_jax.training.trainer import extended_config, lower_train_step
 
 ROOT = Path(__file__).parents[2]
 PAPER = ("--config_path", str(ROOT / "configs/llama2_7b_eabf_16k.yaml"))
@@ -201,9 +201,7 @@ def test_other_errors_of_the_compiler_stay_what_they_are(config_path, monkeypatc
 
 def test_the_estimate_is_what_the_slowest_resource_takes():
     config = load_config([*PAPER, "--compute.remat", "full"])
-    found = plan(
-        config, command.run_model_config(config), {"data": 1, "fsdp": 16, "context": 1, "tensor": 1}, DEVICES["v4"]
-    )
+    found = plan(config, extended_config(config), {"data": 1, "fsdp": 16, "context": 1, "tensor": 1}, DEVICES["v4"])
     slice_ = tpu_slice("v4-32")
     # 2 x 16,384 tokens a chip; 6 x 6.607e9 parameters in products + 6 x 32 x 4096 x 16384 of attention, a token
     flops = 2 * 16384 * (6 * (6_738_415_616 - 32000 * 4096) + 6 * 32 * 4096 * 16384)
