@@ -18,8 +18,8 @@ ELSEWHERE = {
     "commands/evaluate/passkey": "one value, the task: commands/evaluate/test_retrieval.py runs both tasks",
     "commands/evaluate/line_retrieval": "likewise",
     "inference/placement": "inference/test_generate.py compares its models on one device and on eight",
-    "interop/layout": "interop/test_huggingface.py has every name and shape beside transformers'",
-    "interop/loading": "interop/test_huggingface.py loads both kinds of directory",
+    "model/attention/backend": "model/test_attention.py: the protocol of all backends",
+    "model/attention/reference": "model/test_attention.py has it beside chunked, and float64",
     "training/layerwise": "training/test_step.py runs it beside the other executor and transformers",
 }
 
