@@ -22,7 +22,7 @@ with pytest.MonkeyPatch.context() as patch:
     jax.devices()
 
 # Their assertions tell what differs, as those of test files do.
-pytest.register_assert_rewrite("gguf_files", "hf_directories", "runs")
+pytest.register_assert_rewrite("float64_attention", "gguf_files", "hf_directories", "runs")
 
 
 @pytest.fixture(scope="session")

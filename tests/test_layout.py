@@ -18,10 +18,8 @@ ELSEWHERE = {
     "commands/evaluate/passkey": "one value, the task: commands/evaluate/test_retrieval.py runs both tasks",
     "commands/evaluate/line_retrieval": "likewise",
     "inference/placement": "inference/test_generate.py compares its models on one device and on eight",
-    **{
-        f"model/attention/{name}": "model/test_attention.py runs every backend beside NumPy in float64"
-        for name in ("backend", "chunked", "cudnn", "reference", "splash")
-    },
+    "model/attention/backend": "model/test_attention.py: the protocol of all backends",
+    "model/attention/reference": "model/test_attention.py has it beside chunked, and float64",
     "training/layerwise": "training/test_step.py runs it beside the other executor and transformers",
 }
 

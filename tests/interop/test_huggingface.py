@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -20,12 +19,11 @@ import transformers
 from hf_directories import SIZES, assert_refused, assert_same_bits, edit_tensors, make, shard, tensors
 from safetensors.torch import save_file
 
-import eabf_jax
 from eabf_jax.errors import InputError
 from eabf_jax.interop import native
 from eabf_jax.interop.huggingface import FIXED, config_from_hf, config_to_hf, from_hf, to_hf
 from eabf_jax.interop.loading import load_parameters
-from eabf_jax.model.parameters import flatten, nest, parameters
+from eabf_jax.model.parameters import parameters
 from eabf_jax.rope import scheme
 
 
@@ -54,55 +52,6 @@ def test_round_trip_is_bit_exact(tmp_path: Path, dtype: torch.dtype, shard: str,
     if dtype.itemsize > 1:
         theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "again", dtype=dtype).state_dict()
         assert_same_bits(before, {name: theirs[name] for name in before})
-
-
-@pytest.mark.parametrize("kind", ["hf", "native"])
-def test_loaded_model_agrees_with_transformers(tmp_path: Path, kind: str) -> None:
-    source = make(tmp_path / "hf", shard="20KB", rope_theta=5000.0, attention_bias=True)
-    from_hf(source, tmp_path / "native")
-    tokens = np.random.default_rng(0).integers(0, 131, (2, 40))
-    with torch.no_grad():
-        expected = transformers.LlamaForCausalLM.from_pretrained(source)(torch.tensor(tokens)).logits.numpy()
-    model, tokenizer = eabf_jax.load(tmp_path / kind, dtype="float32")
-    assert tokenizer is None
-    np.testing.assert_allclose(np.asarray(model(tokens)), expected, atol=1e-4)  # the project's promise for float32
-    half, _ = eabf_jax.load(tmp_path / kind, rope={"type": "pi", "base": 5000.0, "factor": 2.0})
-    assert {leaf.dtype for _, leaf in flatten(half.parameters())} == {np.dtype(ml_dtypes.bfloat16)}
-    assert half.config.rope == scheme("pi", base=5000.0, factor=2.0)
-    again, _ = eabf_jax.load(tmp_path / kind, rope=half.config.rope)
-    assert again.config == half.config
-
-
-def test_load_refuses_other_dtypes_and_places(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="dtype is 'int8', expected one of bfloat16"):
-        eabf_jax.load(tmp_path, dtype="int8")
-    with pytest.raises(InputError, match="no such directory"):
-        eabf_jax.load(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="directory is None; the path of a model's directory is needed"):
-        eabf_jax.load(None)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="neither a Hugging Face directory"):
-        eabf_jax.load(tmp_path)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = eabf_jax.nothing
-
-
-def test_params_arrive_sharded_and_cast(tmp_path: Path) -> None:
-    source = make(tmp_path / "hf")
-    from_hf(source, tmp_path / "native")
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("fsdp",))
-    one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    config = native.read_model_json(tmp_path / "native")
-    tree = nest({entry.path: one for entry in parameters(config)})
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
-    tree["layers"]["mlp"]["up_proj"]["kernel"] = split
-    for directory in (source, tmp_path / "native"):
-        _, params = load_parameters(directory, dtype="bfloat16", shardings=tree)
-        kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
-        assert kernel.sharding == split and kernel.dtype == ml_dtypes.bfloat16
-        expected = tensors(source)["model.layers.2.mlp.up_proj.weight"].to(torch.bfloat16).float().numpy().T
-        np.testing.assert_array_equal(np.asarray(kernel[2], np.float32), expected)
-    _, plain = load_parameters(source)
-    assert plain["norm"]["scale"].dtype == np.float32
 
 
 def test_steps_and_dtype_of_export(tmp_path: Path) -> None:

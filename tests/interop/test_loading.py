@@ -1,5 +1,6 @@
-"""Models on a mesh: what each device and the host hold while they are read, and what the model then computes."""
+"""Models from every kind of directory and entry; on a mesh, what each device and the host hold while they are read."""
 
+import dataclasses
 import gc
 import math
 import threading
@@ -9,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import transformers
+from hf_directories import make, tensors
 
 import eabf_jax
 from eabf_jax.errors import InputError
@@ -21,13 +24,15 @@ from eabf_jax.inference import Generator, generate
 from eabf_jax.interop import native
 from eabf_jax.interop.adapter import Adapter, digest
 from eabf_jax.interop.huggingface import from_hf, open_leaves, to_hf
-from eabf_jax.interop.loading import open_weights, read_config
+from eabf_jax.interop.loading import load_parameters, open_weights, parse_entry, read_config
 from eabf_jax.interop.safetensors_stream import StoredTensor
 from eabf_jax.model import Llama
 from eabf_jax.model.lora import Lora, split_trained
-from eabf_jax.model.parameters import flatten
+from eabf_jax.model.parameters import flatten, nest, parameters
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.rope import scheme
 
+TINY = Path(__file__).parents[2] / "assets/tiny"
 SIZES = {
     "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6,
     "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 64, "tie_word_embeddings": True,
@@ -212,3 +217,72 @@ def test_meshes_that_do_not_fit(directories: Path) -> None:
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:3]).reshape(1, 3, 1, 1), ("data", "fsdp", "context", "tensor"))
     with pytest.raises(InputError, match=r"dimension of \d+, which the mesh splits 3 ways"):
         eabf_jax.load(directories / "hf", mesh=mesh)
+
+
+@pytest.mark.parametrize("kind", ["hf", "native"])
+def test_loaded_model_agrees_with_transformers(tmp_path: Path, kind: str) -> None:
+    source = make(tmp_path / "hf", shard="20KB", rope_theta=5000.0, attention_bias=True)
+    from_hf(source, tmp_path / "native")
+    tokens = np.random.default_rng(0).integers(0, 131, (2, 40))
+    with torch.no_grad():
+        expected = transformers.LlamaForCausalLM.from_pretrained(source)(torch.tensor(tokens)).logits.numpy()
+    model, tokenizer = eabf_jax.load(tmp_path / kind, dtype="float32")
+    assert tokenizer is None
+    np.testing.assert_allclose(np.asarray(model(tokens)), expected, atol=1e-4)  # the project's promise for float32
+    half, _ = eabf_jax.load(tmp_path / kind, rope={"type": "pi", "base": 5000.0, "factor": 2.0})
+    assert {leaf.dtype for _, leaf in flatten(half.parameters())} == {np.dtype(ml_dtypes.bfloat16)}
+    assert half.config.rope == scheme("pi", base=5000.0, factor=2.0)
+    again, _ = eabf_jax.load(tmp_path / kind, rope=half.config.rope)
+    assert again.config == half.config
+
+
+def test_load_refuses_other_dtypes_and_places(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="dtype is 'int8', expected one of bfloat16"):
+        eabf_jax.load(tmp_path, dtype="int8")
+    with pytest.raises(InputError, match="no such directory"):
+        eabf_jax.load(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="directory is None; the path of a model's directory is needed"):
+        eabf_jax.load(None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="neither a Hugging Face directory"):
+        eabf_jax.load(tmp_path)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = eabf_jax.nothing
+
+
+def test_params_arrive_sharded_and_cast(tmp_path: Path) -> None:
+    source = make(tmp_path / "hf")
+    from_hf(source, tmp_path / "native")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("fsdp",))
+    one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    config = native.read_model_json(tmp_path / "native")
+    tree = nest({entry.path: one for entry in parameters(config)})
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    tree["layers"]["mlp"]["up_proj"]["kernel"] = split
+    for directory in (source, tmp_path / "native"):
+        _, params = load_parameters(directory, dtype="bfloat16", shardings=tree)
+        kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
+        assert kernel.sharding == split and kernel.dtype == ml_dtypes.bfloat16
+        expected = tensors(source)["model.layers.2.mlp.up_proj.weight"].to(torch.bfloat16).float().numpy().T
+        np.testing.assert_array_equal(np.asarray(kernel[2], np.float32), expected)
+    _, plain = load_parameters(source)
+    assert plain["norm"]["scale"].dtype == np.float32
+
+
+def test_entries_are_labelled() -> None:
+    pi = {"type": "pi", "factor": 4}
+    assert parse_entry("models/a") == ("models/a", "models/a", None, None)
+    assert parse_entry("x=models/a@{type: pi, factor: 4}") == ("x", "models/a", pi, None)
+    assert parse_entry("x=models/a@{type: pi, factor: 4, window: 64}") == ("x", "models/a", pi, 64)
+    for wrong in ("a@", "a@pi", "a@{factor: 4}", "a@{type: ["):
+        with pytest.raises(InputError, match="after @ a scheme"):
+            parse_entry(wrong)
+    for wrong in ("0", "-1", "4.5", "true", "long", "null"):
+        with pytest.raises(InputError, match="a positive number of tokens is needed"):
+            parse_entry(f"a@{{window: {wrong}}}")
+    with pytest.raises(InputError, match=r"has a type; .* has none"):
+        parse_entry("a@{window: 64, factor: 4}")
+
+
+def test_a_model_may_be_taken_for_one_with_a_smaller_window() -> None:
+    own, taken = (parse_entry(f"{TINY}{told}").config for told in ("", "@{window: 64}"))
+    assert taken == dataclasses.replace(own, max_position_embeddings=64) and own.max_position_embeddings == 512

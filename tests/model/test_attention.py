@@ -1,92 +1,22 @@
-"""The backends against attention in float64 NumPy, values and gradients; which backend is chosen where."""
+"""Backends side by side against attention in float64 NumPy, and what remat keeps; which backend is chosen where."""
 
-import functools
-import importlib.util
-import math
-import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from float64_attention import assert_near, exact, random_qkv, random_segments, with_gradients
 from jax._src.ad_checkpoint import saved_residuals
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas import tpu as pltpu
 from jax.interpreters import partial_eval as pe
 
 from eabf_jax.errors import InputError
 from eabf_jax.model import attention
 from eabf_jax.model.attention import BACKENDS, select
 
-chunked, cudnn, reference, splash = (BACKENDS[name] for name in ("chunked", "cudnn", "reference", "splash"))
-
-QKV = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-def random_qkv(length: int, heads: int, kv_heads: int, head_dim: int, batch: int = 2) -> QKV:
-    """Queries, keys and values whose logits have a standard deviation of about 2."""
-    generator = np.random.default_rng(length)
-    q, k, v = (
-        generator.normal(size=(batch, length, n, head_dim)).astype(np.float32) for n in (heads, kv_heads, kv_heads)
-    )
-    return q * np.float32(2 / math.sqrt(head_dim)), k, v
-
-
-def random_segments(length: int, batch: int = 2) -> np.ndarray:
-    """A different packing in each row, padding (segment 0) at the end of the first."""
-    generator = np.random.default_rng(length)
-    rows = []
-    for _ in range(batch):
-        borders = np.sort(generator.choice(np.arange(1, length), 3, replace=False))
-        rows.append(np.searchsorted(borders, np.arange(length), side="right") + 1)
-    rows[0][rows[0] == 4] = 0
-    return np.stack(rows).astype(np.int32)
-
-
-def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray | None, d_out: np.ndarray) -> list[Any]:
-    """Output and gradients of sum(out * d_out), float64, one head of one row at a time."""
-    q, k, v, d_out = (np.asarray(x, np.float64) for x in (q, k, v, d_out))
-    out, d_q, d_k, d_v = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    group = q.shape[2] // k.shape[2]
-    for b in range(q.shape[0]):
-        seen = np.tri(q.shape[1], dtype=bool)
-        if segments is not None:
-            seen &= segments[b][:, None] == segments[b][None, :]
-        for n in range(q.shape[2]):
-            m = n // group
-            logits = np.where(seen, q[b, :, n] @ k[b, :, m].T, -np.inf)
-            weights = np.exp(logits - logits.max(1, keepdims=True))
-            weights /= weights.sum(1, keepdims=True)
-            out[b, :, n] = weights @ v[b, :, m]
-            d_weights = d_out[b, :, n] @ v[b, :, m].T
-            d_logits = weights * (d_weights - (weights * d_weights).sum(1, keepdims=True))
-            d_q[b, :, n] = d_logits @ k[b, :, m]
-            d_k[b, :, m] += d_logits.T @ q[b, :, n]
-            d_v[b, :, m] += weights.T @ d_out[b, :, n]
-    return [out, d_q, d_k, d_v]
-
-
-def with_gradients(backend: Any, qkv: Any, segments: np.ndarray | None, d_out: np.ndarray) -> list[jax.Array]:
-    # Compiling is nearly all the time this takes; the compiler need not try hard.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-        out, back = jax.vjp(lambda q, k, v: backend(q, k, v, segments), q, k, v)
-        return out, back(jnp.asarray(d_out, out.dtype))
-
-    out, gradients = run(*qkv)
-    return [out, *gradients]
-
-
-def assert_near(values: list[Any], expected: list[Any], tolerance: float) -> None:
-    for name, value, wanted in zip(("out", "d_q", "d_k", "d_v"), values, expected, strict=True):
-        value = np.asarray(value, np.float64)
-        assert value.shape == wanted.shape
-        error = np.abs(value - wanted).max() / np.abs(wanted).max()
-        assert error < tolerance, f"{name}: {error:.2e}"
+chunked, cudnn, reference = (BACKENDS[name] for name in ("chunked", "cudnn", "reference"))
 
 
 # length, query heads, key-value heads, head_dim: chunk multiples and not, below a chunk, MHA, GQA, MQA
@@ -106,12 +36,6 @@ def test_values_and_gradients_are_exact_to_float32(
     for backend in (reference, chunked):
         # sums of up to 97 x 3 products in float32: some ten roundings of 6e-8
         assert_near(with_gradients(backend, qkv, segments, d_out), expected, 3e-6)
-
-
-def test_chunked_with_its_own_chunk_size() -> None:
-    qkv = random_qkv(1100, 2, 1, 8, batch=1)
-    d_out = np.random.default_rng(1).normal(size=qkv[0].shape).astype(np.float32)
-    assert_near(with_gradients(chunked, qkv, None, d_out), exact(*qkv, None, d_out), 1e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
@@ -137,84 +61,6 @@ def test_large_logits_neither_overflow_nor_lose_the_softmax(monkeypatch: pytest.
     for backend in (reference, chunked):
         # Relative rounding 6e-8 of a logit of 600 is a relative error of 4e-5 in its weight.
         np.testing.assert_allclose(jax.jit(backend)(*qkv, None), out, atol=5e-4)
-
-
-def test_chunked_never_builds_the_whole_matrix() -> None:
-    length = 4096
-    q = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
-    text = str(jax.make_jaxpr(jax.grad(lambda q, k, v: chunked(q, k, v, None).sum(), (0, 1, 2)))(q, q, q))
-    assert f"{length},{length}" not in text
-    assert f"{length},{length}" in str(jax.make_jaxpr(reference)(q, q, q, None))
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_splash_is_exact_in_the_interpreter(packed: bool) -> None:
-    """The TPU kernel run by Pallas' interpreter: GQA, a head and a length that are padded to 128."""
-    qkv = random_qkv(150, 4, 2, 64, batch=1)
-    segments = random_segments(150, batch=1) if packed else None
-    d_out = np.random.default_rng(1).normal(size=qkv[0].shape).astype(np.float32)
-    with pltpu.force_tpu_interpret_mode():
-        values = with_gradients(splash, qkv, segments, d_out)
-    assert_near(values, exact(*qkv, segments, d_out), 1e-5)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("length", [256, 201])
-def test_cudnn_lowers_to_the_fused_kernel(length: int, packed: bool) -> None:
-    q = jax.ShapeDtypeStruct((2, length, 4, 64), jnp.bfloat16)
-    kv = jax.ShapeDtypeStruct((2, length, 2, 64), jnp.bfloat16)
-    segments = jax.ShapeDtypeStruct((2, length), jnp.int32) if packed else None
-    gradient = jax.grad(lambda q, k, v, s: cudnn(q, k, v, s).astype(jnp.float32).sum(), (0, 1, 2))
-    traced = jax.jit(gradient).trace(q, kv, kv, segments)
-    assert [value.shape for value in jax.tree.leaves(traced.out_info)] == [q.shape, kv.shape, kv.shape]
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    kernel = "fmhaScaleBiasSoftmax" if packed else "fmhaSoftmax"
-    assert f"@__cudnn${kernel}(" in text
-    assert f"@__cudnn${kernel}Backward(" in text
-    assert "exponential" not in text  # no softmax beside the kernel
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 128), (9, 3, 64), (4, 1, 80)])
-def test_cudnn_lowers_one_query_to_the_fused_kernel(
-    heads: int, kv_heads: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(f"{attention.cudnn._MODULE}.check_cudnn_version", lambda: 91_000)  # there is none to ask here
-    q = jax.ShapeDtypeStruct((2, heads, head_dim), jnp.bfloat16)
-    kv = jax.ShapeDtypeStruct((2, kv_heads, 1536, head_dim), jnp.bfloat16)
-    traced = jax.jit(cudnn.token).trace(q, kv, kv, jax.ShapeDtypeStruct((2,), jnp.int32))
-    assert traced.out_info.shape == q.shape
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "@__cudnn$fmhaSoftmax(" in text
-    assert "exponential" not in text
-    # The cache is read where it lies.
-    assert not [line for line in text.splitlines() if "transpose" in line and "1536" in line]
-
-
-PRIVATE = "jax._src.cudnn.fused_attention_stablehlo"
-
-
-@pytest.mark.parametrize(
-    "name", ["_dot_product_attention_fwd_p_wrapper", "_dot_product_attention_bwd_p_wrapper", "MaskType", None]
-)
-def test_a_jax_without_cudnns_private_names_is_one_line_where_cudnn_runs(
-    name: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if name is None:
-        monkeypatch.setitem(sys.modules, PRIVATE, None)  # as if there were no such module
-    else:
-        monkeypatch.delattr(f"{PRIVATE}.{name}")
-    spec = importlib.util.find_spec("eabf_jax.model.attention.cudnn")
-    assert spec is not None and spec.loader is not None
-    fresh = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fresh)  # imports nothing private
-    q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
-    versions = re.search(r"^jax(>=.*)$", Path("requirements.txt").read_text(), re.MULTILINE)
-    assert versions is not None
-    with pytest.raises(InputError) as caught:
-        jax.eval_shape(jax.grad(lambda q: fresh.BACKEND(q, q, q).astype(jnp.float32).sum()), q)
-    message = str(caught.value)
-    assert f"JAX {jax.__version__} has no {PRIVATE}.{name or ''}" in message and f"jax{versions[1]}," in message
-    assert "\n" not in message
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

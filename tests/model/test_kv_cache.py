@@ -17,10 +17,8 @@ ROWS, KV_HEADS, GROUPS, HEAD_DIM = 2, 2, 3, 8
 # What float32 products and sums of these sizes lose, with a margin.
 ROUNDING = 2e-5
 
-# Compiling is nearly all the time these tests take; the compiler need not try hard.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-attend_chunk = compiled(kv_cache.attend_chunk, static_argnames=("start", "backend"))
-attend_token = compiled(functools.partial(kv_cache.attend_token, backend=BACKENDS["chunked"]))
+attend_chunk = jax.jit(kv_cache.attend_chunk, static_argnames=("start", "backend"))
+attend_token = jax.jit(functools.partial(kv_cache.attend_token, backend=BACKENDS["chunked"]))
 
 
 def draw(seed: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,10 +15,8 @@ from eabf_jax.cli import main
 from eabf_jax.commands.evaluate.perplexity import default_edges
 from eabf_jax.data.chat import Encoded
 from eabf_jax.data.dataset import DatasetWriter
-from eabf_jax.errors import InputError
 from eabf_jax.evaluation.documents import read_documents
 from eabf_jax.evaluation.perplexity import position_losses, sliding_losses
-from eabf_jax.interop.loading import parse_entry
 from eabf_jax.interop.native import save_params, write_model_json
 from eabf_jax.model import Llama, LlamaConfig
 
@@ -168,26 +166,6 @@ def test_default_bands_double_up_to_the_length() -> None:
     assert default_edges(2048) == [0, 256, 512, 1024, 2048]
     assert default_edges(3000) == [0, 256, 512, 1024, 2048, 3000]
     assert default_edges(40) == [0, 40]
-
-
-def test_entries_are_labelled() -> None:
-    pi = {"type": "pi", "factor": 4}
-    assert parse_entry("models/a") == ("models/a", "models/a", None, None)
-    assert parse_entry("x=models/a@{type: pi, factor: 4}") == ("x", "models/a", pi, None)
-    assert parse_entry("x=models/a@{type: pi, factor: 4, window: 64}") == ("x", "models/a", pi, 64)
-    for wrong in ("a@", "a@pi", "a@{factor: 4}", "a@{type: ["):
-        with pytest.raises(InputError, match="after @ a scheme"):
-            parse_entry(wrong)
-    for wrong in ("0", "-1", "4.5", "true", "long", "null"):
-        with pytest.raises(InputError, match="a positive number of tokens is needed"):
-            parse_entry(f"a@{{window: {wrong}}}")
-    with pytest.raises(InputError, match=r"has a type; .* has none"):
-        parse_entry("a@{window: 64, factor: 4}")
-
-
-def test_a_model_may_be_taken_for_one_with_a_smaller_window() -> None:
-    own, taken = (parse_entry(f"{TINY}{told}").config for told in ("", "@{window: 64}"))
-    assert taken == dataclasses.replace(own, max_position_embeddings=64) and own.max_position_embeddings == 512
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,19 @@
+"""The TPU kernel against attention in float64 NumPy."""
+
+import numpy as np
+import pytest
+from float64_attention import assert_near, exact, random_qkv, random_segments, with_gradients
+from jax.experimental.pallas import tpu as pltpu
+
+from eabf_jax.model.attention import BACKENDS
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_splash_is_exact_in_the_interpreter(packed: bool) -> None:
+    """The TPU kernel run by Pallas' interpreter: GQA, a head and a length that are padded to 128."""
+    qkv = random_qkv(150, 4, 2, 64, batch=1)
+    segments = random_segments(150, batch=1) if packed else None
+    d_out = np.random.default_rng(1).normal(size=qkv[0].shape).astype(np.float32)
+    with pltpu.force_tpu_interpret_mode():
+        values = with_gradients(BACKENDS["splash"], qkv, segments, d_out)
+    assert_near(values, exact(*qkv, segments, d_out), 1e-5)
