@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from weights import random_params
 
 from eabf_jax import load
 from eabf_jax.data.chat import Turn
@@ -55,16 +56,7 @@ def model_of(rope: Scheme, layers: int = 2) -> Llama:
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=WINDOW, eos_token_id=None, rope=rope,
     )  # fmt: skip
-    generator = np.random.default_rng(0)
-
-    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        normal = generator.normal(size=leaf.shape)
-        kind = path[-1].key
-        scale = {"kernel": 1.5 / np.sqrt(config.hidden_size), "scale": 0.2, "embedding": 1.0}[kind]
-        return (normal * scale + (kind == "scale")).astype(np.float32)
-
-    params = jax.tree.map_with_path(draw, Llama.abstract(config).parameters())
-    return Llama.from_params(config, params, attention="reference")
+    return Llama.from_params(config, random_params(config), attention="reference")
 
 
 def prompts_of(*lengths: int) -> list[list[int]]:
