@@ -112,9 +112,6 @@ def progress_bar(
       rest: the last column; None is the time left.
       console: where it is shown; None is standard error.
       disable: whether to show nothing.
-
-    Returns:
-      The bar, to be entered as a context; `track` adds a task.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -129,7 +126,6 @@ def track(bar: Progress, description: str, total: float) -> Callable[[float], No
     """Adds a task to a progress bar.
 
     Args:
-      bar: from `progress_bar`.
       description: what is done.
       total: how much of it.
 

@@ -62,9 +62,6 @@ class Mark(NamedTuple):
     def fault(self, directory: Path) -> str | None:
         """Returns why a directory is not recognised as this kind.
 
-        Args:
-          directory: an existing directory.
-
         Returns:
           The reason, or None if it is of this kind. A mark that lists `files` is valid only if the directory holds
           exactly those.
@@ -98,7 +95,6 @@ def check_destination(
     If a killed process had set an earlier result aside to replace it, that result is first put back.
 
     Args:
-      destination: the directory to create.
       mark: how to recognise an earlier result of this kind; None if results are never replaced.
       overwrite: whether an earlier result may be replaced.
       sources: files and directories that the result is made from.
@@ -138,7 +134,6 @@ def check_apart(destination: Path | str, sources: Iterable[Path | str]) -> None:
     """Refuses a destination that is, contains or is inside a source of the result; follows symbolic links.
 
     Args:
-      destination: the directory to write.
       sources: files and directories that the result is made from.
 
     Raises:
@@ -175,7 +170,6 @@ def put_in_place(finished: Path, destination: Path | str) -> None:
     """Renames a finished directory to its destination; an earlier one is set aside, and put back on any error.
 
     Args:
-      finished: from `make_partial`.
       destination: checked by `check_destination`.
     """
     target = Path(destination).absolute()

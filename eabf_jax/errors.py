@@ -13,11 +13,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
 
     Args:
       kind: what the name stands for, e.g. "rotary scheme".
-      name: the name found.
       known: the allowed names.
-
-    Returns:
-      An InputError for the caller to raise.
     """
     choices = sorted(known)
     near = difflib.get_close_matches(name, choices, n=1)

@@ -59,7 +59,6 @@ def check(
     """Checks a mapping against a table of types.
 
     Args:
-      values: the mapping.
       types: the type of each key that it may have.
       subject: what messages call a key, such as "configuration key".
       prefix: the path of the mapping itself, such as "recipe.".
@@ -90,9 +89,6 @@ def build(kind: type[T], values: Any, subject: str, prefix: str = "") -> T:
       values: the mapping; what it leaves out gets its default.
       subject: as for `check`.
       prefix: as for `check`.
-
-    Returns:
-      The dataclass.
 
     Raises:
       InputError: as `check`, or what the dataclass itself raises.

@@ -255,7 +255,6 @@ def save(figure: Figure, path: Path) -> None:
     """Writes a picture to a temporary file and renames it, so that a failed write leaves no incomplete picture.
 
     Args:
-      figure: the picture.
       path: its file; the suffix sets the format.
     """
     with whole(path) as partial:

@@ -163,9 +163,6 @@ def exchanges(turns: Sequence[Turn]) -> list[Exchange]:
     Args:
       turns: at most one system turn, then user and assistant in alternation, the assistant last.
 
-    Returns:
-      The exchanges in order.
-
     Raises:
       InputError: turns in another order.
     """
@@ -190,9 +187,7 @@ def encode_exchange(exchange: Exchange, template: str, tokenizer: Tokenizer) -> 
     the first token that differs from tokenizing the prompt alone.
 
     Args:
-      exchange: question and answer.
       template: a name in `TEMPLATES`.
-      tokenizer: the model's tokenizer.
 
     Returns:
       int32 tokens [length] and bool mask [length].
@@ -212,7 +207,6 @@ def encode_prompt(turns: Sequence[Turn], template: str, tokenizer: Tokenizer) ->
       turns: at most one system turn, then user and assistant in alternation, the user last; `OWN` accepts what the
         model's template accepts.
       template: a name in `TEMPLATES`, or `OWN`.
-      tokenizer: the model's tokenizer.
 
     Returns:
       The token ids. Followed by those of an answer, they equal `encode_conversation`.
@@ -235,10 +229,6 @@ def answer_ends(template: str, tokenizer: Tokenizer) -> list[int]:
     Args:
       template: a name in `TEMPLATES`, or `OWN` for the special token that the model's template writes after an answer,
         if it writes one.
-      tokenizer: the model's tokenizer.
-
-    Returns:
-      Their ids.
 
     Raises:
       InputError: as `encode_conversation`.
@@ -260,7 +250,6 @@ def encode_conversation(turns: Sequence[Turn], template: str, tokenizer: Tokeniz
     Args:
       turns: at most one system turn, then user and assistant in alternation, the assistant last.
       template: a name in `TEMPLATES`, or `OWN`.
-      tokenizer: the model's tokenizer.
 
     Returns:
       int32 tokens [length] and bool mask [length]: true on the assistant's tokens and on the token that ends its turn;
@@ -283,7 +272,6 @@ def encode_beginning(turns: Sequence[Turn], template: str, tokenizer: Tokenizer,
     Args:
       turns: as in `encode_conversation`.
       template: a name in `TEMPLATES`, or `OWN`, which renders the whole conversation.
-      tokenizer: the model's tokenizer.
       enough: the number of tokens wanted.
 
     Returns:
@@ -315,12 +303,8 @@ def split_conversation(
     Args:
       turns: as in `encode_conversation`.
       template: a name in `TEMPLATES`, or `OWN`.
-      tokenizer: the model's tokenizer.
       min_tokens: fewest tokens of a piece.
       max_tokens: most tokens of a piece.
-
-    Returns:
-      The pieces in order.
 
     Raises:
       InputError: as `encode_conversation`.

@@ -58,7 +58,6 @@ def render(
 
     Args:
       source: the template, in Jinja.
-      messages: the conversation so far.
       special_tokens: text of the tokenizer's special tokens by name, such as bos_token.
       add_generation_prompt: whether the template writes the opening of the assistant's answer.
 

@@ -57,7 +57,6 @@ def clean_conversation(raw: Sequence[Turn], *, from_pages: bool = True) -> Clean
     with a later system turn is rejected: a template has only one place for it, and the answers after it depend on it.
 
     Args:
-      raw: the turns as the file has them.
       from_pages: whether the texts may be HTML or have web page remains; if not, they are only stripped.
 
     Returns:
@@ -95,9 +94,6 @@ def without_surrogates(text: str) -> str:
 def clean_passage(passage: Passage) -> Passage:
     """Keeps a passage unchanged except for lone surrogates.
 
-    Args:
-      passage: the passage as the file has it.
-
     Raises:
       Unusable: there is nothing to learn.
     """
@@ -116,9 +112,6 @@ def passage_turns(passage: Passage) -> list[Turn]:
 
 def clean_text(text: str) -> str:
     """Cleans one turn: turns HTML into Markdown and removes page remains and extra blank lines.
-
-    Args:
-      text: the turn as the file has it.
 
     Returns:
       Its text, stripped; empty if there were only page remains.

@@ -45,9 +45,6 @@ def _features() -> tfds.features.FeaturesDict:
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """Computes a digest of a tokenizer's behaviour, which does not depend on the file it comes from.
 
-    Args:
-      tokenizer: any tokenizer.
-
     Returns:
       16 hexadecimal digits.
     """
@@ -85,7 +82,6 @@ class DatasetWriter:
 
         Args:
           directory: destination of the dataset.
-          overwrite: whether to replace an existing dataset.
           sources: files that the dataset is made from.
           shard_bytes: size at which a new file begins.
 
@@ -123,7 +119,6 @@ class DatasetWriter:
         """Adds a record to a split.
 
         Args:
-          split: name of the split.
           record: int32 tokens [length] and bool mask [length].
           identifier: id of the source conversation or document.
 
@@ -150,9 +145,6 @@ class DatasetWriter:
 
     def finish(self, metadata: Mapping[str, Any]) -> None:
         """Completes the dataset and moves it to its destination.
-
-        Args:
-          metadata: how the dataset was made; JSON values.
 
         Raises:
           InputError: the dataset cannot be written.
@@ -267,10 +259,6 @@ def num_records(directory: Path | str, split: str) -> int:
 
     Args:
       directory: a dataset made by `eabf prepare`.
-      split: name of the split.
-
-    Returns:
-      The number of records.
 
     Raises:
       InputError: no such dataset or split.
@@ -283,7 +271,6 @@ def record_lengths(directory: Path | str, split: str) -> Int32[np.ndarray, " rec
 
     Args:
       directory: a dataset made by `eabf prepare`.
-      split: name of the split.
 
     Returns:
       int32 [records], in tokens.
@@ -320,7 +307,6 @@ class Records:
 
         Args:
           directory: a dataset made by `eabf prepare`.
-          split: name of the split.
 
         Raises:
           InputError: no such dataset or split, or files that are missing, truncated or of another kind.

@@ -101,9 +101,6 @@ def turn_list(entry: Any) -> list[Any]:
     Args:
       entry: an object with a list of turns, or the list itself.
 
-    Returns:
-      The list.
-
     Raises:
       Unusable: it has no list of turns, or two of them.
     """
@@ -138,9 +135,6 @@ def holds_entries(key: str | None, first: Any) -> bool:
     Args:
       key: the list's key in the single object of a file; None for a top-level array.
       first: its first element.
-
-    Returns:
-      Whether its elements are entries.
     """
     if key is None:
         return not is_turn(first)
@@ -165,9 +159,6 @@ def _names(turn: Any) -> list[str]:
 
 def text_of(turn: Any) -> str:
     """Returns the text of a turn.
-
-    Args:
-      turn: a turn as the file has it.
 
     Returns:
       Its text. Parts are joined by a line feed, as vLLM and llama.cpp do for templates that take a string.
@@ -198,7 +189,6 @@ def conversation(entry: Any, turns: Sequence[Any]) -> list[Turn]:
 
     Args:
       entry: the object that holds the turns.
-      turns: the turns as the file has them.
 
     Returns:
       The turns, after the system prompt of the entry if it has one.
@@ -325,7 +315,6 @@ def find_form(entry: Any, wanted: str) -> str | None:
     """Finds the form of an entry.
 
     Args:
-      entry: any JSON value.
       wanted: one of `FORMATS`.
 
     Returns:

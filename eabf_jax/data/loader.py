@@ -53,8 +53,6 @@ def make_loader(
       seed: 0 to 2**32 - 1.
       epochs: number of passes through the split; None for no end.
       mode: "conversations" or "packed".
-      process_index: index of this process.
-      process_count: number of processes.
 
     Returns:
       A Grain iterator, with `get_state` and `set_state`.
@@ -88,13 +86,9 @@ def steps_per_epoch(directory: Path | str, split: str, *, batch_size: int, lengt
 
     Args:
       directory: a dataset made by `eabf prepare`.
-      split: name of the split.
       batch_size: rows per step over all processes.
       length: tokens per row.
       mode: "conversations" or "packed".
-
-    Returns:
-      The number of steps.
 
     Raises:
       InputError: no such dataset, records longer than `length` (in mode "conversations"), or less than one batch.

@@ -21,10 +21,6 @@ def encode_passage(passage: Passage, tokenizer: TextTokenizer) -> Encoded:
     It begins with BOS if the tokenizer asks for that, and ends with EOS. Prompt and text are tokenized in one go. The
     mask begins at the first token that differs from tokenizing the prompt alone.
 
-    Args:
-      passage: the passage.
-      tokenizer: the model's tokenizer.
-
     Returns:
       int32 tokens [length] and bool mask [length]: true on the text's tokens and on EOS, except on the very first
       token, which has no context.
@@ -46,13 +42,8 @@ def split_passage(passage: Passage, tokenizer: TextTokenizer, *, min_tokens: int
     learn, are dropped.
 
     Args:
-      passage: the passage.
-      tokenizer: the model's tokenizer.
       min_tokens: fewest tokens of a piece.
       max_tokens: most tokens of a piece.
-
-    Returns:
-      The pieces in order.
     """
     whole = encode_passage(passage, tokenizer)
     opening = len(_opening(tokenizer))

@@ -187,8 +187,6 @@ def prepare(options: Options, tokenizer: TextTokenizer, console: Console | None 
     set is the beginning of the larger one, and both hold out the same conversations.
 
     Args:
-      options: what to prepare.
-      tokenizer: the model's tokenizer.
       console: where to show progress (default: stderr).
 
     Returns:

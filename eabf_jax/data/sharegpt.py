@@ -186,15 +186,7 @@ def digest(text: str) -> int:
 
 
 def order_key(seed: int, conversation: Conversation) -> tuple[int, int]:
-    """Returns a sort key for an order that depends on the seed and the ids, not on files or their order.
-
-    Args:
-      seed: any integer.
-      conversation: the conversation to place.
-
-    Returns:
-      The sort key.
-    """
+    """Returns a sort key for an order that depends on the seed and the ids, not on files or their order."""
     return digest(f"{seed}:{conversation.place}"), conversation.tie
 
 
@@ -203,8 +195,5 @@ def fraction(identifier: str) -> float:
 
     Args:
       identifier: a conversation's id.
-
-    Returns:
-      A number in [0, 1).
     """
     return (digest(identifier) >> 11) / 2.0**53

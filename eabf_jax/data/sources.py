@@ -150,14 +150,10 @@ def read_entries(
     """Reads the entries of a file.
 
     Args:
-      path: the file.
       form: the requested form; `text` reads a file of unknown kind as one document.
       chunk_bytes: bytes to read at a time.
       repair: accept commas before a closing bracket.
       progress: called with the number of the file's bytes read so far.
-
-    Yields:
-      The entries in file order.
 
     Raises:
       BrokenFile: the file is truncated or malformed.

@@ -34,7 +34,6 @@ def compile_for(purpose: Literal["evaluate", "generate"], config: TrainConfig, s
     Args:
       purpose: which of the two.
       config: a run, whose model, window, scheme and `compute.dtype` are taken, and `mesh.tensor` where it is above 1.
-      slice_: from `topology.tpu_slice`.
 
     Raises:
       InputError: it does not fit into a chip's memory; the TPU compiler is not installed.

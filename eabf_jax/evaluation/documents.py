@@ -48,10 +48,8 @@ def read_documents(
 
     Args:
       source: a dataset made by `eabf prepare`; or a file or directory that `eabf prepare --format text` reads.
-      split: of a dataset.
       length: tokens to cut each document to; None takes the shortest one's length.
       limit: use the first so many; None takes all.
-      tokenizer: for texts.
       skip_shorter: whether documents of less than `length` tokens are left out rather than refused.
 
     Returns:

@@ -145,12 +145,8 @@ class EabfLM(TemplateLM):
         """Turns text into ids; the spelling of a special token, such as `<s>`, becomes that token.
 
         Args:
-          string: the text.
           add_special_tokens: whether BOS is put before the text; None asks the model's setting, and adds none where
             the text begins with it.
-
-        Returns:
-          The token ids.
         """
         ids = self.tokenizer.encode(string, special=True)
         if add_special_tokens is None:
@@ -166,8 +162,6 @@ class EabfLM(TemplateLM):
           add_generation_prompt: whether the text ends where the assistant begins to answer; else it ends with the last
             message, for the model to go on with.
 
-        Returns:
-          The text.
         Raises:
           InputError: no template, or one that refuses the conversation.
         """

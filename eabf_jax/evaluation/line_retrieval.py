@@ -48,9 +48,6 @@ def wording(lines: Sequence[tuple[str, int]], asked: int) -> Wording:
     Args:
       lines: name and number of each.
       asked: index of the line to ask for.
-
-    Returns:
-      The question.
     """
     record = "".join(f"line {name}: REGISTER_CONTENT is <{number}>\n" for name, number in lines)
     name, number = lines[asked]

@@ -29,9 +29,6 @@ def wording(key: int, depth: int, turn: int, words: int) -> Wording:
         sentences, the next ones from there.
       turn: which of the ever same sentences is the text's last.
       words: length of the text around it, which may begin in mid-sentence.
-
-    Returns:
-      The question.
     """
     filler = _FILLER.split()
     sentences = [index + 1 for index, word in enumerate(filler) if word.endswith(".")]

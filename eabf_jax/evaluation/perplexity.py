@@ -47,7 +47,6 @@ def position_losses(
     """Loss of every token of every document, each document read in one pass.
 
     Args:
-      model: the model.
       documents: int32 [documents, length], all of the same length.
       batch_size: documents that each device reads in one forward pass.
       progress: called with the number of documents done.
@@ -88,7 +87,6 @@ def sliding_losses(
     scored. Every token past the first window has at least window - stride tokens before it.
 
     Args:
-      model: the model.
       documents: int32 [documents, length], all of the same length.
       window: tokens that the model sees at a time.
       stride: tokens from one window to the next.
@@ -149,7 +147,6 @@ def band_losses(losses: Float[np.ndarray, "documents T_minus_1"], edges: Sequenc
     """Averages losses over bands of positions.
 
     Args:
-      losses: from `position_losses`.
       edges: increasing positions, 0-based; band i is edges[i] <= position < edges[i + 1].
 
     Returns:
@@ -183,7 +180,6 @@ def band_means(
     """Each document's mean loss in each band.
 
     Args:
-      losses: from `position_losses`.
       edges: as for `band_losses`.
 
     Returns:
@@ -199,7 +195,6 @@ def window_perplexity(losses: Float[np.ndarray, "documents T_minus_1"], window: 
     """Perplexity over all scored tokens.
 
     Args:
-      losses: from `sliding_losses`.
       window: what it was called with.
       stride: what it was called with.
 

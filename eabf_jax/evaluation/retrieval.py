@@ -66,7 +66,6 @@ def encode(tokenizer: Tokenizer, wording: Wording, *, chat: bool = True) -> list
     """Encodes a question with its answer, as the model reads them.
 
     Args:
-      tokenizer: the model's.
       wording: the question.
       chat: whether to put it into the tokenizer's chat template, where it has one.
 
@@ -104,7 +103,6 @@ def fitted(
     """Finds the longest question of at most `length` tokens.
 
     Args:
-      tokenizer: the model's.
       worded: makes the question with a given amount of the long text; more text gives more tokens.
       length: most tokens of the prompt and the answer.
       guess: a first estimate of the amount; a close one saves steps.
@@ -145,7 +143,6 @@ def measure(
     """Asks a model all questions.
 
     Args:
-      model: the model.
       prompts: at least one.
       batch_size: prompts that each device reads at a time.
       progress: called with the number of prompts done.

@@ -30,7 +30,6 @@ def evaluation_mesh(
     """Chooses how devices share an evaluation: each reads rows of its own, and they split the model if it is large.
 
     Args:
-      config: the model's shape.
       dtype: of its parameters.
       tensor: devices that share the model's heads.
       devices: the devices; None for all.
@@ -128,7 +127,6 @@ def lower_scoring(config: LlamaConfig, dtype: Any, mesh: Mesh, window: int) -> j
     """Traces and lowers the scoring of every token of a window, a row for each part of the batch, from shapes alone.
 
     Args:
-      config: the model's shape.
       dtype: of parameters and computation.
       mesh: the mesh to lower for.
       window: tokens of a row.
@@ -160,7 +158,6 @@ def token_scores(
     """Scores the tokens after each row's `begins`.
 
     Args:
-      model: the model.
       tokens: int32 [batch, length], each row padded at its end.
       lengths: int32 [batch], tokens of each row without padding.
       begins: int32 [batch], index of the token before the first target.

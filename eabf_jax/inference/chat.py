@@ -24,7 +24,6 @@ def chat_format(tokenizer: Tokenizer, template: str | None = None) -> Format:
     """Finds the prompt format of a chat model.
 
     Args:
-      tokenizer: the model's tokenizer.
       template: a name in `data.chat.TEMPLATES` to use in place of the tokenizer's own template.
 
     Raises:
@@ -42,7 +41,6 @@ def render(source: str, turns: Sequence[Turn], tokenizer: Tokenizer, *, add_gene
 
     Args:
       source: the Jinja template; it is run in a sandbox, because it comes with the model.
-      turns: the conversation so far.
       tokenizer: provides the special tokens.
       add_generation_prompt: whether the template writes the opening of the assistant's answer.
 

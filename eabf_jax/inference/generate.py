@@ -597,7 +597,6 @@ def lower_generation(
     """Traces and lowers generation to the end of a window, a row for each part of the batch, from shapes alone.
 
     Args:
-      config: the model's shape.
       dtype: of weights, computation and cache.
       mesh: the mesh to lower for.
       window: tokens of a row, prompt and text together.

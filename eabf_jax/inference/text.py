@@ -31,12 +31,7 @@ def only_text(source: str) -> Iterator[None]:
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns the token ids of a text, with a leading BOS token if the tokenizer asks for one.
-
-    Args:
-      tokenizer: the model's tokenizer.
-      text: any text.
-    """
+    """Returns the token ids of a text, with a leading BOS token if the tokenizer asks for one."""
     opening = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     return [*opening, *tokenizer.encode(text)]
 
@@ -60,13 +55,7 @@ def truncated(tokens: Sequence[int], room: int, how: str, bos_id: int | None) ->
 
 
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """Decodes new tokens as the continuation of a prompt, leading space included.
-
-    Args:
-      tokenizer: the model's tokenizer.
-      prompt: the prompt's tokens.
-      tokens: the new tokens.
-    """
+    """Decodes new tokens as the continuation of a prompt, leading space included."""
     context = list(prompt[-_CONTEXT:])
     before = tokenizer.decode(context).rstrip(_INCOMPLETE)
     return tokenizer.decode([*context, *tokens])[len(before) :]
@@ -83,9 +72,6 @@ def running_text(
     """Returns the part of a row's text that no later token can change, cut before the first stop string.
 
     Args:
-      tokenizer: the model's tokenizer.
-      prompt: the prompt's tokens.
-      tokens: the new tokens so far.
       stop_strings: strings that end the text.
       is_whole: True if no more tokens follow; then nothing is held back.
 

@@ -74,9 +74,6 @@ class Adapter:
 def read_adapter(directory: Path | str) -> Adapter | None:
     """Reads what model.json tells of adapters.
 
-    Args:
-      directory: a native model directory.
-
     Returns:
       The adapters' description, None for a directory that holds a whole model.
 
@@ -118,9 +115,6 @@ def merged(directory: Path | str, adapter: Adapter, base: Leaves, step: int | No
     """A base model and the adapters of a run as one model.
 
     Args:
-      directory: the run's directory.
-      adapter: from `read_adapter`.
-      base: the base model.
       step: which checkpoint of the run, None for the latest.
 
     Returns:

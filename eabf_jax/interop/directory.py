@@ -62,12 +62,6 @@ def new_directory(
 def read_json_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
-    Args:
-      path: the file.
-
-    Returns:
-      The object.
-
     Raises:
       InputError: no such file, not JSON, or not an object.
     """
@@ -83,12 +77,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON object, indented; it appears whole or not at all.
-
-    Args:
-      path: the file.
-      value: the object.
-    """
+    """Writes a JSON object, indented; it appears whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")

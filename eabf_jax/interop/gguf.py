@@ -145,7 +145,6 @@ def from_gguf(src: Path | str, dst: Path | str, dtype: str = "float32", overwrit
       src: the .gguf file, or any part of a split one.
       dst: the Hugging Face directory to make.
       dtype: what the dequantised weights are stored in: float32, bfloat16 or float16.
-      overwrite: whether dst may be replaced.
 
     Returns:
       What was written.
@@ -208,9 +207,6 @@ def config_from_gguf(file: GgufFile, vocabulary: Vocabulary | None) -> LlamaConf
     Args:
       file: a file of the LLaMA architecture.
       vocabulary: its tokenizer's, for the ids of the special tokens; None where it has none.
-
-    Returns:
-      The config.
 
     Raises:
       InputError: a key that is missing, not understood or has a value that there is no code for.

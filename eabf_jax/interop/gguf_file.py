@@ -62,12 +62,8 @@ class GgufFile:
         """Reads one metadata value.
 
         Args:
-          key: the whole key.
           kind: what the value must be.
           default: what the file means where it has no such key; left out for a key that it must have.
-
-        Returns:
-          The value.
 
         Raises:
           InputError: no such key, or a value of another kind.
@@ -125,9 +121,6 @@ def read_gguf(src: Path | str) -> GgufFile:
     Args:
       src: the .gguf file, or any part of a split one.
 
-    Returns:
-      The file.
-
     Raises:
       InputError: not a whole GGUF file, a part that is missing or belongs elsewhere, quantised weights in another
         machine's byte order.
@@ -165,7 +158,6 @@ def dequantised(file: GgufFile, name: str) -> np.ndarray:
     """Reads one tensor.
 
     Args:
-      file: the file.
       name: of a tensor in it.
 
     Returns:

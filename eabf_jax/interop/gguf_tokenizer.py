@@ -163,9 +163,6 @@ class Vocabulary:
 def read_vocabulary(file: GgufFile) -> Vocabulary | None:
     """Reads the tokens and their roles.
 
-    Args:
-      file: a GGUF file.
-
     Returns:
       The vocabulary, None where the file has no tokenizer.
 
@@ -211,7 +208,6 @@ def write_tokenizer(directory: Path, vocabulary: Vocabulary) -> None:
     """Writes the tokenizer's files, special tokens and chat template included.
 
     Args:
-      directory: an existing folder.
       vocabulary: of the GGUF file.
 
     Raises:

@@ -78,9 +78,6 @@ class Summary(NamedTuple):
 def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
     """Reads a config.json.
 
-    Args:
-      values: the parsed file.
-
     Returns:
       The config; what the file leaves out is Hugging Face's default.
 
@@ -114,7 +111,6 @@ def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
     """Writes a config.json that transformers reads.
 
     Args:
-      config: the model's shape.
       dtype: what the tensors are stored in.
 
     Returns:
@@ -149,8 +145,6 @@ def write_config(directory: Path, config: LlamaConfig, dtype: str) -> None:
     """Writes config.json, and our model code beside it where the rotary scheme needs it.
 
     Args:
-      directory: an existing folder.
-      config: the model's shape.
       dtype: what the tensors are stored in.
     """
     values = config_to_hf(config, dtype)
@@ -222,7 +216,6 @@ def from_hf(src: Path | str, dst: Path | str, overwrite: bool = False) -> Summar
     Args:
       src: folder with config.json, safetensors files, and most often a tokenizer.
       dst: the native model directory to make.
-      overwrite: whether dst may be replaced.
 
     Returns:
       What was written.
@@ -260,9 +253,7 @@ def to_hf(
     merged into the model that they belong to.
 
     Args:
-      src: the native model directory.
       dst: the Hugging Face directory to make.
-      overwrite: whether dst may be replaced.
       step: which checkpoint, None for the latest.
       max_shard_bytes: the size beyond which the weights go into several files.
       dtype: what to cast the parameters to, None to keep what is stored (what adapters change: float32).
@@ -308,7 +299,6 @@ def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor
 
     Args:
       directory: folder with model.safetensors, or shards and their index.
-      config: the model's shape.
 
     Returns:
       Stored tensor by Hugging Face name.

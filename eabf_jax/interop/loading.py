@@ -168,9 +168,6 @@ def read_config(directory: Path | str) -> LlamaConfig:
     Args:
       directory: a Hugging Face directory or a native one.
 
-    Returns:
-      The config.
-
     Raises:
       InputError: no such directory, or no valid config in it.
     """

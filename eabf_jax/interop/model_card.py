@@ -49,12 +49,7 @@ def _hub_name(directory: Path) -> str | None:
 
 
 def write_origin(source: Path, destination: Path) -> None:
-    """Keeps what `origin` tells of a model beside what was made of it, as the front matter of a README.md.
-
-    Args:
-      source: the model's directory.
-      destination: an existing folder.
-    """
+    """Keeps what `origin` tells of a model beside what was made of it, as the front matter of a README.md."""
     known = origin(source)
     if known:
         text = f"---\n{ModelCardData(**known).to_yaml()}\n---\n"

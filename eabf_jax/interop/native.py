@@ -50,7 +50,6 @@ def write_model_json(
     """Writes model.json.
 
     Args:
-      directory: an existing folder.
       config: the model's shape and rotary scheme.
       dtype: what the parameters are stored in, for readers; loading asks the checkpoint itself.
       adapter: of a directory that holds adapters alone, `Adapter.to_json()`.
@@ -64,12 +63,6 @@ def write_model_json(
 
 def read_model_json(directory: Path | str) -> LlamaConfig:
     """Reads model.json.
-
-    Args:
-      directory: a native model directory.
-
-    Returns:
-      The config.
 
     Raises:
       InputError: no such file, or fields that are missing, unknown or of the wrong type.
@@ -88,9 +81,7 @@ def save_params(directory: Path | str, params: Mapping[str, Any], step: int = 0)
     """Saves parameters as the `params` item of a step's checkpoint, and returns once they are on disk.
 
     Args:
-      directory: a native model directory.
       params: nested mapping of NumPy or JAX arrays, written in their own dtypes.
-      step: the step's number.
     """
     leaves = {name: _resident(leaf) for name, leaf in flatten(params)}
     # Orbax refuses a leaf larger than its limit, and holds up to the limit beside the model itself.
@@ -132,7 +123,6 @@ def checkpoint_path(directory: Path | str, step: int | None = None) -> Path:
     """Finds the parameters of a step.
 
     Args:
-      directory: a native model directory.
       step: the step's number, None for the latest.
 
     Returns:
@@ -209,8 +199,6 @@ def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig, directory: Path 
     """Refuses a tokenizer whose ids reach past the embedding.
 
     Args:
-      tokenizer: the tokenizer.
-      config: the model's shape.
       directory: named in the message.
 
     Raises:

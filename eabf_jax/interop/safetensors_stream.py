@@ -53,9 +53,6 @@ class StoredTensor:
     def read(self) -> np.ndarray:
         """Reads the tensor.
 
-        Returns:
-          A new array.
-
         Raises:
           InputError: the file ends before the tensor does.
         """
@@ -71,9 +68,6 @@ class StoredTensor:
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Reads what a safetensors file holds, and checks that the file is as long as it says.
-
-    Args:
-      path: the file.
 
     Returns:
       Tensor by name.
@@ -145,7 +139,6 @@ def write_sharded(
     """Writes model.safetensors, or model-00001-of-0000N.safetensors and their index, holding one tensor at a time.
 
     Args:
-      directory: an existing folder.
       planned: what will come, in order.
       tensors: the arrays, in the same order; drawn one by one.
       max_shard_bytes: a shard is closed before it would grow beyond this (a larger tensor has one of its own).

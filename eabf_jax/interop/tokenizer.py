@@ -114,12 +114,9 @@ class Tokenizer:
         """Turns text into ids; never adds a beginning or an end token by itself.
 
         Args:
-          text: any string.
           special: whether strings such as `<s>` or `<|im_start|>` become the special tokens they name (for chat
             templates); else they are text like any other (for what a user wrote).
 
-        Returns:
-          The token ids.
         Raises:
           InputError: text with bytes that were no text where it was read.
         """
@@ -127,9 +124,6 @@ class Tokenizer:
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Turns text with special tokens in it into ids, and says where each came from.
-
-        Args:
-          text: any string.
 
         Returns:
           The token ids, and for each the begin and end of its characters in the text.
@@ -152,9 +146,6 @@ class Tokenizer:
         Args:
           ids: token ids.
           special: whether special tokens appear as their names; else as nothing.
-
-        Returns:
-          The text.
         """
         known = [int(i) for i in ids if 0 <= int(i) < self.vocab_size]
         return self._parsing.decode(known, skip_special_tokens=not special)
@@ -164,11 +155,7 @@ class Tokenizer:
         return self._parsing.token_to_id(piece)
 
     def save(self, directory: Path | str) -> None:
-        """Copies the tokenizer's files, special tokens and chat template included, into a directory.
-
-        Args:
-          directory: an existing folder.
-        """
+        """Copies the tokenizer's files, special tokens and chat template included, into a directory."""
         copy_tokenizer_files(self._directory, Path(directory))
 
 
@@ -177,9 +164,6 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
 
     Args:
       directory: folder with tokenizer.json or tokenizer.model.
-
-    Returns:
-      The tokenizer.
 
     Raises:
       InputError: no tokenizer there, or an unreadable one.
@@ -197,7 +181,6 @@ def copy_tokenizer_files(source: Path, destination: Path) -> None:
 
     Args:
       source: folder that holds them.
-      destination: an existing folder.
     """
     if source.resolve() == destination.resolve():
         return
@@ -221,7 +204,6 @@ def export_tokenizer(source: Path, destination: Path, window: int) -> None:
 
     Args:
       source: folder that holds the files, or no tokenizer at all.
-      destination: an existing folder.
       window: the model's, in tokens.
     """
     copy_tokenizer_files(source, destination)

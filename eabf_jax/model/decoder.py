@@ -107,9 +107,6 @@ class WeightSource(NamedTuple):
 def source_of(model: Llama) -> WeightSource:
     """Reads weights from a model in memory, which stays as it is.
 
-    Args:
-      model: the model.
-
     Raises:
       InputError: the model has adapters.
     """
@@ -179,12 +176,9 @@ def layer(
     """Runs one decoder layer on new tokens.
 
     Args:
-      config: the model's shape.
-      weights: this layer's weights.
       index: 0-based layer index.
       x: hidden states before the layer, in the compute dtype.
       row: positions and rotary tables.
-      cache: this layer's cache.
       attention: attends to the new tokens and to the cache.
 
     Returns:
@@ -209,8 +203,6 @@ def next_token_logits(config: LlamaConfig, weights: Weights, x: Float[Array, "B 
     """Computes the next token's logits from the last layer's output.
 
     Args:
-      config: the model's shape.
-      weights: the model's weights.
       x: hidden states after the last layer, in the compute dtype.
 
     Returns:

@@ -47,10 +47,7 @@ def empty_cache(
     """Creates an empty cache.
 
     Args:
-      batch: number of rows.
-      kv_heads: number of key-value heads.
       slots: maximum number of tokens per row.
-      head_dim: size of one head.
       compute_dtype: the model's compute dtype.
       kind: a name in `CACHE_DTYPES`.
 

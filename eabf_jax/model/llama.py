@@ -61,8 +61,6 @@ def rotary_tables(
     """Computes cosines and sines of every token's angles, times the scheme's rotation scale.
 
     Args:
-      rope: the rotary scheme.
-      head_dim: size of one head.
       positions: int32 [batch, length], 0-based.
       length: the current length in tokens, used by dynamic schemes only: an integer known before tracing, or an array
         [batch, length] or [batch, 1]. None means within the pretrained window.
@@ -321,7 +319,6 @@ class Llama(nnx.Module):
         """Builds the model with shapes (`jax.ShapeDtypeStruct`) in place of arrays; allocates and computes nothing.
 
         Args:
-          config: the model's shape.
           **options: as for `Llama`.
         """
         return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **options))
@@ -331,7 +328,6 @@ class Llama(nnx.Module):
         """Builds the model around existing parameters.
 
         Args:
-          config: the model's shape.
           params: nested mapping of arrays, as returned by `parameters()`.
           **options: as for `Llama`.
 
@@ -428,7 +424,6 @@ class Llama(nnx.Module):
           parameters: one layer's entries of `parameters()["layers"]`, without the leading axis.
           index: int32 scalar, 0-based layer index; a scheme's logit multiplier may depend on it.
           x: hidden states before the layer.
-          row: from `row`.
 
         Returns:
           Hidden states after the layer, with the shape and dtype of x.

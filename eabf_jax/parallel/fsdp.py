@@ -31,7 +31,6 @@ def by_device(mesh: Mesh, function: Callable[..., Any], in_specs: Any, out_specs
     """Applies `jax.shard_map` over `TOKEN_AXES`; the function sees whole arrays along the tensor axis.
 
     Args:
-      mesh: the device mesh.
       function: takes and returns one device's parts of arrays.
       in_specs: partitions of its arguments, tensor axis included.
       out_specs: partitions of its results, tensor axis included.
@@ -69,7 +68,6 @@ def scattered(mesh: Mesh, partial: Array, spec: PartitionSpec) -> Array:
     """Sums an array over devices and returns each device's part; call it within `by_device`.
 
     Args:
-      mesh: the device mesh.
       partial: the device's summand, in the parameter's whole shape.
       spec: partition of the parameter on the mesh.
 
@@ -88,9 +86,7 @@ def reduce_scatter(mesh: Mesh, x: Array, axis: str, dimension: int) -> Array:
     """Runs `jax.lax.psum_scatter`, in two steps where the compiler would turn one step into an all-reduce.
 
     Args:
-      mesh: the device mesh.
       x: the device's summand.
-      axis: a mesh axis.
       dimension: the dimension of x to split.
 
     Returns:
@@ -123,7 +119,6 @@ def sharded_product(
     """Builds the product of activations with a sharded parameter.
 
     Args:
-      mesh: the device mesh.
       tokens: partition of [batch, length] on the mesh.
       whole: the parameters are already gathered; their gradients are scattered in either case.
 
@@ -171,7 +166,6 @@ def lookup(mesh: Mesh, tokens: PartitionSpec, spec: PartitionSpec) -> Callable[[
     """Builds the lookup in an embedding with sharded columns: gathers token ids and exchanges the columns found.
 
     Args:
-      mesh: the device mesh.
       tokens: partition of [batch, length] on the mesh.
       spec: partition of the embedding [vocab, hidden_size]; if its columns are not split, the lookup is local.
 
@@ -195,7 +189,6 @@ def lookup_backward(mesh: Mesh, tokens: PartitionSpec, spec: PartitionSpec) -> C
     """Builds the derivative of `lookup`, which adds to an accumulated gradient.
 
     Args:
-      mesh: the device mesh.
       tokens: partition of [batch, length] on the mesh.
       spec: partition of the accumulated gradient, split by columns.
 

@@ -63,7 +63,6 @@ def axis_sizes(config: MeshConfig, count: int) -> dict[str, int]:
 
     Args:
       config: the size of each axis.
-      count: number of devices.
 
     Returns:
       Sizes by axis name, in the order of `AXES`.

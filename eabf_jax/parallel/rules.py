@@ -63,7 +63,6 @@ def parameter_shardings(mesh: Mesh, params: Mapping[str, Any]) -> dict[str, Any]
     """Returns the shardings of a parameter tree.
 
     Args:
-      mesh: the device mesh.
       params: nested mapping of arrays or shapes, as returned by `Llama.parameters()`.
 
     Returns:
@@ -160,7 +159,6 @@ def layer_product(mesh: Mesh, *, whole: bool = False) -> Product:
     """Builds the `product` hook of `Llama` for a mesh, which gathers parameters and scatters their gradients.
 
     Args:
-      mesh: the device mesh.
       whole: the parameters are already gathered.
     """
     if all(mesh.shape[axis] == 1 for axis in TOKEN_AXES):
@@ -192,7 +190,6 @@ def sharded_attention(mesh: Mesh, attention: Attention, kv_heads: int) -> Attent
     """Runs an attention backend on each device's own rows, queries and heads, so that kernels need not handle a mesh.
 
     Args:
-      mesh: the device mesh.
       attention: one of `model.attention.BACKENDS`, or without a context axis any function with its signature.
       kv_heads: key-value heads of the model.
 
@@ -241,8 +238,6 @@ def llama_on(
     """Builds a model that computes on a mesh, with shapes in place of parameters.
 
     Args:
-      mesh: the device mesh.
-      config: the model's shape.
       dtype: compute dtype.
       attention: a backend's name, "auto", or a function for one device.
       whole: as for `layer_product`.

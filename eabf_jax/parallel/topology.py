@@ -97,9 +97,6 @@ def compile_only_devices(slice_: Slice) -> list[jax.Device]:
 
     Call this before JAX is first used: it makes this process run everything on the CPU.
 
-    Args:
-      slice_: from `tpu_slice`.
-
     Raises:
       InputError: libtpu, which contains the compiler, is not installed or does not load, or does not know the slice.
     """

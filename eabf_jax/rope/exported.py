@@ -42,9 +42,6 @@ def exported_data(s: Scheme, head_dim: int, num_layers: int, window: int) -> dic
     """Describes a scheme to the exported modeling file.
 
     Args:
-      s: the scheme.
-      head_dim: size of an attention head.
-      num_layers: number of layers.
       window: tokens; tables end there, and the modeling file refuses what is longer.
 
     Returns:

@@ -84,9 +84,6 @@ def ntk_base(head_dim: int, base: float, factor: float) -> float:
       base: b.
       factor: s, target window over pretrained window.
 
-    Returns:
-      The changed base.
-
     Raises:
       InputError: head_dim is odd or less than 4.
     Source: Peng et al. 2023 (YaRN), section 3.1.

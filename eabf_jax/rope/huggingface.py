@@ -26,9 +26,6 @@ def from_hf(config: Mapping[str, Any]) -> Scheme:
       config: the whole config.json; `dynamic` needs its `max_position_embeddings`, and `yarn` and `llama3` fall back on
         it where they name no `original_max_position_embeddings`.
 
-    Returns:
-      The scheme.
-
     Raises:
       InputError: a kind of scaling or a setting that no scheme here can represent, or a missing or invalid value.
     Source: transformers, `modeling_rope_utils.py`.
@@ -67,7 +64,6 @@ def to_hf(s: Scheme, head_dim: int | None = None, spelling: str = "rope_scaling"
     needs transformers 4.51 or later. `truncate` false is written for the releases that read it; older ones round.
 
     Args:
-      s: the scheme.
       head_dim: size of an attention head; only `ntk` depends on it.
       spelling: "rope_scaling" (read by every transformers release) or "rope_parameters" (5.x only).
 

@@ -120,9 +120,6 @@ def register(
 def entry_of(name: str) -> Entry:
     """Looks a scheme up; packages that register schemes are imported where the name is not known without them.
 
-    Args:
-      name: a scheme's name.
-
     Returns:
       Its line of the table.
 

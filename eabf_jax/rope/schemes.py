@@ -177,9 +177,6 @@ class Scheme:
         Args:
           values: `{"type": name, parameter: value, ...}`; the parameters of "compose" are those of `compose`.
 
-        Returns:
-          The scheme.
-
         Raises:
           InputError: as `scheme`.
         """
@@ -272,9 +269,6 @@ def scheme(name: str, /, **parameters: Any) -> Scheme:
     Args:
       name: a name in `scheme_names()`.
       **parameters: the scheme's parameters, see `parameters_of`; windows in tokens.
-
-    Returns:
-      The scheme.
 
     Raises:
       InputError: unknown scheme or parameter, missing parameter, value of a wrong type or out of range.

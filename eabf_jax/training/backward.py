@@ -44,7 +44,6 @@ def remat_by_layer(remat: str, layers: int) -> tuple[str, ...]:
     Args:
       remat: a name in `REMAT_POLICIES` for all layers, or a list with counts: "dots:12,qkv" means `dots` for the first
         twelve layers and `qkv` for the others.
-      layers: number of layers in the model.
 
     Raises:
       InputError: unknown policy, or counts that do not add up to the number of layers.
@@ -88,7 +87,6 @@ class Pieces:
         Args:
           model: the model; its parameters are not used.
           loss_chunk: positions of a row (or of a device's part of the row) whose logits are in memory at a time.
-          mesh: the device mesh of the arrays.
           wide: matrix products return layer gradients in float32, so that a product can add to its sum directly. If
             False, gradients have the compute dtype, which halves the bytes sent between devices.
           gathered: parameters are already gathered over the mesh axes that only shard their storage.
@@ -133,11 +131,8 @@ class Pieces:
 
         Args:
           policy: a name in `REMAT_POLICIES`.
-          trained: the layer's trained parameters.
-          frozen: the layer's other parameters.
           index: int32 scalar, 0-based layer index.
           x: hidden states before the layer.
-          row: from `row`.
 
         Returns:
           Hidden states after the layer, and the residuals for `backward`.

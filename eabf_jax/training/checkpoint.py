@@ -36,7 +36,6 @@ class Checkpoints:
         """Opens the folder.
 
         Args:
-          run: the run's directory.
           keep: number of newest checkpoints to keep.
         """
         self._failed = False

@@ -30,7 +30,6 @@ def predict(config: TrainConfig, device_name: str | None = None, count: int | No
     """Returns the planner's prediction as `eabf compile` reports it.
 
     Args:
-      config: the run.
       device_name: a name in `hardware.DEVICES`; None means this machine's devices.
       count: number of devices; None means all of this machine's devices, or one device if `device_name` is given.
 
@@ -67,7 +66,6 @@ def compile_for(config: TrainConfig, slice_: Slice) -> dict[str, Any]:
 
     Args:
       config: the run; the planner chooses `auto` settings.
-      slice_: from `topology.tpu_slice`.
 
     Raises:
       InputError: the step does not fit into a chip's memory; the TPU compiler is not installed.

@@ -25,9 +25,6 @@ def moved(tree: Any, shardings: Any) -> Any:
     Args:
       tree: arrays; unusable afterwards.
       shardings: shardings of the copies, in a tree of the same structure.
-
-    Returns:
-      The copies.
     """
     copies = jax.device_put(tree, shardings)
     jax.tree.map(lambda leaf: leaf.delete(), tree)

@@ -23,9 +23,6 @@ def locked(run: Path) -> Iterator[None]:
     The operating system releases the lock when the process ends for any reason. On a file system shared with other
     hosts, the lock covers those hosts only if that file system supports locks.
 
-    Args:
-      run: the run's directory.
-
     Raises:
       InputError: another process holds the lock.
     """

@@ -25,7 +25,6 @@ def token_losses(
     """Computes the negative log-likelihood of every token except the first; the full logits are never in memory.
 
     Args:
-      model: the model.
       tokens: int32 [batch, length].
       positions: int32 [batch, length] or None, as for the model.
       segment_ids: int32 [batch, length] or None, as for the model.

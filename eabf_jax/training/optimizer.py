@@ -15,7 +15,6 @@ def learning_rate_schedule(recipe: RecipeConfig, steps: int) -> optax.Schedule:
 
     Args:
       recipe: peak, warm-up steps and kind of schedule.
-      steps: optimizer steps of the run.
 
     Returns:
       A function from the 0-based step to the learning rate; with cosine decay, the rate is 0 after the last step.
@@ -40,7 +39,6 @@ def make_optimizer(recipe: RecipeConfig, steps: int) -> optax.GradientTransforma
     """Returns AdamW as an optax transformation; it expects gradients that are already clipped by their global norm.
 
     Args:
-      recipe: the hyperparameters.
       steps: optimizer steps of the run, for the schedule.
     """
     return optax.adamw(
@@ -61,11 +59,8 @@ def updated(
     Optax counts steps in each part's state; here the caller keeps one count for all parts.
 
     Args:
-      optimizer: from `make_optimizer`.
       step: int32 scalar, number of steps already taken.
       masters: float32 parameters.
-      mu: first moments.
-      nu: second moments.
       gradients: float32, clipped.
 
     Returns:

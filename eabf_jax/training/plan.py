@@ -92,9 +92,7 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
 
     Args:
       config: the run; nothing in `compute` may be `auto`.
-      model_config: the model's shape.
       mesh_shape: number of devices by mesh axis.
-      device: the kind of device.
 
     Raises:
       InputError: the mesh does not divide the model or the batch; an unknown remat policy.

@@ -190,10 +190,6 @@ def dump_config(config: TrainConfig) -> str:
 def config_differences(written: Path, config: TrainConfig) -> list[str]:
     """Names the keys in which a run's configuration differs from the one that its directory was begun with.
 
-    Args:
-      written: the run's `config.yaml`.
-      config: the configuration now.
-
     Returns:
       Top-level and second-level keys, without those that change how, where or when something is computed or saved, but
       not what.
@@ -362,7 +358,6 @@ def total_steps(recipe: RecipeConfig, steps_per_epoch: int) -> int:
     """Optimizer steps of a run.
 
     Args:
-      recipe: the recipe.
       steps_per_epoch: floor(samples / batch_size): the last incomplete batch of an epoch is dropped.
 
     Returns:
@@ -374,10 +369,6 @@ def total_steps(recipe: RecipeConfig, steps_per_epoch: int) -> int:
 
 def check_window(config: TrainConfig, base: LlamaConfig) -> None:
     """Refuses an extension that extends nothing.
-
-    Args:
-      config: the run.
-      base: the model that the run starts from.
 
     Raises:
       InputError: the window is not larger than the model's, or the scheme was told of a larger pretrained window.

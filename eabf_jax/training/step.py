@@ -86,9 +86,7 @@ def build_model(config: LlamaConfig, compute: ComputeConfig, mesh: Mesh, lora: L
     """Builds the model for a step on the mesh, with float32 shapes in place of parameters.
 
     Args:
-      config: the model's shape.
       compute: dtype and attention backend.
-      mesh: the device mesh.
       lora: the adapters to train; None trains every parameter.
     """
     return llama_on(
@@ -118,10 +116,7 @@ class Program:
         """Plans the step.
 
         Args:
-          model: from `build_model`.
-          optimizer: from `make_optimizer`.
           compute: dtype, remat policy and loss chunk.
-          mesh: the device mesh.
           clip_norm: largest norm of the gradient; larger gradients are scaled down to it.
           batch: shapes and shardings of the step's input arrays, each [microbatches, rows, length].
 
@@ -271,7 +266,6 @@ def update(
     """Applies AdamW to float32 master parameters, or to any part of their tree.
 
     Args:
-      optimizer: from `make_optimizer`.
       step, params, rest, mu, nu: as in `TrainState`.
       gradients: float32 sums over the microbatches.
       scale: factor on the sums, which averages and clips them.

@@ -27,7 +27,6 @@ def flops_per_token(config: LlamaConfig, length: int, lora: Lora | None = None) 
     """Returns the model FLOPs of forward and backward pass per trained token, without recomputation.
 
     Args:
-      config: the model's shape.
       length: tokens per row; attention is causal.
       lora: the adapters, if they are trained in place of the model's kernels.
 
@@ -53,8 +52,6 @@ class Tracker:
         """Opens the files; drops records after `start`, left by a run that was killed after its last checkpoint.
 
         Args:
-          run: the run's directory.
-          steps: optimizer steps of the whole run.
           start: steps already taken.
           quiet: writes and shows nothing; True in every process except the first.
         """

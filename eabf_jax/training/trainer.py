@@ -69,9 +69,6 @@ _RUN_ENTRIES = (CONFIG_FILE, DATASET_FILE, MODEL_FILE, METRICS_FILE, TENSORBOARD
 def train(config: TrainConfig) -> Path:
     """Runs the recipe from a model and a dataset to a run directory; resumes a run that was interrupted.
 
-    Args:
-      config: from `recipe.load_config`.
-
     Returns:
       The run's directory: a native model directory that also holds `config.yaml`, `metrics.jsonl` and `tensorboard/`.
     Raises:
@@ -245,7 +242,6 @@ def extended_config(config: TrainConfig, base: LlamaConfig | None = None) -> Lla
     """Returns the model's configuration with the run's window and scheme.
 
     Args:
-      config: the run.
       base: from `base_config`; None takes it from `model.shape`, or else `model.path`.
 
     Raises:
@@ -269,8 +265,6 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int, 
 
     Args:
       batch: arrays `tokens`, `loss_mask`, `positions`, `segment_ids`, each [rows of this process, length].
-      mesh: the device mesh.
-      microbatches: number of microbatches.
       every_token: True if rows hold several documents and the loss covers every token. If False, each row holds one
         document followed by padding, and the loss covers the tokens in `loss_mask`.
 
@@ -299,7 +293,6 @@ def prepare_step(planned: Plan, mesh: Mesh, steps: int = 1) -> Step:
 
     Args:
       planned: from `choose`.
-      mesh: the device mesh.
       steps: optimizer steps of the run, for the schedule.
 
     Returns:
@@ -403,8 +396,6 @@ def random_params(model_config: LlamaConfig, seed: int, shardings: Tree) -> Tree
     """Draws random float32 parameters directly on their devices.
 
     Args:
-      model_config: the model.
-      seed: seed of the random numbers.
       shardings: a NamedSharding per parameter, as a nested dict.
     """
     return jax.jit(lambda: Llama(model_config, rngs=nnx.Rngs(seed)).parameters(), out_shardings=shardings)()

@@ -14,7 +14,6 @@ def add_arguments(parser: argparse.ArgumentParser, *, src: str, dst: str) -> Non
     """Declares what all of them take.
 
     Args:
-      parser: the script's.
       src: what to convert, for its help.
       dst: what to make, likewise.
     """
@@ -27,7 +26,6 @@ def run(convert: Callable[..., Any], arguments: argparse.Namespace) -> None:
 
     Args:
       convert: takes source, destination and, by name, all other options.
-      arguments: as declared.
     """
     options, start = vars(arguments).copy(), time.perf_counter()
     src, dst = options.pop("src"), options.pop("dst")

@@ -45,7 +45,6 @@ def begin(arguments: argparse.Namespace, positive: Sequence[str] = ()) -> list[E
     """Sets JAX up, which has to come before it is first used, and checks the options before hours of work.
 
     Args:
-      arguments: as declared by `add_arguments`.
       positive: further options that have to be positive numbers, or None.
 
     Returns:
@@ -77,8 +76,6 @@ def numbers(option: str, text: str, example: str) -> list[int]:
       text: numbers with commas between them.
       example: what would be right.
 
-    Returns:
-      The numbers.
     Raises:
       InputError: something else.
     """
@@ -91,11 +88,6 @@ def numbers(option: str, text: str, example: str) -> list[int]:
 def tokenizer_of(directory: str) -> Tokenizer:
     """Loads a model's tokenizer, which its evaluation cannot do without.
 
-    Args:
-      directory: the model's.
-
-    Returns:
-      The tokenizer.
     Raises:
       InputError: the directory has none.
     """

@@ -249,7 +249,6 @@ def evaluate(model: Any, tasks: dict[str, list[Any]], arguments: argparse.Namesp
 
     Args:
       model: an instance of the harness' LM.
-      tasks: from `load_tasks`.
       arguments: `apply_chat_template`, `num_fewshot`, `limit` and `include_path` are looked at.
 
     Returns:

@@ -33,7 +33,6 @@ def select(
     Args:
       backend: a name in `BACKENDS`, or "auto" for the best one that the platform, dtype and head size allow.
       dtype: the compute dtype.
-      head_dim: size of one head.
       platform: "cpu", "gpu" or "tpu"; None means JAX's default backend.
       needs: abilities that it must have, as for `ability`.
 

@@ -32,7 +32,6 @@ def _kernel(q_index: tuple[int, ...], heads: int, *, head_shards: int = 1, q_sha
 
     Args:
       q_index: each query's index in the row; a permutation of 0 ... length - 1, length a multiple of 128.
-      heads: number of query heads.
       head_shards: number of devices that split the heads.
       q_shards: number of devices that split the queries; each device's share is a multiple of 128.
 
