@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from eabf_jax.model.llama import Llama, logits
+from eabf_jax.model.llama import Llama
 
 
 def token_losses(
@@ -18,41 +18,19 @@ def token_losses(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    *,
-    chunk: int = 1024,
-    start: int = 0,
-) -> Float[Array, "B scored"]:
-    """Computes the negative log-likelihood of every token except the first; the full logits are never in memory.
+) -> Float[Array, "B T-1"]:
+    """Computes the negative log-likelihood of every token except the first.
 
     Args:
       tokens: int32 [batch, length].
       positions: int32 [batch, length] or None, as for the model.
       segment_ids: int32 [batch, length] or None, as for the model.
-      chunk: positions of a row whose logits are in memory at a time.
-      start: tokens up to and including this index are context only and are not scored.
 
     Returns:
-      float32 [batch, length - 1 - start], in nats; entry t belongs to token start + t + 1.
+      float32 [batch, length - 1], in nats; entry t belongs to token t + 1.
     """
-    hidden = model.hidden_states(tokens, positions, segment_ids)[:, start:-1]
-    kernel, targets = model.output_kernel(), tokens[:, start + 1 :]
-    length = targets.shape[1]
-    chunk = min(chunk, length)
-    pad = -length % chunk
-
-    def chunks(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
-        return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
-
-    # Recomputed in the backward pass; otherwise the logits of all chunks would be kept.
-    @jax.checkpoint
-    def losses(kernel: Array, hidden: Array, targets: Array) -> Array:
-        scores = logits(hidden, kernel)
-        chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(scores, axis=-1) - chosen
-
-    _, out = jax.lax.scan(lambda _, x: (None, losses(kernel, *x)), None, (chunks(hidden), chunks(targets)))
-    return out.swapaxes(0, 1).reshape(tokens.shape[0], -1)[:, :length]
+    logits = model(tokens, positions, segment_ids)[:, :-1]
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]
 
 
 def next_tokens(

@@ -306,6 +306,31 @@ def test_chunks_of_the_loss_do_not_change_it(model_config):
         assert_near((gradients, d_x), expected[1:], 3e-6)
 
 
+def avals(jaxpr):
+    """Every array of a jaxpr and of the jaxprs inside it."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval for variable in equation.outvars)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from avals(inner)
+
+
+@pytest.mark.parametrize(("chunk", "whole"), [(1, False), (7, False), (LENGTH - 1, False), (LENGTH, True)])
+def test_full_logits_exist_only_where_the_chunk_is_the_whole_row(model_config, chunk, whole):
+    config = dataclasses.replace(model_config, vocab_size=997)  # a size that nothing else has
+    model, batch = Llama.abstract(config), microbatches(config, packed=False, count=1)
+    trained = head_parameters(model.parameters(), tied=False)
+    x = jax.ShapeDtypeStruct((ROWS, LENGTH, config.hidden_size), jnp.float32)
+    rows = jax.tree.map(lambda array: array[0], batch)
+    sums = jax.eval_shape(zeros, trained)
+    jaxpr = jax.make_jaxpr(lambda *arguments: Pieces(model, chunk).head(*arguments))(trained, {}, x, rows, sums)
+    sizes = [aval.size for aval in avals(jaxpr.jaxpr) if aval.shape[-1:] == (997,) and aval.shape[0] != 32]
+    assert max(sizes) >= ROWS * chunk * 997  # the walk does see the logits of a chunk
+    assert (max(sizes) >= ROWS * LENGTH * 997) == whole
+
+
 def test_sums_are_float32_whatever_is_added():
     sums = add({"a": jnp.full(3, 256.0)}, {"a": jnp.full(3, 0.25, jnp.bfloat16)})
     assert sums["a"].dtype == jnp.float32
