@@ -10,24 +10,11 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from gguf_files import (
-    Metadata,
-    Tensors,
-    as_gguf,
-    assert_refused,
-    changed,
-    config_of,
-    converted,
-    merged,
-    metadata,
-    model,
-    write,
-)
+from gguf_files import Metadata, Tensors, assert_refused, changed, config_of, converted, merged
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import pre_tokenizers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from eabf_jax.interop.gguf import from_gguf
 from eabf_jax.interop.gguf_tokenizer import SPLITTINGS, pre_tokenizer
 from eabf_jax.interop.tokenizer import load_tokenizer
 
@@ -35,15 +22,14 @@ from eabf_jax.interop.tokenizer import load_tokenizer
 def test_sentencepiece_tokenizer_comes_back(tmp_path: Path, sentencepiece_directory: Path, texts: list[str]) -> None:
     source = sentencepiece_directory / "tokenizer.model"
     proto = vars(sentencepiece_model_pb2)["ModelProto"].FromString(source.read_bytes())
-    values = metadata() | {
+    values = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": [piece.piece for piece in proto.pieces],
         "tokenizer.ggml.scores": [piece.score for piece in proto.pieces],
         "tokenizer.ggml.token_type": [piece.type for piece in proto.pieces],
         "tokenizer.chat_template": "{{ messages }}",
     }  # no ids: llama.cpp takes 1, 2 and 0 then
-    from_gguf(write(tmp_path / "m.gguf", values, as_gguf(model())), tmp_path / "hf")
-    found = load_tokenizer(tmp_path / "hf")
+    found = load_tokenizer(converted(tmp_path, values))
     library = sentencepiece.SentencePieceProcessor(model_file=str(source))
     for text in [*texts, "日本 🎉", "  two"]:
         assert found.encode(text) == library.encode(text)
