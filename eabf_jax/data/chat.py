@@ -308,20 +308,19 @@ def _named_pieces(paired: Sequence[Exchange], template: str, tokenizer: Tokenize
 
 def _own_pieces(turns: Sequence[Turn], tokenizer: Tokenizer, max_tokens: int) -> list[Encoded]:
     """Builds the pieces of a conversation by the model's template, which only renders whole conversations."""
-    count = len(exchanges(turns))
-    system = turns[: len(turns) - 2 * count]
-    spoken = turns[len(system) :]
+    spoken = 2 * len(exchanges(turns))
+    system = turns[:-spoken]
     pieces: list[Encoded] = []
-    begin = 0
-    current: Encoded | None = None
-    for end in range(1, count + 1):
-        longer = _encode_own([*system, *spoken[2 * begin : 2 * end]], tokenizer)
-        if current is not None and len(longer.tokens) > max_tokens:
+    begin = len(system)
+    current = _encode_own(turns[: begin + 2], tokenizer)
+    for end in range(begin + 4, len(turns) + 1, 2):
+        longer = _encode_own([*system, *turns[begin:end]], tokenizer)
+        if len(longer.tokens) > max_tokens:
             pieces.append(current)
-            begin = end - 1
-            longer = _encode_own([*system, *spoken[2 * begin : 2 * end]], tokenizer)
+            begin = end - 2
+            longer = _encode_own([*system, *turns[begin:end]], tokenizer)
         current = longer
-    return pieces if current is None else [*pieces, current]
+    return [*pieces, current]
 
 
 def concatenate(encoded: Sequence[Encoded]) -> Encoded:
