@@ -1,5 +1,6 @@
 """Prepared records on disk: a TFDS dataset in ArrayRecord files, written and read without TensorFlow."""
 
+import functools
 import hashlib
 import json
 import shutil
@@ -87,8 +88,9 @@ class DatasetWriter:
         self._shard_bytes = shard_bytes
         self._splits: dict[str, _Split] = {}
         self._serialize = example_serializer.ExampleSerializer(_FEATURES.get_serialized_info()).serialize_example
-        self._partial: Path | None = None
-        self._overwrite, self._sources = overwrite, tuple(sources)
+        self._check_destination = functools.partial(
+            check_destination, self.directory, DATASET, overwrite=overwrite, sources=tuple(sources)
+        )
         self._check_destination()
 
     def __enter__(self) -> "DatasetWriter":
@@ -100,12 +102,10 @@ class DatasetWriter:
     def __exit__(self, *_: object) -> None:
         """Removes an unfinished dataset."""
         for split in self._splits.values():
-            if split.writer is not None:
-                # Closing releases the file. If it fails for lack of space, the write before it has reported that.
-                with suppress(RuntimeError):
-                    split.writer.close()
-        if self._partial is not None:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            # Closing releases the file. If it fails for lack of space, the write before it has reported that.
+            with suppress(RuntimeError):
+                self._close_shard(split)
+        shutil.rmtree(self._partial, ignore_errors=True)
 
     def add(self, split: str, record: Encoded, identifier: str) -> None:
         """Adds a record to a split.
@@ -142,7 +142,6 @@ class DatasetWriter:
           InputError: the dataset cannot be written.
         """
         with self._as_input_error():
-            assert self._partial is not None
             infos = [self._finish_split(name, split) for name, split in self._splits.items()]
             tfds.folder_dataset.write_metadata(
                 data_dir=self._partial,
@@ -157,7 +156,6 @@ class DatasetWriter:
             (self._partial / METADATA_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             self._check_destination()  # much may have happened since
             put_in_place(self._partial, self.directory)
-            self._partial = None
 
     def _close_shard(self, split: _Split) -> None:
         if split.writer is not None:
@@ -166,7 +164,6 @@ class DatasetWriter:
 
     def _finish_split(self, name: str, split: _Split) -> splits.SplitInfo:
         """Gives the shards their final names, which include their number."""
-        assert self._partial is not None
         self._close_shard(split)
         template = self._template(name)
         count = len(split.shard_lengths)
@@ -178,7 +175,6 @@ class DatasetWriter:
         )
 
     def _summary(self, name: str, split: _Split) -> dict[str, Any]:
-        assert self._partial is not None
         files = sorted([*self._partial.glob(f"{NAME}-{name}.array_record-*"), self._partial / _lengths_file(name)])
         return {
             "records": len(split.lengths),
@@ -189,17 +185,12 @@ class DatasetWriter:
         }
 
     def _template(self, split: str | None) -> naming.ShardedFileTemplate:
-        assert self._partial is not None
         return naming.ShardedFileTemplate(
             dataset_name=NAME, data_dir=self._partial, split=split, filetype_suffix="array_record"
         )
 
     def _shard_path(self, split: str, number: int) -> Path:
-        assert self._partial is not None
         return self._partial / f"{split}-{number}"
-
-    def _check_destination(self) -> None:
-        check_destination(self.directory, DATASET, overwrite=self._overwrite, sources=self._sources)
 
     @contextmanager
     def _as_input_error(self) -> Iterator[None]:
