@@ -51,30 +51,18 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """The `eabf` command.
-
-    Args:
-      arguments: the command line; None takes the process's own.
-    """
+    """The `eabf` command, by default with the process's own command line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     run(lambda: _dispatch(given))
 
 
 def convert(name: str) -> NoReturn:
-    """A script of `convert/`.
-
-    Args:
-      name: the script's, in `commands.CONVERSIONS`.
-    """
+    """The script of `convert/` that has this name in `commands.CONVERSIONS`."""
     run(lambda: _call(None, CONVERSIONS[name], f"convert.{name}", sys.argv[1:]))
 
 
 def run(command: Callable[[], None]) -> NoReturn:
-    """Runs a command to the process's exit: 0, or 2 with one line for input that the user can correct.
-
-    Args:
-      command: what to do; it raises InputError for bad input.
-    """
+    """Runs a command to the process's exit: 0, or 2 with one line if it raises InputError for bad input."""
     # Orbax, Grain and TFDS tell their own story at INFO; what the user needs to know is printed.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:

@@ -19,26 +19,14 @@ class Grid(Table):
     """A table whose first columns name a row; the others hold its figures."""
 
     def __init__(self, names: Sequence[str], figures: Iterable[str], *, title: str):
-        """Declares the columns.
-
-        Args:
-          names: headers of the columns that name a row.
-          figures: headers of the other columns.
-          title: above the table.
-        """
+        """Declares the columns by their headers; the title stands above the table."""
         heads = [Column(escape(head), overflow="fold") for head in names]
         heads += [Column(escape(head), justify="right") for head in figures]
         super().__init__(*heads, title=escape(title))
         self.names = len(names)
 
     def add(self, names: Sequence[str], figures: Iterable[str], *, style: str | None = None) -> None:
-        """Adds a row.
-
-        Args:
-          names: one per column of names, as literal text.
-          figures: one per column of figures; may contain Rich markup.
-          style: of the whole row.
-        """
+        """Adds a row: its names are literal text, its figures may contain Rich markup, and `style` is for all of it."""
         self.add_row(*map(escape, names), *figures, style=style)
 
     def plain(self) -> dict[str, Any]:
@@ -55,7 +43,7 @@ def show(grid: Grid) -> None:
     """
     console = Console()
     names, figures = grid.columns[: grid.names], grid.columns[grid.names :]
-    widths = [max(_lines(column)) for column in names]
+    widths = [_name_width(column) for column in names]
     least = 1 + sum(min(width, _NAME) + _SIDES for width in widths)
     figures = [dataclasses.replace(column, width=_figure_width(column)) for column in figures]
     whole = 1 + sum(width + _SIDES for width in widths) + sum(map(_across, figures))
@@ -86,8 +74,8 @@ def _across(column: Column) -> int:
     return (column.width or 0) + _SIDES
 
 
-def _lines(column: Column) -> list[int]:
-    return [Text(line).cell_len for cell in _cells(column) for line in _text(cell).plain.split("\n")]
+def _name_width(column: Column) -> int:
+    return max(Text(line).cell_len for cell in _cells(column) for line in _text(cell).plain.split("\n"))
 
 
 def _cells(column: Column) -> list[Any]:
@@ -123,14 +111,6 @@ def progress_bar(
 
 
 def track(bar: Progress, description: str, total: float) -> Callable[[float], None]:
-    """Adds a task to a progress bar.
-
-    Args:
-      description: what is done.
-      total: how much of it.
-
-    Returns:
-      What sets how much has been done.
-    """
+    """Adds a task to a progress bar; returns what sets how much of the total has been done."""
     task = bar.add_task(description, total=total)
     return lambda done: bar.update(task, completed=done)

@@ -17,11 +17,8 @@ from eabf_jax.errors import InputError
 def no_space(error: BaseException) -> tuple[str, BaseException] | None:
     """Tells whether a write failed because the disk is full, or its quota or the file's largest size is reached.
 
-    Args:
-      error: what was raised; the errors that it was raised from are looked at as well.
-
     Returns:
-      The reason and the error that tells it; None where the disk is not at fault.
+      The reason, and the error that tells it: this one or one that it was raised from. None for another fault.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -60,11 +57,9 @@ class Mark(NamedTuple):
     keys: tuple[str, ...]
 
     def fault(self, directory: Path) -> str | None:
-        """Returns why a directory is not recognised as this kind.
+        """Returns why a directory is not of this kind, or None if it is.
 
-        Returns:
-          The reason, or None if it is of this kind. A mark that lists `files` is valid only if the directory holds
-          exactly those.
+        A mark that lists `files` is valid only if the directory holds exactly those.
         """
         try:
             found = json.loads((directory / self.file).read_text(encoding="utf-8"))
@@ -116,9 +111,9 @@ def check_destination(
     if not os.access(above, os.W_OK | os.X_OK):
         raise InputError(f"{destination}: nothing can be written in {above}; name another directory")
     if mark is not None and not target.exists():
-        whole = [old for old in _set_aside(target) if mark.fault(old) is None]
-        if whole:
-            whole[0].rename(target)
+        earlier = [old for old in _set_aside(target) if mark.fault(old) is None]
+        if earlier:
+            earlier[0].rename(target)
     if not target.is_dir() or not any(target.iterdir()):
         return
     if mark is None:
@@ -131,14 +126,7 @@ def check_destination(
 
 
 def check_apart(destination: Path | str, sources: Iterable[Path | str]) -> None:
-    """Refuses a destination that is, contains or is inside a source of the result; follows symbolic links.
-
-    Args:
-      sources: files and directories that the result is made from.
-
-    Raises:
-      InputError: the destination overlaps a source.
-    """
+    """Refuses a destination that is, contains or is inside a source of the result; follows symbolic links."""
     target = Path(destination).resolve()
     for source in sources:
         own = Path(source).resolve()

@@ -61,11 +61,7 @@ def device_of_kind(kind: str) -> Device | None:
 
 
 def device_named(name: str) -> Device:
-    """Finds a device by its name in `DEVICES`.
-
-    Raises:
-      InputError: unknown name.
-    """
+    """Finds a device by its name in `DEVICES`, or raises InputError."""
     if name.lower() not in DEVICES:
         raise unknown_name("device", name, DEVICES)
     return DEVICES[name.lower()]

@@ -1,5 +1,6 @@
 """Chat templates: turn conversations into tokens, with a mask on the tokens that the assistant learns."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, takewhile
 from typing import Literal, NamedTuple, Protocol
@@ -21,11 +22,12 @@ class Turn(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """The methods of a tokenizer that templates use."""
+    """What templates and passages use of a tokenizer."""
 
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    adds_bos: bool
     special_tokens: dict[str, str]
     added_ids: frozenset[int]
     chat_templates: dict[str, str]
@@ -47,16 +49,12 @@ class Tokenizer(Protocol):
 class Segment(NamedTuple):
     """A stretch of a rendered exchange.
 
-    Attributes:
-      text: the text, or the name of a special token: "bos", "eos", or its string.
-      is_response: whether its tokens are learned.
-      is_special: whether it is one special token. Text is never parsed for special tokens, so a user's text cannot
-        pass for markup.
+    Text is never parsed for special tokens, so a user's text cannot pass for markup.
     """
 
-    text: str
-    is_response: bool = False
-    is_special: bool = False
+    text: str  # the text, or the name of a special token: "bos", "eos", or its string
+    is_response: bool = False  # whether its tokens are learned
+    is_special: bool = False  # whether it is one special token
 
 
 class Exchange(NamedTuple):
@@ -145,14 +143,7 @@ OWN = "own"
 
 
 def check_template(template: str) -> None:
-    """Refuses an unknown template name.
-
-    Args:
-      template: a name in `TEMPLATES`, or `OWN`.
-
-    Raises:
-      InputError: another name.
-    """
+    """Raises InputError unless a template is a name in `TEMPLATES`, or `OWN`."""
     if template != OWN and template not in TEMPLATES:
         raise unknown_name("chat template", template, (*TEMPLATES, OWN))
 
@@ -180,23 +171,7 @@ def exchanges(turns: Sequence[Turn]) -> list[Exchange]:
     ]
 
 
-def encode_exchange(exchange: Exchange, template: str, tokenizer: Tokenizer) -> Encoded:
-    """Renders and tokenizes one exchange.
-
-    Text between two special tokens is tokenized in one go, as in the whole rendered conversation. The mask begins at
-    the first token that differs from tokenizing the prompt alone.
-
-    Args:
-      template: a name in `TEMPLATES`.
-
-    Returns:
-      int32 tokens [length] and bool mask [length].
-
-    Raises:
-      InputError: an unknown template, or a special token that the tokenizer lacks.
-    """
-    if template not in TEMPLATES:
-        raise unknown_name("chat template", template, TEMPLATES)
+def _encode_exchange(exchange: Exchange, template: str, tokenizer: Tokenizer) -> Encoded:
     return _encode_segments(TEMPLATES[template](exchange), template, tokenizer)
 
 
@@ -218,7 +193,7 @@ def encode_prompt(turns: Sequence[Turn], template: str, tokenizer: Tokenizer) ->
     if template == OWN:
         return tokenizer.encode(_render_own(turns, tokenizer, add_generation_prompt=True).text, special=True)
     *before, last = exchanges([*turns, Turn("assistant", "")])
-    encoded = [encode_exchange(exchange, template, tokenizer) for exchange in before]
+    encoded = [_encode_exchange(exchange, template, tokenizer) for exchange in before]
     opening = takewhile(lambda segment: not segment.is_response, TEMPLATES[template](last))
     return concatenate([*encoded, _encode_segments(opening, template, tokenizer)]).tokens.tolist()
 
@@ -237,11 +212,7 @@ def answer_ends(template: str, tokenizer: Tokenizer) -> list[int]:
     if template == OWN:
         return _own_ends(tokenizer)
     segments = TEMPLATES[template](Exchange("", "", None, True))
-    return [
-        _special_id(segment.text, template, tokenizer)
-        for segment in segments
-        if segment.is_special and segment.is_response
-    ]
+    return [_special_id(s.text, template, tokenizer) for s in segments if s.is_special and s.is_response]
 
 
 def encode_conversation(turns: Sequence[Turn], template: str, tokenizer: Tokenizer) -> Encoded:
@@ -259,14 +230,10 @@ def encode_conversation(turns: Sequence[Turn], template: str, tokenizer: Tokeniz
       InputError: turns that do not alternate, an unknown template, a special token that the tokenizer lacks, or a
         model's template that marks nothing.
     """
-    check_template(template)
-    paired = exchanges(turns)
-    if template == OWN:
-        return _encode_own(turns, tokenizer)
-    return concatenate([encode_exchange(exchange, template, tokenizer) for exchange in paired])
+    return encode_beginning(turns, template, tokenizer, math.inf)
 
 
-def encode_beginning(turns: Sequence[Turn], template: str, tokenizer: Tokenizer, enough: int) -> Encoded:
+def encode_beginning(turns: Sequence[Turn], template: str, tokenizer: Tokenizer, enough: float) -> Encoded:
     """Renders and tokenizes the first exchanges of a conversation, until they have `enough` tokens.
 
     Args:
@@ -280,12 +247,14 @@ def encode_beginning(turns: Sequence[Turn], template: str, tokenizer: Tokenizer,
     Raises:
       InputError: as `encode_conversation`.
     """
+    check_template(template)
+    paired = exchanges(turns)
     if template == OWN:
-        return encode_conversation(turns, template, tokenizer)
+        return _encode_own(turns, tokenizer)
     encoded: list[Encoded] = []
     length = 0
-    for exchange in exchanges(turns):
-        encoded.append(encode_exchange(exchange, template, tokenizer))
+    for exchange in paired:
+        encoded.append(_encode_exchange(exchange, template, tokenizer))
         length += len(encoded[-1].tokens)
         if length >= enough:
             break
@@ -325,11 +294,11 @@ def _named_pieces(paired: Sequence[Exchange], template: str, tokenizer: Tokenize
     current: list[Encoded] = []
     length = 0
     for exchange in paired:
-        encoded = encode_exchange(exchange, template, tokenizer)
+        encoded = _encode_exchange(exchange, template, tokenizer)
         if current and length + len(encoded.tokens) > max_tokens:
             pieces.append(concatenate(current))
             opening = exchange._replace(system=paired[0].system, is_first=True)
-            current = [encode_exchange(opening, template, tokenizer)]
+            current = [_encode_exchange(opening, template, tokenizer)]
             length = len(current[0].tokens)
         else:
             current.append(encoded)
@@ -339,27 +308,25 @@ def _named_pieces(paired: Sequence[Exchange], template: str, tokenizer: Tokenize
 
 def _own_pieces(turns: Sequence[Turn], tokenizer: Tokenizer, max_tokens: int) -> list[Encoded]:
     """Builds the pieces of a conversation by the model's template, which only renders whole conversations."""
-    count = len(exchanges(turns))
-    system = turns[: len(turns) - 2 * count]
-    spoken = turns[len(system) :]
+    spoken = 2 * len(exchanges(turns))
+    system = turns[:-spoken]
     pieces: list[Encoded] = []
-    begin = 0
-    current: Encoded | None = None
-    for end in range(1, count + 1):
-        longer = _encode_own([*system, *spoken[2 * begin : 2 * end]], tokenizer)
-        if current is not None and len(longer.tokens) > max_tokens:
+    begin = len(system)
+    current = _encode_own(turns[: begin + 2], tokenizer)
+    for end in range(begin + 4, len(turns) + 1, 2):
+        longer = _encode_own([*system, *turns[begin:end]], tokenizer)
+        if len(longer.tokens) > max_tokens:
             pieces.append(current)
-            begin = end - 1
-            longer = _encode_own([*system, *spoken[2 * begin : 2 * end]], tokenizer)
+            begin = end - 2
+            longer = _encode_own([*system, *turns[begin:end]], tokenizer)
         current = longer
-    return pieces if current is None else [*pieces, current]
+    return [*pieces, current]
 
 
 def concatenate(encoded: Sequence[Encoded]) -> Encoded:
     """Joins encoded exchanges into one."""
-    return Encoded(
-        np.concatenate([part.tokens for part in encoded]), np.concatenate([part.loss_mask for part in encoded])
-    )
+    tokens, masks = zip(*encoded, strict=True)
+    return Encoded(np.concatenate(tokens), np.concatenate(masks))
 
 
 def truncate(encoded: Encoded, max_tokens: int) -> Encoded:
@@ -368,6 +335,7 @@ def truncate(encoded: Encoded, max_tokens: int) -> Encoded:
 
 
 def _encode_segments(segments: Iterable[Segment], template: str, tokenizer: Tokenizer) -> Encoded:
+    """Tokenizes segments, with the text between two special tokens in one go, as in the whole rendered conversation."""
     tokens: list[int] = []
     mask: list[bool] = []
     for is_special, run in groupby(segments, key=lambda segment: segment.is_special):
@@ -383,7 +351,6 @@ def _encode_segments(segments: Iterable[Segment], template: str, tokenizer: Toke
 
 
 def _own_template(tokenizer: Tokenizer) -> str:
-    """Returns the source of the model's own template."""
     if tokenizer.chat_template is None:
         unnamed = f"none that is called default ({', '.join(sorted(tokenizer.chat_templates))})"
         raise InputError(
@@ -394,7 +361,6 @@ def _own_template(tokenizer: Tokenizer) -> str:
 
 
 def _render_own(turns: Sequence[Turn], tokenizer: Tokenizer, *, add_generation_prompt: bool) -> Rendered:
-    """Renders a conversation by the model's own template."""
     source = _own_template(tokenizer)
     return render(source, turns, tokenizer.special_tokens, add_generation_prompt=add_generation_prompt)
 
@@ -433,7 +399,6 @@ def _own_ends(tokenizer: Tokenizer) -> list[int]:
 
 
 def _special_id(name: str, template: str, tokenizer: Tokenizer) -> int:
-    """The id of a special token."""
     named = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     found = named[name] if name in named else tokenizer.token_id(name)
     if found is None:
@@ -445,7 +410,10 @@ def _special_id(name: str, template: str, tokenizer: Tokenizer) -> int:
 
 
 def _encode_text(segments: Sequence[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Tokenizes adjacent texts as one, and marks the tokens of those that are learned."""
+    """Tokenizes adjacent texts as one, and marks the tokens of those that are learned.
+
+    The mask begins at the first token that differs from tokenizing the text before it alone.
+    """
     ids = tokenizer.encode("".join(segment.text for segment in segments))
     mask = [False] * len(ids)
     begin = 0
@@ -453,12 +421,12 @@ def _encode_text(segments: Sequence[Segment], tokenizer: Tokenizer) -> tuple[lis
     for segment in segments:
         text += segment.text
         is_last = len(text) == sum(len(s.text) for s in segments)
-        end = len(ids) if is_last else max(begin, _common_prefix(ids, tokenizer.encode(text)))
+        end = len(ids) if is_last else max(begin, common_prefix(ids, tokenizer.encode(text)))
         mask[begin:end] = [segment.is_response] * (end - begin)
         begin = end
     return ids, mask
 
 
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     """Returns the length of the common prefix of two sequences."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

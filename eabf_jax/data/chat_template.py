@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jinja2
 from jinja2 import nodes
@@ -15,37 +15,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from eabf_jax.errors import InputError
 
 
-class Message(Protocol):
-    """One turn of a conversation."""
-
-    @property
-    def role(self) -> str:
-        """The speaker."""
-        ...
-
-    @property
-    def text(self) -> str:
-        """The text."""
-        ...
-
-
 class Rendered(NamedTuple):
-    """A rendered conversation.
+    """A rendered conversation."""
 
-    Attributes:
-      text: the text, with special tokens spelt out.
-      learned: start and end of each stretch that the template marks with `{% generation %}`.
-      is_marked: whether the template has that tag at all.
-    """
-
-    text: str
-    learned: list[tuple[int, int]]
-    is_marked: bool
+    text: str  # with special tokens spelt out
+    learned: list[tuple[int, int]]  # start and end of each stretch that the template marks with `{% generation %}`
+    is_marked: bool  # whether the template has that tag at all
 
 
 def render(
     source: str,
-    messages: Sequence[Message],
+    turns: Sequence[tuple[str, str]],
     special_tokens: Mapping[str, str],
     *,
     add_generation_prompt: bool,
@@ -58,16 +38,14 @@ def render(
 
     Args:
       source: the template, in Jinja.
+      turns: the role and the text of each.
       special_tokens: text of the tokenizer's special tokens by name, such as bos_token.
       add_generation_prompt: whether the template writes the opening of the assistant's answer.
 
-    Returns:
-      The text, and the stretches of it that are learned.
     Raises:
       InputError: the template is faulty, or refuses the conversation.
     Source: transformers, `utils/chat_template_utils.py`.
     """
-    spoken = [{"role": message.role, "content": message.text} for message in messages]
     blocks: list[str] = []
     learned: list[tuple[int, int]] = []
 
@@ -79,7 +57,7 @@ def render(
     try:
         template, is_marked = _compiled(source)
         stream = template.generate(
-            messages=spoken,
+            messages=[{"role": role, "content": text} for role, text in turns],
             tools=None,
             documents=None,
             add_generation_prompt=add_generation_prompt,

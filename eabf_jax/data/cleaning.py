@@ -92,11 +92,7 @@ def without_surrogates(text: str) -> str:
 
 
 def clean_passage(passage: Passage) -> Passage:
-    """Keeps a passage unchanged except for lone surrogates.
-
-    Raises:
-      Unusable: there is nothing to learn.
-    """
+    """Keeps a passage unchanged except for lone surrogates; raises `Unusable` if there is nothing to learn."""
     if not passage.text.strip():
         raise Unusable("no answer" if passage.prompt else "no text")
     return Passage(*map(without_surrogates, passage))
@@ -104,18 +100,13 @@ def clean_passage(passage: Passage) -> Passage:
 
 def passage_turns(passage: Passage) -> list[Turn]:
     """Returns a passage as turns for `Copies` and `language`: its prompt, and its text in slices."""
-    slices = [
-        passage.text[begin : begin + _SAMPLED_CHARACTERS] for begin in range(0, len(passage.text), _SAMPLED_CHARACTERS)
-    ]
-    return [Turn("user", passage.prompt), *(Turn("assistant", part) for part in slices)]
+    text, size = passage.text, _SAMPLED_CHARACTERS
+    slices = [Turn("assistant", text[begin : begin + size]) for begin in range(0, len(text), size)]
+    return [Turn("user", passage.prompt), *slices]
 
 
 def clean_text(text: str) -> str:
-    """Cleans one turn: turns HTML into Markdown and removes page remains and extra blank lines.
-
-    Returns:
-      Its text, stripped; empty if there were only page remains.
-    """
+    """Cleans the text of a turn and strips it: turns HTML into Markdown, removes page remains and extra blank lines."""
     text = without_surrogates(text.replace("\r\n", "\n"))
     if is_html(text):
         text = html_to_markdown(text)
@@ -163,8 +154,7 @@ def html_to_markdown(text: str) -> str:
 def _code_language(code: bs4.element.Tag | None) -> str | None:
     """Returns the language named by a code block's class."""
     classes = code.get("class") if code is not None else None
-    names = [name.removeprefix("language-") for name in classes or () if name.startswith("language-")]
-    return names[0] if names else None
+    return next((name.removeprefix("language-") for name in classes or () if name.startswith("language-")), None)
 
 
 class Copies:
@@ -176,18 +166,10 @@ class Copies:
     """
 
     def __init__(self) -> None:
-        """Starts empty."""
         self._seen: set[bytes] = set()
 
     def is_new(self, turns: Sequence[Turn]) -> bool:
-        """Records a conversation.
-
-        Args:
-          turns: cleaned turns.
-
-        Returns:
-          False if it is a copy of an earlier one.
-        """
+        """Records a cleaned conversation; returns False if it is a copy of an earlier one."""
         spoken = [turn.text for turn in turns if turn.role != "system"]
         opening = spoken[:2]
         digests = {_text_digest(spoken)}
@@ -203,10 +185,7 @@ def _text_digest(texts: Sequence[str]) -> bytes:
 
 
 def language(turns: Sequence[Turn]) -> str:
-    """Identifies the language of a conversation from sampled turns, without code and addresses.
-
-    Args:
-      turns: cleaned turns.
+    """Identifies the language of a cleaned conversation from sampled turns, without code and addresses.
 
     Returns:
       ISO 639 code such as "en"; "mul" for text in several scripts that would pass as English.

@@ -1,10 +1,11 @@
 """Prepared records on disk: a TFDS dataset in ArrayRecord files, written and read without TensorFlow."""
 
+import functools
 import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,22 +33,17 @@ _PROBE = (
 )
 
 
-def _features() -> tfds.features.FeaturesDict:
-    return tfds.features.FeaturesDict(
-        {
-            "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),
-            "loss_mask": tfds.features.Tensor(shape=(None,), dtype=np.bool_),
-            "id": tfds.features.Text(),
-        }
-    )
+_FEATURES = tfds.features.FeaturesDict(
+    {
+        "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+        "loss_mask": tfds.features.Tensor(shape=(None,), dtype=np.bool_),
+        "id": tfds.features.Text(),
+    }
+)
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Computes a digest of a tokenizer's behaviour, which does not depend on the file it comes from.
-
-    Returns:
-      16 hexadecimal digits.
-    """
+    """Computes 16 hexadecimal digits from a tokenizer's behaviour, which do not depend on the file it comes from."""
     behaviour = [tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, list(tokenizer.encode(_PROBE))]
     return hashlib.sha256(json.dumps(behaviour).encode()).hexdigest()[:16]
 
@@ -91,10 +87,10 @@ class DatasetWriter:
         self.directory = Path(directory)
         self._shard_bytes = shard_bytes
         self._splits: dict[str, _Split] = {}
-        self._features = _features()
-        self._serialize = example_serializer.ExampleSerializer(self._features.get_serialized_info()).serialize_example
-        self._partial: Path | None = None
-        self._overwrite, self._sources = overwrite, tuple(sources)
+        self._serialize = example_serializer.ExampleSerializer(_FEATURES.get_serialized_info()).serialize_example
+        self._check_destination = functools.partial(
+            check_destination, self.directory, DATASET, overwrite=overwrite, sources=tuple(sources)
+        )
         self._check_destination()
 
     def __enter__(self) -> "DatasetWriter":
@@ -106,14 +102,10 @@ class DatasetWriter:
     def __exit__(self, *_: object) -> None:
         """Removes an unfinished dataset."""
         for split in self._splits.values():
-            if split.writer is not None:
-                # Closing releases the file. If it fails for lack of space, the write before it has reported that.
-                try:
-                    split.writer.close()
-                except RuntimeError:
-                    continue
-        if self._partial is not None:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            # Closing releases the file. If it fails for lack of space, the write before it has reported that.
+            with suppress(RuntimeError):
+                self._close_shard(split)
+        shutil.rmtree(self._partial, ignore_errors=True)
 
     def add(self, split: str, record: Encoded, identifier: str) -> None:
         """Adds a record to a split.
@@ -127,7 +119,7 @@ class DatasetWriter:
         """
         state = self._splits.setdefault(split, _Split())
         example = {"tokens": record.tokens, "loss_mask": record.loss_mask, "id": identifier}
-        data = self._serialize(self._features.encode_example(example))
+        data = self._serialize(_FEATURES.encode_example(example))
         with self._as_input_error():
             if state.writer is None:
                 path = self._shard_path(split, len(state.shard_lengths))
@@ -150,11 +142,10 @@ class DatasetWriter:
           InputError: the dataset cannot be written.
         """
         with self._as_input_error():
-            assert self._partial is not None
             infos = [self._finish_split(name, split) for name, split in self._splits.items()]
             tfds.folder_dataset.write_metadata(
                 data_dir=self._partial,
-                features=self._features,
+                features=_FEATURES,
                 split_infos=infos,
                 filename_template=self._template(None),
                 description="Conversations or texts as tokens, with a mask on those to be learned.",
@@ -165,7 +156,6 @@ class DatasetWriter:
             (self._partial / METADATA_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             self._check_destination()  # much may have happened since
             put_in_place(self._partial, self.directory)
-            self._partial = None
 
     def _close_shard(self, split: _Split) -> None:
         if split.writer is not None:
@@ -174,7 +164,6 @@ class DatasetWriter:
 
     def _finish_split(self, name: str, split: _Split) -> splits.SplitInfo:
         """Gives the shards their final names, which include their number."""
-        assert self._partial is not None
         self._close_shard(split)
         template = self._template(name)
         count = len(split.shard_lengths)
@@ -186,7 +175,6 @@ class DatasetWriter:
         )
 
     def _summary(self, name: str, split: _Split) -> dict[str, Any]:
-        assert self._partial is not None
         files = sorted([*self._partial.glob(f"{NAME}-{name}.array_record-*"), self._partial / _lengths_file(name)])
         return {
             "records": len(split.lengths),
@@ -197,17 +185,12 @@ class DatasetWriter:
         }
 
     def _template(self, split: str | None) -> naming.ShardedFileTemplate:
-        assert self._partial is not None
         return naming.ShardedFileTemplate(
             dataset_name=NAME, data_dir=self._partial, split=split, filetype_suffix="array_record"
         )
 
     def _shard_path(self, split: str, number: int) -> Path:
-        assert self._partial is not None
         return self._partial / f"{split}-{number}"
-
-    def _check_destination(self) -> None:
-        check_destination(self.directory, DATASET, overwrite=self._overwrite, sources=self._sources)
 
     @contextmanager
     def _as_input_error(self) -> Iterator[None]:
@@ -227,10 +210,7 @@ def _lengths_file(split: str) -> str:
 
 
 def read_metadata(directory: Path | str) -> dict[str, Any]:
-    """Reads how a dataset was made: template, max_tokens, tokenizer digest, seed, counts, and figures per split.
-
-    Args:
-      directory: a dataset made by `eabf prepare`.
+    """Reads how `eabf prepare` made a dataset: template, max_tokens, tokenizer digest, seed, counts, splits.
 
     Returns:
       The metadata; `["splits"][name]` has records, tokens, response_tokens, longest (tokens) and the files' sizes.
@@ -255,22 +235,12 @@ def read_metadata(directory: Path | str) -> dict[str, Any]:
 
 
 def num_records(directory: Path | str, split: str) -> int:
-    """Counts the records of a split.
-
-    Args:
-      directory: a dataset made by `eabf prepare`.
-
-    Raises:
-      InputError: no such dataset or split.
-    """
+    """Counts the records of a split; raises InputError if there is no such dataset or split."""
     return int(_split_metadata(directory, split)["records"])
 
 
 def record_lengths(directory: Path | str, split: str) -> Int32[np.ndarray, " records"]:
     """Reads the length of each record.
-
-    Args:
-      directory: a dataset made by `eabf prepare`.
 
     Returns:
       int32 [records], in tokens.
@@ -305,9 +275,6 @@ class Records:
     def __init__(self, directory: Path | str, split: str):
         """Opens a split.
 
-        Args:
-          directory: a dataset made by `eabf prepare`.
-
         Raises:
           InputError: no such dataset or split, or files that are missing, truncated or of another kind.
         """
@@ -325,17 +292,10 @@ class Records:
             raise InputError(f"{directory} cannot be opened: {_first_line(error)}; prepare the dataset again") from None
 
     def __len__(self) -> int:
-        """The number of records."""
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Reads one record.
-
-        Args:
-          index: its number.
-
-        Returns:
-          tokens int32 [length], loss_mask bool [length], id.
 
         Raises:
           IndexError: there is no such record.

@@ -53,14 +53,9 @@ _TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
 class Unusable(ValueError):
-    """An entry that cannot become training text.
-
-    Attributes:
-      reason: why; entries are counted by this text.
-    """
+    """An entry that cannot become training text; entries are counted by `reason`."""
 
     def __init__(self, reason: str):
-        """Stores the reason."""
         super().__init__(reason)
         self.reason = reason
 
@@ -80,30 +75,16 @@ Content = list[Turn] | Passage
 
 @dataclass(frozen=True)
 class Form:
-    """One way to write an entry.
+    """One way to write an entry."""
 
-    Attributes:
-      read: returns an entry's content, or raises `Unusable`.
-      claims: whether an entry has this form's keys, whatever their values.
-      needs: the keys, for messages.
-      from_pages: whether such texts usually come from web pages and are cleaned of their remains.
-    """
-
-    read: Callable[[Any], Content]
-    claims: Callable[[Any], bool]
-    needs: str
-    from_pages: bool = False
+    read: Callable[[Any], Content]  # returns an entry's content, or raises `Unusable`
+    claims: Callable[[Any], bool]  # whether an entry has this form's keys, whatever their values
+    needs: str  # the keys, for messages
+    from_pages: bool = False  # whether such texts usually come from web pages and are cleaned of their remains
 
 
 def turn_list(entry: Any) -> list[Any]:
-    """Returns the turns of a conversation, unread.
-
-    Args:
-      entry: an object with a list of turns, or the list itself.
-
-    Raises:
-      Unusable: it has no list of turns, or two of them.
-    """
+    """Returns the turns of a conversation, unread; raises `Unusable` if it has no list of turns, or two of them."""
     if isinstance(entry, list):
         return entry
     found: list[list[Any]] = []
@@ -158,13 +139,9 @@ def _names(turn: Any) -> list[str]:
 
 
 def text_of(turn: Any) -> str:
-    """Returns the text of a turn.
+    """Returns the text of a turn, or raises `Unusable` if it has none, or more than text.
 
-    Returns:
-      Its text. Parts are joined by a line feed, as vLLM and llama.cpp do for templates that take a string.
-
-    Raises:
-      Unusable: it has no text, or more than text.
+    Parts are joined by a line feed, as vLLM and llama.cpp do for templates that take a string.
     """
     given = [turn[key] for key in TEXT_KEYS if turn.get(key) is not None]
     content = next(filter(None, given), "" if "" in given else None)
@@ -185,19 +162,12 @@ def text_of(turn: Any) -> str:
 
 
 def conversation(entry: Any, turns: Sequence[Any]) -> list[Turn]:
-    """Reads a conversation.
-
-    Args:
-      entry: the object that holds the turns.
-
-    Returns:
-      The turns, after the system prompt of the entry if it has one.
+    """Reads the turns of an entry, after its system prompt if it has one.
 
     Raises:
       Unusable: a part of it is unknown or cannot be represented.
     """
-    _check(entry, REFUSED_IN_ENTRIES)
-    _check_verdict(entry)
+    _check_answered(entry)
     return [*_system_turns(entry), *map(_turn, turns)]
 
 
@@ -225,8 +195,7 @@ def _sharegpt(entry: Any) -> list[Turn]:
 
 def _instructions(entry: Any) -> list[Turn]:
     """Alpaca's `instruction`, `input`, `output`, with LLaMA-Factory's `system` and `history`, and similar keys."""
-    _check(entry, REFUSED_IN_ENTRIES)
-    _check_verdict(entry)
+    _check_answered(entry)
     # Some copies of Alpaca's data have the rendered prompt in addition to its parts.
     question = [_string(entry, QUESTION_KEYS) or _string(entry, ("prompt",)), _string(entry, INPUT_KEYS)]
     answer = _string(entry, ANSWER_KEYS)
@@ -246,8 +215,7 @@ def _completions(entry: Any) -> Content:
         if any(role_of(turn) == "assistant" for turn in prompt):
             raise Unusable("answers in the prompt, which are not to be learned")
         return conversation(entry, [*prompt, *completion])
-    _check(entry, REFUSED_IN_ENTRIES)
-    _check_verdict(entry)
+    _check_answered(entry)
     return Passage(_string(entry, ("prompt",)), _string(entry, ("completion",)))
 
 
@@ -284,7 +252,9 @@ def _check(value: Any, refused: dict[str, str]) -> None:
             raise Unusable(reason)
 
 
-def _check_verdict(entry: Any) -> None:
+def _check_answered(entry: Any) -> None:
+    """Raises if an entry with an answer cannot be represented, or its answer is marked as a bad one."""
+    _check(entry, REFUSED_IN_ENTRIES)
     if isinstance(entry, dict) and any(entry.get(key) is False for key in VERDICT_KEYS):
         raise Unusable("marked as a bad answer")
 
@@ -312,13 +282,13 @@ FORMATS = (AUTO, *FORMS)
 
 
 def find_form(entry: Any, wanted: str) -> str | None:
-    """Finds the form of an entry.
+    """Finds the name of an entry's form.
 
     Args:
       wanted: one of `FORMATS`.
 
     Returns:
-      Name of the form; None if the keys match no form, or not the one wanted.
+      The name; None if the keys match no form, or not the one wanted.
 
     Raises:
       InputError: an unknown format.

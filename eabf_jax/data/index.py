@@ -15,17 +15,7 @@ from eabf_jax.errors import InputError
 
 
 class Index:
-    """The conversations (or documents) of a set of files.
-
-    Attributes:
-      conversations: every conversation, its parts joined.
-      entries: number of complete entries read.
-      forms: number of entries per form.
-      unusable: number of entries without a form, by reason.
-      kept_apart: conversations whose ids look like parts of one, without proof.
-      broken: the faults of files of which `keep_complete` used the complete entries.
-      skipped: files in the given directories that are of unknown kinds.
-    """
+    """The conversations (or documents) of a set of files."""
 
     def __init__(
         self,
@@ -34,7 +24,7 @@ class Index:
         form: str = AUTO,
         keep_complete: bool = False,
         chunk_bytes: int = CHUNK_BYTES,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], None] = lambda read: None,
     ):
         """Reads the files once and joins the parts of conversations.
 
@@ -49,10 +39,10 @@ class Index:
           InputError: a file that is missing, empty, broken (unless `keep_complete`) or holds something else.
         """
         self.paths, self.skipped = files_of([Path(path) for path in paths])
-        self.entries = 0
-        self.forms: Counter[str] = Counter()
-        self.unusable: Counter[str] = Counter()
-        self.broken: list[BrokenFile] = []
+        self.entries = 0  # complete ones
+        self.forms: Counter[str] = Counter()  # entries per form
+        self.unusable: Counter[str] = Counter()  # entries without a form, by reason
+        self.broken: list[BrokenFile] = []  # the faults of files of which the complete entries are used
         self._file = array("L")
         self._offset = array("Q")
         self._length = array("Q")
@@ -65,8 +55,7 @@ class Index:
         for path in self.paths:
 
             def report(read: int, before: int = bytes_before) -> None:
-                if progress is not None:
-                    progress(before + read)
+                progress(before + read)
 
             entries = read_entries(path, form, chunk_bytes, keep_complete, report)
             self._add_file(path, entries, form, parts, keep_complete)
@@ -122,10 +111,7 @@ class Index:
         self._forms.append(FORMS[name])
 
     def read(self, found: Conversation) -> Content:
-        """Reads one conversation from its files.
-
-        Args:
-          found: one of `conversations`.
+        """Reads one of `conversations` from its files.
 
         Returns:
           Its turns in order, without repeats; or a passage.
@@ -143,7 +129,6 @@ class Index:
         return conversation(first, turns)
 
     def form_of(self, found: Conversation) -> Form:
-        """Returns the form of a conversation."""
         return self._forms[self._file[found.entries[0]]]
 
     def _note(self, number: int, entry: Entry) -> None:

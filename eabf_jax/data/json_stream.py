@@ -25,16 +25,10 @@ _LONGEST_TOKEN = 16
 
 
 class Entry(NamedTuple):
-    """One entry of a file.
+    """One entry of a file."""
 
-    Attributes:
-      offset: its first byte; None if the file's bytes there are not the entry's JSON.
-      length: in bytes.
-      value: the parsed value.
-    """
-
-    offset: int | None
-    length: int
+    offset: int | None  # its first byte; None if the file's bytes there are not the entry's JSON
+    length: int  # in bytes
     value: Any
 
 
@@ -47,14 +41,7 @@ class BrokenFile(InputError):
     """
 
     def __init__(self, what: str, offset: int, entries: int, entry_start: int):
-        """Builds the message.
-
-        Args:
-          what: what is wrong; the place is appended.
-          offset: byte where it is wrong.
-          entries: number of complete entries before it.
-          entry_start: byte where the first incomplete entry begins.
-        """
+        """Appends the place to `what`; `entry_start` is the byte where the first incomplete entry begins."""
         super().__init__(
             f"{what} at byte {offset}, in the entry that begins at byte {entry_start}; "
             f"{entries} whole entries before it"
@@ -72,7 +59,7 @@ class _Text:
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
         self._ended = False
         self.repair = repair
-        self._bad_byte: int | None = None
+        self.bad_byte: int | None = None  # the first that is not UTF-8
         self._bytes_read = 0
         self.name = name
         self.text = ""
@@ -93,11 +80,11 @@ class _Text:
         try:
             added = self._decode(chunk, final=self._ended)
         except UnicodeDecodeError as error:
-            self._bad_byte = self._bytes_read - len(error.object) + error.start
+            self.bad_byte = self._bytes_read - len(error.object) + error.start
             added = error.object[: error.start].decode("utf-8")
             # An incomplete character at the end of the file means that the file is truncated, not a wrong encoding.
             if self._ended and error.reason == "unexpected end of data":
-                self._bad_byte = None
+                self.bad_byte = None
             self._ended = True
         self.text = self.text[self.position :] + added
         self.position = 0
@@ -149,17 +136,13 @@ class _Text:
 
     def broken(self, what: str, position: int | None = None, in_string: bool = False) -> BrokenFile:
         """Builds the error for the current entry; an empty `what` means that the file ends too early."""
-        if self._bad_byte is not None:
-            return BrokenFile(f"{self.name} is not UTF-8", self._bad_byte, self.entries, self.offset)
+        if self.bad_byte is not None:
+            return BrokenFile(f"{self.name} is not UTF-8", self.bad_byte, self.entries, self.offset)
         if not what:
             inside = " inside a string" if in_string else ""
             return BrokenFile(f"{self.name} is cut off{inside}", self._bytes_read, self.entries, self.offset)
         offset = self.offset if position is None else self._byte_at(position)
         return BrokenFile(f"{self.name} is not valid JSON: {what}", offset, self.entries, self.offset)
-
-    def is_whole(self) -> bool:
-        """Tells whether everything that was read is text."""
-        return self._bad_byte is None
 
     def _byte_at(self, position: int) -> int:
         """Returns the byte offset of a character at or after the current position."""
@@ -186,16 +169,11 @@ def _is_unfinished(rest: str) -> bool:
 HoldsEntries = Callable[[str | None, Any], bool]
 
 
-def is_top_level(key: str | None, first: Any) -> bool:
-    """The default for `holds_entries`: a top-level array holds entries, a list inside an object does not."""
-    return key is None
-
-
 def scan(
     stream: IO[bytes],
     name: str,
     chunk_bytes: int = CHUNK_BYTES,
-    holds_entries: HoldsEntries = is_top_level,
+    holds_entries: HoldsEntries = lambda key, first: key is None,
     repair: bool = False,
 ) -> Iterator[Entry]:
     """Yields the entries of a JSON file.
@@ -220,13 +198,16 @@ def scan(
         source.advance(ahead)
         yield from _array(source)
         _leave_object(source, holds_entries)
+        kind = "object"
     elif opening == "[" and _is_list_of_entries(source, 0, holds_entries, None):
         yield from _array(source)
-        if source.peek():
-            raise BrokenFile(f"{name} has more after its array", source.offset, source.entries, source.offset)
+        kind = "array"
     else:
-        while source.peek() or not source.is_whole():
+        while source.peek() or source.bad_byte is not None:
             yield _entry(source)
+        return
+    if source.peek():
+        raise BrokenFile(f"{name} has more after its {kind}", source.offset, source.entries, source.offset)
 
 
 def _entry(source: _Text) -> Entry:
@@ -289,7 +270,7 @@ def _is_list_of_entries(source: _Text, ahead: int, holds_entries: HoldsEntries, 
 
 
 def _leave_object(source: _Text, holds_entries: HoldsEntries) -> None:
-    """Moves past the rest of the object; refuses a second list of entries, and anything after the object."""
+    """Moves past the rest of the object; refuses a second list of entries."""
     while source.peek() == ",":
         source.advance(1)
         if source.peek() == "}" and source.repair:
@@ -307,5 +288,3 @@ def _leave_object(source: _Text, holds_entries: HoldsEntries) -> None:
     if source.peek() != "}":
         raise source.broken(f"a comma or }} was expected, {source.peek()!r} found" if source.peek() else "")
     source.advance(1)
-    if source.peek():
-        raise BrokenFile(f"{source.name} has more after its object", source.offset, source.entries, source.offset)

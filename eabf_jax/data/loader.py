@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import grain
 import numpy as np
@@ -11,7 +11,6 @@ from eabf_jax.data.dataset import Records, num_records, read_metadata, record_le
 from eabf_jax.errors import InputError, unknown_name
 
 Mode = Literal["conversations", "packed"]
-MODES: tuple[Mode, ...] = ("conversations", "packed")
 
 # Cache size for the documents that packed rows are cut from.
 _CACHE_BYTES = 2**30
@@ -69,32 +68,25 @@ def make_loader(
         raise InputError(f"seed {seed} is out of range: 0 to {2**32 - 1}")
     steps = steps_per_epoch(directory, split, batch_size=batch_size, length=length, mode=mode)
     records = Records(directory, split)
-    rows: _Padded | _Packed
     if mode == "conversations":
-        rows = _Padded(records, length)
+        rows = grain.MapDataset.source(records).map(functools.partial(_padded, length))
     else:
-        rows = _Packed(records, record_lengths(directory, split), length, seed)
+        rows = grain.MapDataset.source(_Packed(records, record_lengths(directory, split), length, seed))
     # Rows are cut before batching, so that every process has the same number of batches. Batches have the size of one
     # process, which takes every process_count-th, so that it reads no rows of other processes.
-    batches = grain.MapDataset.source(rows).shuffle(seed=seed)[: steps * batch_size].batch(batch_size // process_count)
+    batches = rows.shuffle(seed=seed)[: steps * batch_size].batch(batch_size // process_count)
     own = batches[process_index::process_count].repeat(epochs)
     return iter(own.to_iter_dataset(_READ_OPTIONS))
 
 
 def steps_per_epoch(directory: Path | str, split: str, *, batch_size: int, length: int, mode: Mode) -> int:
-    """Counts the complete batches of an epoch.
-
-    Args:
-      directory: a dataset made by `eabf prepare`.
-      batch_size: rows per step over all processes.
-      length: tokens per row.
-      mode: "conversations" or "packed".
+    """Counts the complete batches of an epoch; the arguments are those of `make_loader`.
 
     Raises:
       InputError: no such dataset, records longer than `length` (in mode "conversations"), or less than one batch.
     """
-    if mode not in MODES:
-        raise unknown_name("loader mode", mode, MODES)
+    if mode not in get_args(Mode):
+        raise unknown_name("loader mode", mode, get_args(Mode))
     if batch_size < 1 or length < 1:
         raise InputError(f"batch size {batch_size}, length {length}: both have to be at least 1")
     if mode == "conversations":
@@ -116,25 +108,11 @@ def steps_per_epoch(directory: Path | str, split: str, *, batch_size: int, lengt
     return rows // batch_size
 
 
-class _Padded:
-    """One record per row."""
-
-    def __init__(self, records: Records, length: int):
-        self._records = records
-        self._length = length
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        record = self._records[index]
-        used = len(record["tokens"])
-        row = _empty_row(self._length)
-        row["tokens"][:used] = record["tokens"]
-        row["loss_mask"][:used] = record["loss_mask"]
-        row["positions"][:used] = np.arange(used)
-        row["segment_ids"][:used] = 1
-        return row
+def _padded(length: int, record: dict[str, Any]) -> dict[str, np.ndarray]:
+    """One record as a row."""
+    row = _empty_row(length)
+    _fill(row, 0, record["tokens"], record["loss_mask"], segment=1)
+    return row
 
 
 class _Packed:
@@ -162,11 +140,7 @@ class _Packed:
             start = begin + filled - (int(self._ends[document]) - len(tokens))
             part = tokens[start : start + self._length - filled]
             segment += 1
-            place = slice(filled, filled + len(part))
-            row["tokens"][place] = part
-            row["loss_mask"][place] = np.arange(len(part)) > 0
-            row["positions"][place] = np.arange(len(part))
-            row["segment_ids"][place] = segment
+            _fill(row, filled, part, np.arange(len(part)) > 0, segment)
             filled += len(part)
             document += 1
         return row
@@ -179,3 +153,11 @@ def _empty_row(length: int) -> dict[str, Any]:
         "positions": np.zeros(length, np.int32),
         "segment_ids": np.zeros(length, np.int32),
     }
+
+
+def _fill(row: dict[str, np.ndarray], begin: int, tokens: np.ndarray, loss_mask: np.ndarray, segment: int) -> None:
+    place = slice(begin, begin + len(tokens))
+    row["tokens"][place] = tokens
+    row["loss_mask"][place] = loss_mask
+    row["positions"][place] = np.arange(len(tokens))
+    row["segment_ids"][place] = segment

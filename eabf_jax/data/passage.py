@@ -1,21 +1,12 @@
 """Turns passages into tokens verbatim: no template, and loss on every token except the prompt's."""
 
-from itertools import takewhile
-from typing import Protocol
-
 import numpy as np
 
-from eabf_jax.data.chat import Encoded, Tokenizer
+from eabf_jax.data.chat import Encoded, Tokenizer, common_prefix
 from eabf_jax.data.forms import Passage
 
 
-class TextTokenizer(Tokenizer, Protocol):
-    """The tokenizer methods that passages use: those of templates, and how a text begins."""
-
-    adds_bos: bool
-
-
-def encode_passage(passage: Passage, tokenizer: TextTokenizer) -> Encoded:
+def encode_passage(passage: Passage, tokenizer: Tokenizer) -> Encoded:
     """Tokenizes a passage as the model reads it.
 
     It begins with BOS if the tokenizer asks for that, and ends with EOS. Prompt and text are tokenized in one go. The
@@ -28,13 +19,12 @@ def encode_passage(passage: Passage, tokenizer: TextTokenizer) -> Encoded:
     opening = _opening(tokenizer)
     tokens = tokenizer.encode(passage.prompt + passage.text)
     prompt = tokenizer.encode(passage.prompt) if passage.prompt else []
-    asked = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(tokens, prompt, strict=False)))
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     whole = np.asarray([*opening, *tokens, *end], np.int32)
-    return Encoded(whole, np.arange(len(whole)) >= max(1, len(opening) + asked))
+    return Encoded(whole, np.arange(len(whole)) >= max(1, len(opening) + common_prefix(tokens, prompt)))
 
 
-def split_passage(passage: Passage, tokenizer: TextTokenizer, *, min_tokens: int, max_tokens: int) -> list[Encoded]:
+def split_passage(passage: Passage, tokenizer: Tokenizer, *, min_tokens: int, max_tokens: int) -> list[Encoded]:
     """Splits a passage into pieces, each as long as allowed.
 
     Every piece of a document begins with BOS if the tokenizer asks for that. A passage with a prompt is one piece, cut
@@ -58,5 +48,5 @@ def split_passage(passage: Passage, tokenizer: TextTokenizer, *, min_tokens: int
     return [piece for piece in pieces if len(piece.tokens) >= min_tokens and piece.loss_mask.any()]
 
 
-def _opening(tokenizer: TextTokenizer) -> list[int]:
+def _opening(tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []

@@ -13,7 +13,7 @@ from eabf_jax.data.cleaning import Copies, clean_conversation, clean_passage, la
 from eabf_jax.data.dataset import DatasetWriter, tokenizer_digest
 from eabf_jax.data.forms import AUTO, FORMATS, Content, Passage, Unusable
 from eabf_jax.data.index import Index
-from eabf_jax.data.passage import TextTokenizer, encode_passage, split_passage
+from eabf_jax.data.passage import encode_passage, split_passage
 from eabf_jax.data.sharegpt import Conversation, fraction, order_key
 from eabf_jax.errors import InputError, unknown_name
 
@@ -24,40 +24,24 @@ LANGUAGES = ("en", "any")
 
 @dataclass(frozen=True)
 class Options:
-    """Options of `prepare`.
+    """Options of `prepare`."""
 
-    Attributes:
-      sources: files, or directories of files.
-      destination: directory of the dataset.
-      format: the form of the entries, a name in `forms.FORMATS`.
-      template: chat template, a name in `chat.TEMPLATES`.
-      min_tokens: fewest tokens of a training record.
-      max_tokens: most tokens of a record; longer conversations are split between exchanges.
-      num_conversations: training records wanted; None for all, 0 for only a held-out split.
-      held_out: held-out records wanted.
-      held_out_min_tokens: fewest tokens of a held-out conversation, whose first `max_tokens` become its record; None
-        for `max_tokens`, so that every position of every held-out record is measured.
-      language: "en", or "any" for no filter.
-      seed: decides the order in which conversations are taken.
-      portion: the part of the conversations to use, as a range in [0, 1) of a hash of their ids.
-      keep_complete: use the complete entries of a broken file.
-      overwrite: replace a dataset at the destination.
-    """
-
-    sources: tuple[Path, ...]
-    destination: Path
-    format: str = AUTO
-    template: str = "llama-2"
-    min_tokens: int = 10_000
-    max_tokens: int = 16_384
-    num_conversations: int | None = None
-    held_out: int = 0
+    sources: tuple[Path, ...]  # files, or directories of files
+    destination: Path  # directory of the dataset
+    format: str = AUTO  # the form of the entries, a name in `forms.FORMATS`
+    template: str = "llama-2"  # chat template, a name in `chat.TEMPLATES`, or `chat.OWN`
+    min_tokens: int = 10_000  # fewest tokens of a training record
+    max_tokens: int = 16_384  # most tokens of a record; longer conversations are split between exchanges
+    num_conversations: int | None = None  # training records wanted; None for all, 0 for only a held-out split
+    held_out: int = 0  # held-out records wanted
+    # Fewest tokens of a held-out conversation, whose first `max_tokens` become its record; None for `max_tokens`, so
+    # that every position of every held-out record is measured.
     held_out_min_tokens: int | None = None
-    language: str = "en"
-    seed: int = 0
-    portion: tuple[float, float] = (0.0, 1.0)
-    keep_complete: bool = False
-    overwrite: bool = False
+    language: str = "en"  # or "any" for no filter
+    seed: int = 0  # decides the order in which conversations are taken
+    portion: tuple[float, float] = (0.0, 1.0)  # what to use of them, as a range in [0, 1) of a hash of their ids
+    keep_complete: bool = False  # use the complete entries of a broken file
+    overwrite: bool = False  # replace a dataset at the destination
 
     def check(self) -> None:
         """Refuses contradictory options.
@@ -104,43 +88,24 @@ class Report:
     """How many entries or conversations each stage kept.
 
     The stages from `examined` on count conversations, and end as soon as there are enough records.
-
-    Attributes:
-      entries: complete entries of the files.
-      conversations: after joining the parts of one conversation; prompt and answer, or a document, count as one.
-      in_portion: conversations in the requested portion.
-      examined: read and cleaned.
-      cleaned: with at least one question and its answer left.
-      distinct: not a copy of an earlier conversation.
-      in_language: in the requested language.
-      long_enough: with a piece that has enough tokens for one of the splits.
-      forms: number of entries per form.
-      unusable: why the other entries have no form.
-      kept_apart: conversations whose ids look like parts of one, without proof (see `sharegpt.Parts`).
-      dropped_in_cleaning: why reading or cleaning dropped conversations.
-      splits: records, conversations, tokens and response tokens of each split.
-      broken_files: the faults of files of which only the complete entries were used.
-      skipped_files: files in the given directories that are of unknown kinds.
-      shortages: splits with fewer records than requested.
-      destination: directory of the dataset.
     """
 
-    entries: int = 0
-    conversations: int = 0
+    entries: int = 0  # complete entries of the files
+    conversations: int = 0  # after joining the parts of one; prompt and answer, or a document, count as one
     in_portion: int = 0
-    examined: int = 0
-    cleaned: int = 0
-    distinct: int = 0
+    examined: int = 0  # read and cleaned
+    cleaned: int = 0  # with at least one question and its answer left
+    distinct: int = 0  # not a copy of an earlier conversation
     in_language: int = 0
-    long_enough: int = 0
-    forms: dict[str, int] = field(default_factory=dict)
-    unusable: dict[str, int] = field(default_factory=dict)
-    kept_apart: int = 0
-    dropped_in_cleaning: dict[str, int] = field(default_factory=dict)
+    long_enough: int = 0  # with a piece that has enough tokens for one of the splits
+    forms: dict[str, int] = field(default_factory=dict)  # number of entries per form
+    unusable: dict[str, int] = field(default_factory=dict)  # why the other entries have no form
+    kept_apart: int = 0  # conversations whose ids look like parts of one, without proof (see `sharegpt.Parts`)
+    dropped_in_cleaning: dict[str, int] = field(default_factory=dict)  # why reading or cleaning dropped conversations
     splits: dict[str, SplitCounts] = field(default_factory=dict)
-    broken_files: list[str] = field(default_factory=list)
-    skipped_files: list[str] = field(default_factory=list)
-    shortages: list[str] = field(default_factory=list)
+    broken_files: list[str] = field(default_factory=list)  # faults of files of which only the whole entries were used
+    skipped_files: list[str] = field(default_factory=list)  # in the given directories, of unknown kinds
+    shortages: list[str] = field(default_factory=list)  # splits with fewer records than requested
     destination: str = ""
 
     def stages(self) -> list[tuple[str, int]]:
@@ -157,14 +122,7 @@ class Report:
         ]
 
     def notes(self, stage: str) -> list[tuple[str, int]]:
-        """Returns additional notes on a stage.
-
-        Args:
-          stage: its name in `stages`.
-
-        Returns:
-          Sentences, each with its count.
-        """
+        """Returns additional notes on a stage in `stages`, each with its count."""
         apart = {"ids that look like parts, kept apart": self.kept_apart} if self.kept_apart else {}
         notes = {
             "entries in the files": _prefixed("read as ", self.forms) | _prefixed("not used: ", self.unusable),
@@ -178,7 +136,7 @@ def _prefixed(prefix: str, counts: dict[str, int]) -> dict[str, int]:
     return {f"{prefix}{name}": count for name, count in counts.items()}
 
 
-def prepare(options: Options, tokenizer: TextTokenizer, console: Console | None = None) -> Report:
+def prepare(options: Options, tokenizer: chat.Tokenizer, console: Console | None = None) -> Report:
     """Makes a dataset of tokens and loss masks from files of conversations or texts.
 
     Conversations are taken in an order that depends only on the seed and their ids. The first `held_out` of them that
@@ -209,7 +167,7 @@ def prepare(options: Options, tokenizer: TextTokenizer, console: Console | None 
         report.conversations = len(index.conversations)
         start, end = options.portion
         chosen = [c for c in index.conversations if start <= fraction(c.place) < end]
-        chosen.sort(key=lambda conversation: order_key(options.seed, conversation))
+        chosen.sort(key=lambda c: order_key(options.seed, c))
         report.in_portion = len(chosen)
         used_template = _fill(options, tokenizer, console, report, writer, index, chosen)
         _check_filled(options, report)
@@ -227,7 +185,7 @@ def _index(options: Options, console: Console) -> Index:
 
 def _fill(
     options: Options,
-    tokenizer: TextTokenizer,
+    tokenizer: chat.Tokenizer,
     console: Console,
     report: Report,
     writer: DatasetWriter,
@@ -299,12 +257,17 @@ def _records(report: Report, split: str) -> int:
 
 
 def _assign(
-    content: Content, options: Options, tokenizer: TextTokenizer, open_splits: set[str]
+    content: Content, options: Options, tokenizer: chat.Tokenizer, open_splits: set[str]
 ) -> tuple[str, list[chat.Encoded]]:
     """Assigns a conversation to a split and cuts it into that split's records."""
     if HELD_OUT in open_splits:
         needed = options.max_tokens if options.held_out_min_tokens is None else options.held_out_min_tokens
-        beginning = _beginning(content, options, tokenizer, max(options.max_tokens, needed))
+        if isinstance(content, Passage):
+            beginning = encode_passage(content, tokenizer)
+        else:
+            # Usually not all exchanges are needed to decide whether a conversation can be held out.
+            enough = max(options.max_tokens, needed)
+            beginning = chat.encode_beginning(content, options.template, tokenizer, enough)
         document = chat.truncate(beginning, options.max_tokens)
         if len(beginning.tokens) >= needed and document.loss_mask.any():
             return HELD_OUT, [document]
@@ -314,13 +277,6 @@ def _assign(
     if isinstance(content, Passage):
         return TRAIN, split_passage(content, tokenizer, **limits)
     return TRAIN, chat.split_conversation(content, options.template, tokenizer, **limits)
-
-
-def _beginning(content: Content, options: Options, tokenizer: TextTokenizer, enough: int) -> chat.Encoded:
-    """Encodes enough exchanges to decide whether a conversation can be held out, usually not all of them."""
-    if isinstance(content, Passage):
-        return encode_passage(content, tokenizer)
-    return chat.encode_beginning(content, options.template, tokenizer, enough)
 
 
 def _check_filled(options: Options, report: Report) -> None:
@@ -339,7 +295,7 @@ def _check_filled(options: Options, report: Report) -> None:
             report.shortages.append(f"{split}: {found} records found, {wanted} asked for")
 
 
-def _metadata(options: Options, tokenizer: TextTokenizer, report: Report, used_template: bool) -> dict[str, object]:
+def _metadata(options: Options, tokenizer: chat.Tokenizer, report: Report, used_template: bool) -> dict[str, object]:
     """Returns the dataset's record of how it was made."""
     return {
         "forms": report.forms,

@@ -42,21 +42,13 @@ UNREADABLE: dict[bytes, str] = {
 
 @dataclass(frozen=True)
 class _File:
-    """An opened file.
+    """An opened file."""
 
-    Attributes:
-      stream: its bytes, decompressed.
-      name: its name in errors.
-      is_plain: whether offsets in the stream are offsets in the file.
-      chunk_bytes: bytes to read at a time.
-      repair: whether to accept trailing commas.
-    """
-
-    stream: IO[bytes]
-    name: str
-    is_plain: bool
-    chunk_bytes: int
-    repair: bool
+    stream: IO[bytes]  # its bytes, decompressed
+    name: str  # in errors
+    is_plain: bool  # whether offsets in the stream are offsets in the file
+    chunk_bytes: int  # bytes to read at a time
+    repair: bool  # whether to accept trailing commas
 
 
 def _json(file: _File) -> Iterator[Entry]:
@@ -108,12 +100,12 @@ def _arrow(file: _File) -> Iterator[Entry]:
     import pyarrow
 
     try:
-        if file.stream.read(6) == b"ARROW1":
-            file.stream.seek(0)
+        is_file_format = file.stream.read(6) == b"ARROW1"
+        file.stream.seek(0)
+        if is_file_format:
             reader = pyarrow.ipc.open_file(file.stream)
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
         else:
-            file.stream.seek(0)
             batches = iter(pyarrow.ipc.open_stream(file.stream))
         for batch in batches:
             for begin in range(0, batch.num_rows, _ROWS):
@@ -241,9 +233,8 @@ def files_of(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
         if "state.json" in names:
             files += _saved_dataset(path)
             continue
-        found = [entry for entry in inside if entry.is_file() and _has_known_suffix(entry)]
-        if "dataset_info.json" in names:
-            found = [entry for entry in found if entry.name != "dataset_info.json"]
+        data = [entry for entry in inside if entry.is_file() and entry.name != "dataset_info.json"]
+        found = [entry for entry in data if _has_known_suffix(entry)]
         if not found:
             hint = f"; it holds the folders {', '.join(folders[:4])}" if folders else ""
             raise InputError(f"{path} holds no file of a known kind ({', '.join(KINDS)}){hint}")
