@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,11 @@ class Kind(NamedTuple):
 
 def _array_of(item: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and all(type(entry) is item for entry in value)
+
+
+def only(needed: str, *values: Any) -> Kind:
+    """The kind of a key that asks for what is not implemented, unless it has one of these values."""
+    return Kind(needed, lambda value: value in values)
 
 
 COUNT = Kind("a whole number above 0", lambda value: type(value) is int and value > 0)
@@ -93,20 +98,6 @@ class GgufFile:
                     f"metadata key {key} (value {shown(value)}) is not understood; expected those that {DOCUMENTATION} "
                     "lists"
                 )
-
-    def refuse_other_values(self, fixed: Iterable[tuple[str, bool, str]]) -> None:
-        """Refuses metadata that asks for something that is not implemented.
-
-        Args:
-          fixed: for each key that the file may have, the key, whether its value asks for nothing, and what would be
-            right.
-
-        Raises:
-          InputError: a value that asks for something.
-        """
-        for key, holds, needed in fixed:
-            if not holds:
-                raise self.error(f"{key} is {shown(self.metadata[key])}, expected {needed}")
 
 
 def shown(value: Any) -> str:
