@@ -119,9 +119,6 @@ def from_gguf(src: Path | str, dst: Path | str, dtype: str = "float32", overwrit
       dst: the Hugging Face directory to make.
       dtype: what the dequantised weights are stored in: float32, bfloat16 or float16.
 
-    Returns:
-      What was written.
-
     Raises:
       InputError: not a whole GGUF file, another architecture, metadata that is not understood, a quantisation or
         tokenizer that is not known, tensors that are missing, extra or of another shape.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
-from eabf_jax.errors import InputError
+from eabf_jax.errors import InputError, one_line
 
 DOCUMENTATION = "docs/gguf.md"
 
@@ -146,13 +146,7 @@ def read_gguf(src: Path | str) -> GgufFile:
 
 
 def dequantised(file: GgufFile, name: str) -> np.ndarray:
-    """Reads one tensor.
-
-    Args:
-      name: of a tensor in it.
-
-    Returns:
-      float32, in the shape that numpy gives it (GGUF's reversed).
+    """Reads one tensor as float32, in the shape that numpy gives it (GGUF's reversed).
 
     Raises:
       InputError: a quantisation that the gguf package does not undo.
@@ -192,7 +186,7 @@ def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise InputError(f"{path}: not a whole GGUF file: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"{path}: not a whole GGUF file: {one_line(error)}") from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if reader.byte_order == "S":
         for name, tensor in tensors.items():

@@ -9,7 +9,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from eabf_jax.errors import unknown_name
+from eabf_jax.errors import one_line, unknown_name
 from eabf_jax.interop.directory import write_json
 from eabf_jax.interop.gguf_file import FLAG, NUMBERS, TEXT, TEXTS, WHOLE_NUMBERS, GgufFile, Kind, only
 from eabf_jax.interop.tokenizer import MODEL_PROTO, PIECE_KINDS
@@ -142,8 +142,7 @@ def read_vocabulary(file: GgufFile) -> Vocabulary | None:
     Raises:
       InputError: metadata that is missing, of another kind, contradictory or not understood.
     """
-    keys = [key for key in file.metadata if key.startswith(PREFIX)]
-    if not keys or file.metadata.get(MODEL) in ("none", "no_vocab"):
+    if not any(key.startswith(PREFIX) for key in file.metadata) or file.metadata.get(MODEL) in ("none", "no_vocab"):
         return None
     kind = file.value(MODEL, TEXT)
     if kind not in DEFAULT_IDS:
@@ -154,9 +153,9 @@ def read_vocabulary(file: GgufFile) -> Vocabulary | None:
         file.value(key, fixed, None)
     # llama.cpp's name for a token without text.
     pieces = [piece or f"[EMPTY_{i}]" for i, piece in enumerate(file.value(PIECES, TEXTS))]
-    first = {piece: i for i, piece in reversed(list(enumerate(pieces)))}
+    first: dict[str, int] = {}
     for i, piece in enumerate(pieces):
-        if first[piece] != i:
+        if first.setdefault(piece, i) != i:
             raise file.error(f"{PIECES} has {piece!r} at {first[piece]} and at {i}; expected each token once")
     types = _per_token(file, TYPES, WHOLE_NUMBERS, pieces)
     if strange := sorted(set(types) - set(PIECE_KINDS.Type.values())):
@@ -167,14 +166,13 @@ def read_vocabulary(file: GgufFile) -> Vocabulary | None:
             ids[role] = file.value(key, _TOKEN_ID)
             if ids[role] >= len(pieces):
                 raise file.error(f"{key} is {ids[role]}, expected one of the {len(pieces)} tokens")
-    adds = {
-        "bos": file.value(ADD_BOS, FLAG, kind == "llama" or _splitting(file).adds_bos),
-        "eos": file.value(ADD_EOS, FLAG, False),
-    }
-    for role, wanted in adds.items():
+    adds_bos = file.value(ADD_BOS, FLAG, kind == "llama" or _splitting(file).adds_bos)
+    adds_eos = file.value(ADD_EOS, FLAG, False)
+    for role, key, wanted in (("bos", ADD_BOS, adds_bos), ("eos", ADD_EOS, adds_eos)):
         if wanted and role not in ids:
-            raise file.error(f"metadata has no {IDS[role]}, and texts get that token by {_why(file, role)}")
-    return Vocabulary(file, kind, pieces, types, ids, adds["bos"], adds["eos"])
+            why = f"{key} true" if key in file.metadata else f"{PRE} {file.metadata.get(PRE)!r}"
+            raise file.error(f"metadata has no {IDS[role]}, and texts get that token by {why}")
+    return Vocabulary(file, kind, pieces, types, ids, adds_bos, adds_eos)
 
 
 def write_tokenizer(directory: Path, vocabulary: Vocabulary) -> None:
@@ -220,11 +218,6 @@ def _splitting(file: GgufFile) -> Splitting:
     if name not in SPLITTINGS:
         raise unknown_name(f"pre-tokenizer ({PRE}) in {file.path}", name, filter(None, SPLITTINGS))
     return SPLITTINGS[name]
-
-
-def _why(file: GgufFile, role: str) -> str:
-    key = {"bos": ADD_BOS, "eos": ADD_EOS}[role]
-    return f"{key} true" if key in file.metadata else f"{PRE} {file.metadata.get(PRE)!r}"
 
 
 def _chat_templates(file: GgufFile) -> dict[str, str]:
@@ -293,7 +286,7 @@ def _write_sentencepiece(directory: Path, vocabulary: Vocabulary) -> dict[str, A
     try:
         sentencepiece.SentencePieceProcessor(model_proto=data)
     except (OSError, RuntimeError) as error:
-        raise file.error(f"{PIECES} makes no SentencePiece model: {' '.join(str(error).split())[:200]}") from error
+        raise file.error(f"{PIECES} makes no SentencePiece model: {one_line(error)}") from error
     (directory / "tokenizer.model").write_bytes(data)
     # Without a class, and with its old rules: LlamaTokenizer takes no word of `add_space_prefix`.
     return {"legacy": True}
