@@ -52,7 +52,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class StoredTensor(PlannedTensor):
-    """A tensor that is written: the file, and its first byte, counted from the start of the file."""
+    """A tensor in a file: `offset` is its first byte, counted from the start of the file."""
 
     path: Path
     offset: int
