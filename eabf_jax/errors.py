@@ -19,3 +19,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(name, choices, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return InputError(f"unknown {kind} {name!r}: {hint}known: {', '.join(choices)}")
+
+
+def one_line(error: Exception) -> str:
+    """The message of a library's error, as a part of ours: on one line, cut short."""
+    return " ".join(str(error).split())[:200]

@@ -25,7 +25,10 @@ from eabf_jax.model.parameters import parameters
 
 
 class Leaves(NamedTuple):
-    """A stored model whose parameters are read one at a time, each by its path of keys."""
+    """A stored model whose parameters are read one at a time, each by its path of keys.
+
+    `read` and `place` take the dtype to cast a parameter to, None to keep what is stored.
+    """
 
     config: LlamaConfig
     dtypes: Mapping[tuple[str, ...], np.dtype[Any]]  # as stored
@@ -34,23 +37,12 @@ class Leaves(NamedTuple):
     restore: Callable[[tuple[str, ...], Any, jax.sharding.Sharding], jax.Array] | None = None
 
     def read(self, path: tuple[str, ...], dtype: Any = None) -> np.ndarray:
-        """Reads a parameter into host memory.
-
-        Args:
-          path: the parameter's path of keys.
-          dtype: what to cast it to, None to keep what is stored.
-        """
+        """Reads a parameter into host memory."""
         gc.collect(0)  # makes JAX release host memory that it has copied; else the parameter before this one would stay
         return self.reader(path, dtype)
 
     def place(self, path: tuple[str, ...], dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-        """Reads a parameter straight to its devices, and returns once host memory is free of it.
-
-        Args:
-          path: the parameter's path of keys.
-          dtype: what to cast it to, None to keep what is stored.
-          sharding: which device holds which part.
-        """
+        """Reads a parameter straight to its devices, and returns once host memory is free of it."""
         if self.restore is not None:
             return self.restore(path, dtype or self.dtypes[path], sharding)
         leaf = self.read(path, dtype)
@@ -72,10 +64,7 @@ class Adapter:
 
 
 def read_adapter(directory: Path | str) -> Adapter | None:
-    """Reads what model.json tells of adapters.
-
-    Returns:
-      The adapters' description, None for a directory that holds a whole model.
+    """Reads what model.json tells of adapters, None for a directory that holds a whole model.
 
     Raises:
       InputError: no such file, or a description that is not one.
@@ -96,9 +85,6 @@ def read_adapter(directory: Path | str) -> Adapter | None:
 
 def digest(model: Leaves) -> str:
     """Tells one model from another by the shapes of its parameters and the scales of its norms.
-
-    Args:
-      model: its parameters.
 
     Returns:
       16 hexadecimal digits; the same whether the model is stored as native or Hugging Face directory.

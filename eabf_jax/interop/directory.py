@@ -30,8 +30,7 @@ def new_directory(
       destination: the directory to make; its parents are made too.
       mark: what an earlier result is known by, which alone may be replaced; None where none is. `EXPORT` is written
         here.
-      overwrite: whether an earlier result may be replaced.
-      sources: what the result is made from.
+      overwrite, sources: as for `check_destination`.
 
     Yields:
       A directory beside the destination.

@@ -3,15 +3,14 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from eabf_jax.errors import InputError
 from eabf_jax.interop.directory import EXPORT, new_directory
-from eabf_jax.interop.gguf_file import COUNT, NUMBER, TEXT, GgufFile, Kind, dequantised, read_gguf, shortest, shown
+from eabf_jax.interop.gguf_file import COUNT, NUMBER, TEXT, GgufFile, Kind, dequantised, only, read_gguf, shortest
 from eabf_jax.interop.gguf_tokenizer import Vocabulary, read_vocabulary, write_tokenizer
 from eabf_jax.interop.huggingface import MAX_SHARD_BYTES, Summary, write_config
 from eabf_jax.interop.safetensors_stream import PlannedTensor, write_sharded
@@ -32,33 +31,29 @@ LLAMA3_WINDOW, LLAMA3_LOW, LLAMA3_HIGH = 8192, 1.0, 4.0
 Shape = dict[str, int]
 
 # The sizes in the config: the key of each below `llama.`, and its value where the file has no such key.
-SHAPE: Mapping[str, tuple[str, Callable[[Shape], int] | None]] = MappingProxyType(
-    {
-        "num_hidden_layers": ("block_count", None),
-        "max_position_embeddings": ("context_length", None),
-        "hidden_size": ("embedding_length", None),
-        "intermediate_size": ("feed_forward_length", None),
-        "num_attention_heads": ("attention.head_count", None),
-        "num_key_value_heads": ("attention.head_count_kv", lambda shape: shape["num_attention_heads"]),
-        "head_dim": ("attention.key_length", lambda shape: shape["hidden_size"] // shape["num_attention_heads"]),
-    }
-)
+SHAPE: Mapping[str, tuple[str, Callable[[Shape], int] | None]] = {
+    "num_hidden_layers": ("block_count", None),
+    "max_position_embeddings": ("context_length", None),
+    "hidden_size": ("embedding_length", None),
+    "intermediate_size": ("feed_forward_length", None),
+    "num_attention_heads": ("attention.head_count", None),
+    "num_key_value_heads": ("attention.head_count_kv", lambda shape: shape["num_attention_heads"]),
+    "head_dim": ("attention.key_length", lambda shape: shape["hidden_size"] // shape["num_attention_heads"]),
+}
 EPSILON = "attention.layer_norm_rms_epsilon"
 
 # The keys of the rotary scheme, below `llama.rope.`: what each is, and what llama.cpp takes where the file has none.
-ROPE: Mapping[str, tuple[Kind, Any]] = MappingProxyType(
-    {
-        "freq_base": (NUMBER, 10_000.0),
-        "scale_linear": (NUMBER, 0.0),
-        "scaling.type": (TEXT, "linear"),
-        "scaling.factor": (NUMBER, None),
-        "scaling.attn_factor": (NUMBER, 1.0),
-        "scaling.original_context_length": (COUNT, None),
-        "scaling.yarn_beta_fast": (NUMBER, 32.0),
-        "scaling.yarn_beta_slow": (NUMBER, 1.0),
-        "scaling.yarn_attn_factor": (NUMBER, None),
-    }
-)
+ROPE: Mapping[str, tuple[Kind, Any]] = {
+    "freq_base": (NUMBER, 10_000.0),
+    "scale_linear": (NUMBER, 0.0),
+    "scaling.type": (TEXT, "linear"),
+    "scaling.factor": (NUMBER, None),
+    "scaling.attn_factor": (NUMBER, 1.0),
+    "scaling.original_context_length": (COUNT, None),
+    "scaling.yarn_beta_fast": (NUMBER, 32.0),
+    "scaling.yarn_beta_slow": (NUMBER, 1.0),
+    "scaling.yarn_attn_factor": (NUMBER, None),
+}
 
 _POSITIVE = Kind("a number above 0", lambda value: NUMBER.fits(value) and value > 0)
 
@@ -68,74 +63,52 @@ SCALING_TYPES = ("none", "linear", "yarn")
 HARMLESS = ("tensor_data_layout", "rope.scaling.finetuned")
 
 
-class Fixed(NamedTuple):
-    """The values of a key with which the model is one that there is code for.
-
-    Attributes:
-      holds: whether a value is among them, given the config.
-      needed: what they are, in words; filled in with the config.
-    """
-
-    holds: Callable[[Any, LlamaConfig], bool]
-    needed: str
-
-
-def _only(*values: Any, because: str) -> Fixed:
-    return Fixed(lambda value, config: value in values, f"{values[0]!r}: {because}")
+def _always(*values: Any, because: str) -> Callable[[LlamaConfig], Kind]:
+    return lambda config: only(f"{values[0]!r}: {because}", *values)
 
 
 def _near(value: Any, expected: float) -> bool:
     return NUMBER.fits(value) and math.isclose(value, expected, rel_tol=1e-6)
 
 
-# Keys below `llama.` of which only some values are those of a LLaMA model.
-FIXED: Mapping[str, Fixed] = MappingProxyType(
-    {
-        "vocab_size": Fixed(
-            lambda value, config: value == config.vocab_size, "{config.vocab_size}, the rows of token_embd.weight"
-        ),
-        "attention.value_length": Fixed(
-            lambda value, config: value == config.head_dim, "{config.head_dim}, the length of a key"
-        ),
-        "attention.scale": Fixed(
-            lambda value, config: value == 0 or _near(value, config.head_dim**-0.5),
-            "{config.head_dim} ** -0.5, or 0, which stands for it",
-        ),
-        "attention.causal": _only(True, because="no token sees those after it"),
-        "attention.sliding_window": Fixed(
-            lambda value, config: value == 0 or (COUNT.fits(value) and value >= config.max_position_embeddings),
-            "0 or at least {config.max_position_embeddings}: every token sees all before it",
-        ),
-        "attention.clamp_kqv": _only(0.0, because="nothing is clamped"),
-        "attention.max_alibi_bias": _only(0.0, because="positions are rotary alone"),
-        "attn_logit_softcapping": _only(0.0, because="attention logits are not capped"),
-        "final_logit_softcapping": _only(0.0, because="logits are not capped"),
-        "rope.dimension_count": Fixed(
-            lambda value, config: value == config.head_dim, "{config.head_dim}: the whole head is rotated"
-        ),
-        "rope.scaling.alpha": _only(0.0, because="no scheme here has it"),
-        "rope.scaling.yarn_ext_factor": Fixed(
-            lambda value, config: value in (-1.0, float(config.rope.name == "yarn")), "1.0 with YaRN and 0.0 without"
-        ),
-        "rope.scaling.yarn_log_multiplier": _only(0.0, because="no scheme here has it"),
-        "expert_count": _only(0, because="a dense model"),
-        "expert_used_count": _only(0, because="a dense model"),
-        "logit_scale": _only(1.0, 0.0, because="logits are not scaled"),
-        "residual_scale": _only(1.0, 0.0, because="residuals are not scaled"),
-        "embedding_scale": _only(1.0, 0.0, because="embeddings are not scaled"),
-        "use_parallel_residual": _only(False, because="attention and MLP follow each other"),
-    }
-)
+# Keys below `llama.` of which only some values are those of a LLaMA model, which may depend on its config.
+FIXED: Mapping[str, Callable[[LlamaConfig], Kind]] = {
+    "vocab_size": lambda config: only(f"{config.vocab_size}, the rows of token_embd.weight", config.vocab_size),
+    "attention.value_length": lambda config: only(f"{config.head_dim}, the length of a key", config.head_dim),
+    "attention.scale": lambda config: Kind(
+        f"{config.head_dim} ** -0.5, or 0, which stands for it",
+        lambda value: value == 0 or _near(value, config.head_dim**-0.5),
+    ),
+    "attention.causal": _always(True, because="no token sees those after it"),
+    "attention.sliding_window": lambda config: Kind(
+        f"0 or at least {config.max_position_embeddings}: every token sees all before it",
+        lambda value: value == 0 or (COUNT.fits(value) and value >= config.max_position_embeddings),
+    ),
+    "attention.clamp_kqv": _always(0.0, because="nothing is clamped"),
+    "attention.max_alibi_bias": _always(0.0, because="positions are rotary alone"),
+    "attn_logit_softcapping": _always(0.0, because="attention logits are not capped"),
+    "final_logit_softcapping": _always(0.0, because="logits are not capped"),
+    "rope.dimension_count": lambda config: only(f"{config.head_dim}: the whole head is rotated", config.head_dim),
+    "rope.scaling.alpha": _always(0.0, because="no scheme here has it"),
+    "rope.scaling.yarn_ext_factor": lambda config: only(
+        "1.0 with YaRN and 0.0 without", -1.0, float(config.rope.name == "yarn")
+    ),
+    "rope.scaling.yarn_log_multiplier": _always(0.0, because="no scheme here has it"),
+    "expert_count": _always(0, because="a dense model"),
+    "expert_used_count": _always(0, because="a dense model"),
+    "logit_scale": _always(1.0, 0.0, because="logits are not scaled"),
+    "residual_scale": _always(1.0, 0.0, because="residuals are not scaled"),
+    "embedding_scale": _always(1.0, 0.0, because="embeddings are not scaled"),
+    "use_parallel_residual": _always(False, because="attention and MLP follow each other"),
+}
 
 KEYS = (*(key for key, _ in SHAPE.values()), EPSILON, *(f"rope.{key}" for key in ROPE), *HARMLESS, *FIXED)
 
 # The same for the keys that every architecture has.
-GENERAL: Mapping[str, tuple[Any, str]] = MappingProxyType(
-    {
-        "general.type": ("model", "'model': adapters and projectors are no models by themselves"),
-        "general.quantization_version": (2, "2: earlier blocks are laid out otherwise"),
-    }
-)
+GENERAL: Mapping[str, Kind] = {
+    "general.type": only("'model': adapters and projectors are no models by themselves", "model"),
+    "general.quantization_version": only("2: earlier blocks are laid out otherwise", 2),
+}
 
 
 def from_gguf(src: Path | str, dst: Path | str, dtype: str = "float32", overwrite: bool = False) -> Summary:
@@ -145,9 +118,6 @@ def from_gguf(src: Path | str, dst: Path | str, dtype: str = "float32", overwrit
       src: the .gguf file, or any part of a split one.
       dst: the Hugging Face directory to make.
       dtype: what the dequantised weights are stored in: float32, bfloat16 or float16.
-
-    Returns:
-      What was written.
 
     Raises:
       InputError: not a whole GGUF file, another architecture, metadata that is not understood, a quantisation or
@@ -237,11 +207,8 @@ def config_from_gguf(file: GgufFile, vocabulary: Vocabulary | None) -> LlamaConf
     except InputError as error:
         message = str(error)
         raise error if message.startswith(str(file.path)) else file.error(message) from error
-    present = [(key, file.metadata[PREFIX + key]) for key in FIXED if PREFIX + key in file.metadata]
-    file.refuse_other_values(
-        (PREFIX + key, FIXED[key].holds(value, config), FIXED[key].needed.format(config=config))
-        for key, value in present
-    )
+    for key, kind in FIXED.items():
+        file.value(PREFIX + key, kind(config), None)
     return config
 
 
@@ -249,8 +216,8 @@ def _check_model(file: GgufFile) -> None:
     architecture = file.metadata.get("general.architecture")
     if architecture != ARCHITECTURE:
         raise file.error(f"architecture is {architecture!r}, expected {ARCHITECTURE!r}")
-    present = [key for key in GENERAL if key in file.metadata]
-    file.refuse_other_values((key, file.metadata[key] == GENERAL[key][0], GENERAL[key][1]) for key in present)
+    for key, kind in GENERAL.items():
+        file.value(key, kind, None)
 
 
 def _size(file: GgufFile, field: str, shape: Shape) -> int:
@@ -260,18 +227,18 @@ def _size(file: GgufFile, field: str, shape: Shape) -> int:
     found = file.metadata.get(key)
     if found is None and default is not None:
         return default(shape)
-    if not isinstance(found, list):
-        found = int(file.value(key, COUNT))
-        # Else every name of a tensor would be made up before one is missed.
-        if field == "num_hidden_layers" and file.tensors and found > len(file.tensors):
-            raise file.error(f"{key} is {found}, expected no more than there are tensors, {len(file.tensors)}")
-        return found
-    layers = shape.get("num_hidden_layers")
-    if len(found) != layers or len(set(found)) != 1 or not COUNT.fits(found[0]):
-        raise file.error(
-            f"{key} is {shown(found)}, expected one whole number above 0, the same for all {layers} layers"
+    if isinstance(found, list):
+        layers = shape.get("num_hidden_layers")
+        same = Kind(
+            f"one whole number above 0, the same for all {layers} layers",
+            lambda value: len(value) == layers and len(set(value)) == 1 and COUNT.fits(value[0]),
         )
-    return int(found[0])
+        return int(file.value(key, same)[0])
+    count = int(file.value(key, COUNT))
+    # Else every name of a tensor would be made up before one is missed.
+    if field == "num_hidden_layers" and file.tensors and count > len(file.tensors):
+        raise file.error(f"{key} is {count}, expected no more than there are tensors, {len(file.tensors)}")
+    return count
 
 
 def _rope(file: GgufFile, head_dim: int, window: int) -> Scheme:

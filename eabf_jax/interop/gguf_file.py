@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
-from eabf_jax.errors import InputError
+from eabf_jax.errors import InputError, one_line
 
 DOCUMENTATION = "docs/gguf.md"
 
@@ -29,6 +29,11 @@ class Kind(NamedTuple):
 
 def _array_of(item: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and all(type(entry) is item for entry in value)
+
+
+def only(needed: str, *values: Any) -> Kind:
+    """The kind of a key that asks for what is not implemented, unless it has one of these values."""
+    return Kind(needed, lambda value: value in values)
 
 
 COUNT = Kind("a whole number above 0", lambda value: type(value) is int and value > 0)
@@ -94,20 +99,6 @@ class GgufFile:
                     "lists"
                 )
 
-    def refuse_other_values(self, fixed: Iterable[tuple[str, bool, str]]) -> None:
-        """Refuses metadata that asks for something that is not implemented.
-
-        Args:
-          fixed: for each key that the file may have, the key, whether its value asks for nothing, and what would be
-            right.
-
-        Raises:
-          InputError: a value that asks for something.
-        """
-        for key, holds, needed in fixed:
-            if not holds:
-                raise self.error(f"{key} is {shown(self.metadata[key])}, expected {needed}")
-
 
 def shown(value: Any) -> str:
     """A metadata value in a message: arrays and long texts cut short."""
@@ -155,13 +146,7 @@ def read_gguf(src: Path | str) -> GgufFile:
 
 
 def dequantised(file: GgufFile, name: str) -> np.ndarray:
-    """Reads one tensor.
-
-    Args:
-      name: of a tensor in it.
-
-    Returns:
-      float32, in the shape that numpy gives it (GGUF's reversed).
+    """Reads one tensor as float32, in the shape that numpy gives it (GGUF's reversed).
 
     Raises:
       InputError: a quantisation that the gguf package does not undo.
@@ -201,7 +186,7 @@ def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise InputError(f"{path}: not a whole GGUF file: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"{path}: not a whole GGUF file: {one_line(error)}") from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if reader.byte_order == "S":
         for name, tensor in tensors.items():

@@ -1,18 +1,17 @@
 """The tokenizer in a GGUF file's metadata, written as Hugging Face's files."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from eabf_jax.errors import unknown_name
+from eabf_jax.errors import one_line, unknown_name
 from eabf_jax.interop.directory import write_json
-from eabf_jax.interop.gguf_file import FLAG, NUMBERS, TEXT, TEXTS, WHOLE_NUMBERS, GgufFile, Kind
+from eabf_jax.interop.gguf_file import FLAG, NUMBERS, TEXT, TEXTS, WHOLE_NUMBERS, GgufFile, Kind, only
 from eabf_jax.interop.tokenizer import MODEL_PROTO, PIECE_KINDS
 
 PREFIX = "tokenizer."
@@ -28,32 +27,17 @@ ADD_PREFIX = "tokenizer.ggml.add_space_prefix"
 TEMPLATE = "tokenizer.chat_template"
 TEMPLATE_NAMES = "tokenizer.chat_templates"
 
-IDS: Mapping[str, str] = MappingProxyType(
-    {
-        role: f"tokenizer.ggml.{name}_token_id"
-        for role, name in (
-            ("bos", "bos"),
-            ("eos", "eos"),
-            ("eot", "eot"),
-            ("eom", "eom"),
-            ("unk", "unknown"),
-            ("pad", "padding"),
-        )
-    }
-)
+IDS: Mapping[str, str] = {
+    "bos": "tokenizer.ggml.bos_token_id",
+    "eos": "tokenizer.ggml.eos_token_id",
+    "eot": "tokenizer.ggml.eot_token_id",
+    "eom": "tokenizer.ggml.eom_token_id",
+    "unk": "tokenizer.ggml.unknown_token_id",
+    "pad": "tokenizer.ggml.padding_token_id",
+}
 
 READ = (
-    MODEL,
-    PRE,
-    PIECES,
-    TYPES,
-    SCORES,
-    MERGES,
-    ADD_BOS,
-    ADD_EOS,
-    ADD_PREFIX,
-    TEMPLATE,
-    TEMPLATE_NAMES,
+    *(MODEL, PRE, PIECES, TYPES, SCORES, MERGES, ADD_BOS, ADD_EOS, ADD_PREFIX, TEMPLATE, TEMPLATE_NAMES),
     *IDS.values(),
 )
 
@@ -67,19 +51,17 @@ HARMLESS = (
 )
 
 # Keys that ask for what no LLaMA tokenizer does, and the values that do not ask for it.
-FIXED: Mapping[str, tuple[Any, str]] = MappingProxyType(
-    {
-        "tokenizer.ggml.add_sep_token": (False, "false: no separator ends a text"),
-        "tokenizer.ggml.remove_extra_whitespaces": (False, "false: LLaMA's tokenizers keep them"),
-        "tokenizer.ggml.precompiled_charsmap": ([], "none: LLaMA's tokenizers change no characters"),
-        "tokenizer.ggml.normalizer.lowercase": (False, "false: LLaMA's tokenizers change no characters"),
-        "tokenizer.ggml.normalizer.strip_accents": (False, "false: LLaMA's tokenizers change no characters"),
-        "tokenizer.ggml.suppress_tokens": ([], "none: every token may be generated"),
-    }
-)
+FIXED: Mapping[str, Kind] = {
+    "tokenizer.ggml.add_sep_token": only("false: no separator ends a text", False),
+    "tokenizer.ggml.remove_extra_whitespaces": only("false: LLaMA's tokenizers keep them", False),
+    "tokenizer.ggml.precompiled_charsmap": only("none: LLaMA's tokenizers change no characters", []),
+    "tokenizer.ggml.normalizer.lowercase": only("false: LLaMA's tokenizers change no characters", False),
+    "tokenizer.ggml.normalizer.strip_accents": only("false: LLaMA's tokenizers change no characters", False),
+    "tokenizer.ggml.suppress_tokens": only("none: every token may be generated", []),
+}
 
 # What llama.cpp takes where the file names no id.
-DEFAULT_IDS: Mapping[str, Mapping[str, int]] = MappingProxyType({"llama": {"bos": 1, "eos": 2, "unk": 0}, "gpt2": {}})
+DEFAULT_IDS: Mapping[str, Mapping[str, int]] = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "gpt2": {}}
 
 # Control tokens that end a turn or a text whether a key names them or not, as in llama.cpp: older files have no key.
 ENDS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|end|>")
@@ -107,24 +89,15 @@ class Splitting(NamedTuple):
 
 
 # By `tokenizer.ggml.pre`, as llama.cpp reads it; names of models with the LLaMA architecture.
-SPLITTINGS: Mapping[str, Splitting] = MappingProxyType(
-    {
-        name: splitting
-        for names, splitting in (
-            (
-                ("llama-bpe", "llama3", "llama-v3", "falcon3", "midm-2.0"),
-                Splitting((_LLAMA3_SPLIT,), ignores_merges=True, adds_bos=True),
-            ),
-            (("smollm", "refact", "starcoder", "minerva-7b"), Splitting((r"\p{N}", _GPT2_SPLIT))),
-            (("gpt-2", "mellum", "trillion", "granite-docling"), Splitting((_GPT2_SPLIT,))),
-            (
-                ("default", ""),
-                Splitting((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]")),
-            ),
-        )
-        for name in names
-    }
-)
+SPLITTINGS: Mapping[str, Splitting] = {
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "midm-2.0"),
+        Splitting((_LLAMA3_SPLIT,), ignores_merges=True, adds_bos=True),
+    ),
+    **dict.fromkeys(("smollm", "refact", "starcoder", "minerva-7b"), Splitting((r"\p{N}", _GPT2_SPLIT))),
+    **dict.fromkeys(("gpt-2", "mellum", "trillion", "granite-docling"), Splitting((_GPT2_SPLIT,))),
+    **dict.fromkeys(("default", ""), Splitting((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]"))),
+}
 
 
 @dataclass(frozen=True)
@@ -169,53 +142,48 @@ def read_vocabulary(file: GgufFile) -> Vocabulary | None:
     Raises:
       InputError: metadata that is missing, of another kind, contradictory or not understood.
     """
-    keys = [key for key in file.metadata if key.startswith(PREFIX)]
-    if not keys or file.metadata.get(MODEL) in ("none", "no_vocab"):
+    if not any(key.startswith(PREFIX) for key in file.metadata) or file.metadata.get(MODEL) in ("none", "no_vocab"):
         return None
     kind = file.value(MODEL, TEXT)
     if kind not in DEFAULT_IDS:
         raise file.error(f"tokenizer model is {kind!r}, expected 'gpt2' (byte-pair) or 'llama' (SentencePiece)")
     names = [f"{TEMPLATE}.{name}" for name in file.value(TEMPLATE_NAMES, TEXTS, [])]
     file.refuse_unknown(PREFIX, {*READ, *HARMLESS, *FIXED, *names})
-    file.refuse_other_values((key, file.metadata[key] == FIXED[key][0], FIXED[key][1]) for key in keys if key in FIXED)
+    for key, fixed in FIXED.items():
+        file.value(key, fixed, None)
     # llama.cpp's name for a token without text.
     pieces = [piece or f"[EMPTY_{i}]" for i, piece in enumerate(file.value(PIECES, TEXTS))]
-    first = {piece: i for i, piece in reversed(list(enumerate(pieces)))}
+    first: dict[str, int] = {}
     for i, piece in enumerate(pieces):
-        if first[piece] != i:
+        if first.setdefault(piece, i) != i:
             raise file.error(f"{PIECES} has {piece!r} at {first[piece]} and at {i}; expected each token once")
     types = _per_token(file, TYPES, WHOLE_NUMBERS, pieces)
     if strange := sorted(set(types) - set(PIECE_KINDS.Type.values())):
         raise file.error(f"{TYPES} has {strange[0]}, expected 1 to 6")
     ids = {role: i for role, i in DEFAULT_IDS[kind].items() if i < len(pieces)}
     for role, key in IDS.items():
-        i = file.value(key, _TOKEN_ID, ids.get(role))
-        if i is not None and i >= len(pieces):
-            raise file.error(f"{key} is {i}, expected one of the {len(pieces)} tokens")
-        if i is not None:
-            ids[role] = i
-    adds = {
-        "bos": file.value(ADD_BOS, FLAG, kind == "llama" or _splitting(file).adds_bos),
-        "eos": file.value(ADD_EOS, FLAG, False),
-    }
-    for role, wanted in adds.items():
+        if key in file.metadata:
+            ids[role] = file.value(key, _TOKEN_ID)
+            if ids[role] >= len(pieces):
+                raise file.error(f"{key} is {ids[role]}, expected one of the {len(pieces)} tokens")
+    adds_bos = file.value(ADD_BOS, FLAG, kind == "llama" or _splitting(file).adds_bos)
+    adds_eos = file.value(ADD_EOS, FLAG, False)
+    for role, key, wanted in (("bos", ADD_BOS, adds_bos), ("eos", ADD_EOS, adds_eos)):
         if wanted and role not in ids:
-            raise file.error(f"metadata has no {IDS[role]}, and texts get that token by {_why(file, role)}")
-    return Vocabulary(file, kind, pieces, types, ids, adds["bos"], adds["eos"])
+            why = f"{key} true" if key in file.metadata else f"{PRE} {file.metadata.get(PRE)!r}"
+            raise file.error(f"metadata has no {IDS[role]}, and texts get that token by {why}")
+    return Vocabulary(file, kind, pieces, types, ids, adds_bos, adds_eos)
 
 
 def write_tokenizer(directory: Path, vocabulary: Vocabulary) -> None:
     """Writes the tokenizer's files, special tokens and chat template included.
-
-    Args:
-      vocabulary: of the GGUF file.
 
     Raises:
       InputError: merges or scores that are missing or make no tokenizer.
     """
     pieces, ids = vocabulary.pieces, vocabulary.ids
     settings: dict[str, Any] = {
-        **_WRITERS[vocabulary.kind](directory, vocabulary),
+        **(_write_byte_pair if vocabulary.kind == "gpt2" else _write_sentencepiece)(directory, vocabulary),
         "add_bos_token": vocabulary.adds_bos,
         "add_eos_token": vocabulary.adds_eos,
         "clean_up_tokenization_spaces": False,
@@ -250,11 +218,6 @@ def _splitting(file: GgufFile) -> Splitting:
     if name not in SPLITTINGS:
         raise unknown_name(f"pre-tokenizer ({PRE}) in {file.path}", name, filter(None, SPLITTINGS))
     return SPLITTINGS[name]
-
-
-def _why(file: GgufFile, role: str) -> str:
-    key = {"bos": ADD_BOS, "eos": ADD_EOS}[role]
-    return f"{key} true" if key in file.metadata else f"{PRE} {file.metadata.get(PRE)!r}"
 
 
 def _chat_templates(file: GgufFile) -> dict[str, str]:
@@ -323,12 +286,7 @@ def _write_sentencepiece(directory: Path, vocabulary: Vocabulary) -> dict[str, A
     try:
         sentencepiece.SentencePieceProcessor(model_proto=data)
     except (OSError, RuntimeError) as error:
-        raise file.error(f"{PIECES} makes no SentencePiece model: {' '.join(str(error).split())[:200]}") from error
+        raise file.error(f"{PIECES} makes no SentencePiece model: {one_line(error)}") from error
     (directory / "tokenizer.model").write_bytes(data)
     # Without a class, and with its old rules: LlamaTokenizer takes no word of `add_space_prefix`.
     return {"legacy": True}
-
-
-_WRITERS: Mapping[str, Callable[[Path, Vocabulary], dict[str, Any]]] = MappingProxyType(
-    {"gpt2": _write_byte_pair, "llama": _write_sentencepiece}
-)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from eabf_jax import rope
 from eabf_jax.errors import InputError
 from eabf_jax.fields import check, types_of
 from eabf_jax.interop import native
@@ -15,7 +16,9 @@ from eabf_jax.interop.adapter import Leaves, merged, read_adapter
 from eabf_jax.interop.directory import EXPORT, new_directory, read_json_object, write_json
 from eabf_jax.interop.model_card import CARD_FILE, model_card, write_origin
 from eabf_jax.interop.safetensors_stream import (
+    INDEX_FILE,
     NAMES,
+    SINGLE_FILE,
     PlannedTensor,
     StoredTensor,
     read_header,
@@ -24,13 +27,8 @@ from eabf_jax.interop.safetensors_stream import (
 from eabf_jax.interop.tokenizer import copy_tokenizer_files, export_tokenizer, has_tokenizer, load_tokenizer
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.parameters import Parameter, nest, parameters, shapes
-from eabf_jax.rope import from_hf as rope_from_hf
-from eabf_jax.rope import needs_remote_code
-from eabf_jax.rope import to_hf as rope_to_hf
 from eabf_jax.rope.exported import DATA_KEY, check_exported, exported_data
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 MODELING_FILE = "modeling_eabf_llama.py"
 MODELING_SOURCE = Path(__file__).parent / "export" / MODELING_FILE
 
@@ -97,7 +95,7 @@ def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
     fields = check(_DEFAULTS | given, _FIELDS, "config.json: key", required=_SIZES)
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields.setdefault("head_dim", fields["hidden_size"] // max(fields["num_attention_heads"], 1))
-    config = LlamaConfig(**fields, rope=rope_from_hf(values))
+    config = LlamaConfig(**fields, rope=rope.from_hf(values))
     if DATA_KEY in values:
         check_exported(values[DATA_KEY], config.rope, *_extent(config))
     return config
@@ -116,11 +114,11 @@ def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
     Returns:
       The file's content. A scheme that transformers cannot express names our model code in `auto_map`.
     """
-    rope = rope_to_hf(config.rope, head_dim=config.head_dim)
+    rotary = rope.to_hf(config.rope, head_dim=config.head_dim)
     end = config.eos_token_id
     identity: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    if needs_remote_code(rope):
-        rope |= {DATA_KEY: exported_data(config.rope, *_extent(config))}
+    if rope.needs_remote_code(rotary):
+        rotary |= {DATA_KEY: exported_data(config.rope, *_extent(config))}
         module = Path(MODELING_FILE).stem
         identity = {
             "architectures": ["EabfLlamaForCausalLM"],
@@ -137,19 +135,15 @@ def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
         "hidden_act": "silu",
         "eos_token_id": list(end) if isinstance(end, tuple) else end,
         "torch_dtype": dtype,  # read by every release; `dtype` from 4.56 on
-        **rope,
+        **rotary,
     }
 
 
 def write_config(directory: Path, config: LlamaConfig, dtype: str) -> None:
-    """Writes config.json, and our model code beside it where the rotary scheme needs it.
-
-    Args:
-      dtype: what the tensors are stored in.
-    """
+    """Writes config.json, and our model code beside it where the rotary scheme needs it."""
     values = config_to_hf(config, dtype)
     write_json(directory / "config.json", values)
-    if needs_remote_code(values):
+    if rope.needs_remote_code(values):
         shutil.copyfile(MODELING_SOURCE, directory / MODELING_FILE)
 
 
@@ -203,8 +197,12 @@ def open_leaves(directory: Path | str, step: int | None = None, base: Path | str
         return Leaves(
             config, dtypes, functools.partial(native.read_leaf, path), functools.partial(native.place_leaf, path)
         )
+    return _open_hf(Path(directory))
+
+
+def _open_hf(directory: Path) -> Leaves:
     config = read_config(directory)
-    found = find_tensors(Path(directory), config)
+    found = find_tensors(directory, config)
     entries = {entry.path: entry for entry in parameters(config)}
     dtypes = {name: _common([found[key] for key in entry.hf_names()]) for name, entry in entries.items()}
     return Leaves(config, dtypes, lambda name, dtype: _stack(entries[name], found, dtype or dtypes[name]))
@@ -217,25 +215,22 @@ def from_hf(src: Path | str, dst: Path | str, overwrite: bool = False) -> Summar
       src: folder with config.json, safetensors files, and most often a tokenizer.
       dst: the native model directory to make.
 
-    Returns:
-      What was written.
-
     Raises:
       InputError: anything missing, damaged, or not of the config's shape; nothing is written then.
     """
     source = Path(src)
-    config = read_config(source)
-    found = find_tensors(source, config)
+    model = _open_hf(source)
     if has_tokenizer(source):
-        native.check_vocabulary(load_tokenizer(source), config, source)
+        native.check_vocabulary(load_tokenizer(source), model.config, source)
     with new_directory(dst, native.NATIVE, overwrite=overwrite, sources=[source]) as partial:
-        leaves = {entry.path: _stack(entry, found, None) for entry in parameters(config)}
+        leaves = {path: model.read(path) for path in model.dtypes}
         native.save_params(partial, nest(leaves))
         copy_tokenizer_files(source, partial)
         write_origin(source, partial)
-        widest = max((leaf.dtype for leaf in leaves.values()), key=lambda dtype: dtype.itemsize)
-        native.write_model_json(partial, config, dtype=widest.name)
-    return Summary(sum(entry.layers or 1 for entry in parameters(config)), sum(x.nbytes for x in leaves.values()))
+        widest = max(model.dtypes.values(), key=lambda dtype: dtype.itemsize)
+        native.write_model_json(partial, model.config, dtype=widest.name)
+    count = sum(entry.layers or 1 for entry in parameters(model.config))
+    return Summary(count, sum(leaf.nbytes for leaf in leaves.values()))
 
 
 def to_hf(
@@ -254,13 +249,9 @@ def to_hf(
 
     Args:
       dst: the Hugging Face directory to make.
-      step: which checkpoint, None for the latest.
+      step, base: as for `open_leaves`.
       max_shard_bytes: the size beyond which the weights go into several files.
       dtype: what to cast the parameters to, None to keep what is stored (what adapters change: float32).
-      base: where the model that adapters belong to is now; None where it was when they were trained.
-
-    Returns:
-      What was written.
 
     Raises:
       InputError: no such checkpoint, a damaged one, or one that is not of the config's shape.
@@ -297,9 +288,6 @@ def to_hf(
 def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor]:
     """Finds every tensor of a Hugging Face directory, and checks that they are this model's, without reading them.
 
-    Args:
-      directory: folder with model.safetensors, or shards and their index.
-
     Returns:
       Stored tensor by Hugging Face name.
 
@@ -312,9 +300,8 @@ def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor
         if name not in found:
             raise InputError(f"{directory}: tensor {name} is missing; expected shape {list(entry.hf_shape)}")
         _check_shape(found[name], entry.hf_shape)
-    extra = [name for name in found if name not in expected]
     # Rotary frequencies are computed, not stored; old files have them as buffers.
-    extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]
+    extra = [name for name in found if name not in expected and not name.endswith("rotary_emb.inv_freq")]
     if config.tie_word_embeddings and TIED_NAME in extra:
         embedding = found["model.embed_tokens.weight"]
         _check_shape(found[TIED_NAME], embedding.shape)
@@ -393,8 +380,7 @@ def _no_weights(directory: Path) -> InputError:
 def _stack(entry: Parameter, found: Mapping[str, StoredTensor], dtype: Any) -> np.ndarray:
     """Reads the tensors of one parameter into one array, which holds nothing but them."""
     stored = [found[name] for name in entry.hf_names()]
-    own = dtype if dtype is not None else _common(stored)
-    leaf = native.empty_leaf(entry.shape, own)
+    leaf = native.empty_leaf(entry.shape, dtype)
     for target, tensor in zip(leaf[None] if entry.layers is None else leaf, stored, strict=True):
         target[...] = tensor.read().T if entry.transposed else tensor.read()  # unnamed: one tensor at a time
     return leaf

@@ -147,15 +147,10 @@ class Entry(NamedTuple):
 
 
 def parse_entry(text: str) -> Entry:
-    """Reads `[LABEL=]DIR[@{type: ..., window: ...}]`.
+    """Reads `[LABEL=]DIR[@{type: ..., window: ...}]`; the label is the directory where none is given.
 
-    Args:
-      text: from the command line.
-
-    Returns:
-      The label (the directory where none is given), the directory, and scheme and window to use in place of its own.
     Raises:
-      InputError: what follows @ is not a mapping.
+      InputError: as `split_scheme`.
     """
     model, rope, window = split_scheme(text)
     label, equals, directory = model.partition("=")
@@ -164,9 +159,6 @@ def parse_entry(text: str) -> Entry:
 
 def read_config(directory: Path | str) -> LlamaConfig:
     """Reads a model's shape and scheme from either kind of directory.
-
-    Args:
-      directory: a Hugging Face directory or a native one.
 
     Raises:
       InputError: no such directory, or no valid config in it.
@@ -178,17 +170,13 @@ def read_config(directory: Path | str) -> LlamaConfig:
 def load_parameters(
     directory: Path | str, dtype: Any = None, shardings: Any = None, base: Path | str | None = None
 ) -> tuple[LlamaConfig, dict[str, Any]]:
-    """Loads a model's config and parameters from either kind of directory, straight to their devices.
+    """Loads a model's config and its parameters, a nested dict of JAX arrays, each straight to its devices.
 
     Args:
-      directory: a Hugging Face directory or a native one; adapters are merged into the model that they belong to.
+      directory, base: as for `load`.
       dtype: what to cast the parameters to, None to keep what is stored.
       shardings: nested dict of shardings in the parameters' structure, or of some of them, which alone are loaded then;
         or one sharding for all; None for the default device.
-      base: as for `load`.
-
-    Returns:
-      The config, and the nested dict of JAX arrays.
 
     Raises:
       InputError: as `load`.

@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from eabf_jax.destination import Mark
-from eabf_jax.errors import InputError
+from eabf_jax.errors import InputError, one_line
 from eabf_jax.interop.directory import read_json_object, write_json
 from eabf_jax.interop.tokenizer import Tokenizer
 from eabf_jax.model.config import LlamaConfig
@@ -98,12 +98,7 @@ def save_params(directory: Path | str, params: Mapping[str, Any], step: int = 0)
 def empty_leaf(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Makes an uninitialised array that JAX on CPU can take as its own without a copy.
 
-    Args:
-      shape: lengths of the axes.
-      dtype: element type.
-
-    Returns:
-      An array whose data starts at a multiple of 64 bytes, which is what JAX asks for.
+    Its data starts at a multiple of 64 bytes, which is what JAX asks for.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     room = np.empty(size + 64, np.uint8)
@@ -120,13 +115,7 @@ def _resident(leaf: Any) -> jax.Array:
 
 
 def checkpoint_path(directory: Path | str, step: int | None = None) -> Path:
-    """Finds the parameters of a step.
-
-    Args:
-      step: the step's number, None for the latest.
-
-    Returns:
-      The folder of the `params` item.
+    """Finds the folder of a step's `params` item; None stands for the latest step.
 
     Raises:
       InputError: no checkpoint, or none of that step.
@@ -144,14 +133,11 @@ def checkpoint_path(directory: Path | str, step: int | None = None) -> Path:
 def stored_arrays(
     path: Path, expected: Mapping[tuple[str, ...], tuple[int, ...]]
 ) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    """Reads shapes and dtypes of a checkpoint's parameters, and checks them.
+    """Reads shapes and dtypes of a checkpoint's parameters, by path of keys, and checks them.
 
     Args:
       path: folder of the `params` item.
       expected: shape by path of keys.
-
-    Returns:
-      Shape and dtype by path of keys.
 
     Raises:
       InputError: not a checkpoint, or parameters that are not this model's.
@@ -184,10 +170,8 @@ def place_leaf(path: Path, name: tuple[str, ...], dtype: Any, sharding: jax.shar
     """Restores one parameter straight to its devices; a process reads only the parts that its devices hold.
 
     Args:
-      path: folder of the `params` item.
-      name: the parameter's path of keys.
+      path, name: as for `read_leaf`.
       dtype: what to cast it to.
-      sharding: which device holds which part.
 
     Raises:
       InputError: a damaged checkpoint.
@@ -196,14 +180,7 @@ def place_leaf(path: Path, name: tuple[str, ...], dtype: Any, sharding: jax.shar
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig, directory: Path | str) -> None:
-    """Refuses a tokenizer whose ids reach past the embedding.
-
-    Args:
-      directory: named in the message.
-
-    Raises:
-      InputError: the vocabulary is larger than the embedding.
-    """
+    """Refuses a tokenizer whose vocabulary is larger than the embedding; the message names the directory."""
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size} rows; "
@@ -225,7 +202,7 @@ def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
             yield checkpointer
     # Orbax reports damaged files through whatever its parts raise, bare Exception included.
     except Exception as error:
-        raise InputError(f"{path}: damaged checkpoint: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"{path}: damaged checkpoint: {one_line(error)}") from error
 
 
 @contextmanager

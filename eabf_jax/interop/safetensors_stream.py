@@ -17,6 +17,10 @@ import ml_dtypes
 import numpy as np
 
 from eabf_jax.errors import InputError
+from eabf_jax.interop.directory import write_json
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 
 # What a header may take: the safetensors library refuses more than this too.
 MAX_HEADER_BYTES = 100_000_000
@@ -33,21 +37,24 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor is.
+class PlannedTensor:
+    """A tensor's name, element type and shape, before it is written."""
 
-    Attributes:
-      path: the file.
-      name: the tensor's name in it.
-      dtype: element type.
-      shape: lengths of the axes.
-      offset: first byte, from the start of the file.
-    """
-
-    path: Path
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor(PlannedTensor):
+    """A tensor in a file: `offset` is its first byte, counted from the start of the file."""
+
+    path: Path
     offset: int
 
     def read(self) -> np.ndarray:
@@ -56,12 +63,9 @@ class StoredTensor:
         Raises:
           InputError: the file ends before the tensor does.
         """
-        count = math.prod(self.shape)
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            # Through bytes, because NumPy's own reader does not know the dtypes of ml_dtypes.
-            raw = np.fromfile(file, np.uint8, count * self.dtype.itemsize)
-        if raw.size != count * self.dtype.itemsize:
+        # Through bytes, because NumPy's own reader does not know the dtypes of ml_dtypes.
+        raw = np.fromfile(self.path, np.uint8, self.nbytes, offset=self.offset)
+        if raw.size != self.nbytes:
             raise InputError(f"{self.path}: truncated inside tensor {self.name}")
         return raw.view(self.dtype).reshape(self.shape)
 
@@ -95,7 +99,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: the safetensors header is not valid: {error}") from error
-    end = max((tensor.offset + _size(tensor) for tensor in tensors.values()), default=8 + length)
+    end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=8 + length)
     if end != size:
         what = "truncated" if size < end else "too long"
         raise InputError(f"{path}: {what}: {size} bytes, its header describes {end}; copy it again")
@@ -106,31 +110,13 @@ def _stored(path: Path, name: str, entry: dict[str, Any], data_start: int) -> St
     if entry["dtype"] not in DTYPES:
         raise InputError(f"{path}: tensor {name} is {entry['dtype']}, expected one of {', '.join(DTYPES)}")
     begin, end = entry["data_offsets"]
-    tensor = StoredTensor(path, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), data_start + begin)
-    if end - begin != _size(tensor) or begin < 0:
+    tensor = StoredTensor(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), path, data_start + begin)
+    if end - begin != tensor.nbytes or begin < 0:
         raise InputError(
-            f"{path}: tensor {name} of shape {list(tensor.shape)} {entry['dtype']} takes {_size(tensor)} bytes, "
+            f"{path}: tensor {name} of shape {list(tensor.shape)} {entry['dtype']} takes {tensor.nbytes} bytes, "
             f"its header gives it {end - begin}"
         )
     return tensor
-
-
-def _size(tensor: StoredTensor) -> int:
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor to be written: its name, element type and shape."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of its data."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_sharded(
@@ -149,11 +135,7 @@ def write_sharded(
             shards.append([])
         shards[-1].append(tensor)
     count = len(shards)
-    names = (
-        ["model.safetensors"]
-        if count == 1
-        else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    )
+    names = [SINGLE_FILE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     arrays = iter(tensors)
     for name, shard in zip(names, shards, strict=True):
         _write_file(directory / name, shard, arrays)
@@ -162,7 +144,7 @@ def write_sharded(
             "metadata": {"total_size": sum(tensor.nbytes for tensor in planned)},
             "weight_map": {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
         }
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / INDEX_FILE, index)
 
 
 def _write_file(path: Path, planned: Sequence[PlannedTensor], tensors: Iterator[np.ndarray]) -> None:

@@ -14,7 +14,7 @@ from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from eabf_jax.destination import whole
-from eabf_jax.errors import InputError
+from eabf_jax.errors import InputError, one_line
 from eabf_jax.fields import typed
 from eabf_jax.interop.directory import read_json_object, write_json
 
@@ -69,27 +69,21 @@ class Tokenizer:
     def __init__(self, directory: Path | str):
         """Reads the tokenizer of a directory; tokenizer.json is preferred where tokenizer.model is there too.
 
-        Args:
-          directory: folder that holds tokenizer.json or tokenizer.model.
-
         Raises:
           InputError: no tokenizer there, or a file that cannot be read as what its name says.
         """
         self._directory = Path(directory)
         settings = _read_settings(self._directory)
-        backend, self.special_tokens = _build(self._directory, settings)
-        self._parsing = backend
-        self._literal = _without_markup(backend)
+        self._parsing, self.special_tokens = _build(self._directory, settings)
+        self._literal = _without_markup(self._parsing)
         # A tokenizer may be told to take even the names of its special tokens for text.
         self._parsing.encode_special_tokens = bool(settings.values.get("split_special_tokens", False))
-        self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
-        self.added_ids = frozenset(backend.get_added_tokens_decoder())
-        generation = {
-            **_read_json(self._directory / "config.json"),
-            **_read_json(self._directory / "generation_config.json"),
-        }
+        self.vocab_size: int = 1 + max(self._parsing.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.added_ids = frozenset(self._parsing.get_added_tokens_decoder())
+        generation = _read_json(self._directory / "config.json")
+        generation |= _read_json(self._directory / "generation_config.json")
         # Where no file names the token, what is set before each text tells.
-        opening = backend.encode("").ids[:1]
+        opening = self._parsing.encode("").ids[:1]
         self.bos_id = self._special_id("bos", settings, {"bos_token_id": opening, **generation})
         self.eos_id = self._special_id("eos", settings, generation)
         self.pad_id = self._special_id("pad", settings, generation)
@@ -123,10 +117,8 @@ class Tokenizer:
         return self._encoding(text, special).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Turns text with special tokens in it into ids, and says where each came from.
+        """Turns text with special tokens in it into ids, each with the begin and end of its characters in the text.
 
-        Returns:
-          The token ids, and for each the begin and end of its characters in the text.
         Raises:
           InputError: as `encode`.
         """
@@ -144,7 +136,6 @@ class Tokenizer:
         """Turns ids into text; ids outside the vocabulary appear as nothing.
 
         Args:
-          ids: token ids.
           special: whether special tokens appear as their names; else as nothing.
         """
         known = [int(i) for i in ids if 0 <= int(i) < self.vocab_size]
@@ -160,14 +151,7 @@ class Tokenizer:
 
 
 def load_tokenizer(directory: Path | str) -> Tokenizer:
-    """Loads the tokenizer of a Hugging Face or native model directory.
-
-    Args:
-      directory: folder with tokenizer.json or tokenizer.model.
-
-    Raises:
-      InputError: no tokenizer there, or an unreadable one.
-    """
+    """Loads the tokenizer of a Hugging Face or native model directory; see `Tokenizer`."""
     return Tokenizer(directory)
 
 
@@ -177,11 +161,7 @@ def has_tokenizer(directory: Path | str) -> bool:
 
 
 def copy_tokenizer_files(source: Path, destination: Path) -> None:
-    """Copies whichever of a tokenizer's files are in `source`; each appears whole or not at all.
-
-    Args:
-      source: folder that holds them.
-    """
+    """Copies whichever of a tokenizer's files are in `source`; each appears whole or not at all."""
     if source.resolve() == destination.resolve():
         return
     for name in TOKENIZER_FILES:
@@ -358,10 +338,6 @@ def _short(value: Any) -> str:
     return repr(value)[:80]
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 # --- the vocabulary and its rules -------------------------------------------------------------------------------------
 
 
@@ -476,7 +452,7 @@ def _from_json(path: Path, kind: str, values: Mapping[str, Any]) -> tuple[tokeni
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises a bare Exception
         raise InputError(
-            f"{path}: not a tokenizer.json that the tokenizers library reads: {_one_line(error)}"
+            f"{path}: not a tokenizer.json that the tokenizers library reads: {one_line(error)}"
         ) from error
     # LLaMA's class makes its rules anew, except for a byte-level vocabulary (Llama 3's), which it was not made for.
     if kind in _LLAMA_CLASSES:
@@ -516,7 +492,7 @@ def _read_sentencepiece(path: Path) -> Any:
         sentencepiece.SentencePieceProcessor(model_proto=data)
         proto = MODEL_PROTO.FromString(data)
     except (OSError, RuntimeError, DecodeError) as error:
-        raise InputError(f"{path}: not a SentencePiece model: {_one_line(error)}") from error
+        raise InputError(f"{path}: not a SentencePiece model: {one_line(error)}") from error
     if not proto.pieces:  # an empty file parses
         raise InputError(f"{path}: not a whole SentencePiece model: it has no pieces; copy it again")
     if proto.trainer_spec.model_type not in (proto.trainer_spec.BPE, proto.trainer_spec.UNIGRAM):
@@ -552,15 +528,9 @@ def _from_sentencepiece(
         _set_sentencepiece_rules(backend, proto, legacy=bool(settings.values.get("legacy", True)))
         if proto.normalizer_spec.add_dummy_prefix:
             # Matched in the text as it is, so that the stretches between them get their spaces.
+            kept = ("special", "single_word", "lstrip", "rstrip")
             raw = {
-                i: AddedToken(
-                    token.content,
-                    special=token.special,
-                    single_word=token.single_word,
-                    lstrip=token.lstrip,
-                    rstrip=token.rstrip,
-                    normalized=False,
-                )
+                i: AddedToken(token.content, normalized=False, **{flag: getattr(token, flag) for flag in kept})
                 for i, token in settings.added.items()
             }
             settings = settings._replace(added=raw)

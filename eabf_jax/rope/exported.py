@@ -7,7 +7,6 @@ multiplier. Everything else is a list or a table of numbers, so that any registe
 import base64
 import zlib
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,17 +21,13 @@ from eabf_jax.rope.schemes import Rule, Scheme
 DATA_KEY = "eabf_rotary"
 
 # Rules that the modeling file computes by itself; it knows them by these names, and the same parameters.
-FORMULAS: Mapping[Callable[..., Any], str] = MappingProxyType(
-    {
-        rule: rule.__name__
-        for rule in (
-            frequency_rules.dynamic_ntk,
-            frequency_rules.dynamic_yarn,
-            logit_rules.none,
-            logit_rules.entropy_aware,
-        )
-    }
-)
+FORMULAS: Mapping[Callable[..., Any], str] = {
+    rule: rule.__name__
+    for rule in (
+        *(frequency_rules.dynamic_ntk, frequency_rules.dynamic_yarn),
+        *(logit_rules.none, logit_rules.entropy_aware),
+    )
+}
 
 # Tables are computed again for the comparison, perhaps on a device whose functions round differently.
 _SAME = 1e-5

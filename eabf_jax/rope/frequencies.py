@@ -1,11 +1,18 @@
 """Inverse frequencies of every rotary scheme, one pure function per rule.
 
 A rule takes the head size, then `length` if its frequencies follow the current length, then its own parameters by
-keyword, which are the scheme's parameters in a config file. It returns the inverse frequencies and the factor on cos
-and sin. Values known before tracing are computed in float64 and rounded once to float32.
+keyword, which are the scheme's parameters in a config file. It returns the inverse frequencies in radians per token,
+float32 [head_dim // 2], and the rotation scale: the factor on cos and sin, 1.0 but for YaRN. Values known before
+tracing are computed in float64 and rounded once to float32. Every rule raises InputError for an odd head size, or one
+below 2 (4 for the NTK-aware rules).
 
-Notation: d head size, j = 0 ... d/2 - 1 index of a frequency, b base, c pretrained window, s factor, L current length,
-theta_j = b^(-2j/d).
+Arguments and notation, the same in every rule:
+  head_dim: d, the size of an attention head, even.
+  length: L, the current length in tokens, may be a traced integer; frequencies are plain for None and up to c.
+  base: b; 10,000 in LLaMA-2, larger in adjusted-base-frequency (ABF) models.
+  factor: s, the target window over the pretrained window.
+  pretrained_window: c, in tokens.
+  j = 0 ... d/2 - 1 is the index of a frequency, and theta_j = b^(-2j/d).
 """
 
 import math
@@ -26,15 +33,6 @@ LLAMA2_BASE = 10_000.0
 def default(head_dim: int, *, base: float = LLAMA2_BASE) -> tuple[Frequencies, float]:
     """Computes the frequencies of plain rotary embedding, theta_j.
 
-    Args:
-      head_dim: size of an attention head, even.
-      base: b; 10,000 in LLaMA-2, larger in adjusted-base-frequency (ABF) models.
-
-    Returns:
-      Inverse frequencies in radians per token, float32 [head_dim // 2], and the rotation scale 1.0.
-
-    Raises:
-      InputError: head_dim is odd or less than 2.
     Source: Su et al. 2021 (RoFormer), section 3.4.2; base 500,000: Xiong et al. 2023, section 2.
     """
     return _rounded(_theta(head_dim, base)), 1.0
@@ -43,16 +41,6 @@ def default(head_dim: int, *, base: float = LLAMA2_BASE) -> tuple[Frequencies, f
 def pi(head_dim: int, *, base: float = LLAMA2_BASE, factor: float) -> tuple[Frequencies, float]:
     """Computes the frequencies of Position Interpolation, theta_j / s.
 
-    Args:
-      head_dim: size of an attention head, even.
-      base: b.
-      factor: s, target window over pretrained window.
-
-    Returns:
-      Inverse frequencies in radians per token, float32 [head_dim // 2], and the rotation scale 1.0.
-
-    Raises:
-      InputError: head_dim is odd or less than 2.
     Source: Chen et al. 2023; transformers rope type `linear`.
     """
     return _rounded(_theta(head_dim, base) / factor), 1.0
@@ -61,16 +49,6 @@ def pi(head_dim: int, *, base: float = LLAMA2_BASE, factor: float) -> tuple[Freq
 def ntk(head_dim: int, *, base: float = LLAMA2_BASE, factor: float) -> tuple[Frequencies, float]:
     """Computes the frequencies of static NTK-aware scaling, theta_j with base b * s^(d / (d - 2)).
 
-    Args:
-      head_dim: size of an attention head, even, at least 4.
-      base: b.
-      factor: s, target window over pretrained window.
-
-    Returns:
-      Inverse frequencies in radians per token, float32 [head_dim // 2], and the rotation scale 1.0.
-
-    Raises:
-      InputError: head_dim is odd or less than 4.
     Source: Peng et al. 2023 (YaRN), section 3.1.
     """
     return _rounded(_theta(head_dim, ntk_base(head_dim, base, factor))), 1.0
@@ -79,13 +57,6 @@ def ntk(head_dim: int, *, base: float = LLAMA2_BASE, factor: float) -> tuple[Fre
 def ntk_base(head_dim: int, base: float, factor: float) -> float:
     """Returns the base b * s^(d / (d - 2)), with which plain rotary embedding equals NTK-aware scaling.
 
-    Args:
-      head_dim: size of an attention head, even, at least 4.
-      base: b.
-      factor: s, target window over pretrained window.
-
-    Raises:
-      InputError: head_dim is odd or less than 4.
     Source: Peng et al. 2023 (YaRN), section 3.1.
     """
     _check_head_dim(head_dim, at_least=4)
@@ -98,17 +69,8 @@ def dynamic_ntk(
     """Computes the frequencies of NTK-aware scaling that follows the length: base b * (s L/c - (s - 1))^(d / (d - 2)).
 
     Args:
-      head_dim: size of an attention head, even, at least 4.
-      length: L in tokens, may be a traced integer; the frequencies are plain for None and up to c.
-      base: b.
       factor: s, how fast the base grows with the length; at 1.0 the term raised to the power is L/c.
-      pretrained_window: c in tokens.
 
-    Returns:
-      Inverse frequencies in radians per token, float32 [head_dim // 2], and the rotation scale 1.0.
-
-    Raises:
-      InputError: head_dim is odd or less than 4.
     Source: transformers rope type `dynamic`.
     """
     _check_head_dim(head_dim, at_least=4)
@@ -140,20 +102,9 @@ def yarn(
     most `beta_slow` times becomes theta_j / s. A linear ramp blends the frequencies in between.
 
     Args:
-      head_dim: size of an attention head, even.
-      base: b.
-      factor: s, target window over pretrained window.
-      pretrained_window: c in tokens.
-      beta_fast: frequencies with at least this many turns inside the pretrained window stay unchanged.
-      beta_slow: frequencies with at most this many turns inside the pretrained window are fully interpolated.
       truncate: whether the ramp's ends are rounded outwards to integer frequency indices.
       attention_factor: factor on cos and sin; None means 0.1 ln s + 1, or 1 if s is less than 1.
 
-    Returns:
-      Inverse frequencies in radians per token, float32 [head_dim // 2], and the rotation scale.
-
-    Raises:
-      InputError: head_dim is odd or less than 2.
     Source: Peng et al. 2023 (YaRN), sections 3.2 to 3.4; transformers rope type `yarn`.
     """
     theta = _theta(head_dim, base)
@@ -176,21 +127,12 @@ def dynamic_yarn(
     """Computes YaRN with s = max(1, L/c) for the current length L.
 
     Args:
-      head_dim: size of an attention head, even.
-      length: L in tokens, may be a traced integer; the frequencies are plain for None and up to c.
-      base: b.
       factor: largest extension that the user expects, for reports and export; it does not affect the frequencies.
-      pretrained_window: c in tokens.
-      beta_fast: frequencies with at least this many turns inside the pretrained window stay unchanged.
-      beta_slow: frequencies with at most this many turns inside the pretrained window are fully interpolated.
-      truncate: whether the ramp's ends are rounded outwards to integer frequency indices.
+      beta_fast, beta_slow, truncate: as for `yarn`.
 
     Returns:
-      Inverse frequencies in radians per token, float32 [head_dim // 2], and the rotation scale: a float, or a float32
-      scalar if length is traced.
+      The inverse frequencies, and the rotation scale: a float, or a float32 scalar if length is traced.
 
-    Raises:
-      InputError: head_dim is odd or less than 2.
     Source: Peng et al. 2023 (YaRN), section 3.3 (dynamic scaling) and appendix B.
     """
     if _is_static(length):
@@ -225,18 +167,10 @@ def llama3(
     """Computes the frequencies of Llama 3.1; each is kept, divided by s, or blended, depending on its wavelength.
 
     Args:
-      head_dim: size of an attention head, even.
-      base: b.
       factor: s, by which long wavelengths are stretched.
       low_freq_factor: wavelengths above c / low_freq_factor are fully stretched.
       high_freq_factor: wavelengths below c / high_freq_factor stay unchanged.
-      pretrained_window: c in tokens.
 
-    Returns:
-      Inverse frequencies in radians per token, float32 [head_dim // 2], and the rotation scale 1.0.
-
-    Raises:
-      InputError: head_dim is odd or less than 2.
     Source: transformers rope type `llama3`.
     """
     theta = _theta(head_dim, base)

@@ -77,14 +77,14 @@ def to_hf(s: Scheme, head_dim: int | None = None, spelling: str = "rope_scaling"
         raise unknown_name("spelling of the rotary scheme", spelling, HF_SPELLINGS)
     parameters = dict(s.frequencies.parameters)
     base = parameters.get("base", LLAMA2_BASE)
-    spelled = None
     section: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
-    entry = next((e for e in entries().values() if e.frequencies is s.frequencies.function and e.hf is not None), None)
-    if entry is not None and entry.hf is not None and s.logit_multiplier.function is logit_rules.none:
-        spelled = entry.hf.write(parameters, head_dim)
+    outer = {OWN_KEY: s.to_dict()}
+    hf = next((e.hf for e in entries().values() if e.hf and e.frequencies is s.frequencies.function), None)
+    if hf is not None and s.logit_multiplier.function is logit_rules.none:
+        spelled = hf.write(parameters, head_dim)
         if spelled is not None:
-            section = section | {"rope_type": entry.hf.rope_type} | spelled[0]
-    outer = {OWN_KEY: s.to_dict()} if spelled is None else spelled[1]
+            section |= {"rope_type": hf.rope_type} | spelled[0]
+            outer = spelled[1]
     if spelling == "rope_parameters":
         return {"rope_parameters": section} | outer
     base = section.pop("rope_theta")
@@ -92,14 +92,7 @@ def to_hf(s: Scheme, head_dim: int | None = None, spelling: str = "rope_scaling"
 
 
 def needs_remote_code(keys: Mapping[str, Any]) -> bool:
-    """Tells whether a config needs our exported model code to mean what it says.
-
-    Args:
-      keys: what `to_hf` returned, or a whole config.json.
-
-    Returns:
-      True where the scheme is one that transformers cannot express.
-    """
+    """Tells whether a config (or what `to_hf` returned) names a scheme that transformers needs our code for."""
     return keys.get(OWN_KEY) is not None
 
 

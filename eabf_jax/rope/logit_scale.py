@@ -1,7 +1,8 @@
 """Multipliers of the attention logits, one pure function per rule.
 
-A rule takes the positions of the queries and the layer index, then its own parameters by keyword, which are the
-scheme's parameters in a config file. It returns one multiplier per query.
+A rule takes the 0-based positions of the queries, integers of any shape, and the 0-based layer index, which may be a
+traced integer. Its own parameters follow by keyword, which are the scheme's parameters in a config file. It returns one
+multiplier per query, float32, of the shape of `positions`.
 """
 
 import math
@@ -12,15 +13,7 @@ from jaxtyping import Array, Float32, Int
 
 
 def none(positions: Int[Array, " *shape"], layer: int | Int[Array, ""]) -> Float32[Array, " *shape"]:
-    """Leaves every logit unchanged.
-
-    Args:
-      positions: 0-based positions of the queries, integers of any shape.
-      layer: 0-based layer index; not used.
-
-    Returns:
-      Ones, float32, shape of `positions`.
-    """
+    """Leaves every logit unchanged: ones."""
     del layer
     return jnp.ones(jnp.shape(positions), jnp.float32)
 
@@ -37,13 +30,8 @@ def entropy_aware(
     Within the pretrained window, and in the first `unscaled_layers` layers, t is exactly 1.
 
     Args:
-      positions: 0-based positions of the queries (i = position + 1), integers of any shape.
-      layer: 0-based layer index; may be a traced integer.
       pretrained_window: c in tokens, the window before the extension.
       unscaled_layers: number of first layers that keep t = 1; 2 in the paper, in effect 0 in the released code.
-
-    Returns:
-      Multipliers, float32, shape of `positions`.
 
     Source: Zhang et al. 2024, section 3 (entropy-aware ABF).
     """

@@ -65,10 +65,7 @@ def _write_dynamic(parameters: _Values, head_dim: int | None) -> _HFKeys:
 
 
 def _read_dynamic(config: _Values, section: _Values) -> dict[str, Any]:
-    return {
-        "factor": _needed(section, "factor"),
-        "pretrained_window": _needed(config, "max_position_embeddings"),
-    }
+    return {"factor": _needed(section, "factor"), "pretrained_window": _needed(config, "max_position_embeddings")}
 
 
 register("dynamic_ntk", frequency_rules.dynamic_ntk, hf=HFSpelling("dynamic", _write_dynamic, _read_dynamic))
@@ -119,22 +116,17 @@ register("abf", frequency_rules.default, defaults={"base": ABF_BASE})
 register("eabf", frequency_rules.default, logit_rules.entropy_aware, defaults={"base": ABF_BASE})
 
 
+_LLAMA3_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
+
+
 def _write_llama3(parameters: _Values, head_dim: int | None) -> _HFKeys:
-    return {
-        "factor": parameters["factor"],
-        "low_freq_factor": parameters["low_freq_factor"],
-        "high_freq_factor": parameters["high_freq_factor"],
-        "original_max_position_embeddings": parameters["pretrained_window"],
-    }, {}
+    section = {name: parameters[name] for name in _LLAMA3_FACTORS}
+    return section | {"original_max_position_embeddings": parameters["pretrained_window"]}, {}
 
 
 def _read_llama3(config: _Values, section: _Values) -> dict[str, Any]:
-    return {
-        "factor": _needed(section, "factor"),
-        "low_freq_factor": _needed(section, "low_freq_factor"),
-        "high_freq_factor": _needed(section, "high_freq_factor"),
-        "pretrained_window": _window(config, section),
-    }
+    factors = {name: _needed(section, name) for name in _LLAMA3_FACTORS}
+    return factors | {"pretrained_window": _window(config, section)}
 
 
 register("llama3", frequency_rules.llama3, hf=HFSpelling("llama3", _write_llama3, _read_llama3))

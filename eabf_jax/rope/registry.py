@@ -104,13 +104,12 @@ def register(
         raise InputError(f"rotary scheme {name!r}: the name must be an identifier such as my_scheme")
     _check_rule(name, frequencies, ("head_dim", "length"), optional=1)
     _check_rule(name, logit_scale, ("positions", "layer"), optional=0)
-    shared = parameters_of_rule(frequencies).keys() & parameters_of_rule(logit_scale).keys()
-    for parameter in shared:
-        first, second = (parameters_of_rule(rule)[parameter] for rule in (frequencies, logit_scale))
-        if first != second:
+    of_frequencies, of_multiplier = parameters_of_rule(frequencies), parameters_of_rule(logit_scale)
+    for parameter in of_frequencies.keys() & of_multiplier.keys():
+        if of_frequencies[parameter] != of_multiplier[parameter]:
             raise InputError(f"rotary scheme {name!r}: its functions disagree on the type or default of {parameter!r}")
     for parameter in (*entry.defaults, *entry.fixed):
-        if parameter not in parameters_of_rule(frequencies) | parameters_of_rule(logit_scale):
+        if parameter not in of_frequencies | of_multiplier:
             raise InputError(f"rotary scheme {name!r}: neither of its functions takes {parameter!r}")
     if hf is not None and hf.read is not None and hf.rope_type in hf_readers().keys() - {name}:
         raise InputError(f"rotary scheme {name!r}: rope_type {hf.rope_type!r} is read as another scheme already")
@@ -119,9 +118,6 @@ def register(
 
 def entry_of(name: str) -> Entry:
     """Looks a scheme up; packages that register schemes are imported where the name is not known without them.
-
-    Returns:
-      Its line of the table.
 
     Raises:
       InputError: unknown scheme, or as `entries`.

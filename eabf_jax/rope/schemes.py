@@ -154,11 +154,9 @@ class Scheme:
         return jnp.asarray(self.logit_multiplier(positions, layer), jnp.float32)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the scheme as plain values, for config files: `{"type": name, parameter: value, ...}`.
+        """Returns the scheme as plain values for config files, `{"type": name, parameter: value, ...}`.
 
-        Returns:
-          A dictionary that `Scheme.from_dict` turns back into an equal scheme. Optional parameters at None and switches
-          at their default are absent.
+        Optional parameters at None and switches at their default are absent.
         """
         if self.name == "compose":
             return {
@@ -172,14 +170,7 @@ class Scheme:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "Scheme":
-        """Builds the scheme that `to_dict` or a config file describes.
-
-        Args:
-          values: `{"type": name, parameter: value, ...}`; the parameters of "compose" are those of `compose`.
-
-        Raises:
-          InputError: as `scheme`.
-        """
+        """Builds the scheme that `to_dict` or a config file describes; raises as `scheme`."""
         name, parameters = _split_type(values, "rotary scheme")
         return scheme(name, **parameters)
 
@@ -308,9 +299,6 @@ def scheme_names() -> tuple[str, ...]:
 def parameters_of(name: str) -> Mapping[str, tuple[Any, Any]]:
     """Describes the parameters of a named scheme.
 
-    Args:
-      name: a name in `scheme_names()`.
-
     Returns:
       For each parameter its type (`float`, `int` or `float | None`) and its default, `dataclasses.MISSING` for none.
 
@@ -349,9 +337,8 @@ def _bind(rule: Callable[..., Any], values: Mapping[str, Any]) -> Rule:
 def _checked(owner: str, expected: Mapping[str, tuple[Any, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
     types = {name: kind for name, (kind, _) in expected.items()}
     defaults = {name: default for name, (_, default) in expected.items() if default is not MISSING}
-    values = defaults | check(
-        given, types, f"{owner} parameter", required=[name for name in types if name not in defaults]
-    )
+    required = [name for name in types if name not in defaults]
+    values = defaults | check(given, types, f"{owner} parameter", required=required)
     for names, holds, requirement in _REQUIREMENTS:
         if all(name in values for name in names) and not holds(*(values[name] for name in names)):
             found = ", ".join(f"{name} {values[name]!r}" for name in names)
