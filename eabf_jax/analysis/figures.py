@@ -1,4 +1,4 @@
-"""Draws pictures without a display.
+"""Draws pictures without a display; the suffix of a picture's path (.png, .svg, .pdf) sets its format.
 
 Colours remain distinct for colour-blind readers and in print: lines use the palette of Okabe and Ito, each with its own
 marker, and heat maps use cividis.
@@ -33,9 +33,7 @@ def loss_by_position(
 
     Args:
       curves: by label, from `evaluation.perplexity.band_losses`.
-      path: the picture; its suffix (.png, .svg, .pdf) sets the format.
       pretrained_window: position to mark, in tokens.
-      title: above the axes.
     """
     figure, axes = _axes("position (tokens)", "loss (nats per token)", title)
     for number, (label, row) in enumerate(curves.items()):
@@ -56,13 +54,7 @@ def loss_by_position(
 
 
 def perplexity_by_window(windows: Mapping[str, Sequence[WindowPerplexity]], path: Path, *, title: str = "") -> None:
-    """Draws sliding-window perplexity against the window, one line per model with its 95 % confidence interval.
-
-    Args:
-      windows: by label.
-      path: the picture; its suffix (.png, .svg, .pdf) sets the format.
-      title: above the axes.
-    """
+    """Draws sliding-window perplexity against the window, one line per model with its 95 % confidence interval."""
     figure, axes = _axes("window (tokens)", "perplexity", title)
     for number, (label, row) in enumerate(windows.items()):
         points = [(w.perplexity, w.low, w.high) for w in row]
@@ -80,9 +72,7 @@ def share_by_length(
 
     Args:
       shares: by label and length in tokens.
-      path: the picture; its suffix (.png, .svg, .pdf) sets the format.
       pretrained_window: length to mark, in tokens.
-      title: above the axes.
     """
     figure, axes = _axes("length (tokens)", "answered (percent)", title)
     for number, (label, row) in enumerate(shares.items()):
@@ -106,9 +96,7 @@ def heat_maps(
 
     Args:
       cells: by label, on one grid of lengths and depths.
-      path: the picture; its suffix (.png, .svg, .pdf) sets the format.
       pretrained_window: in tokens; a line is drawn after the last length within it.
-      title: above all maps.
     """
     across = min(len(cells), 5)
     down = -(-len(cells) // across)
@@ -117,14 +105,13 @@ def heat_maps(
     for panel in panels.flat[len(cells) :]:
         panel.set_axis_off()
     colours = matplotlib.colormaps["cividis"]
-    image = None
     for number, (panel, (label, row)) in enumerate(zip(panels.flat, cells.items(), strict=False)):
         lengths = sorted({cell.length for cell in row})
         depths = sorted({cell.depth for cell in row if cell.depth is not None})
         shares = np.full((len(depths), len(lengths)), np.nan)
         for cell in row:
             shares[depths.index(cell.depth or 0), lengths.index(cell.length)] = 100 * cell.hits / cell.total
-        image = panel.imshow(shares, vmin=0, vmax=100, cmap=colours, aspect="auto")
+        panel.imshow(shares, vmin=0, vmax=100, cmap=colours, aspect="auto")
         for (y, x), share in np.ndenumerate(shares):
             if not np.isnan(share):
                 ink = ink_on(colours(share / 100)[:3])
@@ -143,19 +130,16 @@ def heat_maps(
     figure.supxlabel(f"length (tokens){marked}", fontsize=9)
     figure.supylabel("depth (percent)", fontsize=9)
     figure.suptitle(title, fontsize=10)
-    if image is not None:
-        figure.colorbar(image, ax=panels, label="answered (percent)", shrink=0.8)
+    figure.colorbar(panels.flat[0].images[0], ax=panels, label="answered (percent)", shrink=0.8)
     save(figure, path)
 
 
 def ink_on(colour: Sequence[float]) -> str:
-    """Returns black or white, whichever is easier to read on a colour.
+    """Returns "black" or "white", whichever is easier to read on a colour.
 
     Args:
       colour: sRGB, from 0 to 1.
 
-    Returns:
-      "black" or "white".
     Source: contrast ratio and relative luminance of WCAG 2.1.
     """
     linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
@@ -236,12 +220,7 @@ def _mark(axes: Axes, pretrained_window: int | None) -> None:
 
 
 def length_axis(axes: Axes, lengths: Sequence[int]) -> None:
-    """Makes the x axis logarithmic with base 2, with labels at the given lengths.
-
-    Args:
-      axes: x is in tokens.
-      lengths: where to put labels, in tokens.
-    """
+    """Makes the x axis logarithmic with base 2, with labels at the given lengths in tokens."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [_thousands(length) for length in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -252,10 +231,6 @@ def _thousands(length: int) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a picture to a temporary file and renames it, so that a failed write leaves no incomplete picture.
-
-    Args:
-      path: its file; the suffix sets the format.
-    """
+    """Writes a picture to a temporary file and renames it, so that a failed write leaves no incomplete picture."""
     with whole(path) as partial:
         figure.savefig(partial, dpi=150)

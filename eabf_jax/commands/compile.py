@@ -28,18 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
     parser.allow_abbrev = False
     parser.set_defaults(configuration_keys=[])
-    parser.add_argument("--config_path", metavar="FILE", required=True, help="the run's configuration")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config_path", metavar="FILE", required=True, help="the run's configuration")
+    add(
         "--for",
         dest="purpose",
         choices=("train", "evaluate", "generate"),
         default="train",
         help="what to compile for a --topology (default: the train step)",
     )
-    parser.add_argument("--topology", metavar="SLICE", help="TPU slice to compile for: v4-8 to v4-512, v5e-8, v5p-8, …")
-    parser.add_argument("--device", metavar="NAME", help=f"plan for {', '.join(DEVICES)}; default: this machine")
-    parser.add_argument("--devices", metavar="N", type=int, help="how many of them; default: all that are available")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here as well")
+    add("--topology", metavar="SLICE", help="TPU slice to compile for: v4-8 to v4-512, v5e-8, v5p-8, …")
+    add("--device", metavar="NAME", help=f"plan for {', '.join(DEVICES)}; default: this machine")
+    add("--devices", metavar="N", type=int, help="how many of them; default: all that are available")
+    add("--json", metavar="FILE", help="write the figures here as well")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -62,24 +63,21 @@ def run(arguments: argparse.Namespace) -> None:
 
 def table(figures: Mapping[str, Any]) -> Grid:
     """The figures for people."""
-    compiled = "topology" in figures
-    where = (
-        f"{figures['topology']} ({figures['chips']} chips)"
-        if compiled
-        else f"{figures['devices']} x {figures['device']}"
-    )
+    if "topology" in figures:
+        where = f"{figures['topology']} ({figures['chips']} chips)"
+        told, by_part, total, limit = "compiled", "hbm_gib_by_part", "hbm_gib_per_chip", "hbm_gib_available"
+    else:
+        where = f"{figures['devices']} x {figures['device']}"
+        told, by_part, total, limit = "predicted", "gib_by_part", "gib_per_device", "device_gib"
     mesh = " x ".join(f"{axis} {size}" for axis, size in figures["mesh"].items() if size > 1) or "one device"
     what = {"evaluate": "evaluation", "generate": "generation"}.get(figures.get("for", ""), "train step")
     shown = Grid([""], [""], title=f"{what} on {where}: {mesh}, window {figures['window']:,}")
-    by_part, total = ("hbm_gib_by_part", "hbm_gib_per_chip") if compiled else ("gib_by_part", "gib_per_device")
-    limit = figures["hbm_gib_available" if compiled else "device_gib"]
     for key in ("rows", "microbatch_size", "remat", "optimizer_memory", "gather"):
         if key in figures:
             shown.add_row(key if key == "rows" else f"compute.{key}", str(figures[key]))
     for name, size in figures[by_part].items():
         shown.add_row(name, f"{size:.2f} GiB")
-    told = "compiled" if compiled else "predicted"
-    shown.add_row(f"{told}, of {limit:.2f} GiB", f"{figures[total]:.2f} GiB", style="bold")
+    shown.add_row(f"{told}, of {figures[limit]:.2f} GiB", f"{figures[total]:.2f} GiB", style="bold")
     for name, size in figures.get("host_gib_by_part", {}).items():
         shown.add_row(f"{name} in host memory", f"{size:.2f} GiB")
     if "estimate" in figures:

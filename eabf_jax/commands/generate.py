@@ -26,61 +26,47 @@ from eabf_jax.rope import Scheme
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
-    parser.add_argument(
-        "prompt", nargs="*", metavar="PROMPT", help="texts to continue, as one batch; - or none reads standard input"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("prompt", nargs="*", metavar="PROMPT", help="texts to continue, as one batch; - or none reads standard input")
+    add(
         "--model",
         required=True,
         metavar="DIR[@SCHEME]",
         help="a Hugging Face or native directory; after @ a rotary scheme to use instead of its own, as YAML: "
         "'models/tiny@{type: yarn, factor: 4, pretrained_window: 512}'",
     )
-    parser.add_argument("--file", action="append", default=[], help="a text to continue; repeat for more")
-    parser.add_argument("--chat", action="store_true", help="keep a conversation; PROMPT is the first thing said")
+    add("--file", action="append", default=[], help="a text to continue; repeat for more")
+    add("--chat", action="store_true", help="keep a conversation; PROMPT is the first thing said")
     names = ", ".join(TEMPLATES)
-    parser.add_argument("--template", help=f"chat template: {names}, or own (default): the tokenizer's")
-    parser.add_argument("--system", help="system prompt of the conversation")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="most tokens to add (default: 256)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token, more draws"
-    )
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens (default: all)")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens that sum up to p (default: 1)"
-    )
-    parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, help="for tokens that the text has already (default: 1, none)"
-    )
-    parser.add_argument(
+    add("--template", help=f"chat template: {names}, or own (default): the tokenizer's")
+    add("--system", help="system prompt of the conversation")
+    add("--max-new-tokens", type=int, default=256, help="most tokens to add (default: 256)")
+    add("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token, more draws")
+    add("--top-k", type=int, default=0, help="draw from the k likeliest tokens (default: all)")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that sum up to p (default: 1)")
+    add("--repetition-penalty", type=float, default=1.0, help="for tokens that the text has already (default: 1, none)")
+    add(
         "--seed",
         type=int,
         default=0,
         help="of the draws; each further prompt of a batch, or answer of a conversation, takes the next number",
     )
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end where this appears; repeatable"
-    )
-    parser.add_argument("--window", type=int, help="tokens that a prompt and its continuation may have (default: the "
-                        "model's)")  # fmt: skip
-    parser.add_argument(
+    add("--stop", action="append", default=[], metavar="TEXT", help="end where this appears; repeatable")
+    add("--window", type=int, help="tokens that a prompt and its continuation may have (default: the model's)")
+    add(
         "--truncate", choices=TRUNCATIONS, help="cut a prompt that is too long: out of its middle, or from its left end"
     )
-    parser.add_argument(
-        "--cache", default="model", help="keys and values in the model's dtype (model, default) or int8"
-    )
-    parser.add_argument(
-        "--prefill-chunk", type=int, default=8192, help="tokens of a prompt read at a time (default: 8192)"
-    )
-    parser.add_argument(
+    add("--cache", default="model", help="keys and values in the model's dtype (model, default) or int8")
+    add("--prefill-chunk", type=int, default=8192, help="tokens of a prompt read at a time (default: 8192)")
+    add(
         "--rope-length",
         type=int,
         help="the length that dynamic_ntk and dynamic_yarn follow, for speed (default: the text's own; past the "
         "pretrained window every token then takes a whole reading)",
     )
-    parser.add_argument("--tensor", type=int, default=1, help="devices that share the model's heads (default: 1)")
-    parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
-    parser.add_argument("--json", help="write prompts, texts, tokens and speeds here")
+    add("--tensor", type=int, default=1, help="devices that share the model's heads (default: 1)")
+    add("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
+    add("--json", help="write prompts, texts, tokens and speeds here")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -129,9 +115,8 @@ class _Session:
         self.format: Format | None = chat_format(tokenizer, arguments.template) if arguments.chat else None
         self.seed: int = arguments.seed
         self._arguments = arguments
-        mesh = None
-        if arguments.tensor > 1:
-            mesh = make_mesh(MeshConfig(1, 1, arguments.tensor), jax.devices()[: arguments.tensor])
+        ways = arguments.tensor
+        mesh = make_mesh(MeshConfig(1, 1, ways), jax.devices()[:ways]) if ways > 1 else None
         self._generator = Generator(
             weights,
             tokenizer,

@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fields = [field for field in dataclasses.fields(Options) if field.default is not dataclasses.MISSING]
     parser.set_defaults(**{field.name: field.default for field in fields})
     number: Any = {"type": int, "metavar": "N"}
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--src",
         nargs="+",
         type=Path,
@@ -31,59 +32,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="files of conversations, prompts and answers, or texts (JSON, JSONL, CSV, Parquet, Arrow, .txt), "
         "directories of such, or saved by Hugging Face datasets",
     )
-    parser.add_argument(
+    add(
         "--format",
         help=f"what an entry is: {', '.join(FORMATS)}; {AUTO} goes by the keys of each file's first known entry "
         "(default: %(default)s)",
     )
-    parser.add_argument("--dst", type=Path, required=True, metavar="DIR", help="directory of the dataset to write")
-    parser.add_argument(
-        "--tokenizer", type=Path, required=True, metavar="DIR", help="a model's directory, for its tokenizer"
-    )
-    parser.add_argument(
+    add("--dst", type=Path, required=True, metavar="DIR", help="directory of the dataset to write")
+    add("--tokenizer", type=Path, required=True, metavar="DIR", help="a model's directory, for its tokenizer")
+    add(
         "--template",
         help=f"chat template: {', '.join(chat.TEMPLATES)}, or {chat.OWN}: the model's, where it marks with "
         "{%% generation %%} what is to be learned (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--min-tokens",
         **number,
         help="drop conversations, and pieces of them, with fewer tokens (default: %(default)s)",
     )
-    parser.add_argument(
-        "--max-tokens", **number, help="split longer conversations at turn borders (default: %(default)s)"
-    )
-    parser.add_argument(
+    add("--max-tokens", **number, help="split longer conversations at turn borders (default: %(default)s)")
+    add(
         "--num-conversations",
         **number,
         help="training records wanted; a smaller number gives the beginning of a larger set (default: all)",
     )
-    parser.add_argument(
+    add(
         "--held-out",
         **number,
         help="held-out records wanted, the same ones whatever --num-conversations is (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--held-out-min-tokens",
         **number,
         help="hold out only conversations with at least this many tokens, cut at --max-tokens (default: --max-tokens)",
     )
-    parser.add_argument("--language", help="keep this language only: en, or any for all (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="decides the order of the conversations (default: %(default)s)")
-    parser.add_argument(
+    add("--language", help="keep this language only: en, or any for all (default: %(default)s)")
+    add("--seed", type=int, help="decides the order of the conversations (default: %(default)s)")
+    add(
         "--portion",
         default="0.0:1.0",
         metavar="START:END",
         help="use only this part of the conversations, by a hash of their ids; "
         "0.0:0.9 and 0.9:1.0 share none, whatever the seed (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--keep-complete",
         action="store_true",
         help="use the complete entries of a file that is cut off or malformed, and accept trailing commas",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset at --dst")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts to this file")
+    add("--overwrite", action="store_true", help="replace a dataset at --dst")
+    add("--json", type=Path, metavar="FILE", help="also write the counts to this file")
 
 
 def _portion(text: str) -> tuple[float, float]:

@@ -59,15 +59,10 @@ def position_losses(
 
 
 def window_ends(length: int, window: int, stride: int) -> list[int]:
-    """The end of each window of a document: first `window` tokens, then `stride` more for each.
+    """The end of each window of a document: first `window` tokens, then `stride` more each; the last step may be less.
 
     Args:
       length: of the document, at least the window's.
-      window: tokens that the model sees at a time.
-      stride: tokens from one window to the next.
-
-    Returns:
-      The ends, the last of them the document's own: the last step may be shorter.
     """
     return [*range(window, length, stride), length]
 
@@ -127,16 +122,7 @@ def _losses(
 
 
 def check_window(window: int, stride: int, length: int) -> None:
-    """Refuses a sliding window that does not fit.
-
-    Args:
-      window: tokens that the model sees at a time.
-      stride: tokens from one window to the next.
-      length: of the documents.
-
-    Raises:
-      InputError: as `sliding_losses`.
-    """
+    """Raises InputError, as `sliding_losses`, for a window that does not fit documents of a length."""
     if not 2 <= window <= length:
         raise InputError(f"window {window}: from 2 to the documents' {length} tokens are needed")
     if not 1 <= stride < window:
@@ -159,15 +145,7 @@ def band_losses(losses: Float[np.ndarray, "documents T_minus_1"], edges: Sequenc
 
 
 def check_edges(edges: Sequence[int], length: int) -> None:
-    """Refuses bands that do not fit.
-
-    Args:
-      edges: as for `band_losses`.
-      length: of the documents.
-
-    Raises:
-      InputError: as `band_losses`.
-    """
+    """Raises InputError, as `band_losses`, for bands that do not fit documents of a length."""
     if len(edges) < 2 or any(a >= b for a, b in itertools.pairwise(edges)) or edges[0] < 0:
         raise InputError(f"position bands {','.join(map(str, edges))} do not increase from 0 or more")
     if edges[-1] > length:
@@ -192,15 +170,8 @@ def band_means(
 
 
 def window_perplexity(losses: Float[np.ndarray, "documents T_minus_1"], window: int, stride: int) -> WindowPerplexity:
-    """Perplexity over all scored tokens.
-
-    Args:
-      window: what it was called with.
-      stride: what it was called with.
-
-    Returns:
-      The perplexity; since all documents are of one length, the mean over tokens is that over documents.
-    """
+    """Perplexity over all scored tokens, from `sliding_losses` with this window and stride."""
+    # All documents are of one length, so that the mean over tokens is that over documents.
     mean, half_width = student(losses.astype(np.float64).mean(axis=1))
     return WindowPerplexity(
         window, stride, mean, half_width, math.exp(mean), math.exp(mean - half_width), math.exp(mean + half_width)

@@ -22,33 +22,20 @@ from eabf_jax.model.llama import Llama
 
 
 class Wording(NamedTuple):
-    """A question as text.
+    """A question as text."""
 
-    Attributes:
-      question: all that the user says, the long text included.
-      opening: how the reply begins.
-      answer: the only right continuation of the opening.
-    """
-
-    question: str
-    opening: str
-    answer: str
+    question: str  # all that the user says, the long text included
+    opening: str  # how the reply begins
+    answer: str  # the only right continuation of the opening
 
 
 class Prompt(NamedTuple):
-    """A question as tokens.
+    """A question as tokens."""
 
-    Attributes:
-      length: most tokens that prompt and answer together may have.
-      depth: where the answer lies in the long text, percent; None where the place is random.
-      tokens: the prompt, followed by the right answer.
-      begin: index of the answer's first token.
-    """
-
-    length: int
-    depth: int | None
-    tokens: list[int]
-    begin: int
+    length: int  # most tokens that prompt and answer together may have
+    depth: int | None  # where the answer lies in the long text, percent; None where the place is random
+    tokens: list[int]  # the prompt, followed by the right answer
+    begin: int  # index of the answer's first token
 
 
 @dataclass(frozen=True)
@@ -63,14 +50,11 @@ class Cell:
 
 
 def encode(tokenizer: Tokenizer, wording: Wording, *, chat: bool = True) -> list[int]:
-    """Encodes a question with its answer, as the model reads them.
+    """Encodes a question up to the end of its answer, as the model reads them.
 
     Args:
-      wording: the question.
       chat: whether to put it into the tokenizer's chat template, where it has one.
 
-    Returns:
-      The token ids, up to the answer's last.
     Raises:
       InputError: the template refuses an unfinished reply, or changes it.
     """

@@ -50,17 +50,11 @@ def evaluation_mesh(
 
 
 class Span(NamedTuple):
-    """Consecutive tokens to score.
+    """Consecutive tokens to score."""
 
-    Attributes:
-      tokens: all that the model reads, at least one token.
-      begin: index of the token before the first target.
-      targets: the tokens to score; all but the last of them stand in `tokens`, from `begin` + 1 on.
-    """
-
-    tokens: Sequence[int] | np.ndarray
-    begin: int
-    targets: Sequence[int] | np.ndarray
+    tokens: Sequence[int] | np.ndarray  # all that the model reads, at least one token
+    begin: int  # index of the token before the first target
+    targets: Sequence[int] | np.ndarray  # to score; all but the last stand in `tokens`, from `begin` + 1 on
 
 
 class Scorer:
@@ -128,7 +122,6 @@ def lower_scoring(config: LlamaConfig, dtype: Any, mesh: Mesh, window: int) -> j
 
     Args:
       dtype: of parameters and computation.
-      mesh: the mesh to lower for.
       window: tokens of a row.
     """
     model = llama_on(mesh, config, dtype=dtype, param_dtype=dtype)
@@ -139,10 +132,8 @@ def lower_scoring(config: LlamaConfig, dtype: Any, mesh: Mesh, window: int) -> j
 
     graph, state = nnx.split(model.with_parameters(jax.tree.map(there, params, parameter_shardings(mesh, params))))
     batch = batch_ways(mesh)
-    tokens, lengths = (
-        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement.row_sharding(mesh))
-        for shape in ((batch, window), (batch,))
-    )
+    rows = placement.row_sharding(mesh)
+    tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for shape in ((batch, window), (batch,)))
     return _program(graph).lower(state, tokens, lengths, lengths, tokens)  # type: ignore[attr-defined]
 
 
@@ -184,9 +175,7 @@ def token_scores(
         return chosen - jax.nn.logsumexp(scores, axis=-1), scores.argmax(axis=-1) == targets
 
     parts = jax.tree.map(lambda x: x.reshape(rows, pieces, -1).swapaxes(0, 1), (index, targets))
-    log_probs, is_greedy = jax.tree.map(
-        lambda x: x.swapaxes(0, 1).reshape(rows, -1)[:, :scored], jax.lax.map(score, parts)
-    )
+    log_probs, is_greedy = (x.swapaxes(0, 1).reshape(rows, -1)[:, :scored] for x in jax.lax.map(score, parts))
     return log_probs, is_greedy
 
 

@@ -9,15 +9,10 @@ from eabf_jax.interop.tokenizer import Tokenizer
 
 
 class Format(NamedTuple):
-    """The prompt format of a chat model.
+    """The prompt format of a chat model."""
 
-    Attributes:
-      encode: a function from turns, the user's last, to the prompt's tokens, which the assistant's answer follows.
-      stop_tokens: ids that end an answer.
-    """
-
-    encode: Callable[[Sequence[Turn]], list[int]]
-    stop_tokens: tuple[int, ...]
+    encode: Callable[[Sequence[Turn]], list[int]]  # turns, the user's last, to the prompt that the answer follows
+    stop_tokens: tuple[int, ...]  # ids that end an answer
 
 
 def chat_format(tokenizer: Tokenizer, template: str | None = None) -> Format:
@@ -30,10 +25,8 @@ def chat_format(tokenizer: Tokenizer, template: str | None = None) -> Format:
       InputError: an unknown name, a token that the template needs is missing, or neither has a template.
     """
     name = OWN if template is None else template
-    ends = answer_ends(name, tokenizer)
-    return Format(
-        lambda turns: encode_prompt(turns, name, tokenizer), tuple(dict.fromkeys((*tokenizer.eos_ids, *ends)))
-    )
+    ends = dict.fromkeys((*tokenizer.eos_ids, *answer_ends(name, tokenizer)))
+    return Format(lambda turns: encode_prompt(turns, name, tokenizer), tuple(ends))
 
 
 def render(source: str, turns: Sequence[Turn], tokenizer: Tokenizer, *, add_generation_prompt: bool = True) -> str:

@@ -78,8 +78,6 @@ def processed(
     Args:
       logits: float32 [batch, vocab_size].
       seen: True for tokens that occur in the row, prompt included; None for no penalty.
-      steps: the steps to apply.
-      numbers: the settings of the steps.
 
     Returns:
       float32, the shape of `logits`; -inf for excluded tokens.
@@ -118,8 +116,6 @@ def choose(
       seen: as for `processed`.
       keys: one random key per row; a row's draws depend only on its own key.
       count: number of tokens generated before, folded into the keys.
-      steps: as for `processed`.
-      numbers: as for `processed`.
 
     Returns:
       int32 [batch].

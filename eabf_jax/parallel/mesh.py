@@ -59,13 +59,8 @@ def use_every_core(rows: int = 8) -> None:
 
 
 def axis_sizes(config: MeshConfig, count: int) -> dict[str, int]:
-    """Resolves the number of devices along each axis.
+    """Resolves the number of devices along each axis, by name in the order of `AXES`.
 
-    Args:
-      config: the size of each axis.
-
-    Returns:
-      Sizes by axis name, in the order of `AXES`.
     Raises:
       InputError: the axes do not multiply to the number of devices.
     """
@@ -113,7 +108,6 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """Arranges devices as a mesh with the axes `AXES`.
 
     Args:
-      config: the size of each axis.
       devices: the devices to arrange; None means all.
 
     Raises:

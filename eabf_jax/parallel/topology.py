@@ -11,15 +11,7 @@ from jax.experimental import topologies
 from eabf_jax.errors import InputError, unknown_name
 
 # Chips along each dimension of the torus, by number of chips. Source: Google's documentation of v4 and v5p topologies.
-_CUBES = {
-    4: (2, 2, 1),
-    8: (2, 2, 2),
-    16: (2, 2, 4),
-    32: (2, 4, 4),
-    64: (4, 4, 4),
-    128: (4, 4, 8),
-    256: (4, 8, 8),
-}
+_CUBES = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8)}
 _SQUARES = {4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 
 # Without a TPU and these settings, libtpu queries the cloud's metadata server for its hardware, and takes a lock that
@@ -61,20 +53,12 @@ class Slice:
         return sum(2 if ring else 1 for size, ring in zip(self.shape, self.wrapped, strict=True) if size > 1)
 
 
-def _slices() -> dict[str, Slice]:
-    found: dict[str, Slice] = {}
-    for generation in ("v4", "v5p"):
-        for chips, cube in _CUBES.items():
-            name = f"{generation}-{2 * chips}"  # the name counts TensorCores, two per chip
-            found[name] = Slice(name, generation, cube)
-    for generation in ("v5e", "v6e"):
-        for chips, square in _SQUARES.items():
-            name = f"{generation}-{chips}"
-            found[name] = Slice(name, generation, square)
-    return found
-
-
-SLICES = _slices()
+_SLICES = [
+    # The name counts TensorCores, two per chip.
+    *(Slice(f"{kind}-{2 * chips}", kind, cube) for kind in ("v4", "v5p") for chips, cube in _CUBES.items()),
+    *(Slice(f"{kind}-{chips}", kind, square) for kind in ("v5e", "v6e") for chips, square in _SQUARES.items()),
+]
+SLICES = {slice_.name: slice_ for slice_ in _SLICES}
 
 
 def tpu_slice(name: str) -> Slice:

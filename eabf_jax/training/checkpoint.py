@@ -13,11 +13,7 @@ from eabf_jax.training.step import Saved
 
 
 def latest_step(run: Path) -> int:
-    """Returns the step of a run's newest complete checkpoint, or 0 if there is none.
-
-    Args:
-      run: the run's directory, which need not exist.
-    """
+    """Returns the step of a run's newest complete checkpoint; 0 if there is none, or no such directory."""
     folder = run / CHECKPOINTS
     found = folder.iterdir() if folder.is_dir() else ()
     return max((int(entry.name) for entry in found if entry.name.isdigit()), default=0)
@@ -33,11 +29,7 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, keep: int):
-        """Opens the folder.
-
-        Args:
-          keep: number of newest checkpoints to keep.
-        """
+        """Opens the folder, where the `keep` newest checkpoints are kept."""
         self._failed = False
         self._quiet = quiet_orbax()
         self._quiet.__enter__()
@@ -92,7 +84,6 @@ class Checkpoints:
         """Reads a checkpoint directly into its shardings on the mesh.
 
         Args:
-          step: the checkpoint's step.
           abstract: the checkpoint's structure, with `jax.ShapeDtypeStruct` leaves that have shardings.
 
         Returns:
@@ -100,15 +91,13 @@ class Checkpoints:
         Raises:
           InputError: the checkpoint cannot be read.
         """
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params),
+            optimizer=ocp.args.StandardRestore(abstract.optimizer),
+            data=ocp.args.JsonRestore(),
+        )
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(abstract.params),
-                    optimizer=ocp.args.StandardRestore(abstract.optimizer),
-                    data=ocp.args.JsonRestore(),
-                ),
-            )
+            restored = self._manager.restore(step, args=items)
         except Exception as failure:
             raise InputError(
                 f"checkpoint {step} in {self._manager.directory} cannot be read ({_first_line(failure)}): "

@@ -13,9 +13,6 @@ from eabf_jax.training.recipe import RecipeConfig
 def learning_rate_schedule(recipe: RecipeConfig, steps: int) -> optax.Schedule:
     """Returns linear warm-up to the peak, followed by cosine decay to zero or a constant.
 
-    Args:
-      recipe: peak, warm-up steps and kind of schedule.
-
     Returns:
       A function from the 0-based step to the learning rate; with cosine decay, the rate is 0 after the last step.
     """

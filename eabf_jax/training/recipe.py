@@ -4,6 +4,7 @@ The defaults are the recipe of the paper (arXiv 2401.07004, section 4.1, the run
 """
 
 import dataclasses
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,12 @@ from eabf_jax.model.lora import Lora
 from eabf_jax.parallel.mesh import MeshConfig
 from eabf_jax.rope import Scheme, parameters_of, scheme_names
 from eabf_jax.rope.registry import unknown_scheme
+
+# Keys whose numbers have to be positive where they are given.
+_POSITIVE = (
+    "window", "model.window", "recipe.epochs", "recipe.batch_size", "recipe.learning_rate", "recipe.clip_norm",
+    "compute.microbatch_size", "compute.loss_chunk", "recipe.steps", "checkpoint.every_steps", "checkpoint.keep",
+)  # fmt: skip
 
 
 class RopeConfig(draccus.ChoiceRegistry):
@@ -320,37 +327,20 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
 
 
 def _check_values(config: TrainConfig) -> None:
-    recipe, compute = config.recipe, config.compute
-    positive = {
-        "window": config.window,
-        "model.window": config.model.window,
-        "recipe.epochs": recipe.epochs,
-        "recipe.batch_size": recipe.batch_size,
-        "recipe.learning_rate": recipe.learning_rate,
-        "recipe.clip_norm": recipe.clip_norm,
-        "compute.microbatch_size": None if compute.microbatch_size == "auto" else compute.microbatch_size,
-        "compute.loss_chunk": compute.loss_chunk,
-        "recipe.steps": recipe.steps,
-        "checkpoint.every_steps": config.checkpoint.every_steps,
-        "checkpoint.keep": config.checkpoint.keep,
-    }
-    for key, value in positive.items():
-        if value is not None and not value > 0:
+    for key in _POSITIVE:
+        value = operator.attrgetter(key)(config)
+        if value not in (None, "auto") and not value > 0:
             raise InputError(f"configuration key '{key}' is {value}; a positive number is needed")
-    for key, beta in {"recipe.beta1": recipe.beta1, "recipe.beta2": recipe.beta2}.items():
+    for key in ("recipe.beta1", "recipe.beta2"):
+        beta = operator.attrgetter(key)(config)
         if not 0 <= beta < 1:
             raise InputError(f"configuration key '{key}' is {beta}; a number in [0, 1) is needed")
-    not_negative = {
-        "recipe.warmup_steps": recipe.warmup_steps,
-        "recipe.weight_decay": recipe.weight_decay,
-        "recipe.epsilon": recipe.epsilon,
-        "recipe.seed": recipe.seed,
-    }
-    for key, value in not_negative.items():
+    for key in ("recipe.warmup_steps", "recipe.weight_decay", "recipe.epsilon", "recipe.seed"):
+        value = operator.attrgetter(key)(config)
         if value < 0:
             raise InputError(f"configuration key '{key}' is {value}; a number that is not negative is needed")
-    if recipe.seed >= 2**32:
-        raise InputError(f"configuration key 'recipe.seed' is {recipe.seed}; a number below 2**32 is needed")
+    if config.recipe.seed >= 2**32:
+        raise InputError(f"configuration key 'recipe.seed' is {config.recipe.seed}; a number below 2**32 is needed")
     config.scheme  # noqa: B018 - building it checks the scheme's own values
 
 

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
-# `--overwrite`, as argparse takes it.
-OVERWRITE: Any = {"action": "store_true", "help": "replace what an earlier call made at --dst, and nothing else"}
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, src: str, dst: str) -> None:
@@ -19,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, src: str, dst: str) -> Non
     """
     parser.add_argument("--src", required=True, help=src)
     parser.add_argument("--dst", required=True, help=dst)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what an earlier call made at --dst, and nothing else"
+    )
 
 
 def run(convert: Callable[..., Any], arguments: argparse.Namespace) -> None:

@@ -13,7 +13,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser, src="the .gguf file, or any part of a split one", dst="Hugging Face directory to make"
     )
     parser.add_argument("--dtype", choices=convert.DTYPES, default="float32", help="of the weights")
-    parser.add_argument("--overwrite", **convert.OVERWRITE)
 
 
 run = functools.partial(convert.run, from_gguf)

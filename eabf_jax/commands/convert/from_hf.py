@@ -12,7 +12,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_arguments(
         parser, src="directory with config.json and safetensors files", dst="native model directory to make"
     )
-    parser.add_argument("--overwrite", **convert.OVERWRITE)
 
 
 run = functools.partial(convert.run, from_hf)

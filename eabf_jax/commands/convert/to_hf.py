@@ -10,11 +10,8 @@ from eabf_jax.interop.huggingface import to_hf
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     convert.add_arguments(
-        parser,
-        src="native model or run directory (model.json, checkpoints/)",
-        dst="Hugging Face directory to make",
+        parser, src="native model or run directory (model.json, checkpoints/)", dst="Hugging Face directory to make"
     )
-    parser.add_argument("--overwrite", **convert.OVERWRITE)
     parser.add_argument("--step", type=int, help="which checkpoint; the latest if not given")
     parser.add_argument("--dtype", choices=convert.DTYPES, help="as stored if not given")
     parser.add_argument("--base", help="of adapters: the model they belong to, if it is not where it was")

@@ -26,7 +26,8 @@ from eabf_jax.rope import Scheme
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what all commands of `eabf evaluate` take."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--model",
         action="append",
         required=True,
@@ -35,10 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "'yarn=models/tiny@{type: yarn, factor: 4, pretrained_window: 512}'; `window: 512` there takes the model for "
         "one with a smaller window. Repeat for more lines",
     )
-    parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
-    parser.add_argument("--batch-size", type=int, default=1, help="rows that each device reads at a time (default: 1)")
-    parser.add_argument("--tensor", type=int, default=1, help="devices that share the model's heads (default: 1)")
-    parser.add_argument("--json", help="write the figures here")
+    add("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
+    add("--batch-size", type=int, default=1, help="rows that each device reads at a time (default: 1)")
+    add("--tensor", type=int, default=1, help="devices that share the model's heads (default: 1)")
+    add("--json", help="write the figures here")
 
 
 def begin(arguments: argparse.Namespace, positive: Sequence[str] = ()) -> list[Entry]:
@@ -69,16 +70,7 @@ def begin(arguments: argparse.Namespace, positive: Sequence[str] = ()) -> list[E
 
 
 def numbers(option: str, text: str, example: str) -> list[int]:
-    """Reads a list of whole numbers.
-
-    Args:
-      option: its name on the command line.
-      text: numbers with commas between them.
-      example: what would be right.
-
-    Raises:
-      InputError: something else.
-    """
+    """Reads an option's whole numbers, with commas between them; the error gives the example of what would be right."""
     try:
         return [int(number) for number in text.split(",")]
     except ValueError as error:

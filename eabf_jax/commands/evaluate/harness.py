@@ -55,37 +55,36 @@ class Report(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     common.add_arguments(parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--tasks",
         required=True,
         metavar="NAME,...",
         help=f"tasks, groups or tags of lm-evaluation-harness, with wildcards; {longbench.GROUP} stands for the "
         "paper's twelve LongBench tasks",
     )
-    parser.add_argument(
+    add(
         "--windows",
         help="tokens that a prompt and its answer may have, e.g. 4096,8192,16384,32768: every task is run at each "
         "(default: the model's own)",
     )
-    parser.add_argument(
+    add(
         "--truncate",
         choices=TRUNCATIONS,
         default="middle",
         help="cut longer prompts out of their middle (default, as the paper does), or from their left end",
     )
-    parser.add_argument("--include-path", metavar="DIR", help="further task files (YAML), which go before the harness'")
-    parser.add_argument(
-        "--data", metavar="DIR", help="LongBench's own files (narrativeqa.jsonl, ...), where there is no network"
-    )
-    parser.add_argument("--limit", type=int, help="the first so many documents of each task (default: all)")
-    parser.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's)")
-    parser.add_argument(
+    add("--include-path", metavar="DIR", help="further task files (YAML), which go before the harness'")
+    add("--data", metavar="DIR", help="LongBench's own files (narrativeqa.jsonl, ...), where there is no network")
+    add("--limit", type=int, help="the first so many documents of each task (default: all)")
+    add("--num-fewshot", type=int, help="examples before each question (default: the task's)")
+    add(
         "--apply-chat-template",
         action="store_true",
         help="set prompts into the model's chat template, but for LongBench's TREC, TriviaQA and SAMSum, as "
         "LongBench does",
     )
-    parser.add_argument("--output", metavar="DIR", help="write every request and answer here: model/window/task.jsonl")
+    add("--output", metavar="DIR", help="write every request and answer here: model/window/task.jsonl")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -94,12 +93,8 @@ def run(arguments: argparse.Namespace) -> None:
     windows = _check(arguments, entries)
     _import_harness()
     tasks = load_tasks(arguments.tasks.split(","), arguments.include_path, arguments.data)
-    report = Report([], [])
-    if arguments.output is None:
-        _measure(arguments, entries, windows, tasks, report, None)
-    else:
-        with new_directory(arguments.output) as directory:
-            _measure(arguments, entries, windows, tasks, report, directory)
+    with contextlib.nullcontext() if arguments.output is None else new_directory(arguments.output) as directory:
+        report = _measure(arguments, entries, windows, tasks, directory)
     common.report(arguments, table(report), as_json(report, arguments))
 
 
@@ -216,20 +211,14 @@ def _measure(
     entries: Sequence[Entry],
     windows: Sequence[Sequence[int]],
     tasks: dict[str, list[Any]],
-    report: Report,
     output: Path | None,
-) -> None:
+) -> Report:
     from eabf_jax.evaluation.harness import EabfLM
 
+    report = Report([], [])
     for (label, directory, rope, _), lengths in zip(entries, windows, strict=True):
-        model = EabfLM(
-            directory,
-            rope=rope,
-            dtype=arguments.dtype,
-            batch_size=arguments.batch_size,
-            truncate=arguments.truncate,
-            tensor=arguments.tensor,
-        )
+        options = {name: getattr(arguments, name) for name in ("dtype", "batch_size", "truncate", "tensor")}
+        model = EabfLM(directory, rope=rope, **options)
         for window in lengths:
             model.window = window
             print(f"{label}, window {window:,}", file=sys.stderr)
@@ -242,6 +231,7 @@ def _measure(
                 report.macro_averages.append(Score(label, window, longbench.GROUP, "macro average", mean, None, None))
             if output is not None:
                 _write_samples(output / _file_name(label) / str(window), results)
+    return report
 
 
 def evaluate(model: Any, tasks: dict[str, list[Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -287,18 +277,10 @@ def _scores(label: str, window: int, result: dict[str, Any]) -> list[Score]:
             # The task's own name of the same figure says nothing more.
             if task in longbench.TASKS and name != longbench.METRIC:
                 continue
+            metric = name if chosen == "none" else f"{name} ({chosen})"
             error = figures.get(f"{name}_stderr,{chosen}")
-            scores.append(
-                Score(
-                    label,
-                    window,
-                    task,
-                    name if chosen == "none" else f"{name} ({chosen})",
-                    float(value),
-                    float(error) if isinstance(error, int | float) else None,
-                    documents,
-                )
-            )
+            error = float(error) if isinstance(error, int | float) else None
+            scores.append(Score(label, window, task, metric, float(value), error, documents))
     return scores
 
 
@@ -344,15 +326,12 @@ def table(report: Report) -> Grid:
 
 def as_json(report: Report, arguments: argparse.Namespace) -> dict[str, Any]:
     """The figures for programs, with how they were measured."""
+    options = ("dtype", "truncate", "limit", "num_fewshot", "apply_chat_template")
     measured = common.measured_on()
     measured["versions"] |= {name: version(name) for name in ("lm-eval", "datasets")}
     return {
         **measured,
-        "dtype": arguments.dtype,
-        "truncate": arguments.truncate,
-        "limit": arguments.limit,
-        "num_fewshot": arguments.num_fewshot,
-        "apply_chat_template": arguments.apply_chat_template,
+        **{name: getattr(arguments, name) for name in options},
         "seeds": "lm-evaluation-harness' own: 0 for Python, 1234 for the others; draws from 0 on",
         "models": list(arguments.model),
         "scores": [score._asdict() for score in report.scores],

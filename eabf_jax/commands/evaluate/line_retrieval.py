@@ -5,13 +5,6 @@ import functools
 from eabf_jax.commands.evaluate import retrieval
 from eabf_jax.evaluation import line_retrieval
 
-TASK = retrieval.Task(
-    "line retrieval",
-    False,
-    50,
-    lambda tokenizer, arguments, lengths, depths: line_retrieval.prompts(
-        tokenizer, lengths, arguments.samples, arguments.seed, chat=arguments.chat_template
-    ),
-)
+TASK = retrieval.Task("line retrieval", has_depths=False, samples=50, prompts=line_retrieval.prompts)
 add_arguments = functools.partial(retrieval.add_arguments, task=TASK)
 run = functools.partial(retrieval.run, task=TASK)

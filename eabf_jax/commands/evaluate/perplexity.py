@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,25 +39,24 @@ from eabf_jax.model.llama import Llama
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     evaluate.add_arguments(parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--data",
         required=True,
         help="a dataset made by `eabf prepare`; or texts, read with the models' tokenizer: a file or directory that "
         '`eabf prepare --format text` reads, such as .txt (one document) or .jsonl (one a line, under "text")',
     )
-    parser.add_argument("--split", default="held_out", help="of a dataset (default: held_out)")
-    parser.add_argument("--length", type=int, help="cut documents to this many tokens (default: the shortest one's)")
-    parser.add_argument("--skip-shorter", action="store_true", help="leave out documents shorter than --length")
-    parser.add_argument("--documents", type=int, help="use the first so many (default: all)")
-    parser.add_argument(
-        "--bands", help="edges of the position bands, e.g. 0,256,512,1024 (default: doubling from 256 to the length)"
-    )
-    parser.add_argument(
+    add("--split", default="held_out", help="of a dataset (default: held_out)")
+    add("--length", type=int, help="cut documents to this many tokens (default: the shortest one's)")
+    add("--skip-shorter", action="store_true", help="leave out documents shorter than --length")
+    add("--documents", type=int, help="use the first so many (default: all)")
+    add("--bands", help="edges of the position bands, e.g. 0,256,512,1024 (default: doubling from 256 to the length)")
+    add(
         "--windows",
         help="instead of bands, perplexity of windows of so many tokens that slide over the documents, e.g. 4096,8192",
     )
-    parser.add_argument("--stride", type=int, default=256, help="new tokens of each sliding window (default: 256)")
-    parser.add_argument("--figure", help="draw loss by position, or perplexity by window, here (.png, .svg or .pdf)")
+    add("--stride", type=int, default=256, help="new tokens of each sliding window (default: 256)")
+    add("--figure", help="draw loss by position, or perplexity by window, here (.png, .svg or .pdf)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -99,15 +99,17 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     windows = [] if arguments.windows is None else numbers("--windows", arguments.windows, "lengths such as 4096,8192")
     for window in windows:
         check_window(window, arguments.stride, documents.shape[1])
+    # Each pass reads the documents, or the windows that slide over them.
+    ends = [window_ends(documents.shape[1], window, arguments.stride) for window in windows]
+    rows = [len(documents) * len(pass_ends) for pass_ends in ends] or [len(documents)]
     pretrained = min(config.max_position_embeddings for config in configs)
     comparison = Comparison({}, {}, {}, {}, len(documents), documents.shape[1], pretrained)
     means: dict[str, list[np.ndarray]] = {}
     with progress_bar() as progress:
         for entry in entries:
-            total = sum(_rows(documents, windows, arguments.stride))
-            advance = track(progress, f"evaluating {entry.label}", total)
+            advance = track(progress, f"evaluating {entry.label}", sum(rows))
             # No name holds the model, so that it is gone before the next one comes.
-            losses = _losses(model_of(entry, arguments), documents, windows, arguments, advance)
+            losses = _losses(model_of(entry, arguments), documents, windows, rows, arguments, advance)
             if not all(np.isfinite(part).all() for part in losses):
                 raise InputError(f"{entry.label}: the loss is not finite; expected sound weights, or --dtype float32")
             if windows:
@@ -127,16 +129,11 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     return comparison
 
 
-def _rows(documents: Int[np.ndarray, "documents T"], windows: Sequence[int], stride: int) -> list[int]:
-    """How many rows each pass reads: the documents, or those of each sliding window."""
-    count, length = documents.shape
-    return [count * len(window_ends(length, window, stride)) for window in windows] or [count]
-
-
 def _losses(
     model: Llama,
     documents: Int[np.ndarray, "documents T"],
     windows: Sequence[int],
+    rows: Sequence[int],
     arguments: argparse.Namespace,
     advance: Callable[[int], None],
 ) -> list[np.ndarray]:
@@ -144,10 +141,9 @@ def _losses(
     size, stride = arguments.batch_size, arguments.stride
     if not windows:
         return [position_losses(model, documents, batch_size=size, progress=advance)]
-    rows = _rows(documents, windows, stride)
     found = []
-    for number, window in enumerate(windows):
-        further = functools.partial(lambda before, done: advance(before + done), sum(rows[:number]))
+    for window, before in zip(windows, itertools.accumulate(rows, initial=0), strict=False):
+        further = functools.partial(lambda before, done: advance(before + done), before)
         found.append(sliding_losses(model, documents, window, stride, batch_size=size, progress=further))
     return found
 
@@ -188,38 +184,26 @@ def _fine_edges(length: int) -> list[int]:
 
 
 def table(comparison: Comparison) -> Grid:
-    """The comparison for people: one row a model, one column a band or a window."""
+    """The comparison for people: one row a model, one column a band or a window, its best in bold."""
     documents = f"{comparison.documents} documents of {comparison.length:,} tokens"
     if comparison.windows:
         first = next(iter(comparison.windows.values()))
-        grid = Grid(
-            ["model"],
-            [f"{column.window:,}" for column in first],
-            title=f"perplexity by window, stride {first[0].stride:,}, {documents} (95 % interval over documents)",
-        )
-        perplexities = {label: [w.perplexity for w in row] for label, row in comparison.windows.items()}
-        ends = {
-            label: ["" if math.isnan(w.low) else f" ({w.low:.2f}–{w.high:.2f})" for w in row]
+        title = f"perplexity by window, stride {first[0].stride:,}, {documents} (95 % interval over documents)"
+        heads = [f"{column.window:,}" for column in first]
+        rows = {
+            label: [(w.perplexity, "" if math.isnan(w.low) else f" ({w.low:.2f}–{w.high:.2f})") for w in row]
             for label, row in comparison.windows.items()
         }
-        return _with_rows(grid, perplexities, ends)
-    bands = next(iter(comparison.bands.values()))
-    grid = Grid(
-        ["model"],
-        [f"{band.start:,}-{band.end:,}" for band in bands],
-        title=f"loss by position, nats per token, {documents}",
-    )
-    return _with_rows(grid, {label: [band.mean for band in row] for label, row in comparison.bands.items()}, {})
-
-
-def _with_rows(grid: Grid, values: Mapping[str, list[float]], notes: Mapping[str, list[str]]) -> Grid:
-    """A row a model, the best of each column in bold."""
-    best = [min(column) for column in zip(*values.values(), strict=True)]
-    for label, row in values.items():
-        notes_of = notes.get(label, [""] * len(row))
+    else:
+        title = f"loss by position, nats per token, {documents}"
+        heads = [f"{band.start:,}-{band.end:,}" for band in next(iter(comparison.bands.values()))]
+        rows = {label: [(band.mean, "") for band in row] for label, row in comparison.bands.items()}
+    grid = Grid(["model"], heads, title=title)
+    best = [min(value for value, _ in column) for column in zip(*rows.values(), strict=True)]
+    for label, row in rows.items():
         cells = (
             f"[bold]{value:.3f}[/bold]{note}" if value == low else f"{value:.3f}{note}"
-            for value, note, low in zip(row, notes_of, best, strict=True)
+            for (value, note), low in zip(row, best, strict=True)
         )
         grid.add([label], cells)
     return grid
@@ -227,21 +211,11 @@ def _with_rows(grid: Grid, values: Mapping[str, list[float]], notes: Mapping[str
 
 def as_json(comparison: Comparison, arguments: argparse.Namespace) -> dict[str, Any]:
     """The comparison for programs, with what it was measured on."""
-    return {
-        "dtype": arguments.dtype,
-        "models": list(arguments.model),
-        **measured_on(),
-        **figures(comparison),
-    }
+    return {"dtype": arguments.dtype, "models": list(arguments.model), **measured_on(), **figures(comparison)}
 
 
 def figures(comparison: Comparison) -> dict[str, Any]:
     """What was measured, as JSON values by label."""
-    kinds: dict[str, Mapping[str, Sequence[Any]]] = {
-        "windows": comparison.windows,
-        "bands": comparison.bands,
-        "curves": comparison.curves,
-    }
     return {
         "documents": comparison.documents,
         "length": comparison.length,
@@ -250,8 +224,8 @@ def figures(comparison: Comparison) -> dict[str, Any]:
         "half_width": "of the 95 % confidence interval over documents (Student's t)",
         **{
             kind: {label: [finite(dataclasses.asdict(part)) for part in parts] for label, parts in measured.items()}
-            for kind, measured in kinds.items()
-            if measured
+            for kind in ("windows", "bands", "curves")
+            if (measured := getattr(comparison, kind))
         },
         "beside_first": {
             label: [finite(mean._asdict()) for mean in means] for label, means in comparison.beside_first.items()

@@ -16,55 +16,44 @@ from eabf_jax.errors import InputError
 from eabf_jax.evaluation.intervals import Share, clustered, finite
 from eabf_jax.evaluation.retrieval import Cell, Prompt, measure
 from eabf_jax.interop.loading import Entry
-from eabf_jax.interop.tokenizer import Tokenizer
 
 
 class Task(NamedTuple):
-    """One kind of retrieval.
+    """One kind of retrieval."""
 
-    Attributes:
-      name: what to call it.
-      has_depths: whether its prompts lie on a grid of lengths and depths.
-      samples: prompts of a cell where none are asked for.
-      prompts: (tokenizer, arguments, lengths, depths) to prompts.
-    """
-
-    name: str
-    has_depths: bool
-    samples: int
-    prompts: Callable[[Tokenizer, argparse.Namespace, list[int], list[int]], list[Prompt]]
+    name: str  # what to call it
+    has_depths: bool  # whether its prompts lie on a grid of lengths and depths
+    samples: int  # prompts of a cell where none are asked for
+    prompts: Callable[..., list[Prompt]]  # takes tokenizer, lengths, depths if it has them, samples, seed and `chat`
 
 
 def add_arguments(parser: argparse.ArgumentParser, task: Task) -> None:
     """Declares the command line of one task."""
     evaluate.add_arguments(parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--lengths",
         required=True,
         help="tokens of prompt and answer together, e.g. 4096,8192,16384,32768: each prompt is as long as fits",
     )
     if task.has_depths:
-        parser.add_argument(
-            "--depths", default="0,25,50,75,100", help="where the key lies, percent of the text (default: %(default)s)"
-        )
+        add("--depths", default="0,25,50,75,100", help="where the key lies, percent of the text (default: %(default)s)")
     of = "length and depth" if task.has_depths else "length"
-    parser.add_argument(
-        "--samples", type=int, default=task.samples, help=f"prompts of each {of} (default: {task.samples})"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts, the same for every model (default: 0)")
-    parser.add_argument(
+    add("--samples", type=int, default=task.samples, help=f"prompts of each {of} (default: {task.samples})")
+    add("--seed", type=int, default=0, help="of the prompts, the same for every model (default: 0)")
+    add(
         "--no-chat-template",
         dest="chat_template",
         action="store_false",
         help="give the prompt as it is to a model whose tokenizer has a chat template",
     )
-    parser.add_argument(
+    add(
         "--pretrained-window",
         type=int,
         help="longest of the short lengths, in tokens (default: the smallest window of the models compared)",
     )
     kind = "a heat map a model" if task.has_depths else "accuracy by length"
-    parser.add_argument("--figure", help=f"draw {kind} here (.png, .svg or .pdf)")
+    add("--figure", help=f"draw {kind} here (.png, .svg or .pdf)")
 
 
 def run(arguments: argparse.Namespace, task: Task) -> None:
@@ -76,30 +65,24 @@ def run(arguments: argparse.Namespace, task: Task) -> None:
 
 
 class Retrieval(NamedTuple):
-    """What `compare` measured.
+    """What `compare` measured."""
 
-    Attributes:
-      task: what it is called.
-      cells: by label.
-      pretrained_window: up to which a length is short.
-      note: what keeps the models' prompts apart; empty where they are the same.
-    """
-
-    task: str
-    cells: dict[str, list[Cell]]
-    pretrained_window: int
-    note: str
+    task: str  # what it is called
+    cells: dict[str, list[Cell]]  # by label
+    pretrained_window: int  # up to which a length is short
+    note: str  # what keeps the models' prompts apart; empty where they are the same
 
 
 def compare(arguments: argparse.Namespace, task: Task) -> Retrieval:
     """Measures every model on the prompts of a seed."""
     entries = evaluate.begin(arguments, ("samples", "pretrained_window"))
-    lengths = _ascending("--lengths", arguments.lengths, 1, None)
-    depths = _ascending("--depths", arguments.depths, 0, 100) if task.has_depths else []
+    grid = [_ascending("--lengths", arguments.lengths, 1, None)]
+    if task.has_depths:
+        grid.append(_ascending("--depths", arguments.depths, 0, 100))
     if arguments.seed < 0:
         raise InputError(f"--seed {arguments.seed}: a number from 0 is needed")
     window = min(entry.config.max_position_embeddings for entry in entries)
-    by_model, note = _prompts(entries, arguments, task, lengths, depths)
+    by_model, note = _prompts(entries, arguments, task, grid)
     cells: dict[str, list[Cell]] = {}
     with progress_bar() as progress:
         for entry, prompts in zip(entries, by_model, strict=True):
@@ -120,7 +103,7 @@ def _ascending(option: str, text: str, least: int, most: int | None) -> list[int
 
 
 def _prompts(
-    entries: Sequence[Entry], arguments: argparse.Namespace, task: Task, lengths: list[int], depths: list[int]
+    entries: Sequence[Entry], arguments: argparse.Namespace, task: Task, grid: Sequence[list[int]]
 ) -> tuple[list[list[Prompt]], str]:
     """Each model's prompts, made once for models that read the same, and what keeps them apart."""
     made: dict[tuple[str, str | None], list[Prompt]] = {}
@@ -129,7 +112,7 @@ def _prompts(
         tokenizer = tokenizer_of(entry.directory)
         key = (tokenizer_digest(tokenizer), tokenizer.chat_template if arguments.chat_template else None)
         if key not in made:
-            made[key] = task.prompts(tokenizer, arguments, lengths, depths)
+            made[key] = task.prompts(tokenizer, *grid, arguments.samples, arguments.seed, chat=arguments.chat_template)
         by_model.append(made[key])
     if len({digest for digest, _ in made}) > 1:
         return by_model, "the tokenizers differ: the same answers, in as much text as fits each model's own tokens"
@@ -139,27 +122,12 @@ def _prompts(
 
 
 def by_length(cells: Sequence[Cell]) -> dict[int, Share]:
-    """Shares of hits by length, all depths together.
-
-    Args:
-      cells: one model's.
-
-    Returns:
-      A share for each length, ascending.
-    """
+    """A model's shares of hits by length, ascending, all depths together."""
     return {length: _pooled([cell for cell in cells if cell.length == length]) for length in _lengths(cells)}
 
 
 def short_and_long(cells: Sequence[Cell], pretrained_window: int) -> dict[str, Share]:
-    """Shares of hits within the pretrained window and beyond.
-
-    Args:
-      cells: one model's.
-      pretrained_window: the longest of the short lengths.
-
-    Returns:
-      "short" and "long", or the one of the two that there is.
-    """
+    """A model's shares of hits up to the pretrained window, "short", and beyond, "long"; one may be missing."""
     sets = {
         "short": [cell for cell in cells if cell.length <= pretrained_window],
         "long": [cell for cell in cells if cell.length > pretrained_window],
@@ -185,10 +153,7 @@ def _clusters(cell: Cell) -> list[tuple[int, int]]:
 def table(retrieval: Retrieval) -> Grid:
     """The result for people: one row a model, one column a length, and the short and the long lengths together."""
     shares = {
-        label: [
-            *by_length(cells).values(),
-            *(short_and_long(cells, retrieval.pretrained_window).values()),
-        ]
+        label: [*by_length(cells).values(), *short_and_long(cells, retrieval.pretrained_window).values()]
         for label, cells in retrieval.cells.items()
     }
     cells = next(iter(retrieval.cells.values()))
@@ -225,8 +190,9 @@ def as_json(retrieval: Retrieval, arguments: argparse.Namespace) -> dict[str, An
 
 def figures(retrieval: Retrieval) -> dict[str, Any]:
     """Cells, and their sums by length and by short and long, as JSON values by label."""
+    window = retrieval.pretrained_window
     return {
-        "pretrained_window": retrieval.pretrained_window,
+        "pretrained_window": window,
         "interval": "95 %, bootstrap over cells of a length and depth; over prompts where depth is left to chance",
         "loss": "of the answers, nats per token",
         "cells": {label: [dataclasses.asdict(cell) for cell in row] for label, row in retrieval.cells.items()},
@@ -235,10 +201,7 @@ def figures(retrieval: Retrieval) -> dict[str, Any]:
             for label, row in retrieval.cells.items()
         },
         "short_and_long": {
-            label: {
-                name: finite(share._asdict())
-                for name, share in short_and_long(row, retrieval.pretrained_window).items()
-            }
+            label: {name: finite(share._asdict()) for name, share in short_and_long(row, window).items()}
             for label, row in retrieval.cells.items()
         },
     }
