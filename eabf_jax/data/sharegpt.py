@@ -3,10 +3,11 @@
 import hashlib
 import json
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any
 
 from eabf_jax.data.forms import TURN_LIST_KEYS, Unusable, role_of, text_of
 
@@ -19,33 +20,21 @@ _PART_ID = re.compile(r"(.+)_(\d{1,9})", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The entries that hold the parts of one conversation, in order."""
+    """The entries that hold the parts of one conversation, in order.
 
-    id: str  # id of its first part, or a digest of its text if the file has no id
-    place: str  # the id that decides its place in the order, and its portion
-    entries: tuple[int, ...]  # indices into the index's entries
-    starts: tuple[int, ...]  # position of each entry's first turn in the conversation
-    tie: int  # digest of its beginning, which orders conversations of equal id whatever file they are in
+    Attributes:
+      id: id of its first part, or a digest of its text if the file has no id.
+      place: the id that decides its place in the order, and its portion.
+      entries: indices into the index's entries.
+      starts: position of each entry's first turn in the conversation.
+      tie: digest of its beginning, which orders conversations of equal id whatever file they are in.
+    """
 
-
-class _Part(NamedTuple):
-    """An entry whose id looks like that of a part. Parts of one id sort by the fields up to `entry`."""
-
-    start: int  # the number in its id: the position of its first turn
-    turns: int
-    first: int  # digest of its first turn
-    last: int  # digest of its last turn
-    entry: int
     id: str
-    bytes: int
-    opening_bytes: int  # of three turns, because the first may repeat the last turn of the previous part
-    beside: int  # digest of the entry's other values
-    begins_with_question: bool
-    ends_with_answer: bool
-
-    @property
-    def end(self) -> int:
-        return self.start + self.turns
+    place: str
+    entries: tuple[int, ...]
+    starts: tuple[int, ...]
+    tie: int
 
 
 class Parts:
@@ -68,10 +57,18 @@ class Parts:
     """
 
     def __init__(self) -> None:
+        """Starts without entries."""
         self.kept_apart = 0
-        self._added = 0
-        self._alone: list[Conversation] = []
-        self._groups: dict[str, list[_Part]] = {}
+        self._alone: set[int] = set()
+        self._ids: list[str] = []
+        self._turns = array("L")
+        self._bytes = array("Q")
+        self._opening_bytes = array("Q")
+        self._first = array("Q")
+        self._last = array("Q")
+        self._beside = array("Q")
+        self._begins_with_question = array("B")
+        self._ends_with_answer = array("B")
 
     def add(self, entry: Any, turns: Sequence[Any] | None) -> None:
         """Records one entry.
@@ -80,35 +77,28 @@ class Parts:
           entry: the value in the file.
           turns: its turns; None for an entry that is not a conversation, which is never a part.
         """
-        number = self._added
-        self._added += 1
-        given = entry.get("id") if isinstance(entry, dict) else None
-        if isinstance(given, str | int) and given != "":
-            identifier = str(given)
+        identifier = entry.get("id") if isinstance(entry, dict) else None
+        if isinstance(identifier, str | int) and identifier != "":
+            self._ids.append(str(identifier))
         else:
-            identifier = f"{digest(json.dumps(entry if turns is None else turns)):016x}"
+            self._ids.append(f"{digest(json.dumps(entry if turns is None else turns)):016x}")
         whole = [entry] if turns is None else turns
-        first, last = (digest(json.dumps(whole[place])) if whole else 0 for place in (0, -1))
-        match = None if turns is None else _PART_ID.fullmatch(identifier)
-        if match is None:
-            self._alone.append(Conversation(identifier, identifier, (number,), (0,), first ^ last))
-            return
-        sizes = [_size(turn) for turn in whole]
-        beside = {key: value for key, value in entry.items() if key != "id" and key not in TURN_LIST_KEYS}
-        part = _Part(
-            start=int(match[2]),
-            turns=len(whole),
-            first=first,
-            last=last,
-            entry=number,
-            id=identifier,
-            bytes=sum(sizes),
-            opening_bytes=sum(sizes[:3]),
-            beside=digest(json.dumps(beside, sort_keys=True)),
-            begins_with_question=bool(whole) and role_of(whole[0]) == "user",
-            ends_with_answer=bool(whole) and role_of(whole[-1]) == "assistant",
-        )
-        self._groups.setdefault(match[1], []).append(part)
+        sizes: list[int] = []
+        beside = {}
+        if turns is None or _PART_ID.fullmatch(self._ids[-1]) is None:
+            self._alone.add(len(self._ids) - 1)
+        else:
+            sizes = [_size(turn) for turn in turns]
+            beside = {key: value for key, value in entry.items() if key != "id" and key not in TURN_LIST_KEYS}
+        self._turns.append(len(whole))
+        self._bytes.append(sum(sizes))
+        # Three, because the first of them may repeat the last turn of the previous part.
+        self._opening_bytes.append(sum(sizes[:3]))
+        self._first.append(digest(json.dumps(whole[0])) if whole else 0)
+        self._last.append(digest(json.dumps(whole[-1])) if whole else 0)
+        self._beside.append(digest(json.dumps(beside, sort_keys=True)))
+        self._begins_with_question.append(bool(sizes) and role_of(whole[0]) == "user")
+        self._ends_with_answer.append(bool(sizes) and role_of(whole[-1]) == "assistant")
 
     def join(self) -> list[Conversation]:
         """Applies the rule.
@@ -116,48 +106,70 @@ class Parts:
         Returns:
           The conversations, single entries first.
         """
-        conversations = list(self._alone)
-        for group in self._groups.values():
-            # Entries of one number with equal first and last turns are duplicates.
-            parts = [next(same) for _, same in groupby(sorted(group), key=lambda part: part[:4])]
-            is_one = _are_numbered_by_turns(parts)
-            runs = list(_runs(parts)) if is_one else [[part] for part in parts]
-            for run in runs:
-                # Runs of one id may still be one conversation, so they all go into the same portion.
-                place = parts[0].id if is_one else run[0].id
-                entries = tuple(part.entry for part in run)
-                starts = tuple(part.start - run[0].start for part in run)
-                conversations.append(Conversation(run[0].id, place, entries, starts, run[0].first ^ run[-1].last))
+        groups: dict[str, list[tuple[int, int]]] = {}
+        for entry in range(len(self._ids)):
+            match = None if entry in self._alone else _PART_ID.fullmatch(self._ids[entry])
+            if match is not None:
+                groups.setdefault(match[1], []).append((int(match[2]), entry))
+        conversations = [self._conversation([(0, entry)]) for entry in sorted(self._alone)]
+        for group in groups.values():
+            parts = list(self._distinct(group))
+            if self._are_numbered_by_turns(parts):
+                runs = list(self._runs(parts))
+                # They may still be one conversation, so they all go into the same portion.
+                conversations += [self._conversation(run, place=parts[0][1]) for run in runs]
+            else:
+                runs = [[part] for part in parts]
+                conversations += [self._conversation(run) for run in runs]
             self.kept_apart += len(runs) if len(runs) > 1 else 0
         return conversations
 
+    def _distinct(self, group: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """Yields the entries of one id in order of their numbers, without duplicates."""
+        ordered = sorted((start, self._turns[e], self._first[e], self._last[e], e) for start, e in group)
+        previous: tuple[int, ...] = ()
+        for *key, entry in ordered:
+            if tuple(key) != previous:
+                yield key[0], entry
+            previous = tuple(key)
 
-def _are_numbered_by_turns(parts: list[_Part]) -> bool:
-    """Tells whether the numbers of one id are positions of turns and its entries were too long for one part."""
-    return parts[0].start == 0 and all(
-        (after.start == part.end or _overlap(part, after))
-        and part.bytes + after.opening_bytes > SPLIT_BYTES
-        and part.beside == after.beside
-        for part, after in pairwise(parts)
-    )
+    def _are_numbered_by_turns(self, parts: list[tuple[int, int]]) -> bool:
+        """Tells whether the numbers of one id are positions of turns and its entries were too long for one part."""
+        return parts[0][0] == 0 and all(
+            (next_start == start + self._turns[part] or self._overlaps(start, part, next_start, next_part))
+            and self._bytes[part] + self._opening_bytes[next_part] > SPLIT_BYTES
+            and self._beside[part] == self._beside[next_part]
+            for (start, part), (next_start, next_part) in pairwise(parts)
+        )
 
+    def _overlaps(self, start: int, part: int, next_start: int, next_part: int) -> bool:
+        """Tells whether a part begins with the last turn of the previous part."""
+        end = start + self._turns[part]
+        return start < next_start == end - 1 and self._first[next_part] == self._last[part]
 
-def _overlap(part: _Part, after: _Part) -> bool:
-    """Tells whether a part begins with the last turn of the previous part."""
-    return part.start < after.start == part.end - 1 and after.first == part.last
+    def _runs(self, parts: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+        """Cuts the parts of one id where an answer is not followed by a question."""
+        run = parts[:1]
+        for (start, part), (next_start, next_part) in pairwise(parts):
+            # The splitter writes an empty part before a first exchange that alone is too long.
+            alternates = self._begins_with_question[next_part] and (
+                self._ends_with_answer[part] or self._turns[part] == 0
+            )
+            if not alternates and not self._overlaps(start, part, next_start, next_part):
+                yield run
+                run = []
+            run.append((next_start, next_part))
+        yield run
 
-
-def _runs(parts: list[_Part]) -> Iterator[list[_Part]]:
-    """Cuts the parts of one id where an answer is not followed by a question."""
-    run = parts[:1]
-    for part, after in pairwise(parts):
-        # The splitter writes an empty part before a first exchange that alone is too long.
-        alternates = after.begins_with_question and (part.ends_with_answer or part.turns == 0)
-        if not alternates and not _overlap(part, after):
-            yield run
-            run = []
-        run.append(after)
-    yield run
+    def _conversation(self, parts: list[tuple[int, int]], place: int | None = None) -> Conversation:
+        first, last = parts[0][1], parts[-1][1]
+        return Conversation(
+            id=self._ids[first],
+            place=self._ids[first if place is None else place],
+            entries=tuple(entry for _, entry in parts),
+            starts=tuple(start - parts[0][0] for start, _ in parts),
+            tie=self._first[first] ^ self._last[last],
+        )
 
 
 def _size(turn: Any) -> int:
@@ -179,5 +191,9 @@ def order_key(seed: int, conversation: Conversation) -> tuple[int, int]:
 
 
 def fraction(identifier: str) -> float:
-    """Hashes an id uniformly into [0, 1), independent of the seed, so that disjoint ranges are disjoint data."""
+    """Hashes an id uniformly into [0, 1), independent of the seed, so that disjoint ranges are disjoint data.
+
+    Args:
+      identifier: a conversation's id.
+    """
     return (digest(identifier) >> 11) / 2.0**53
