@@ -183,7 +183,8 @@ def scan(
       name: the file's name in errors.
       chunk_bytes: bytes to read at a time; affects only speed and memory.
       holds_entries: whether a list holds entries, given its key (None for a top-level array) and its first element. A
-        top-level array that holds none is a single entry, and so is an object without such a list.
+        top-level array that holds none is a single entry, and so is an object without such a list. By default, only a
+        top-level array holds entries.
       repair: accept commas before a closing bracket.
 
     Returns:
