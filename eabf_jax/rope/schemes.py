@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field
 from functools import cache
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -305,7 +304,7 @@ def parameters_of(name: str) -> Mapping[str, tuple[Any, Any]]:
     Raises:
       InputError: unknown scheme.
     """
-    return MappingProxyType(entry_of(name).parameters)
+    return entry_of(name).parameters
 
 
 def _told(rule: Rule) -> dict[str, Any]:
