@@ -138,9 +138,7 @@ class Generator:
         """Continues prompts.
 
         Args:
-          prompts: token ids of each prompt, of any lengths.
-          max_new_tokens: maximum number of tokens to add to each prompt.
-          **options: as for `stream`.
+          prompts, max_new_tokens, **options: as for `stream`.
 
         Returns:
           One completion per prompt, in the same order.
@@ -598,7 +596,6 @@ def lower_generation(
 
     Args:
       dtype: of weights, computation and cache.
-      mesh: the mesh to lower for.
       window: tokens of a row, prompt and text together.
       prefill_chunk: as for `Generator`.
 
@@ -611,14 +608,12 @@ def lower_generation(
     steps, numbers = split(Sampling())
     rows, everywhere = placement.row_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
-    def there(shapes: Any) -> Any:
-        """Shapes of row arrays, and of scalars, with their shardings."""
-        at = jax.tree.map(lambda x: rows if x.ndim and x.shape[0] == batch else everywhere, shapes)
+    def placed(shapes: Any, at: Any) -> Any:
         return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, at)
 
-    def like(shapes: LayerCache) -> LayerCache:
-        at = placement.cache_sharding(mesh, shapes)
-        return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, at)
+    def there(shapes: Any) -> Any:
+        """Shapes of row arrays, and of scalars, with their shardings."""
+        return placed(shapes, jax.tree.map(lambda x: rows if x.ndim and x.shape[0] == batch else everywhere, shapes))
 
     def inputs() -> tuple[_State, _Choice, Array, Row]:
         row = jnp.zeros(batch, jnp.int32)
@@ -630,7 +625,8 @@ def lower_generation(
 
     state, choice, x, tables = there(jax.eval_shape(inputs))
     shape = (batch, config.num_key_value_heads, slots, config.head_dim)
-    cache = like(jax.eval_shape(lambda: empty_cache(*shape, dtype)))
+    cache = jax.eval_shape(lambda: empty_cache(*shape, dtype))
+    cache = placed(cache, placement.cache_sharding(mesh, cache))
     weights = placement.weight_shapes(mesh, config, dtype)
     start = (window - 1) // prefill_chunk * prefill_chunk
     index = there(jax.eval_shape(lambda: jnp.int32(0)))

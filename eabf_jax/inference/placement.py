@@ -21,13 +21,6 @@ from eabf_jax.model.kv_cache import LayerCache, attend_chunk, attend_token
 from eabf_jax.model.parameters import Axes, shapes
 from eabf_jax.parallel.rules import check_tensor_axis, spec
 
-_CACHE = {
-    "k": spec("batch", "heads", None, None),
-    "v": spec("batch", "heads", None, None),
-    "k_scale": spec("batch", "heads", None),
-    "v_scale": spec("batch", "heads", None),
-}
-
 
 def check(mesh: Mesh, config: LlamaConfig) -> None:
     """Refuses a mesh that cannot hold a model for generation.
@@ -73,12 +66,7 @@ def weight_shapes(mesh: Mesh, config: LlamaConfig, dtype: Any) -> Weights:
 
 def cache_sharding(mesh: Mesh, cache: Any) -> Any:
     """Returns the shardings of a layer's cache; None for arrays that it does not have."""
-    return LayerCache(
-        **{
-            name: None if getattr(cache, name) is None else NamedSharding(mesh, partition)  # type: ignore[arg-type]
-            for name, partition in _CACHE.items()
-        }
-    )
+    return jax.tree.map(lambda x: NamedSharding(mesh, spec("batch", "heads", *[None] * (x.ndim - 2))), cache)
 
 
 def on_mesh(mesh: Mesh | None, cache: LayerCache) -> LayerCache:
@@ -95,9 +83,7 @@ def chunk_attention(
     mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, *, start: int, backend: Backend
 ) -> tuple[Array, LayerCache]:
     """Runs `attend_chunk` on each device's own rows and heads."""
-    attend: Any = functools.partial(attend_chunk, start=start, backend=backend)
-    if mesh is None or mesh.size == 1:
-        return attend(q, k, v, cache)
+    attend = functools.partial(attend_chunk, start=start, backend=backend)
     return _mapped(mesh, attend, cache, spec("batch", None, "heads", None))(q, k, v, cache)
 
 
@@ -105,13 +91,13 @@ def token_attention(
     mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, positions: Array, *, backend: Backend
 ) -> tuple[Array, LayerCache]:
     """Runs `attend_token` on each device's own rows and heads."""
-    attend: Any = functools.partial(attend_token, backend=backend)
-    if mesh is None or mesh.size == 1:
-        return attend(q, k, v, cache, positions)
+    attend = functools.partial(attend_token, backend=backend)
     return _mapped(mesh, attend, cache, spec("batch", "heads", None), spec("batch"))(q, k, v, cache, positions)
 
 
-def _mapped(mesh: Mesh, attend: Any, cache: LayerCache, heads: P, *others: P) -> Any:
+def _mapped(mesh: Mesh | None, attend: Any, cache: LayerCache, heads: P, *others: P) -> Any:
+    if mesh is None or mesh.size == 1:
+        return attend
     caches = jax.tree.map(lambda sharding: sharding.spec, cache_sharding(mesh, cache))
     return jax.shard_map(
         attend,

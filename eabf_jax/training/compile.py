@@ -14,14 +14,7 @@ from eabf_jax.hardware import DEVICES, GIB, device_at_hand, device_named
 from eabf_jax.parallel.collectives import collective_bytes
 from eabf_jax.parallel.mesh import axis_sizes, make_mesh
 from eabf_jax.parallel.topology import SLICES, Slice, compile_only_devices
-from eabf_jax.training.plan import (
-    Plan,
-    check,
-    choose,
-    mesh_told,
-    preferred_meshes,
-    settle_mesh,
-)
+from eabf_jax.training.plan import Plan, check, choose, mesh_told, preferred_meshes, settle_mesh
 from eabf_jax.training.recipe import TrainConfig
 from eabf_jax.training.trainer import extended_config, lower_train_step
 
@@ -83,7 +76,10 @@ def compile_for(config: TrainConfig, slice_: Slice) -> dict[str, Any]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        raise _refusal(error, slice_, predicted) from error
+        told = refused(error, slice_)
+        if told is None:
+            raise
+        raise InputError(f"{told} (predicted {predicted.total / GIB:.1f}); {_what_fits(slice_, predicted)}") from error
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
     total = hbm_bytes(compiled)
@@ -186,29 +182,17 @@ def gib(size: float) -> float:
 
 def _state_bytes(compiled: Any, lowered: Any) -> dict[str, float]:
     """Returns the bytes of the step's arguments on one chip, by part of the state."""
-    shapes, _ = lowered.in_avals
-    shardings, _ = compiled.input_shardings
-    state, places = shapes[0], shardings[0]
-    names = {
-        "params": "parameters",
-        "rest": "master rest",
-        "mu": "moments",
-        "nu": "moments",
-        "frozen": "frozen parameters",
-    }
+    state, places = lowered.in_avals[0][0], compiled.input_shardings[0][0]
     found: dict[str, float] = {}
-    for field, name in names.items():
+    for field, name in (
+        ("params", "parameters"),
+        ("rest", "master rest"),
+        ("mu", "moments"),
+        ("nu", "moments"),
+        ("frozen", "frozen parameters"),
+    ):
         found[name] = found.get(name, 0.0) + share_bytes(getattr(state, field), getattr(places, field))
     return {name: value for name, value in found.items() if value}
-
-
-def _refusal(error: Exception, slice_: Slice, predicted: Plan) -> Exception:
-    """Returns the exception for a compiler error: one line if memory is too small, else the error itself."""
-    told = refused(error, slice_)
-    if told is None:
-        return error
-    what_fits = _what_fits(slice_, predicted)
-    return InputError(f"{told} (predicted {predicted.total / GIB:.1f}); {what_fits}")
 
 
 def refused(error: Exception, slice_: Slice) -> str | None:

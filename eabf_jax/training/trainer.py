@@ -95,33 +95,21 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
                 "host memory has no room for a checkpoint beside what the step keeps there: set checkpoint.every_steps "
                 "null (parameters alone are saved, at the end), or use more devices"
             )
-        mode: Mode = "packed" if config.recipe.objective == "pretrain" else "conversations"
-        per_epoch = steps_per_epoch(
-            config.data.directory,
-            config.data.split,
-            batch_size=config.recipe.batch_size,
-            length=config.window,
-            mode=mode,
-        )
-        steps = total_steps(config.recipe, per_epoch)
-        if config.recipe.warmup_steps >= steps:
+        data, recipe = config.data, config.recipe
+        mode: Mode = "packed" if recipe.objective == "pretrain" else "conversations"
+        rows: dict[str, Any] = {"batch_size": recipe.batch_size, "length": config.window, "mode": mode}
+        steps = total_steps(recipe, steps_per_epoch(data.directory, data.split, **rows))
+        if recipe.warmup_steps >= steps:
             raise InputError(
-                f"recipe.warmup_steps {config.recipe.warmup_steps} is not less than the run's {steps} steps: the peak "
+                f"recipe.warmup_steps {recipe.warmup_steps} is not less than the run's {steps} steps: the peak "
                 "rate would never be reached"
             )
         tokenizer = _tokenizer(config)
         _check_vocabularies(config, base, tokenizer)
         step_of = prepare_step(planned, mesh, steps)
-        process_index, process_count = process_batch_shard(mesh)
+        index, count = process_batch_shard(mesh)
         batches = make_loader(
-            config.data.directory,
-            config.data.split,
-            batch_size=config.recipe.batch_size,
-            length=config.window,
-            seed=config.recipe.seed,
-            mode=mode,
-            process_index=process_index,
-            process_count=process_count,
+            data.directory, data.split, **rows, seed=recipe.seed, process_index=index, process_count=count
         )
         _check_output(run, config)
         adapter = _adapter(run, config)
@@ -146,8 +134,8 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
             saved, position = checkpoints.restore(start, step_of.abstract)
             state = step_of.restored(start, saved, frozen)
             batches.set_state(position)
-        schedule = learning_rate_schedule(config.recipe, steps)
-        row_tokens = config.recipe.batch_size * config.window
+        schedule = learning_rate_schedule(recipe, steps)
+        row_tokens = recipe.batch_size * config.window
         known = device_of_kind(jax.devices()[0].device_kind)
         with Tracker(run, steps=steps, start=start, quiet=jax.process_index() != 0) as tracker:
             once = {"compile_seconds": step_of.compile()}
@@ -335,10 +323,7 @@ def lower_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
 
     Args:
       config: the run; if `model.shape` is given, it describes the model and no weights are needed.
-      mesh: the mesh to lower for.
 
-    Returns:
-      The lowered step, ready for `compile()`.
     Raises:
       InputError: as for `train`, except that the memory is not checked.
     """
@@ -442,10 +427,10 @@ def _check_output(run: Path, config: TrainConfig) -> None:
         return
     sources = (config.model.path, config.model.tokenizer, config.data.directory)
     check_apart(run, [source for source in sources if source is not None])
-    if run.exists() and not run.is_dir():
-        raise InputError(f"output {run} is a file: name a directory for the run")
-    if not run.is_dir():
+    if not run.exists():
         return
+    if not run.is_dir():
+        raise InputError(f"output {run} is a file: name a directory for the run")
     written = run / CONFIG_FILE
     if config.overwrite:
         found = [name for name in _RUN_ENTRIES if (run / name).exists()]
