@@ -187,7 +187,6 @@ class EabfLM(TemplateLM):
 
         Args:
           requests: for each its key in the harness' cache, the context's tokens and the continuation's.
-          disable_tqdm: whether to show no progress.
 
         Returns:
           For each, the sum of the continuation's log-probabilities, and whether each of its tokens is the likeliest.
@@ -209,8 +208,7 @@ class EabfLM(TemplateLM):
         room = self.window + 1 - len(continuation)
         if room < 1:
             raise InputError(f"a continuation of {len(continuation)} tokens exceeds the window of {self.window}")
-        if len(context) > room:
-            context = truncate_tokens(context, room, side=self._truncate)
+        context = self._cut(context, room)
         return Span([*context, *continuation[:-1]], len(context) - 1, continuation)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -218,7 +216,6 @@ class EabfLM(TemplateLM):
 
         Args:
           requests: instances of the harness, whose argument is a text.
-          disable_tqdm: whether to show no progress.
 
         Returns:
           For each, the sum of its tokens' log-probabilities.
@@ -246,7 +243,6 @@ class EabfLM(TemplateLM):
 
         Args:
           requests: instances of the harness, whose arguments are a text and how to continue it.
-          disable_tqdm: whether to show no progress.
 
         Returns:
           The continuations, each up to its stop string.
