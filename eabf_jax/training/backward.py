@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.model.attention import precision_of
 from eabf_jax.model.llama import Llama, Row, logits, rms_norm
-from eabf_jax.model.parameters import flatten, nest
 from eabf_jax.parallel.fsdp import TOKEN_AXES, by_device, lookup, lookup_backward, scattered
 from eabf_jax.parallel.rules import parameter_spec, spec
 
@@ -271,7 +270,10 @@ def head_parameters(params: Mapping[str, Tree], tied: bool) -> dict[str, Tree]:
 
 def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Merges two nested mappings that have no leaf in common."""
-    return nest({**dict(flatten(first)), **dict(flatten(second))})
+    merged = dict(first)
+    for key, value in second.items():
+        merged[key] = merge(merged[key], value) if key in merged else value
+    return merged
 
 
 def zeros(params: Tree) -> Tree:
