@@ -18,7 +18,7 @@ from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama, logits
 from eabf_jax.model.parameters import parameter_count
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
-from eabf_jax.parallel.rules import batch_ways, llama_on, mesh_of, moved, parameter_shardings
+from eabf_jax.parallel.rules import batch_ways, llama_on, mesh_of, moved, parameter_shardings, with_shardings
 
 # Of a device's memory, what a whole model may take; activations and logits need the rest.
 _WHOLE_MODEL = 0.6
@@ -126,11 +126,7 @@ def lower_scoring(config: LlamaConfig, dtype: Any, mesh: Mesh, window: int) -> j
     """
     model = llama_on(mesh, config, dtype=dtype, param_dtype=dtype)
     params = model.parameters()
-
-    def there(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    graph, state = nnx.split(model.with_parameters(jax.tree.map(there, params, parameter_shardings(mesh, params))))
+    graph, state = nnx.split(model.with_parameters(with_shardings(params, parameter_shardings(mesh, params))))
     batch = batch_ways(mesh)
     rows = placement.row_sharding(mesh)
     tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for shape in ((batch, window), (batch,)))

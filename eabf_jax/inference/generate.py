@@ -32,7 +32,7 @@ from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.decoder import LayerWeights, Weights, WeightSource
 from eabf_jax.model.kv_cache import LayerCache, empty_cache, grown
 from eabf_jax.model.llama import Llama, Row, rotary_tables
-from eabf_jax.parallel.rules import batch_ways, mesh_of
+from eabf_jax.parallel.rules import batch_ways, mesh_of, with_shardings
 
 # Tokens per row that the decode loop generates before the host reads them.
 TOKENS_AT_ONCE = 16
@@ -608,12 +608,10 @@ def lower_generation(
     steps, numbers = split(Sampling())
     rows, everywhere = placement.row_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
-    def placed(shapes: Any, at: Any) -> Any:
-        return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, at)
-
     def there(shapes: Any) -> Any:
         """Shapes of row arrays, and of scalars, with their shardings."""
-        return placed(shapes, jax.tree.map(lambda x: rows if x.ndim and x.shape[0] == batch else everywhere, shapes))
+        at = jax.tree.map(lambda x: rows if x.ndim and x.shape[0] == batch else everywhere, shapes)
+        return with_shardings(shapes, at)
 
     def inputs() -> tuple[_State, _Choice, Array, Row]:
         row = jnp.zeros(batch, jnp.int32)
@@ -626,7 +624,7 @@ def lower_generation(
     state, choice, x, tables = there(jax.eval_shape(inputs))
     shape = (batch, config.num_key_value_heads, slots, config.head_dim)
     cache = jax.eval_shape(lambda: empty_cache(*shape, dtype))
-    cache = placed(cache, placement.cache_sharding(mesh, cache))
+    cache = with_shardings(cache, placement.cache_sharding(mesh, cache))
     weights = placement.weight_shapes(mesh, config, dtype)
     start = (window - 1) // prefill_chunk * prefill_chunk
     index = there(jax.eval_shape(lambda: jnp.int32(0)))

@@ -86,6 +86,13 @@ def parameter_shardings(mesh: Mesh, params: Mapping[str, Any]) -> dict[str, Any]
     return jax.tree.map_with_path(sharding, params)
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Combines a tree of shapes with a tree of shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a [batch, length] array."""
     return NamedSharding(mesh, spec("batch", "length"))

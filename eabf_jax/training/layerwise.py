@@ -25,7 +25,7 @@ from jaxtyping import Array
 
 from eabf_jax.model.llama import Llama, Row
 from eabf_jax.model.lora import split_trained
-from eabf_jax.parallel.rules import parameter_shardings, spec
+from eabf_jax.parallel.rules import parameter_shardings, spec, with_shardings
 from eabf_jax.training.backward import Microbatch, Pieces, Tree, add, head_parameters, remat_by_layer, zeros
 from eabf_jax.training.host_memory import (
     IN_FLIGHT,
@@ -39,7 +39,7 @@ from eabf_jax.training.host_memory import (
 )
 from eabf_jax.training.master import join, split_tree
 from eabf_jax.training.recipe import ComputeConfig
-from eabf_jax.training.step import Saved, StepMetrics, TrainState, clip_factor, narrowed, update, with_shardings
+from eabf_jax.training.step import Saved, StepMetrics, TrainState, clip_factor, narrowed, update
 
 Path = tuple[Any, ...]  # of a part: ("layers", index) or (name,)
 

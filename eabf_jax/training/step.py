@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 from eabf_jax.model.lora import Lora, split_trained
-from eabf_jax.parallel.rules import llama_on, parameter_shardings, spec
+from eabf_jax.parallel.rules import llama_on, parameter_shardings, spec, with_shardings
 from eabf_jax.training.backward import Microbatch, Pieces, Tree, head_parameters, merge, remat_by_layer, zeros
 from eabf_jax.training.master import join, split_tree
 from eabf_jax.training.optimizer import updated
@@ -278,13 +278,6 @@ def update(
     masters, mu, nu = updated(optimizer, step, masters, mu, nu, gradients)
     dtype = jax.tree.leaves(params)[0].dtype
     return (*split_tree(masters, dtype), mu, nu, optax.tree.norm(masters, squared=True))
-
-
-def with_shardings(shapes: Tree, shardings: Tree) -> Any:
-    """Combines a tree of shapes with a tree of shardings."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
-    )
 
 
 def narrowed(shapes: Tree, dtype: Any) -> Any:
