@@ -5,6 +5,7 @@ model, and a digest of it.
 """
 
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
@@ -24,22 +25,42 @@ from eabf_jax.model.lora import Lora, adapters, merged_kernel
 from eabf_jax.model.parameters import parameters
 
 
+class ByLayer:
+    """A stacked parameter whose layers are read when they are asked for, in order; they are not kept."""
+
+    def __init__(self, read: Callable[[slice], np.ndarray], layers: int, together: int):
+        self._read, self._layers, self._together = read, layers, together
+        self._held: dict[int, np.ndarray] = {}
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        if layer not in self._held:
+            self._held.clear()  # before the next ones are read
+            some = slice(layer, min(layer + self._together, self._layers))
+            self._held.update(enumerate(self._read(some), layer))
+        return self._held.pop(layer)
+
+
 class Leaves(NamedTuple):
     """A stored model whose parameters are read one at a time, each by its path of keys.
 
-    `read` and `place` take the dtype to cast a parameter to, None to keep what is stored.
+    `read` and `place` take the dtype to cast a parameter to, None to keep what is stored; `read` can read some layers.
     """
 
     config: LlamaConfig
     dtypes: Mapping[tuple[str, ...], np.dtype[Any]]  # as stored
-    reader: Callable[[tuple[str, ...], Any], np.ndarray]  # (path, dtype) -> in host memory; see `read`
+    reader: Callable[[tuple[str, ...], Any, slice], np.ndarray]  # (path, dtype, layers) -> in host memory; see `read`
     # (path, dtype, sharding) -> on its devices, where a process can read its own parts alone
     restore: Callable[[tuple[str, ...], Any, jax.sharding.Sharding], jax.Array] | None = None
+    together: Callable[[tuple[str, ...]], int] = lambda path: 1  # how many layers cost as much to read as one
 
-    def read(self, path: tuple[str, ...], dtype: Any = None) -> np.ndarray:
-        """Reads a parameter into host memory."""
+    def read(self, path: tuple[str, ...], dtype: Any = None, layers: slice = slice(None)) -> np.ndarray:
+        """Reads a parameter, or some layers of a stacked one, into host memory."""
         gc.collect(0)  # makes JAX release host memory that it has copied; else the parameter before this one would stay
-        return self.reader(path, dtype)
+        return self.reader(path, dtype, layers)
+
+    def by_layer(self, path: tuple[str, ...], dtype: Any = None) -> ByLayer:
+        """Opens a stacked parameter, to read its layers one after the other."""
+        return ByLayer(functools.partial(self.read, path, dtype), self.config.num_hidden_layers, self.together(path))
 
     def place(self, path: tuple[str, ...], dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         """Reads a parameter straight to its devices, and returns once host memory is free of it."""
@@ -124,14 +145,14 @@ def merged(directory: Path | str, adapter: Adapter, base: Leaves, step: int | No
 
     adapted = {(*name[:-1], "kernel") for name in own if name[-1] == "lora_a"}
 
-    def read(name: tuple[str, ...], dtype: Any) -> np.ndarray:
+    def read(name: tuple[str, ...], dtype: Any, layers: slice) -> np.ndarray:
         if name in own:
-            return native.read_leaf(path, name, dtype)
+            return native.read_leaf(path, name, dtype, layers)
         if name not in adapted:
-            return base.read(name, dtype)
-        first, second = (native.read_leaf(path, (*name[:-1], leaf), None) for leaf in ("lora_a", "lora_b"))
-        kernel = merged_kernel(base.read(name, None), first, second, lora.scale)
+            return base.read(name, dtype, layers)
+        first, second = (native.read_leaf(path, (*name[:-1], leaf), None, layers) for leaf in ("lora_a", "lora_b"))
+        kernel = merged_kernel(base.read(name, None, layers), first, second, lora.scale)
         return kernel.astype(dtype or kernel.dtype, copy=False)
 
     changed = dict.fromkeys(adapted | (own.keys() & base.dtypes.keys()), np.dtype(np.float32))
-    return Leaves(config, {**base.dtypes, **changed}, read)
+    return Leaves(config, {**base.dtypes, **changed}, read, together=base.together)

@@ -194,9 +194,8 @@ def open_leaves(directory: Path | str, step: int | None = None, base: Path | str
         config, path = native.read_model_json(directory), native.checkpoint_path(directory, step)
         stored = native.stored_arrays(path, shapes(config))
         dtypes = {name: np.dtype(leaf.dtype) for name, leaf in stored.items()}
-        return Leaves(
-            config, dtypes, functools.partial(native.read_leaf, path), functools.partial(native.place_leaf, path)
-        )
+        read, place = functools.partial(native.read_leaf, path), functools.partial(native.place_leaf, path)
+        return Leaves(config, dtypes, read, place, functools.partial(native.layers_in_a_chunk, path))
     return _open_hf(Path(directory))
 
 
@@ -205,7 +204,7 @@ def _open_hf(directory: Path) -> Leaves:
     found = find_tensors(directory, config)
     entries = {entry.path: entry for entry in parameters(config)}
     dtypes = {name: _common([found[key] for key in entry.hf_names()]) for name, entry in entries.items()}
-    return Leaves(config, dtypes, lambda name, dtype: _stack(entries[name], found, dtype or dtypes[name]))
+    return Leaves(config, dtypes, lambda name, dtype, own: _stack(entries[name], found, dtype or dtypes[name], own))
 
 
 def from_hf(src: Path | str, dst: Path | str, overwrite: bool = False) -> Summary:
@@ -242,7 +241,7 @@ def to_hf(
     dtype: str | None = None,
     base: Path | str | None = None,
 ) -> Summary:
-    """Exports a native model or run directory to a Hugging Face one; holds one parameter in memory at a time.
+    """Exports a native model or run directory to a Hugging Face one; holds one layer's tensor in memory at a time.
 
     A model card tells of the scheme, the training and the evaluation, as far as the source's files do. Adapters are
     merged into the model that they belong to.
@@ -271,8 +270,8 @@ def to_hf(
 
     def tensors() -> Iterator[np.ndarray]:
         for entry in entries:
-            leaf = leaves.read(entry.path)
-            for own in leaf[None] if entry.layers is None else leaf:
+            leaf = leaves.by_layer(entry.path) if entry.layers else [leaves.read(entry.path)]
+            for own in map(leaf.__getitem__, range(entry.layers or 1)):
                 yield (own.T if entry.transposed else own).astype(dtypes[entry.path], copy=False)
 
     card = model_card(source, Path(dst).absolute().name, config, int(native.checkpoint_path(source, step).parent.name))
@@ -377,13 +376,13 @@ def _no_weights(directory: Path) -> InputError:
     )
 
 
-def _stack(entry: Parameter, found: Mapping[str, StoredTensor], dtype: Any) -> np.ndarray:
-    """Reads the tensors of one parameter into one array, which holds nothing but them."""
-    stored = [found[name] for name in entry.hf_names()]
-    leaf = native.empty_leaf(entry.shape, dtype)
-    for target, tensor in zip(leaf[None] if entry.layers is None else leaf, stored, strict=True):
+def _stack(entry: Parameter, found: Mapping[str, StoredTensor], dtype: Any, layers: slice) -> np.ndarray:
+    """Reads the tensors of one parameter, of some of its layers, into one array, which holds nothing but them."""
+    stored = [found[name] for name in entry.hf_names()[layers]]
+    leaf = native.empty_leaf((len(stored), *entry.unstacked), dtype)
+    for target, tensor in zip(leaf, stored, strict=True):
         target[...] = tensor.read().T if entry.transposed else tensor.read()  # unnamed: one tensor at a time
-    return leaf
+    return leaf[0] if entry.layers is None else leaf
 
 
 def _common(stored: list[StoredTensor]) -> np.dtype[Any]:

@@ -67,19 +67,24 @@ def open_weights(
     dtype: str = "bfloat16",
     base: Path | str | None = None,
 ) -> tuple[WeightSource, Tokenizer | None]:
-    """Opens a model to read its weights in another form than `load`'s, one parameter at a time.
+    """Opens a model to read its weights in another form than `load`'s, one layer of one parameter at a time.
 
     Args:
       directory, rope, dtype, base: as for `load`.
 
     Returns:
-      The weights, each in host memory while it is read, and the tokenizer or None.
+      The weights, each layer in host memory while it is read, and the tokenizer or None.
 
     Raises:
       InputError: as `load`.
     """
     leaves, tokenizer, element = _open(directory, rope, dtype, base)
-    return WeightSource(leaves.config, element, lambda path: leaves.read(path, element)), tokenizer
+    stacked = {entry.path for entry in parameters(leaves.config) if entry.layers}
+
+    def read(path: tuple[str, ...]) -> Any:
+        return (leaves.by_layer if path in stacked else leaves.read)(path, element)
+
+    return WeightSource(leaves.config, element, read), tokenizer
 
 
 def _open(

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from eabf_jax.destination import Mark
 from eabf_jax.errors import InputError, one_line
@@ -35,7 +36,7 @@ ADAPTER = "adapter"  # the object in it that adapters are told by; see `adapter`
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE, DATASET_FILE, METRICS_FILE, EVALUATION = "config.yaml", "dataset.json", "metrics.jsonl", "evaluation"
 
-# Small chunks keep Orbax's compression buffers small, and let each process read only the parts it holds.
+# Small chunks keep compression buffers small, and let each process read only the parts it holds.
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -90,9 +91,21 @@ def save_params(directory: Path | str, params: Mapping[str, Any], step: int = 0)
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     path = (Path(directory) / CHECKPOINTS).absolute()
     with quiet_orbax(), ocp.CheckpointManager(path, options=options, item_handlers={"params": handler}) as manager:
-        save_args = nest({name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in leaves})
-        item = ocp.args.PyTreeSave(nest(leaves), save_args=save_args, ocdbt_target_data_file_size=CHUNK_BYTES)
+        item = ocp.args.PyTreeSave(nest(leaves), save_args=chunks(params), ocdbt_target_data_file_size=CHUNK_BYTES)
         manager.save(step, args=ocp.args.Composite(params=item))
+
+
+def chunks(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns how Orbax cuts parameters into chunks: no chunk holds more than one layer, so that one can be read alone.
+
+    Args:
+      params: nested mapping of arrays.
+    """
+
+    def cut(name: tuple[str, ...]) -> ocp.SaveArgs:
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if name[0] == "layers" else ())
+
+    return nest({name: cut(name) for name, _ in flatten(params)})
 
 
 def empty_leaf(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -142,7 +155,7 @@ def stored_arrays(
     Raises:
       InputError: not a checkpoint, or parameters that are not this model's.
     """
-    with _reading(path) as checkpointer:
+    with _reading(path), _checkpointer() as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata
         if metadata is None:
             raise ValueError("its metadata cannot be read")
@@ -152,18 +165,34 @@ def stored_arrays(
     return found
 
 
-def read_leaf(path: Path, name: tuple[str, ...], dtype: Any) -> np.ndarray:
-    """Reads one parameter into host memory.
+def read_leaf(path: Path, name: tuple[str, ...], dtype: Any, layers: slice = slice(None)) -> np.ndarray:
+    """Reads one parameter, or some of its layers, into host memory.
 
     Args:
       path: folder of the `params` item.
       name: the parameter's path of keys.
       dtype: what to cast it to, None to keep what is stored.
+      layers: which ones to read of a parameter that is stacked over layers.
 
     Raises:
       InputError: a damaged checkpoint.
     """
-    return _restore(path, name, ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype))
+    with _reading(path):
+        stored = _open(path, name)
+        return (stored if dtype is None else ts.cast(stored, dtype))[layers].read().result()
+
+
+def layers_in_a_chunk(path: Path, name: tuple[str, ...]) -> int:
+    """Returns how many layers of a stacked parameter are read together; 1 unless an earlier release wrote it.
+
+    Args:
+      path, name: as for `read_leaf`.
+
+    Raises:
+      InputError: a damaged checkpoint.
+    """
+    with _reading(path):
+        return _open(path, name).chunk_layout.read_chunk_template.shape[0]
 
 
 def place_leaf(path: Path, name: tuple[str, ...], dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -176,7 +205,10 @@ def place_leaf(path: Path, name: tuple[str, ...], dtype: Any, sharding: jax.shar
     Raises:
       InputError: a damaged checkpoint.
     """
-    return _restore(path, name, ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=sharding))
+    arguments = ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=sharding)
+    restore = ocp.args.PyTreeRestore(item=nest({name: 0}), restore_args=nest({name: arguments}), partial_restore=True)
+    with _reading(path), _checkpointer() as checkpointer:
+        return dict(flatten(checkpointer.restore(path, args=restore)))[name]
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig, directory: Path | str) -> None:
@@ -188,18 +220,24 @@ def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig, directory: Path 
         )
 
 
-def _restore(path: Path, name: tuple[str, ...], arguments: ocp.RestoreArgs) -> Any:
-    restore = ocp.args.PyTreeRestore(item=nest({name: 0}), restore_args=nest({name: arguments}), partial_restore=True)
-    with _reading(path) as checkpointer:
-        return dict(flatten(checkpointer.restore(path, args=restore)))[name]
+def _open(path: Path, name: tuple[str, ...]) -> ts.TensorStore:
+    """One parameter on disk. Orbax reads whole arrays only, so this follows its format: OCDBT with Zarr arrays."""
+    base = {"driver": "file", "path": f"{path}/"}
+    store = {"driver": "ocdbt", "base": base, "path": f"{'.'.join(name)}/"}
+    spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
+    return ts.open(spec, open=True, read=True).result()
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
-    """A checkpointer whose complaints about a damaged checkpoint are ours."""
+def _reading(path: Path) -> Iterator[None]:
+    """Turns complaints about a damaged checkpoint into ours."""
     try:
-        with quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            yield checkpointer
+        with quiet_orbax():
+            yield
     # Orbax reports damaged files through whatever its parts raise, bare Exception included.
     except Exception as error:
         raise InputError(f"{path}: damaged checkpoint: {one_line(error)}") from error

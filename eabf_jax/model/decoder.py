@@ -97,11 +97,11 @@ AXES: dict[str, Axes] = {
 
 
 class WeightSource(NamedTuple):
-    """A model's weights as `Llama` names them, read one stacked parameter at a time."""
+    """A model's weights as `Llama` names them, read one parameter at a time, or one layer of it."""
 
     config: LlamaConfig
     dtype: Any  # compute dtype
-    read: Callable[[tuple[str, ...]], Any]  # path in the parameter tree -> NumPy or JAX array
+    read: Callable[[tuple[str, ...]], Any]  # path in the parameter tree -> array, or what yields one layer by its index
 
 
 def source_of(model: Llama) -> WeightSource:
@@ -125,7 +125,8 @@ def weights_of(
 ) -> Weights:
     """Makes the weights of generation, layer by layer and in the compute dtype.
 
-    Beside what is made, devices hold the parameters of one field in one layer, and the host those of one field in all.
+    Beside what is made, devices hold the parameters of one field in one layer, and the host what `source` reads at a
+    time.
 
     Args:
       source: the model's weights.

@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 
 from eabf_jax.destination import no_space
 from eabf_jax.errors import InputError
-from eabf_jax.interop.native import CHECKPOINTS, quiet_orbax
+from eabf_jax.interop.native import CHECKPOINTS, chunks, quiet_orbax
 from eabf_jax.training.step import Saved
 
 
@@ -71,7 +71,7 @@ class Checkpoints:
         Raises:
           InputError: no space is left, or a quota or file size limit is reached.
         """
-        items: dict[str, Any] = {"params": ocp.args.StandardSave(saved.params)}
+        items: dict[str, Any] = {"params": ocp.args.StandardSave(saved.params, chunks(saved.params))}
         if saved.optimizer:
             items |= {"optimizer": ocp.args.StandardSave(saved.optimizer), "data": ocp.args.JsonSave(data)}
         try:

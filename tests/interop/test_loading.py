@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import math
+import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import torch
 import transformers
@@ -21,9 +23,10 @@ import eabf_jax
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation.perplexity import position_losses
 from eabf_jax.inference import Generator, generate
+from eabf_jax.inference.placement import weights_on
 from eabf_jax.interop import native
 from eabf_jax.interop.adapter import Adapter, digest
-from eabf_jax.interop.huggingface import from_hf, open_leaves, to_hf
+from eabf_jax.interop.huggingface import config_from_hf, from_hf, open_leaves, to_hf
 from eabf_jax.interop.loading import load_parameters, open_weights, parse_entry, read_config
 from eabf_jax.interop.safetensors_stream import StoredTensor
 from eabf_jax.model import Llama
@@ -146,8 +149,9 @@ def test_a_device_holds_its_share_and_never_more_than_one_parameter_besides(
     assert {leaf.dtype.name for _, leaf in flatten(half.parameters())} == {"bfloat16"}
 
 
-def test_the_host_holds_one_parameter_at_a_time(directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest is a wide kernel of all layers, into which one tensor of a layer at a time is read."""
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Bytes of what was read that host memory holds now, and the most that it has held."""
     held = {"now": 0, "most": 0}
 
     def counted(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
@@ -164,12 +168,50 @@ def test_the_host_holds_one_parameter_at_a_time(directories: Path, monkeypatch: 
         return call
 
     monkeypatch.setattr(native, "empty_leaf", counted(native.empty_leaf))
+    monkeypatch.setattr(native, "read_leaf", counted(native.read_leaf))
     monkeypatch.setattr(StoredTensor, "read", counted(StoredTensor.read))
+    return held
+
+
+def test_the_host_holds_one_parameter_at_a_time(directories: Path, held: dict[str, int]) -> None:
+    """The largest is a wide kernel of all layers, into which one tensor of a layer at a time is read."""
     # On a mesh that splits every large array, no CPU device takes the host's memory for its own.
     model, _ = eabf_jax.load(directories / "hf", dtype="float32", mesh=make_mesh(MeshConfig()))
     assert LAYERS * WIDE < held["most"] <= (LAYERS + 1) * WIDE + NORMS
     assert held["now"] <= NORMS
     del model
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 48 small layers in both forms, and `spanning`, whose chunks on disk hold all layers."""
+    root = tmp_path_factory.mktemp("deep")
+    sizes = SIZES | {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 48}
+    config, generator = config_from_hf(sizes | {"model_type": "llama"}), np.random.default_rng(4)
+    params = nest({entry.path: generator.normal(size=entry.shape).astype(np.float32) for entry in parameters(config)})
+    (root / "native").mkdir()
+    native.write_model_json(root / "native", config)
+    native.save_params(root / "native", params)
+    to_hf(root / "native", root / "hf")
+    shutil.copytree(root / "native", root / "spanning", ignore=shutil.ignore_patterns("checkpoints"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "chunks", lambda params: jax.tree.map(lambda leaf: ocp.SaveArgs(), params))
+        native.save_params(root / "spanning", params)
+    return root
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("hf", 1), ("native", 1), ("spanning", 48)])
+def test_decode_weights_are_read_one_layer_of_one_parameter_at_a_time(
+    deep: Path, held: dict[str, int], kind: str, layers: int
+) -> None:
+    layer = 4 * 64 * 256
+    weights = weights_on(make_mesh(MeshConfig(fsdp=1, tensor=8)), open_weights(deep / kind, dtype="float32")[0])
+    stored = tensors(deep / "hf")
+    for index in (0, 31, 47):
+        down = weights.layers[index].down
+        np.testing.assert_array_equal(down, stored[f"model.layers.{index}.mlp.down_proj.weight"])
+    # Gate may be there while up is read, and a tensor of Hugging Face's as it is stored beside ours.
+    assert layers * layer <= held["most"] <= (2 * layers + 1) * layer
 
 
 @pytest.mark.parametrize("kind", KINDS)
