@@ -10,6 +10,7 @@ import pytest
 from runs import refuse
 
 from eabf_jax.errors import InputError
+from eabf_jax.interop import native
 from eabf_jax.interop.loading import load_parameters
 from eabf_jax.training.checkpoint import Checkpoints, latest_step
 from eabf_jax.training.step import Saved
@@ -52,6 +53,18 @@ def test_what_is_saved_comes_back_on_another_mesh_and_the_newest_are_kept(tmp_pa
         with pytest.raises(InputError, match=r"checkpoint 1 in .* cannot be read"):
             checkpoints.restore(1, shapes)
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"2", "3"}
+
+
+def test_one_layer_of_a_checkpoint_can_be_read_alone(tmp_path):
+    params = {"layers": {"a": np.arange(240.0, dtype=np.float32).reshape(6, 8, 5)}}
+    split = jax.sharding.PartitionSpec(None, "fsdp")
+    at = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(jax.devices()[:4]), ("fsdp",)), split)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, Saved(jax.device_put(params, at), {}), {})
+    path = native.checkpoint_path(tmp_path)
+    assert native.layers_in_a_chunk(path, ("layers", "a")) == 1
+    found = native.read_leaf(path, ("layers", "a"), None, slice(2, 3))
+    np.testing.assert_array_equal(found, params["layers"]["a"][2:3])
 
 
 def test_no_space_for_a_checkpoint_is_one_line(run_config, tmp_path, monkeypatch):
