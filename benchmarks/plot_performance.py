@@ -349,16 +349,18 @@ def scaling_table(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> list[s
     """
     rows = []
     for (name, device, devices), reports in groups.items():
-        alone, together = (
-            fastest([report for report in some if changed(report) is not None])
-            for some in (groups.get((name, device, 1), []), reports)
-        )
+        alone, together = (fastest(recorded(some)) for some in (groups.get((name, device, 1), []), reports))
         for length in sorted(alone.keys() & together.keys()) if devices > 1 else ():
             share = together[length] / (devices * alone[length])
             cells = (f"{length:,}", f"{together[length]:,.0f}", f"{alone[length]:,.0f}", f"{share:.1%}")
             rows.append([name, f"{devices} × {device}", *cells])
     header = ("configuration", "devices", "length", "tokens/s", "tokens/s of one device", "scaling efficiency")
     return ["### Several devices", "", *table(header, rows)] if rows else []
+
+
+def recorded(reports: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns the reports that record the code they measured."""
+    return [report for report in reports if changed(report) is not None]
 
 
 def fastest(reports: Sequence[Mapping[str, Any]]) -> dict[int, float]:
@@ -512,11 +514,12 @@ def decode_rate(figures: Mapping[str, Any]) -> str:
 def readme_training(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> list[str]:
     """Returns the README's table of optimizer steps: one of our measurements per length, and the strongest peer.
 
-    The measurement is the fastest of today's code, or of older code if there is none of today's.
+    The measurement is the fastest of today's code, or of older code if there is none of today's. A result without a
+    record of the code that it measured is left to the page.
     """
     rows = []
     for (name, device, devices), reports in groups.items():
-        measured = [(report, entry) for report in reports for entry in entries_of(report)]
+        measured = [(report, entry) for report in recorded(reports) for entry in entries_of(report)]
         for length in sorted({entry["length"] for _, entry in measured}):
             report, entry = max(
                 (pair for pair in measured if pair[1]["length"] == length),
@@ -561,9 +564,12 @@ def short_setting(name: str) -> str:
 
 
 def readme_generation(reports: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Returns the README's table of generation: tokens per second, share of the memory bandwidth, fastest peer."""
+    """Returns the README's table of generation: tokens per second, share of the memory bandwidth, fastest peer.
+
+    A result without a record of the code that it measured is left to the page.
+    """
     rows = []
-    for report in (report for report in reports if {"shape", "cache", "runs"} <= report.keys()):
+    for report in (report for report in recorded(reports) if {"shape", "cache", "runs"} <= report.keys()):
         for name, ours in report["runs"].items():
             if "tokens_per_second" not in ours:
                 continue

@@ -289,6 +289,8 @@ def test_the_readme_has_todays_code_before_faster_older_code(program, results):
         (results / path).unlink()
     [told] = [line for line in program.readme_training(program.grouped(program.read_results(results))) if row in line]
     assert "| 12,000 † |" in told
+    (results / "old.json").write_text(json.dumps({**old, "sources": None}))
+    assert not [line for line in program.readme_training(program.grouped(program.read_results(results))) if row in line]
 
 
 @pytest.mark.filterwarnings("error")  # matplotlib warns of a layout that it gave up
