@@ -46,16 +46,17 @@ def read_results(directory: Path) -> list[dict[str, Any]]:
       directory: directory of the results; files of other benchmarks are skipped.
 
     Returns:
-      The reports, oldest first, with torchtitan among the peers of each measurement on one device.
+      The reports, oldest first. The peers of each measurement on one device are those of all runs (`with_every_peer`).
     Raises:
       InputError: there are none.
     """
-    found = all_results(directory)
-    reports = [report for report in found if report.get("benchmark") == "train_step"]
+    found = [
+        report for report in all_results(directory) if report.get("benchmark") in ("train_step", "torchtitan_step")
+    ]
+    reports = [report for report in found if report["benchmark"] == "train_step"]
     if not reports:
         raise InputError(f"{directory} holds no result of train_step.py; run that first")
-    others = [report for report in found if report.get("benchmark") == "torchtitan_step"]
-    return [with_torchtitan(report, others) for report in sorted(reports, key=lambda report: report["date"])]
+    return [with_every_peer(report, found) for report in sorted(reports, key=lambda report: report["date"])]
 
 
 def entries_of(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -63,42 +64,66 @@ def entries_of(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**entry, "file": report["file"]} for entry in report.get("lengths", [report])]
 
 
-def with_torchtitan(report: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Adds torchtitan's modes to the peers of a report's measurements, where one was compared with a peer.
+def with_every_peer(report: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Adds to a report the peers that other runs measured on the same kind of device at the same length.
 
     Args:
       report: of train_step.py.
-      others: the reports of torchtitan_step.py.
+      found: all reports, those of torchtitan_step.py included.
 
     Returns:
-      The report. In each of its measurements, `peers` has the modes measured on the same device at the same length,
-      with their report as `report`; the strongest peer and the ratio take them into account.
+      The report. In each measurement that was compared with a peer, `peers` also has the other runs' strongest settings
+      and torchtitan's modes, with their report as `report`; the strongest peers and the ratios take them into account.
     """
+    alone = [other for other in found if report.get("devices", 1) == 1 == other.get("devices", 1)]
 
     def added(entry: Mapping[str, Any]) -> dict[str, Any]:
-        modes = {
-            f"torchtitan/{mode}/bfloat16": {**figures, "microbatches": other["microbatches"], "report": other}
-            for other in others
-            if (other["name"], other["length"]) == (report["name"], entry["length"])
-            if report.get("devices", 1) == 1 and report.get("device") in devices_of(other)
-            for mode, figures in other["modes"].items()
-        }
-        if not modes or not entry.get("peers"):
+        if not entry.get("peers") or "strongest_peer" not in entry:
             return dict(entry)
-        peers = {**entry["peers"], **modes}
-        best = max((name for name in peers if name.endswith("bfloat16")), key=lambda name: _rate(peers[name]))
-        ours, theirs = _rate(entry), _rate(peers[best])
-        strongest = {"strongest_peer": best, "ratio_to_strongest_peer": ours / theirs if ours and theirs else None}
-        return {**entry, "peers": peers, **(strongest if theirs else {})}
+        others = {
+            setting: {**figures, "report": other}
+            for other in alone
+            if other.get("name") == report["name"]
+            for setting, figures in rivals(other, report.get("device"), entry["length"]).items()
+        }
+        changes: dict[str, Any] = {"peers": {**others, **entry["peers"]}}
+        for key, ratio, precision in PEERS.values():
+            names = [entry[key], *(name for name in others if name not in entry["peers"])]
+            best = max(
+                (name for name in names if name and name.endswith(precision)),
+                key=lambda name: _rate(changes["peers"][name]),
+                default=None,
+            )
+            if best and _rate(changes["peers"][best]):
+                changes[key] = best
+                changes[ratio] = _rate(entry) / _rate(changes["peers"][best]) or None
+        return {**entry, **changes}
 
     if "lengths" in report:
         return {**report, "lengths": [added(entry) for entry in report["lengths"]]}
     return added(report)
 
 
-def devices_of(other: Mapping[str, Any]) -> set[str]:
-    """Returns the devices that the modes of a torchtitan report ran on; those that failed do not name theirs."""
-    return {figures["device"] for figures in other["modes"].values() if "device" in figures}
+def rivals(report: Mapping[str, Any], device: str | None, length: int) -> dict[str, Mapping[str, Any]]:
+    """Returns a report's peers on a device at a length, by setting: the strongest ones, or all modes of torchtitan.
+
+    Torchtitan's modes that failed do not name their device.
+    """
+    if report.get("benchmark") == "torchtitan_step":
+        same = report["length"] == length and device in {x.get("device") for x in report["modes"].values()}
+        modes = report["modes"] if same else {}
+        return {
+            f"torchtitan/{mode}/bfloat16": {**figures, "microbatches": report["microbatches"]}
+            for mode, figures in modes.items()
+        }
+    entries = entries_of(report) if report.get("device") == device else []
+    return {
+        entry[key]: entry["peers"][entry[key]]
+        for entry in entries
+        if entry.get("length") == length
+        for key, *_ in PEERS.values()
+        if entry.get(key) in entry.get("peers", ())
+    }
 
 
 def grouped(reports: Sequence[Mapping[str, Any]]) -> dict[Group, list[Mapping[str, Any]]]:
@@ -264,20 +289,21 @@ def short(file: str) -> str:
 
 def settings_table(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the table of all peer settings tried in a group; empty if there are none."""
-    rows = [
-        [
+    # A setting that several runs count among their peers has one row.
+    rows = dict.fromkeys(
+        (
             f"{entry['length']:,}",
             name,
             spread(peer) if "tokens_per_second" in peer else "out of memory" if peer.get("out_of_memory") else "failed",
             number(peer.get("peak_gib"), ".1f"),
             str(peer["microbatches"]),
             peer.get("report", report)["file"],
-        ]
+        )
         for report in reports
         for entry in entries_of(report)
         if "strongest_peer" in entry
         for name, peer in sorted(entry["peers"].items(), key=lambda item: -_rate(item[1]))
-    ]
+    )
     header = ("length", "peer setting", "tokens/s (slowest–fastest step)", "peak GiB", "microbatches", "source")
     return table(header, rows) if rows else []
 
@@ -317,16 +343,24 @@ def single_figures(
 
 
 def scaling_table(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Returns the table of scaling: the rate of N devices over N times the best rate of one, at the same length."""
+    """Returns the table of scaling: the rate of N devices over N times the best rate of one, at the same length.
+
+    A result without a record of the code that it measured is left out.
+    """
     rows = []
     for (name, device, devices), reports in groups.items():
-        alone, together = fastest(groups.get((name, device, 1), [])), fastest(reports)
+        alone, together = (fastest(recorded(some)) for some in (groups.get((name, device, 1), []), reports))
         for length in sorted(alone.keys() & together.keys()) if devices > 1 else ():
             share = together[length] / (devices * alone[length])
             cells = (f"{length:,}", f"{together[length]:,.0f}", f"{alone[length]:,.0f}", f"{share:.1%}")
             rows.append([name, f"{devices} × {device}", *cells])
     header = ("configuration", "devices", "length", "tokens/s", "tokens/s of one device", "scaling efficiency")
     return ["### Several devices", "", *table(header, rows)] if rows else []
+
+
+def recorded(reports: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns the reports that record the code they measured."""
+    return [report for report in reports if changed(report) is not None]
 
 
 def fastest(reports: Sequence[Mapping[str, Any]]) -> dict[int, float]:
@@ -478,13 +512,18 @@ def decode_rate(figures: Mapping[str, Any]) -> str:
 
 
 def readme_training(groups: Mapping[Group, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Returns the README's table of optimizer steps: our fastest measurement per length, and the strongest peer."""
+    """Returns the README's table of optimizer steps: one of our measurements per length, and the strongest peer.
+
+    The measurement is the fastest of today's code, or of older code if there is none of today's. A result without a
+    record of the code that it measured is left to the page.
+    """
     rows = []
     for (name, device, devices), reports in groups.items():
-        measured = [(report, entry) for report in reports for entry in entries_of(report)]
+        measured = [(report, entry) for report in recorded(reports) for entry in entries_of(report)]
         for length in sorted({entry["length"] for _, entry in measured}):
             report, entry = max(
-                (pair for pair in measured if pair[1]["length"] == length), key=lambda pair: _rate(pair[1])
+                (pair for pair in measured if pair[1]["length"] == length),
+                key=lambda pair: (changed(pair[0]) == [], _rate(pair[1])),
             )
             if "tokens_per_second" not in entry:
                 continue
@@ -525,9 +564,12 @@ def short_setting(name: str) -> str:
 
 
 def readme_generation(reports: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Returns the README's table of generation: tokens per second, share of the memory bandwidth, fastest peer."""
+    """Returns the README's table of generation: tokens per second, share of the memory bandwidth, fastest peer.
+
+    A result without a record of the code that it measured is left to the page.
+    """
     rows = []
-    for report in (report for report in reports if {"shape", "cache", "runs"} <= report.keys()):
+    for report in (report for report in recorded(reports) if {"shape", "cache", "runs"} <= report.keys()):
         for name, ours in report["runs"].items():
             if "tokens_per_second" not in ours:
                 continue

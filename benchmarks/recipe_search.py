@@ -3,8 +3,9 @@
     eabf prepare --src SHAREGPT --dst data/sharegpt_32k_select --tokenizer models/smollm2-135m --template chatml \
         --min-tokens 10000 --max-tokens 32768 --num-conversations 100 --held-out 8
     python benchmarks/recipe_search.py --config 'configs/smollm2_135m_{}_32k.yaml' \
-        --schemes pi,yarn,abf,eabf,ntk_by_parts_entropy --bases 500000,1000000,2000000 \
-        --data data/sharegpt_32k_select --json OUT.json --time-limit 540 --recipe.batch_size 8 --recipe.steps 6
+        --schemes pi,yarn,abf,eabf,ntk_by_parts_entropy --bases 250000,500000,1000000,2000000 \
+        --learning-rates 1e-4,2e-4,4e-4,8e-4 --data data/sharegpt_32k_select --json OUT.json --time-limit 540 \
+        --recipe.batch_size 8 --recipe.steps 6
 
 Each scheme's configuration is trained on the dataset's training split with every learning rate and, for `abf` and
 `eabf`, with every base; other schemes keep the base of their configuration. The run with the lowest loss over all
@@ -175,11 +176,13 @@ def main() -> None:
         "edges": default_edges(documents.shape[1]),
         "unit": "nats per token; the lowest loss over all positions of the validation documents is chosen",
     }
-    report: dict[str, Any] = {**measured_on(), "commit": commit(), **settings, "cells": []}
+    origin = {**measured_on(), "commit": commit()}
+    report: dict[str, Any] = {**origin, **settings, "cells": []}
     if arguments.json.is_file():
         report = read_json_object(arguments.json)
         if {name: report.get(name) for name in settings} != settings:
             raise InputError(f"{arguments.json} was made with other settings or documents; name another file")
+        report["continued"] = [*report.get("continued", []), origin]
     done: list[dict[str, Any]] = report["cells"]
     for cell in cells:
         if any(cell.items() <= other.items() for other in done):

@@ -154,6 +154,9 @@ def test_several_devices_are_held_against_one_of_their_kind(program, results):
     text = "\n".join(program.scaling_table(program.grouped(program.read_results(results))))
     # Of the faster of the runs alone: 21,470.76 / (2 x 11,300.4)
     assert "| llama2_7b_eabf_16k | 2 × NVIDIA H200 | 16,384 | 21,471 | 11,300 | 95.0% |" in text
+    # Without a record of the code, it is not known what is compared.
+    (results / "two.json").write_text(json.dumps({**two, "sources": None}))
+    assert program.scaling_table(program.grouped(program.read_results(results))) == []
 
 
 def test_generation_is_held_against_the_strongest_peer(program):
@@ -242,6 +245,52 @@ def test_torchtitan_is_a_peer_like_the_others(program, results):
     (results / "titan.json").write_text(json.dumps({**report, "modes": modes}))
     slower = program.readme_training(program.grouped(program.read_results(results)))
     assert any("8,149 with compiled layers, Liger kernels: ours is 1.39 ×" in row for row in slower)
+
+
+def test_the_peers_of_every_run_on_the_device_count(program, results):
+    """A run that tried other settings was slower itself; its peers are counted against all runs."""
+    settings = {"*/kept/bfloat16": 10_000.0, "*/kept/autocast": 9000.0, "*/checkpointed/bfloat16": 12_000.0}
+    peers = {name.replace("*", "cudnn/eager/liger"): PEER | {"tokens_per_second": x} for name, x in settings.items()}
+    kept, masters, tried = peers
+    other = RUN | RAN | {"tokens_per_second": 11_000.0, "date": "2024-01-06", "commit": "4567abc", "peers": peers}
+    # The third was only tried: it is not the run's strongest, whatever its rate on fewer microbatches.
+    other |= {"strongest_peer": kept, "ratio_to_strongest_peer": 1.1}
+    other |= {"strongest_float32_peer": masters, "ratio_to_strongest_float32_peer": 1.2222}
+    (results / "other.json").write_text(json.dumps(other))
+    (results / "two.json").write_text(json.dumps({**other, "devices": 2, "device": "NVIDIA H200"}))
+    reports = program.read_results(results)
+    entries = {report["file"]: report for report in reports}
+    keys = ("strongest_peer", "strongest_float32_peer", "ratio_to_strongest_peer", "ratio_to_strongest_float32_peer")
+    # By hand: 11,300.4 / 10,000 and / 9,000.
+    expected = (kept, masters, pytest.approx(1.13004), pytest.approx(1.2556))
+    assert tuple(entries["one.json"][key] for key in keys) == expected
+    assert tuple(entries["other.json"][key] for key in keys) == (kept, masters, pytest.approx(1.1), 11 / 9)
+    assert tried not in entries["one.json"]["peers"]
+    rows = [row for row in program.settings_table(reports) if "| 10,000 (" in row]
+    assert len([row for row in rows if "other.json" in row]) == 1
+    text = program.page(program.grouped(reports))
+    assert f"{kept} | 1.13 × | [other.json](../benchmarks/results/other.json) 2024-01-06 4567abc |" in text
+
+
+def test_the_readme_has_todays_code_before_faster_older_code(program, results):
+    row = "| 1 × NVIDIA H200 | 16,384 |"
+    old = {
+        **RUN,
+        **RAN,
+        "tokens_per_second": 12_000.0,
+        "date": "2023-01-01",
+        "peers": PEERS,
+        "sources": {"gone.py": "0"},
+    }
+    (results / "old.json").write_text(json.dumps(old))
+    [told] = [line for line in program.readme_training(program.grouped(program.read_results(results))) if row in line]
+    assert "| 11,300 |" in told
+    for path in ("one.json", "sweep.json"):
+        (results / path).unlink()
+    [told] = [line for line in program.readme_training(program.grouped(program.read_results(results))) if row in line]
+    assert "| 12,000 † |" in told
+    (results / "old.json").write_text(json.dumps({**old, "sources": None}))
+    assert not [line for line in program.readme_training(program.grouped(program.read_results(results))) if row in line]
 
 
 @pytest.mark.filterwarnings("error")  # matplotlib warns of a layout that it gave up
