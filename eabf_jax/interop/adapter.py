@@ -9,15 +9,12 @@ import functools
 import gc
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from eabf_jax.errors import InputError
 from eabf_jax.fields import check, types_of
@@ -25,25 +22,17 @@ from eabf_jax.interop import native
 from eabf_jax.interop.directory import read_json_object
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora, adapters, merged_kernel
-from eabf_jax.model.parameters import parameters, shapes
-
-# Parameters up to this size are read with all their layers at once, which needs no compiled program.
-WHOLE_BYTES = 256 * 2**20
+from eabf_jax.model.parameters import parameters
 
 
+@dataclasses.dataclass(frozen=True)
 class ByLayer:
-    """A stacked parameter whose layers are read when they are asked for, in order; they are not kept."""
+    """A stacked parameter whose layers are read when they are asked for."""
 
-    def __init__(self, read: Callable[[slice], np.ndarray], layers: int, together: int):
-        self._read, self._layers, self._together = read, layers, together
-        self._held: dict[int, np.ndarray] = {}
+    read: Callable[[slice], np.ndarray]
 
     def __getitem__(self, layer: int) -> np.ndarray:
-        if layer not in self._held:
-            self._held.clear()  # before the next ones are read
-            some = slice(layer, min(layer + self._together, self._layers))
-            self._held.update(enumerate(self._read(some), layer))
-        return self._held.pop(layer)
+        return self.read(slice(layer, layer + 1))[0]
 
 
 class Leaves(NamedTuple):
@@ -57,7 +46,6 @@ class Leaves(NamedTuple):
     reader: Callable[[tuple[str, ...], Any, slice], np.ndarray]  # (path, dtype, layers) -> in host memory; see `read`
     # (path, dtype, sharding) -> on its devices, where a process can read its own parts alone
     restore: Callable[[tuple[str, ...], Any, jax.sharding.Sharding], jax.Array] | None = None
-    together: Callable[[tuple[str, ...]], int] = lambda path: 1  # how many layers cost as much to read as one
 
     def read(self, path: tuple[str, ...], dtype: Any = None, layers: slice = slice(None)) -> np.ndarray:
         """Reads a parameter, or some layers of a stacked one, into host memory."""
@@ -66,49 +54,15 @@ class Leaves(NamedTuple):
 
     def by_layer(self, path: tuple[str, ...], dtype: Any = None) -> ByLayer:
         """Opens a stacked parameter, to read its layers one after the other."""
-        return ByLayer(functools.partial(self.read, path, dtype), self.config.num_hidden_layers, self.together(path))
+        return ByLayer(functools.partial(self.read, path, dtype))
 
     def place(self, path: tuple[str, ...], dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-        """Reads a parameter straight to its devices, a large one layer by layer; host memory is free of it then."""
-        dtype, shape = dtype or self.dtypes[path], shapes(self.config)[path]
-        of_layer = _of_layer(sharding) if path[0] == "layers" else None
-        large = math.prod(shape) * np.dtype(dtype).itemsize > WHOLE_BYTES
-        if self.restore is not None and (jax.process_count() > 1 or of_layer is None or not large):
-            return self.restore(path, dtype, sharding)
-        if of_layer is None or not large:
-            return _placed(self.read(path, dtype), sharding)
-        layers = self.by_layer(path, dtype := jax.dtypes.canonicalize_dtype(dtype))
-        # As integers, because XLA on CPU would convert the whole stack from bfloat16 to float32 and back at each write.
-        bits = np.dtype(f"u{dtype.itemsize}")
-        start, write, finish = _stacking(sharding, dtype)
-        stack = start(shape, bits)
-        for index in range(shape[0]):
-            stack = write(stack, _placed(layers[index].view(bits), of_layer), index)
-        return jax.block_until_ready(finish(stack))
-
-
-def _placed(values: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    # Each device's part is sliced in host memory, so no device holds the whole.
-    return jax.block_until_ready(jax.make_array_from_callback(values.shape, sharding, values.__getitem__))
-
-
-def _of_layer(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding | None:
-    """The sharding of one layer of a stacked parameter; None where devices hold different layers."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding if isinstance(sharding, SingleDeviceSharding) else None
-    first, *others = sharding.spec or (None,)
-    return NamedSharding(sharding.mesh, PartitionSpec(*others)) if first is None else None
-
-
-@functools.cache
-def _stacking(sharding: jax.sharding.Sharding, dtype: np.dtype[Any]) -> tuple[Callable[..., jax.Array], ...]:
-    """Programs that make a stack of layers as integers, write a layer into it, and take it for its own dtype."""
-    compiled = functools.partial(jax.jit, out_shardings=sharding)
-    return (
-        compiled(jnp.zeros, static_argnums=(0, 1)),
-        compiled(functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0), donate_argnums=0),
-        compiled(functools.partial(jax.lax.bitcast_convert_type, new_dtype=dtype), donate_argnums=0),
-    )
+        """Reads a parameter straight to its devices, and returns once host memory is free of it."""
+        if self.restore is not None:
+            return self.restore(path, dtype or self.dtypes[path], sharding)
+        leaf = self.read(path, dtype)
+        # Each device's part is sliced in host memory, so no device holds the whole.
+        return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,4 +149,4 @@ def merged(directory: Path | str, adapter: Adapter, base: Leaves, step: int | No
         return kernel.astype(dtype or kernel.dtype, copy=False)
 
     changed = dict.fromkeys(adapted | (own.keys() & base.dtypes.keys()), np.dtype(np.float32))
-    return Leaves(config, {**base.dtypes, **changed}, read, together=base.together)
+    return Leaves(config, {**base.dtypes, **changed}, read)

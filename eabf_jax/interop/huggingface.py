@@ -194,8 +194,9 @@ def open_leaves(directory: Path | str, step: int | None = None, base: Path | str
         config, path = native.read_model_json(directory), native.checkpoint_path(directory, step)
         stored = native.stored_arrays(path, shapes(config))
         dtypes = {name: np.dtype(leaf.dtype) for name, leaf in stored.items()}
-        read, place = functools.partial(native.read_leaf, path), functools.partial(native.place_leaf, path)
-        return Leaves(config, dtypes, read, place, functools.partial(native.layers_in_a_chunk, path))
+        return Leaves(
+            config, dtypes, functools.partial(native.read_leaf, path), functools.partial(native.place_leaf, path)
+        )
     return _open_hf(Path(directory))
 
 

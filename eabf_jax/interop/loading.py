@@ -79,10 +79,9 @@ def open_weights(
       InputError: as `load`.
     """
     leaves, tokenizer, element = _open(directory, rope, dtype, base)
-    stacked = {entry.path for entry in parameters(leaves.config) if entry.layers}
 
     def read(path: tuple[str, ...]) -> Any:
-        return (leaves.by_layer if path in stacked else leaves.read)(path, element)
+        return (leaves.by_layer if path[0] == "layers" else leaves.read)(path, element)
 
     return WeightSource(leaves.config, element, read), tokenizer
 

@@ -96,16 +96,9 @@ def save_params(directory: Path | str, params: Mapping[str, Any], step: int = 0)
 
 
 def chunks(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns how Orbax cuts parameters into chunks: no chunk holds more than one layer, so that one can be read alone.
-
-    Args:
-      params: nested mapping of arrays.
-    """
-
-    def cut(name: tuple[str, ...]) -> ocp.SaveArgs:
-        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if name[0] == "layers" else ())
-
-    return nest({name: cut(name) for name, _ in flatten(params)})
+    """Returns how Orbax cuts nested arrays: no chunk holds more than one layer, so that one can be read alone."""
+    axes = {name: (0,) if name[0] == "layers" else () for name, _ in flatten(params)}
+    return nest({name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=axes[name]) for name in axes})
 
 
 def empty_leaf(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -155,7 +148,7 @@ def stored_arrays(
     Raises:
       InputError: not a checkpoint, or parameters that are not this model's.
     """
-    with _reading(path), _checkpointer() as checkpointer:
+    with _reading(path), ocp.PyTreeCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata
         if metadata is None:
             raise ValueError("its metadata cannot be read")
@@ -182,19 +175,6 @@ def read_leaf(path: Path, name: tuple[str, ...], dtype: Any, layers: slice = sli
         return (stored if dtype is None else ts.cast(stored, dtype))[layers].read().result()
 
 
-def layers_in_a_chunk(path: Path, name: tuple[str, ...]) -> int:
-    """Returns how many layers of a stacked parameter are read together; 1 unless an earlier release wrote it.
-
-    Args:
-      path, name: as for `read_leaf`.
-
-    Raises:
-      InputError: a damaged checkpoint.
-    """
-    with _reading(path):
-        return _open(path, name).chunk_layout.read_chunk_template.shape[0]
-
-
 def place_leaf(path: Path, name: tuple[str, ...], dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """Restores one parameter straight to its devices; a process reads only the parts that its devices hold.
 
@@ -207,7 +187,7 @@ def place_leaf(path: Path, name: tuple[str, ...], dtype: Any, sharding: jax.shar
     """
     arguments = ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=sharding)
     restore = ocp.args.PyTreeRestore(item=nest({name: 0}), restore_args=nest({name: arguments}), partial_restore=True)
-    with _reading(path), _checkpointer() as checkpointer:
+    with _reading(path), ocp.PyTreeCheckpointer() as checkpointer:
         return dict(flatten(checkpointer.restore(path, args=restore)))[name]
 
 
@@ -226,10 +206,6 @@ def _open(path: Path, name: tuple[str, ...]) -> ts.TensorStore:
     store = {"driver": "ocdbt", "base": base, "path": f"{'.'.join(name)}/"}
     spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
     return ts.open(spec, open=True, read=True).result()
-
-
-def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
 @contextmanager
