@@ -4,12 +4,16 @@ import os
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
+
+if TYPE_CHECKING:
+    from eabf_jax.interop.tokenizer import Tokenizer
 
 # Nearly all the time of these tests is compilation, and what they compile runs once: the compiler need not try hard.
 # The CPU's compiler reads these flags as its devices are made. The TPU's, which would end the process at a flag that it
@@ -40,6 +44,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> "Tokenizer":
+    """The tiny model's."""
+    from eabf_jax.interop.tokenizer import load_tokenizer
+
+    return load_tokenizer(Path(__file__).parents[1] / "assets/tiny")
 
 
 @pytest.fixture
