@@ -45,7 +45,7 @@ pytest.register_assert_rewrite("float64_attention", "gguf_files", "hf_directorie
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A program that another test has compiled is read; from a folder of this process, as JAX writes it without locks."""
+    """What one test has compiled, the next one reads; JAX writes without locks, so each process has its own folder."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
