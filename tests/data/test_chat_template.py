@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from talk import SYSTEM, TALK
 
 from eabf_jax.data.chat import Turn
 from eabf_jax.errors import InputError
@@ -13,17 +14,10 @@ from eabf_jax.inference.chat import chat_format, render
 from eabf_jax.interop.tokenizer import Tokenizer, load_tokenizer
 
 TINY = Path(__file__).parents[2] / "assets/tiny"
-TALK = [Turn("user", "Hello there"), Turn("assistant", "Hi! How are you?"), Turn("user", "  Fine, <s> thanks.")]
-SYSTEM = Turn("system", "Be brief.")
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Tokenizer:
-    return load_tokenizer(TINY)
 
 
 @pytest.mark.parametrize("turns", [TALK, [SYSTEM, *TALK], TALK[:1]])
-def test_templates_are_rendered_as_in_transformers(tiny: Tokenizer, turns: list[Turn]) -> None:
+def test_templates_are_rendered_as_in_transformers(tokenizer: Tokenizer, turns: list[Turn]) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(TINY)
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     source = (
@@ -31,14 +25,14 @@ def test_templates_are_rendered_as_in_transformers(tiny: Tokenizer, turns: list[
         "<{{ message.role }}>{{ message['content'] | trim }}{{ eos_token }}\n{%- endfor %}\n"
         "{% if add_generation_prompt %}{{ bos_token }}{{ messages | tojson }}{% endif %}"
     )
-    for template in (source, tiny.chat_template):
+    for template in (source, tokenizer.chat_template):
         assert template is not None
         expected = theirs.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, tokenize=False
         )
-        assert render(template, turns, tiny) == expected
+        assert render(template, turns, tokenizer) == expected
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert chat_format(tiny).encode(turns) == expected
+    assert chat_format(tokenizer).encode(turns) == expected
 
 
 # What transformers gives a template: each of these renders another text where it is missing or has another value.
@@ -93,6 +87,6 @@ def test_a_token_without_a_name_is_undefined(tmp_path: Path) -> None:
         ("{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "does not take this conversation"),
     ],
 )
-def test_templates_that_fail(tiny: Tokenizer, source: str, message: str) -> None:
+def test_templates_that_fail(tokenizer: Tokenizer, source: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        render(source, TALK, tiny)
+        render(source, TALK, tokenizer)

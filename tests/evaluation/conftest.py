@@ -1,14 +1,11 @@
 """A small model, the same for all tests, so that its programs are compiled once."""
 
-from pathlib import Path
-
 import pytest
 from flax import nnx
 from transformers import LlamaConfig as HfConfig
 from transformers import LlamaForCausalLM
 from weights import torch_state
 
-from eabf_jax.interop.tokenizer import Tokenizer, load_tokenizer
 from eabf_jax.model import Llama, LlamaConfig
 
 CONFIG = LlamaConfig(
@@ -28,12 +25,6 @@ CONFIG = LlamaConfig(
 @pytest.fixture(scope="session")
 def model() -> Llama:
     return Llama(CONFIG, rngs=nnx.Rngs(1), attention="reference")
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
-    """The tiny model's."""
-    return load_tokenizer(Path(__file__).parents[2] / "assets/tiny")
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,13 @@ KINDS = ("hf", "native", "adapters")
 LORA = Lora(rank=4, alpha=8.0, targets=("q_proj", "down_proj"), train_embeddings=False, train_norms=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect() -> None:
+    """What other tests have left stays: a collection here looks at this file's objects alone."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model in three forms, and `merged`: what the adapters' form is for transformers."""

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from flax import nnx
+from gguf_once import read_once
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 
@@ -17,15 +19,23 @@ from eabf_jax.interop.tokenizer import load_tokenizer
 from eabf_jax.model.llama import Llama
 
 PROMPTS = ("The history of the Roman Empire begins", "def quicksort(values):\n", "Dear customer,\nwe are sorry to")
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 
 
 @pytest.fixture(scope="module")
-def reference(smollm2_gguf: Path) -> transformers.LlamaForCausalLM:
-    """The model as transformers reads the GGUF file itself."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
-    ).eval()
+def read_by_transformers(
+    smollm2_gguf: Path,
+) -> tuple[transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast]:
+    """Model and tokenizer as transformers reads the GGUF file itself."""
+    with read_once():
+        file: dict[str, Any] = {"pretrained_model_name_or_path": smollm2_gguf.parent, "gguf_file": smollm2_gguf.name}
+        model = transformers.AutoModelForCausalLM.from_pretrained(**file, dtype=torch.float32).eval()
+        return model, transformers.AutoTokenizer.from_pretrained(**file)
+
+
+@pytest.fixture(scope="module")
+def reference(read_by_transformers: tuple[transformers.LlamaForCausalLM, Any]) -> transformers.LlamaForCausalLM:
+    return read_by_transformers[0]
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +59,12 @@ def test_tensors_are_bit_equal(smollm2: Path, reference: transformers.LlamaForCa
     assert config["rope_theta"] == 100_000.0 and config["tie_word_embeddings"]
 
 
-def test_token_ids_on_real_text(smollm2: Path, smollm2_gguf: Path, texts: list[str]) -> None:
-    found = load_tokenizer(smollm2)
-    theirs = transformers.AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+def test_token_ids_on_real_text(
+    smollm2: Path,
+    read_by_transformers: tuple[Any, transformers.PreTrainedTokenizerFast],
+    texts: list[str],
+) -> None:
+    found, (_, theirs) = load_tokenizer(smollm2), read_by_transformers
     # transformers ignores the file's pre-tokenizer, which sets every digit apart; llama.cpp and the original do not.
     backend = theirs.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -77,7 +90,7 @@ def test_logits_on_real_tokens(
     ids: list[int] = []
     for text in texts:
         ids += tokenizer.encode(text)
-    tokens = np.array([ids[:256]])
+    tokens = np.array([ids[:128]])
     with torch.no_grad():
         expected = reference(torch.tensor(tokens)).logits.numpy()
     found = forward(ours, tokens)

@@ -362,7 +362,12 @@ def uninterrupted(config_file, tmp_path_factory, quick_flags):
 def test_killed_and_started_again_a_run_ends_bit_for_bit_the_same(
     uninterrupted, config_file, fork, train_py, tmp_path, read_metrics
 ):
-    cut = Interrupted(tmp_path, config_file, functools.partial(fork, train_py))
+    # The step is compiled by the first of these processes and by the one that is never cut off, and read by the others.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
+    cut = Interrupted(tmp_path, config_file, functools.partial(fork, train_py, **cache))
 
     process = cut.go()  # SIGKILL at a random step
     kill_at = random.Random(20240107).randint(2, 5)
