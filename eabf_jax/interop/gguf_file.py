@@ -166,7 +166,7 @@ def shortest(value: float) -> float:
 
 
 class _Reader(gguf.GGUFReader):
-    """The package's reader with a check for the end of the file, past which the original may read empty data forever."""
+    """The package's reader, which may read empty data forever past the end of a file, with a check for that end."""
 
     def _get(self, offset: int, dtype: Any, count: Any = 1, *rest: Any, **named: Any) -> Any:
         if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):

@@ -87,10 +87,10 @@ def test_a_token_without_a_name_is_undefined(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{{ raise_exception('only one turn') }}", "does not take this conversation: only one turn"),
-        ("{% if %}", "does not take this conversation"),
-        ("{{ messages[9].content.strip() }}", "does not take this conversation"),
-        ("{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "does not take this conversation"),
+        ("{{ raise_exception('only one turn') }}", "does not accept this conversation: only one turn"),
+        ("{% if %}", "does not accept this conversation"),
+        ("{{ messages[9].content.strip() }}", "does not accept this conversation"),
+        ("{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "does not accept this conversation"),
     ],
 )
 def test_templates_that_fail(tiny: Tokenizer, source: str, message: str) -> None:

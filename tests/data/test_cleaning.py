@@ -48,7 +48,7 @@ def test_alternation_is_repaired(turns, left):
         ([], "no turns"),
         ([("assistant", "a"), ("system", "b")], "no turns"),
         ([("user", "a"), ("assistant", "\u200b")], "no answer"),
-        ([("user", "a"), ("system", "s"), ("assistant", "b")], "system turn further on"),
+        ([("user", "a"), ("system", "s"), ("assistant", "b")], "later system turn"),
     ],
 )
 def test_what_cannot_be_repaired_is_dropped(pairs, fault):

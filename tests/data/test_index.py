@@ -68,7 +68,7 @@ def test_entries_without_turns_do_not_stop_a_file(tmp_path):
     assert index.unusable == {"of no known form": 1, "not of the form sharegpt": 5, "no list of turns": 4}
     (good,) = [c for c in index.conversations if c.id == "a"]
     assert index.read(good) == [Turn("user", "q"), Turn("assistant", "a")]
-    with pytest.raises(Unusable, match="turn that is no object"):
+    with pytest.raises(Unusable, match="turn that is not an object"):
         index.read(index.conversations[0])
 
 
@@ -102,7 +102,7 @@ def test_compressed_and_repaired_entries_are_read_from_copies(tmp_path):
         ("[]", "holds no whole entry"),
         (
             '{"data": []}',
-            r"no entry of a known form: entry 0 \(byte 0\) has the keys 'data'; needed is .*sharegpt: a list",
+            r"no entry of a known form: entry 0 \(byte 0\) has the keys 'data'; expected one of sharegpt: a list",
         ),
         ('[{}, {"data": []}]', r"entry 0 \(byte 1\) has the keys of an empty object"),
     ],

@@ -156,7 +156,7 @@ def test_packed_segments_are_consecutive_pieces_of_one_record(dataset, length, s
     [
         ({"batch_size": 23}, "has 22 records, fewer than one batch of 23"),
         ({"batch_size": 8, "length": 40, "mode": "packed"}, "has 5 rows of 40 tokens, fewer than one batch of 8"),
-        ({"length": 39}, "has records of 40 tokens, rows have 39: prepare with --max-tokens 39"),
+        ({"length": 39}, "has records of 40 tokens, but rows have 39: prepare with --max-tokens 39"),
         ({"process_count": 3}, "batch size 4 is not divisible by 3 processes"),
         ({"mode": "pakced"}, "did you mean 'packed'"),
         ({"seed": -1}, "seed -1 is out of range"),

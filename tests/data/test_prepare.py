@@ -110,7 +110,7 @@ def test_every_stage_is_counted(tmp_path):
     assert [count for _, count in report.stages()] == [11, 9, 9, 9, 5, 4, 3, 2]
     assert report.dropped_in_cleaning == {
         "no turns": 1,
-        "part that is no text": 1,
+        "part that is not text": 1,
         "tool use": 1,
         "unknown role": 1,
     }
@@ -199,7 +199,7 @@ def test_held_out_records_are_full_by_default(tmp_path):
 
 def test_too_few_records_are_reported(many, tmp_path):
     report = prepare(options(many, tmp_path / "set", num_conversations=100), Words(), quiet())
-    assert report.shortages == ["train: 60 records found, 100 asked for"]
+    assert report.shortages == ["train: 60 records found, 100 requested"]
 
 
 def test_ids_that_look_like_parts_are_reported(tmp_path):

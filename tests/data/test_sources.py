@@ -102,8 +102,8 @@ def test_plain_text_is_one_document(tmp_path):
         (b"\x80\x04\x95\x00", "a pickle, which is never loaded"),
         (b"\x28\xb5\x2f\xfd....", "decompress it first"),
         (b"PK\x03\x04", "unpack it first"),
-        (b"PAR1 and no more", "no whole Parquet file"),
-        (b"\xff\xff\xff\xff\x10\x00\x00\x00", "no whole Arrow file"),
+        (b"PAR1 and no more", "not a whole Parquet file"),
+        (b"\xff\xff\xff\xff\x10\x00\x00\x00", "not a whole Arrow file"),
         (b"\x1f\x8b\x08", "is damaged"),
     ],
 )
@@ -152,7 +152,7 @@ def test_a_directory_of_files(tmp_path):
     with pytest.raises(InputError, match=r"more holds no file of a known kind \(.json, "):
         Index([tmp_path / "more"])
     (tmp_path / "more" / "eabf_dataset.json").write_text("{}")
-    with pytest.raises(InputError, match="is prepared already"):
+    with pytest.raises(InputError, match="is already prepared"):
         Index([tmp_path / "more"])
 
 

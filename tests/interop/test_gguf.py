@@ -172,7 +172,7 @@ def test_llama3_factors(tmp_path: Path) -> None:
     tensors["rope_freqs.weight"] = llama3_factors()
     from_gguf(write(tmp_path / "m.gguf", values, tensors), tmp_path / "hf")
     assert config_of(tmp_path / "hf").rope == scheme("llama3", base=500_000.0, factor=8.0, pretrained_window=8192)
-    with pytest.raises(InputError, match=r"rope scaling factor is 2.0 beside rope_freqs.weight; expected one"):
+    with pytest.raises(InputError, match=r"factor is 2.0, but there is rope_freqs.weight too; expected only one"):
         from_gguf(write(tmp_path / "s.gguf", values | scaling({"factor": 2.0}), tensors), tmp_path / "other")
     tensors["rope_freqs.weight"] = llama3_factors() + np.arange(HEAD_DIM // 2, dtype=np.float32)
     with pytest.raises(InputError, match="holds factors that are not Llama 3's"):
@@ -197,7 +197,7 @@ BAD: dict[str, tuple[Callable[[Metadata, Tensors], object], str]] = {
         changed(llama__attention__layer_norm_rms_epsilon=0.0),
         "layer_norm_rms_epsilon is 0.0, expected a number above 0",
     ),
-    "more layers than tensors": (changed(llama__block_count=10**9), "expected no more than there are tensors, 29"),
+    "more layers than tensors": (changed(llama__block_count=10**9), "expected at most 29, the number of tensors"),
     "head counts that differ": (
         changed(llama__attention__head_count=[4, 2]),
         r"head_count is \[4, 2\], expected one whole number above 0, the same for all 2 layers",
@@ -225,7 +225,7 @@ BAD: dict[str, tuple[Callable[[Metadata, Tensors], object], str]] = {
     "unknown key of the model": (changed(llama__ssm__state_size=4), "llama.ssm.state_size .* not understood"),
     "negative factor": (changed(llama__rope__scaling__factor=-2.0), "factor is -2.0, expected a number above 0"),
     "magnitude without YaRN": (
-        changed(llama__rope__scaling__attn_factor=0.5), "attn_factor is 0.5, expected 1.0: YaRN alone"
+        changed(llama__rope__scaling__attn_factor=0.5), "attn_factor is 0.5, expected 1.0: only YaRN"
     ),
     "YaRN's magnitude of unclear meaning": (
         yarn_changed(yarn_attn_factor=1.0), r"yarn_attn_factor is 1.0, expected none or 1.138629,"

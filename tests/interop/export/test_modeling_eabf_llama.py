@@ -116,7 +116,7 @@ def test_arguments_of_attention() -> None:
     by_name = attention(hidden_states=x, position_embeddings=rotation, attention_mask=None)[0]
     assert torch.equal(attention(x, rotation, None)[0], by_name)
     for wrong in ({}, {"position_embeddings": rotation[:2]}):
-        with pytest.raises(RuntimeError, match="expected attention to be given position_embeddings"):
+        with pytest.raises(RuntimeError, match="expected attention to get position_embeddings"):
             attention(x, attention_mask=None, **wrong)
     with pytest.raises(RuntimeError, match=r"expected one cache in attention's arguments .*, found 0"):
         attention(x, rotation, None, use_cache=True)
@@ -145,7 +145,7 @@ def test_the_multiplier_is_on_the_query_that_attention_compares(bias: bool) -> N
 
 def test_texts_packed_into_a_row_have_no_length_to_follow() -> None:
     model, positions = tiny(DYNAMIC), torch.cat((torch.arange(20), torch.arange(20)))[None]
-    with pytest.raises(ValueError, match="give each text a row of its own"):
+    with pytest.raises(ValueError, match="give each text its own row"):
         model(TOKENS, position_ids=positions)
     assert torch.isfinite(tiny(EABF)(TOKENS, position_ids=positions).logits).all()
 
