@@ -34,8 +34,8 @@ class Options:
     max_tokens: int = 16_384  # most tokens of a record; longer conversations are split between exchanges
     num_conversations: int | None = None  # training records wanted; None for all, 0 for none
     held_out: int = 0  # held-out records wanted
-    # Fewest tokens of a held-out conversation, whose first `max_tokens` become its record. None for `max_tokens`, so that
-    # every held-out record covers every position.
+    # Fewest tokens of a held-out conversation, whose first `max_tokens` become its record. None for `max_tokens`, so
+    # that every held-out record covers every position.
     held_out_min_tokens: int | None = None
     language: str = "en"  # or "any" for no filter
     seed: int = 0  # determines the order of conversations

@@ -1,4 +1,4 @@
-"""Chat templates in Jinja, against transformers' `apply_chat_template`."""
+"""Chat templates in Jinja compared with transformers' `apply_chat_template`."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def test_templates_are_rendered_as_in_transformers(tiny: Tokenizer, turns: list[
     assert chat_format(tiny).encode(turns) == expected
 
 
-# What transformers gives a template: each of these renders another text where it is missing or has another value.
+# Everything that transformers offers a template: each text changes if something is missing or has another value.
 CONTEXT = (
     "{{ tools is none }} {{ documents is none }} {% if tools %}tools{% endif %} {{ tools }}",
     "{% if not tools is defined %}no {% endif %}tools, {% if documents is defined %}documents{% endif %}",
@@ -73,7 +73,7 @@ def test_what_a_template_can_use(tmp_path: Path) -> None:
 
 
 def test_a_token_without_a_name_is_undefined(tmp_path: Path) -> None:
-    """The model's pad_token_id does not make a pad_token of the tokenizer's."""
+    """The model's pad_token_id does not define a pad_token of the tokenizer."""
     shutil.copy(TINY / "tokenizer.model", tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "pad_token_id": 2}')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)

@@ -33,9 +33,9 @@ def why(entry):
         {"messages": json.dumps([QUESTION, ANSWER])},
         {"messages": [{**QUESTION, "speaker": "Alice", "value": ""}, {**ANSWER, "from": "gpt", "text": "a"}]},
         {"messages": [{"role": "prompter", "text": "q"}, {"speaker": "Bot ", "text": "a"}]},
-        # What stands there and holds nothing, as tables have it.
+        # Keys without a value, as in tables.
         {"messages": [{**QUESTION, "tool_calls": None, "images": []}, {**ANSWER, "function_call": {}}], "tools": "[]"},
-        # What asks for what is done anyway.
+        # Keys that ask for the default behaviour.
         {"messages": [{**QUESTION, "weight": 1, "train": False}, {**ANSWER, "weight": 1, "train": True}], "label": 3},
     ],
 )
@@ -145,7 +145,7 @@ def test_instructions(entry, turns):
 def test_completions():
     entry = {"prompt": "p ", "completion": "c", "text": "p c"}
     assert read(entry) == Passage("p ", "c")
-    # Through the template, if one says so.
+    # With this form, through the template.
     assert read(entry, "instructions") == [Turn("user", "p "), Turn("assistant", "c")]
     assert read({"prompt": [QUESTION], "completion": [ANSWER]}) == READ
     assert why({"prompt": [QUESTION, ANSWER, QUESTION], "completion": [ANSWER]}).startswith("answers in the prompt")

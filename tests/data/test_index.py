@@ -34,7 +34,7 @@ def test_memory_stays_flat_on_a_large_file(tmp_path):
         stream.write("]")
     size = path.stat().st_size
     assert size > 50e6
-    # A process of its own, for its peak to be this work's; the limit is a tenth of the file.
+    # A separate process, whose peak is due to this work alone; the limit is a fifth of the file.
     code = f"""
         import resource, time
         from eabf_jax.data.index import Index
@@ -52,7 +52,7 @@ def test_memory_stays_flat_on_a_large_file(tmp_path):
 
 def test_the_real_file_is_refused_and_its_whole_entries_are_used(real_sample, real_index):
     raw = real_sample.read_bytes()
-    # The publisher's layout: an entry at two spaces of indentation, which no text contains unescaped.
+    # The publisher indents entries by two spaces, which no text contains after an unescaped newline.
     whole = len(re.findall(rb"^  },?$", raw, re.MULTILINE))
     with pytest.raises(BrokenFile, match=f"cut off .*at byte {len(raw)}, .* {whole} whole entries"):
         Index([real_sample])

@@ -107,7 +107,7 @@ def holds(key, first):
         ('{"data": ["x"]} {"data": [{"a": 1}]}', [{"data": ["x"]}, {"data": [{"a": 1}]}]),
         ('{"data": []}', [{"data": []}]),
         ('[["turn", 1], ["turn"]]', [["turn", 1], ["turn"]]),
-        # Lists one after another, each an entry.
+        # Consecutive lists, each of them an entry.
         ('["turn", 1]\n["turn", 2]', [["turn", 1], ["turn", 2]]),
         ("[]", []),
         ("", []),

@@ -17,7 +17,7 @@ LENGTHS = [5, 16, 9, 12, 3, 7, 16, 11, 4, 8, 10, 6, 13, 2, 15, 14, 1, 9, 12, 8, 
 
 
 def write(directory, lengths):
-    """Records whose tokens name them: token t of record r is 1000 * (r + 1) + t."""
+    """Writes records whose tokens identify them: token t of record r is 1000 * (r + 1) + t."""
     with DatasetWriter(directory) as writer:
         for number, length in enumerate(lengths):
             tokens = np.arange(length, dtype=np.int32) + 1000 * (number + 1)
@@ -144,7 +144,7 @@ def test_packed_segments_are_consecutive_pieces_of_one_record(dataset, length, s
                 piece = tokens[place]
                 assert (np.diff(piece) == 1).all()
                 assert len(set(piece // 1000)) == 1
-                # Only the row's first segment may begin inside a record, only its last may end inside one.
+                # Only the row's first segment may begin inside a record, and only its last may end inside one.
                 if segment > 1:
                     assert piece[0] % 1000 == 0
                 if segment < segments.max():

@@ -48,7 +48,7 @@ def any_parameters(config):
 
 @pytest.fixture
 def extended(tmp_path):
-    """A native directory of a model with entropy-aware ABF, its parameters at step 6."""
+    """A native directory of a model with entropy-aware ABF and a checkpoint of step 6."""
     rope = scheme("eabf", base=500_000.0, pretrained_window=4096, unscaled_layers=2)
     config = dataclasses.replace(LlamaConfig.from_fields(SHAPE), rope=rope)
     directory = tmp_path / "chat_16k"
@@ -168,7 +168,7 @@ def test_only_what_the_base_says_of_itself_is_passed_on(extended, tmp_path, plac
     named = ("license", "language", "datasets", "base_model")
     assert {name: front[name] for name in named if name in front} == expected
     assert f"| made from | {name} |" in body
-    # The card is passed on by what is made of the export, too.
+    # A conversion of the export also inherits the front matter.
     from_hf(tmp_path / "chat_16k_hf", tmp_path / "again")
     front, _ = card_of(tmp_path / "again", tmp_path)
     assert {name: front[name] for name in named if name in front} == expected
