@@ -20,7 +20,7 @@ _WHITESPACE = re.compile("[ \t\r\n\ufeff]*")
 _TRAILING_COMMA = re.compile(r",(?=\s*[\]}])")
 _LITERALS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 _UNFINISHED_NUMBER = re.compile(r"-?\d*(\.|[eE][+-]?)?")
-# JSON tokens except strings are no longer than this, so an error further from the end is not due to missing input.
+# Outside strings, an error that is due to missing input is at most this far from the end of the text.
 _LONGEST_TOKEN = 16
 
 

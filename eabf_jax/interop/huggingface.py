@@ -249,7 +249,7 @@ def to_hf(
     Args:
       dst: the Hugging Face directory to make.
       step, base: as for `open_leaves`.
-      max_shard_bytes: largest size of a weight file, unless a single tensor is larger.
+      max_shard_bytes: largest size of a shard's data, unless a single tensor is larger.
       dtype: the dtype to cast to; None keeps the stored ones (float32 for weights that adapters change).
 
     Raises:

@@ -67,7 +67,7 @@ def _decoded(text):
 
 def _check_end(longest, end, what):
     if longest > end:
-        raise ValueError(f"{longest} tokens: the {what} of this model are a table for {end}; export it with more")
+        raise ValueError(f"{longest} tokens: the table of {what} ends at {end}; export it with a longer window")
 
 
 # Kinds of frequencies: functions of head_dim and of `lengths` (float64 [batch, 1] on the CPU, the tokens in each row;
