@@ -37,7 +37,7 @@ TOKENIZER_FILES = (
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
-# transformers' classes that replace the rules of a vocabulary's file by their own.
+# transformers' classes that replace the rules of a vocabulary's file with their own.
 _LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")
 # The special tokens of a class if the files name none; those that the vocabulary lacks are ignored.
 _CLASS_TOKENS = {
@@ -446,7 +446,7 @@ def _without_markup(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _from_json(path: Path, kind: str, values: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, str]:
-    """Reads a tokenizer.json; returns the tokenizer, and its class if that class has its own rules."""
+    """Reads a tokenizer.json; returns the tokenizer and its class, empty for a LLaMA class that does not apply."""
     text = _read_text(path)
     try:
         backend = tokenizers.Tokenizer.from_str(text)
