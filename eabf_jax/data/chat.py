@@ -1,4 +1,4 @@
-"""Chat templates: turn conversations into tokens, with a mask on the tokens that the assistant learns."""
+"""Turns conversations into tokens by chat templates, with a mask of the tokens that the assistant learns."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +22,7 @@ class Turn(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """What templates and passages use of a tokenizer."""
+    """The interface of a tokenizer that templates and passages need."""
 
     vocab_size: int
     bos_id: int | None
@@ -38,27 +38,27 @@ class Tokenizer(Protocol):
         ...
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Turns text with special tokens into ids, with the range of characters of each."""
+        """Turns text with special tokens into ids, each with the start and end of its characters."""
         ...
 
     def token_id(self, piece: str) -> int | None:
-        """The id of a special token's string, or None if there is none."""
+        """Returns the id of a special token; None if there is no such token."""
         ...
 
 
 class Segment(NamedTuple):
     """A stretch of a rendered exchange.
 
-    Text is never parsed for special tokens, so a user's text cannot pass for markup.
+    Text is never parsed for special tokens, so users cannot inject markup.
     """
 
-    text: str  # the text, or the name of a special token: "bos", "eos", or its string
+    text: str  # the text; for a special token, "bos", "eos" or its string
     is_response: bool = False  # whether its tokens are learned
     is_special: bool = False  # whether it is one special token
 
 
 class Exchange(NamedTuple):
-    """A question and its answer; `system` is the system prompt if the exchange opens a conversation that has one."""
+    """A question and its answer; the first exchange of a conversation also has its system prompt, if there is one."""
 
     user: str
     assistant: str
@@ -67,7 +67,7 @@ class Exchange(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Tokens, and a mask of those that the assistant learns."""
+    """Tokens, and a mask of the tokens that the assistant learns."""
 
     tokens: Int32[np.ndarray, " length"]
     loss_mask: Bool[np.ndarray, " length"]
@@ -83,7 +83,7 @@ _EOS = Segment("eos", is_response=True, is_special=True)
 
 
 def _llama_2(exchange: Exchange) -> Iterator[Segment]:
-    """LLaMA-2-Chat as Meta's code renders it: every exchange between BOS and EOS."""
+    """Renders LLaMA-2-Chat as Meta's code does: every exchange between BOS and EOS."""
     system = "" if exchange.system is None else f"<<SYS>>\n{exchange.system}\n<</SYS>>\n\n"
     yield _BOS
     prompt = f"{system}{exchange.user}".strip()
@@ -93,7 +93,7 @@ def _llama_2(exchange: Exchange) -> Iterator[Segment]:
 
 
 def _vicuna(exchange: Exchange) -> Iterator[Segment]:
-    """Vicuna v1.1 as FastChat renders it: one BOS, an EOS after every answer."""
+    """Renders Vicuna v1.1 as FastChat does: one BOS, and an EOS after every answer."""
     if exchange.is_first:
         yield _BOS
         yield Segment(f"{exchange.system or VICUNA_SYSTEM} ")
@@ -103,7 +103,7 @@ def _vicuna(exchange: Exchange) -> Iterator[Segment]:
 
 
 def _chatml(exchange: Exchange) -> Iterator[Segment]:
-    """ChatML without a default system prompt."""
+    """Renders ChatML without a default system prompt."""
     begin = Segment("<|im_start|>", is_special=True)
     end = Segment("<|im_end|>", is_special=True)
     if exchange.system is not None:
@@ -114,7 +114,7 @@ def _chatml(exchange: Exchange) -> Iterator[Segment]:
 
 
 def _llama_3(exchange: Exchange) -> Iterator[Segment]:
-    """Llama 3 Instruct as Meta's code renders it: a header before each message, <|eot_id|> after it."""
+    """Renders Llama 3 Instruct as Meta's code does: a header before each message, and <|eot_id|> after it."""
     end = Segment("<|eot_id|>", is_special=True)
 
     def header(role: str) -> Iterator[Segment]:
@@ -138,12 +138,12 @@ TEMPLATES: dict[str, Callable[[Exchange], Iterable[Segment]]] = {
     "chatml": _chatml,
 }
 
-# The template that comes with the model's tokenizer, instead of one in TEMPLATES.
+# Stands for the template of the model's own tokenizer.
 OWN = "own"
 
 
 def check_template(template: str) -> None:
-    """Raises InputError unless a template is a name in `TEMPLATES`, or `OWN`."""
+    """Raises InputError unless a template is `OWN` or a name in `TEMPLATES`."""
     if template != OWN and template not in TEMPLATES:
         raise unknown_name("chat template", template, (*TEMPLATES, OWN))
 
@@ -152,19 +152,17 @@ def exchanges(turns: Sequence[Turn]) -> list[Exchange]:
     """Pairs the turns of a conversation.
 
     Args:
-      turns: at most one system turn, then user and assistant in alternation, the assistant last.
+      turns: at most one system turn, then alternating user and assistant turns, the assistant last.
 
     Raises:
-      InputError: turns in another order.
+      InputError: the turns are in another order.
     """
     system = turns[0].text if turns and turns[0].role == "system" else None
     spoken = turns if system is None else turns[1:]
     roles = [turn.role for turn in spoken]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         found = ", ".join(roles[:4]) or "none"
-        raise InputError(
-            f"turns are {found} ({len(roles)} in all): user and assistant have to alternate, the user first"
-        )
+        raise InputError(f"turns are {found} ({len(roles)} in all): user and assistant must alternate, the user first")
     return [
         Exchange(question.text, answer.text, system if number == 0 else None, number == 0)
         for number, (question, answer) in enumerate(zip(spoken[::2], spoken[1::2], strict=True))
@@ -176,18 +174,18 @@ def _encode_exchange(exchange: Exchange, template: str, tokenizer: Tokenizer) ->
 
 
 def encode_prompt(turns: Sequence[Turn], template: str, tokenizer: Tokenizer) -> list[int]:
-    """Renders and tokenizes a conversation up to the point where the assistant answers.
+    """Renders and tokenizes a conversation up to the start of the assistant's answer.
 
     Args:
-      turns: at most one system turn, then user and assistant in alternation, the user last; `OWN` accepts what the
-        model's template accepts.
+      turns: at most one system turn, then alternating user and assistant turns, the user last; with `OWN`, whatever
+        the model's template accepts.
       template: a name in `TEMPLATES`, or `OWN`.
 
     Returns:
-      The token ids. Followed by those of an answer, they equal `encode_conversation`.
+      The token ids. Followed by the answer's, they equal those of `encode_conversation`.
 
     Raises:
-      InputError: as `encode_conversation`.
+      InputError: as for `encode_conversation`.
     """
     check_template(template)
     if template == OWN:
@@ -202,11 +200,11 @@ def answer_ends(template: str, tokenizer: Tokenizer) -> list[int]:
     """Returns the tokens that end an answer.
 
     Args:
-      template: a name in `TEMPLATES`, or `OWN` for the special token that the model's template writes after an answer,
-        if it writes one.
+      template: a name in `TEMPLATES`, or `OWN` for the special token, if any, that the model's template writes after
+        an answer.
 
     Raises:
-      InputError: as `encode_conversation`.
+      InputError: as for `encode_conversation`.
     """
     check_template(template)
     if template == OWN:
@@ -219,22 +217,22 @@ def encode_conversation(turns: Sequence[Turn], template: str, tokenizer: Tokeniz
     """Renders and tokenizes a whole conversation.
 
     Args:
-      turns: at most one system turn, then user and assistant in alternation, the assistant last.
+      turns: at most one system turn, then alternating user and assistant turns, the assistant last.
       template: a name in `TEMPLATES`, or `OWN`.
 
     Returns:
       int32 tokens [length] and bool mask [length]: true on the assistant's tokens and on the token that ends its turn;
-      with `OWN`, on what the model's template marks with `{% generation %}`.
+      with `OWN`, on the text that the model's template marks with `{% generation %}`.
 
     Raises:
-      InputError: turns that do not alternate, an unknown template, a special token that the tokenizer lacks, or a
-        model's template that marks nothing.
+      InputError: the turns do not alternate, the template is unknown, the tokenizer lacks one of its special tokens, or
+        the model's own template marks nothing.
     """
     return encode_beginning(turns, template, tokenizer, math.inf)
 
 
 def encode_beginning(turns: Sequence[Turn], template: str, tokenizer: Tokenizer, enough: float) -> Encoded:
-    """Renders and tokenizes the first exchanges of a conversation, until they have `enough` tokens.
+    """Renders and tokenizes the first exchanges of a conversation, until there are `enough` tokens.
 
     Args:
       turns: as in `encode_conversation`.
@@ -242,10 +240,10 @@ def encode_beginning(turns: Sequence[Turn], template: str, tokenizer: Tokenizer,
       enough: the number of tokens wanted.
 
     Returns:
-      The tokens of the exchanges and their mask, not truncated.
+      The tokens of these exchanges and their mask, not truncated.
 
     Raises:
-      InputError: as `encode_conversation`.
+      InputError: as for `encode_conversation`.
     """
     check_template(template)
     paired = exchanges(turns)
@@ -272,11 +270,10 @@ def split_conversation(
     Args:
       turns: as in `encode_conversation`.
       template: a name in `TEMPLATES`, or `OWN`.
-      min_tokens: fewest tokens of a piece.
-      max_tokens: most tokens of a piece.
+      min_tokens, max_tokens: limits on the tokens of a piece.
 
     Raises:
-      InputError: as `encode_conversation`.
+      InputError: as for `encode_conversation`.
     """
     check_template(template)
     pieces = (
@@ -307,7 +304,7 @@ def _named_pieces(paired: Sequence[Exchange], template: str, tokenizer: Tokenize
 
 
 def _own_pieces(turns: Sequence[Turn], tokenizer: Tokenizer, max_tokens: int) -> list[Encoded]:
-    """Builds the pieces of a conversation by the model's template, which only renders whole conversations."""
+    """Builds the pieces of a conversation with the model's template, which renders only whole conversations."""
     spoken = 2 * len(exchanges(turns))
     system = turns[:-spoken]
     pieces: list[Encoded] = []
@@ -335,7 +332,7 @@ def truncate(encoded: Encoded, max_tokens: int) -> Encoded:
 
 
 def _encode_segments(segments: Iterable[Segment], template: str, tokenizer: Tokenizer) -> Encoded:
-    """Tokenizes segments, with the text between two special tokens in one go, as in the whole rendered conversation."""
+    """Tokenizes segments; text between two special tokens is tokenized as one, as in the rendered conversation."""
     tokens: list[int] = []
     mask: list[bool] = []
     for is_special, run in groupby(segments, key=lambda segment: segment.is_special):
@@ -352,10 +349,10 @@ def _encode_segments(segments: Iterable[Segment], template: str, tokenizer: Toke
 
 def _own_template(tokenizer: Tokenizer) -> str:
     if tokenizer.chat_template is None:
-        unnamed = f"none that is called default ({', '.join(sorted(tokenizer.chat_templates))})"
+        unnamed = f"no default chat template, only {', '.join(sorted(tokenizer.chat_templates))}"
         raise InputError(
             f"the model's tokenizer has {unnamed if tokenizer.chat_templates else 'no chat template'}: name the one "
-            f"that it was trained with, --template {', '.join(sorted(TEMPLATES))}"
+            f"that the model was trained with: --template {', '.join(sorted(TEMPLATES))}"
         )
     return tokenizer.chat_template
 
@@ -366,12 +363,12 @@ def _render_own(turns: Sequence[Turn], tokenizer: Tokenizer, *, add_generation_p
 
 
 def _encode_own(turns: Sequence[Turn], tokenizer: Tokenizer) -> Encoded:
-    """Encodes by the model's own template; the mask has each token that overlaps a marked stretch."""
+    """Encodes with the model's own template; the mask is true on tokens that overlap a marked stretch."""
     rendered = _render_own(turns, tokenizer, add_generation_prompt=False)
     if not rendered.is_marked:
         raise InputError(
-            "the model's chat template does not say what is to be learned ({% generation %} marks it): name a "
-            f"template that does, --template {', '.join(sorted(TEMPLATES))}"
+            "the model's chat template does not mark what to learn (with {% generation %}): name a "
+            f"template that does: --template {', '.join(sorted(TEMPLATES))}"
         )
     ids, offsets = tokenizer.encode_with_offsets(rendered.text)
     mask = np.zeros(len(ids), np.bool_)
@@ -385,13 +382,13 @@ def _encode_own(turns: Sequence[Turn], tokenizer: Tokenizer) -> Encoded:
 
 
 def _own_ends(tokenizer: Tokenizer) -> list[int]:
-    """Returns the token that the model's own template writes after an answer, if text cannot spell it."""
+    """Returns the added token that the model's own template writes after an answer, in a list; empty if none."""
     _own_template(tokenizer)
     answer = "The-answer-is-this."
     try:
         turns = [Turn("user", "A question."), Turn("assistant", answer)]
         text = _render_own(turns, tokenizer, add_generation_prompt=False).text
-    except InputError:  # the template may refuse this probe; rendering the conversation itself reports real faults
+    except InputError:  # the template may refuse this probe; real faults appear when a conversation is rendered
         return []
     behind = text.rpartition(answer)[2].lstrip() if answer in text else ""
     first = tokenizer.encode(behind, special=True)[:1]
@@ -410,9 +407,9 @@ def _special_id(name: str, template: str, tokenizer: Tokenizer) -> int:
 
 
 def _encode_text(segments: Sequence[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Tokenizes adjacent texts as one, and marks the tokens of those that are learned.
+    """Tokenizes adjacent segments as one text, and marks the tokens of learned segments.
 
-    The mask begins at the first token that differs from tokenizing the text before it alone.
+    A segment's tokens begin at the first one that differs from tokenizing only the text before it.
     """
     ids = tokenizer.encode("".join(segment.text for segment in segments))
     mask = [False] * len(ids)

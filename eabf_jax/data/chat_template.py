@@ -1,4 +1,4 @@
-"""Renders a model's own Jinja chat template as transformers does, and finds the text that it marks as learned."""
+"""Renders a model's own Jinja chat template as transformers does, and finds the text that it marks for learning."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -32,18 +32,18 @@ def render(
 ) -> Rendered:
     """Renders a conversation as transformers' `apply_chat_template` does, in a sandbox.
 
-    A template sees `messages`, `tools` and `documents` (None), `add_generation_prompt`, the tokenizer's special tokens
-    by name, `raise_exception`, `strftime_now`, `tojson` with the options of `json.dumps`, `break` and `continue`, and
-    `{% generation %}`.
+    A template can use `messages`, `tools` and `documents` (None), `add_generation_prompt`, the tokenizer's special
+    tokens by name, `raise_exception`, `strftime_now`, `tojson` with options of `json.dumps`, `break` and `continue`,
+    and `{% generation %}`.
 
     Args:
       source: the template, in Jinja.
-      turns: the role and the text of each.
+      turns: role and text of each turn.
       special_tokens: text of the tokenizer's special tokens by name, such as bos_token.
-      add_generation_prompt: whether the template writes the opening of the assistant's answer.
+      add_generation_prompt: whether the template adds the opening of the assistant's answer.
 
     Raises:
-      InputError: the template is faulty, or refuses the conversation.
+      InputError: the template is faulty or refuses the conversation.
     Source: transformers, `utils/chat_template_utils.py`.
     """
     blocks: list[str] = []
@@ -68,17 +68,17 @@ def render(
             blocks.append(block)
     except Exception as error:  # a template is a program and may fail in any way
         raise InputError(
-            f"the model's chat template does not take this conversation: {error}; --template names another"
+            f"the model's chat template does not accept this conversation: {error}; choose another with --template"
         ) from error
     return Rendered("".join(blocks), learned, is_marked)
 
 
-# The name under which a template finds the function that records the stretches of `{% generation %}`.
+# The template's name for the function that records the stretches of `{% generation %}`.
 _MARK = "_learned"
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}` … `{% endgeneration %}`: the text that the assistant learns."""
+    """The tag `{% generation %}` … `{% endgeneration %}`, which marks the text that the assistant learns."""
 
     tags = frozenset({"generation"})  # type: ignore[assignment]  # jinja2 only looks up names in it
     is_used = False

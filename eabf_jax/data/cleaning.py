@@ -1,4 +1,4 @@
-"""Cleans conversations: HTML to Markdown, web page remains, broken turns, copies, language."""
+"""Cleans conversations: converts HTML, removes remains of web pages, repairs turns, detects copies and languages."""
 
 import hashlib
 import re
@@ -12,11 +12,11 @@ import py3langid
 from eabf_jax.data.chat import Turn
 from eabf_jax.data.forms import Passage, Unusable
 
-# Two conversations with an equal first exchange of this many characters are one conversation that was shared twice, at
-# different lengths. Shorter openings ("hi" - "Hello! How can I help you?") also occur in unrelated conversations.
+# Conversations with the same first exchange of at least this many characters are one conversation, shared at different
+# lengths. Shorter openings ("hi" - "Hello! How can I help you?") also occur in unrelated conversations.
 SHARED_OPENING = 400
 
-# Labels of buttons, from the page and from common browser extensions, that were copied with a turn.
+# Labels of buttons, of the page or of browser extensions, that were copied with a turn.
 _BUTTONS = ("Share Prompt", "지금 번역하기")
 _COPY_CODE = re.compile(r"^[ \t]*Copy code[ \t]*\n?", re.MULTILINE)
 _PAGE = r"[ \t]*\d+ / \d+[ \t]*"
@@ -34,30 +34,27 @@ _ENDS_AS_HTML = re.compile(rf"</(?:{_BLOCK})>\s*\Z", re.IGNORECASE)
 _CODE = re.compile(r"```.*?(?:```|\Z)|https?://\S+", re.DOTALL)
 _SAMPLED_TURNS = 12
 _SAMPLED_CHARACTERS = 300
-# The identifier separates languages of Latin script well, but calls text in several scripts English too often.
+# py3langid separates languages of Latin script well, but too often takes text in several scripts for English.
 _LATIN_SHARE = 0.9
 _LAST_LATIN = "\u024f"
 
 
 class Cleaned(NamedTuple):
-    """A conversation after cleaning: `turns` alternate between user and assistant, after at most one system turn.
+    """A cleaned conversation."""
 
-    `fault` says why nothing is left, if nothing is.
-    """
-
-    turns: list[Turn]
-    fault: Literal["no turns", "no answer", "system turn further on"] | None
+    turns: list[Turn]  # alternating user and assistant, after at most one system turn
+    fault: Literal["no turns", "no answer", "later system turn"] | None  # why there are no turns left
 
 
 def clean_conversation(raw: Sequence[Turn], *, from_pages: bool = True) -> Cleaned:
     """Cleans every turn and repairs the alternation.
 
     Empty turns are dropped. Consecutive turns of one speaker are joined, or deduplicated if they are equal. Turns
-    before the first user turn are dropped, except system turns, and so is an unanswered last question. A conversation
-    with a later system turn is rejected: a template has only one place for it, and the answers after it depend on it.
+    before the first user turn, except system turns, and an unanswered last question are dropped. A conversation with a
+    later system turn is rejected: the answers after it depend on it, but templates have no place for it.
 
     Args:
-      from_pages: whether the texts may be HTML or have web page remains; if not, they are only stripped.
+      from_pages: whether the texts may be HTML or have remains of web pages; otherwise they are only stripped.
 
     Returns:
       The remaining turns, or the reason why there are none.
@@ -70,7 +67,7 @@ def clean_conversation(raw: Sequence[Turn], *, from_pages: bool = True) -> Clean
             continue
         if role == "system":
             if turns:
-                return Cleaned([], "system turn further on")
+                return Cleaned([], "later system turn")
             system += [] if text in system else [text]
         elif turns and turns[-1].role == role:
             if turns[-1].text != text:
@@ -92,21 +89,21 @@ def without_surrogates(text: str) -> str:
 
 
 def clean_passage(passage: Passage) -> Passage:
-    """Keeps a passage unchanged except for lone surrogates; raises `Unusable` if there is nothing to learn."""
+    """Replaces only lone surrogates; raises `Unusable` if there is nothing to learn."""
     if not passage.text.strip():
         raise Unusable("no answer" if passage.prompt else "no text")
     return Passage(*map(without_surrogates, passage))
 
 
 def passage_turns(passage: Passage) -> list[Turn]:
-    """Returns a passage as turns for `Copies` and `language`: its prompt, and its text in slices."""
+    """Converts a passage to turns for `Copies` and `language`: its prompt, and slices of its text."""
     text, size = passage.text, _SAMPLED_CHARACTERS
     slices = [Turn("assistant", text[begin : begin + size]) for begin in range(0, len(text), size)]
     return [Turn("user", passage.prompt), *slices]
 
 
 def clean_text(text: str) -> str:
-    """Cleans the text of a turn and strips it: turns HTML into Markdown, removes page remains and extra blank lines."""
+    """Cleans and strips the text of a turn: converts HTML to Markdown, removes page remains and extra blank lines."""
     text = without_surrogates(text.replace("\r\n", "\n"))
     if is_html(text):
         text = html_to_markdown(text)
@@ -119,16 +116,16 @@ def clean_text(text: str) -> str:
 
 
 def is_html(text: str) -> bool:
-    """Tells whether a turn is rendered HTML and not text about HTML.
+    """Tells whether a turn is rendered HTML, as opposed to text about HTML.
 
-    A rendered turn begins with a bare block tag or the page's `div`, and ends by closing a block. Text with a code
-    fence is already Markdown.
+    A rendered turn begins with a bare block tag or the page's `div`, and ends with the end tag of a block. Text with a
+    code fence is already Markdown.
     """
     return "```" not in text and _STARTS_AS_HTML.match(text) is not None and _ENDS_AS_HTML.search(text) is not None
 
 
 def html_to_markdown(text: str) -> str:
-    """Turns the HTML of a rendered turn into Markdown, with fenced code blocks and without buttons and pictures."""
+    """Converts a turn's HTML to Markdown, with fenced code blocks and without buttons and pictures."""
     soup = bs4.BeautifulSoup(text, "html.parser")
     for furniture in soup.find_all(["button", "svg", "script", "style", "img"]):
         furniture.decompose()
@@ -137,7 +134,7 @@ def html_to_markdown(text: str) -> str:
         if code is None:
             continue
         language = _code_language(code)
-        # The page adds a bar with the language's name to the block, which is not part of the code.
+        # The block also has a bar with the language's name, which is not part of the code.
         plain = soup.new_tag("code", attrs={"class": f"language-{language}"} if language else {})
         plain.string = code.get_text().rstrip("\n")
         block.clear()
@@ -158,11 +155,11 @@ def _code_language(code: bs4.element.Tag | None) -> str | None:
 
 
 class Copies:
-    """Remembers seen conversations by digests of their text.
+    """Detects copies of earlier conversations by digests of their text.
 
-    Two conversations are copies if all their turns are equal, or if they begin with the same exchange of at least
-    `SHARED_OPENING` characters. The latter is one conversation shared twice, which could otherwise be both trained on
-    and held out.
+    Two conversations are copies, whatever their system turns, if all other turns are equal, or if they begin with the
+    same exchange of at least `SHARED_OPENING` characters. This keeps a conversation that was shared twice out of both
+    splits at once.
     """
 
     def __init__(self) -> None:
@@ -188,7 +185,7 @@ def language(turns: Sequence[Turn]) -> str:
     """Identifies the language of a cleaned conversation from sampled turns, without code and addresses.
 
     Returns:
-      ISO 639 code such as "en"; "mul" for text in several scripts that would pass as English.
+      ISO 639 code such as "en"; "mul" for text in several scripts that the identifier takes for English.
     """
     stride = max(1, len(turns) // _SAMPLED_TURNS)
     sampled = [_CODE.sub(" ", turn.text)[:_SAMPLED_CHARACTERS] for turn in turns[::stride]]

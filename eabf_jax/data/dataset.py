@@ -1,4 +1,4 @@
-"""Prepared records on disk: a TFDS dataset in ArrayRecord files, written and read without TensorFlow."""
+"""Writes and reads prepared records: a TFDS dataset in ArrayRecord files, without TensorFlow."""
 
 import functools
 import hashlib
@@ -26,7 +26,7 @@ DATASET = Mark("a prepared dataset", METADATA_FILE, ("format", "splits"))
 FORMAT = 1
 SHARD_BYTES = 1 << 28
 
-# Two tokenizers that agree on this count as equal: scripts, digits, code, white space, text that looks special.
+# Tokenizers that agree on this text count as equal: it has scripts, digits, code, white space and token names.
 _PROBE = (
     "The quick brown fox can't jump over 13,579 lazy dogs.\n\tdef f(x):\n        return x**2  # naïve\n"
     "Größe, год, 東京, 한국어, العربية, 🙂 <s> </s> <|im_start|> [INST] <<SYS>> https://example.org/?a=b&c=%20\n\n"
@@ -43,7 +43,7 @@ _FEATURES = tfds.features.FeaturesDict(
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Computes 16 hexadecimal digits from a tokenizer's behaviour, which do not depend on the file it comes from."""
+    """Computes a digest (16 hexadecimal digits) of a tokenizer's behaviour, whatever file it comes from."""
     behaviour = [tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, list(tokenizer.encode(_PROBE))]
     return hashlib.sha256(json.dumps(behaviour).encode()).hexdigest()[:16]
 
@@ -61,9 +61,9 @@ class _Split:
 
 
 class DatasetWriter:
-    """Writes a dataset beside its destination and moves it there when it is complete.
+    """A context manager that writes a dataset beside its destination and moves it there when it is complete.
 
-    Use it as a context manager: on exit, an unfinished dataset is removed.
+    On exit, an unfinished dataset is removed.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class DatasetWriter:
 
         Args:
           directory: destination of the dataset.
-          sources: files that the dataset is made from.
+          overwrite, sources: as for `check_destination`.
           shard_bytes: size at which a new file begins.
 
         Raises:
-          InputError: as `check_destination`; only a dataset is ever replaced.
+          InputError: as for `check_destination`; only a dataset is ever replaced.
         """
         self.directory = Path(directory)
         self._shard_bytes = shard_bytes
@@ -94,7 +94,7 @@ class DatasetWriter:
         self._check_destination()
 
     def __enter__(self) -> "DatasetWriter":
-        """Creates the directory to write into."""
+        """Creates the temporary directory."""
         with self._as_input_error():
             self._partial = make_partial(self.directory)
         return self
@@ -102,7 +102,7 @@ class DatasetWriter:
     def __exit__(self, *_: object) -> None:
         """Removes an unfinished dataset."""
         for split in self._splits.values():
-            # Closing releases the file. If it fails for lack of space, the write before it has reported that.
+            # Closing releases the file. A lack of space was already reported by an earlier write.
             with suppress(RuntimeError):
                 self._close_shard(split)
         shutil.rmtree(self._partial, ignore_errors=True)
@@ -148,13 +148,13 @@ class DatasetWriter:
                 features=_FEATURES,
                 split_infos=infos,
                 filename_template=self._template(None),
-                description="Conversations or texts as tokens, with a mask on those to be learned.",
+                description="Conversations or texts as tokens, with a mask of the tokens to learn.",
                 check_data=False,
             )
             summary = {name: self._summary(name, split) for name, split in self._splits.items()}
             content = {"format": FORMAT, **metadata, "splits": summary}
             (self._partial / METADATA_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            self._check_destination()  # much may have happened since
+            self._check_destination()  # again, because writing may have taken hours
             put_in_place(self._partial, self.directory)
 
     def _close_shard(self, split: _Split) -> None:
@@ -163,7 +163,7 @@ class DatasetWriter:
             writer.close()
 
     def _finish_split(self, name: str, split: _Split) -> splits.SplitInfo:
-        """Gives the shards their final names, which include their number."""
+        """Gives the shards their final names, which include the number of shards."""
         self._close_shard(split)
         template = self._template(name)
         count = len(split.shard_lengths)
@@ -194,13 +194,13 @@ class DatasetWriter:
 
     @contextmanager
     def _as_input_error(self) -> Iterator[None]:
-        """Turns a failed write into a one-line error."""
+        """Turns a failed write into InputError."""
         try:
             yield
         except (OSError, RuntimeError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error).split(";")[0]
             raise InputError(
-                f"cannot write the dataset {self.directory}: {reason}; nothing was left there: "
+                f"cannot write the dataset {self.directory}: {reason}; nothing was kept: "
                 "free some space or name another destination"
             ) from None
 
@@ -210,10 +210,10 @@ def _lengths_file(split: str) -> str:
 
 
 def read_metadata(directory: Path | str) -> dict[str, Any]:
-    """Reads how `eabf prepare` made a dataset: template, max_tokens, tokenizer digest, seed, counts, splits.
+    """Reads a dataset's metadata: template, max_tokens, tokenizer digest, seed, counts, splits and more.
 
     Returns:
-      The metadata; `["splits"][name]` has records, tokens, response_tokens, longest (tokens) and the files' sizes.
+      The metadata; `["splits"][name]` has records, tokens, response_tokens, longest (in tokens) and files (sizes).
 
     Raises:
       InputError: there is no such dataset, or it is incomplete.
@@ -227,7 +227,7 @@ def read_metadata(directory: Path | str) -> dict[str, Any]:
             split["records"], split["longest"], split["files"].items()
     except OSError:
         raise InputError(
-            f"{directory} is not a prepared dataset: no {METADATA_FILE} there; make one: eabf prepare"
+            f"{directory} is not a prepared dataset: it has no {METADATA_FILE}; make one with eabf prepare"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error}): prepare the dataset again") from None
@@ -246,7 +246,7 @@ def record_lengths(directory: Path | str, split: str) -> Int32[np.ndarray, " rec
       int32 [records], in tokens.
 
     Raises:
-      InputError: no such dataset or split, or a damaged one.
+      InputError: the dataset or split is missing or damaged.
     """
     expected = num_records(directory, split)
     path = Path(directory) / _lengths_file(split)
@@ -255,7 +255,7 @@ def record_lengths(directory: Path | str, split: str) -> Int32[np.ndarray, " rec
     except (OSError, ValueError, EOFError):
         raise InputError(f"{path} is missing or damaged: prepare the dataset again") from None
     if lengths.shape != (expected,):
-        raise InputError(f"{path} has shape {lengths.shape}, ({expected},) was expected: prepare the dataset again")
+        raise InputError(f"{path} has shape {lengths.shape}, expected ({expected},): prepare the dataset again")
     return np.asarray(lengths, np.int32)
 
 
@@ -269,25 +269,25 @@ def _split_metadata(directory: Path | str, split: str) -> dict[str, Any]:
 class Records:
     """The records of one split, by number.
 
-    Each record is a dictionary: tokens int32 [length], loss_mask bool [length], id (a string).
+    A record is a dictionary: tokens int32 [length], loss_mask bool [length], id (a string).
     """
 
     def __init__(self, directory: Path | str, split: str):
         """Opens a split.
 
         Raises:
-          InputError: no such dataset or split, or files that are missing, truncated or of another kind.
+          InputError: there is no such dataset or split, or its files are missing, truncated or invalid.
         """
         self._directory = Path(directory)
         for name, size in _split_metadata(directory, split)["files"].items():
             path = self._directory / name
             found = path.stat().st_size if path.is_file() else None
             if found != size:
-                state = "is missing" if found is None else f"has {found} bytes, {size} were written"
+                state = "is missing" if found is None else f"has {found} bytes, expected {size}"
                 raise InputError(f"{path} {state}: prepare the dataset again")
         try:
             self._source = tfds.builder_from_directory(self._directory).as_data_source(split=split)
-        # For damaged files, TFDS raises whatever its parsers raise.
+        # For damaged files, TFDS raises many types of errors.
         except Exception as error:
             raise InputError(f"{directory} cannot be opened: {_first_line(error)}; prepare the dataset again") from None
 

@@ -1,7 +1,6 @@
 """Reads an entry of a file as a conversation or a passage of text. A form is one function and one line in `FORMS`.
 
-An entry that the model's text cannot represent raises `Unusable`, because leaving a part out of a conversation would
-change what its answers refer to.
+An entry that plain text cannot represent raises `Unusable`, because its answers may refer to the part that is missing.
 """
 
 import json
@@ -20,7 +19,7 @@ QUESTION_KEYS = ("instruction", "question", "query")
 INPUT_KEYS = ("input", "context")
 ANSWER_KEYS = ("output", "response", "answer", "completion")
 DOCUMENT_KEYS = ("text", "content")
-# Keys under which the single object of a file may hold the list of its entries.
+# Keys of a list of entries, for a file that is a single object.
 ENTRY_LIST_KEYS = (*TURN_LIST_KEYS, "data", "records", "examples", "entries", "rows", "train")
 
 ROLES: dict[str, Role] = {
@@ -33,7 +32,7 @@ TOOL_ROLES |= {"function_call", "function_response", "function-call", "function-
 
 _TOOLS = "tool use"
 _MEDIA = "pictures, sound or files"
-_REASONING = "reasoning apart from the answer"
+_REASONING = "reasoning separate from the answer"
 # An entry is unusable if one of these keys, in it or in one of its turns, holds anything.
 REFUSED_IN_ENTRIES = {
     **dict.fromkeys(("tools", "functions"), _TOOLS),
@@ -45,15 +44,15 @@ REFUSED_IN_TURNS = {
     **dict.fromkeys(("image", "images", "audio", "video", "videos", "files", "attachments"), _MEDIA),
     **dict.fromkeys(("reasoning", "reasoning_content", "thinking"), _REASONING),
 }
-# Keys that say whether a turn is learned. We learn every answer, and nothing else.
+# Keys that say whether a turn is learned. Here exactly the answers are learned.
 LEARNED_KEYS = ("weight", "train", "loss")
-# Keys that say whether an entry's answer is a good one.
+# Keys that say whether an entry's answer is good.
 VERDICT_KEYS = ("label", "kto_tag")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
 class Unusable(ValueError):
-    """An entry that cannot become training text; entries are counted by `reason`."""
+    """Raised for an entry that cannot become training text; such entries are counted by `reason`."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -61,7 +60,7 @@ class Unusable(ValueError):
 
 
 class Passage(NamedTuple):
-    """Text that is used verbatim, without a template: `prompt` is not learned, and the `text` after it is.
+    """Text that is used verbatim, without a template; only `text`, which follows `prompt`, is learned.
 
     A document is a passage without a prompt.
     """
@@ -80,11 +79,11 @@ class Form:
     read: Callable[[Any], Content]  # returns an entry's content, or raises `Unusable`
     claims: Callable[[Any], bool]  # whether an entry has this form's keys, whatever their values
     needs: str  # the keys, for messages
-    from_pages: bool = False  # whether such texts usually come from web pages and are cleaned of their remains
+    from_pages: bool = False  # whether to remove remains of web pages, where such texts usually come from
 
 
 def turn_list(entry: Any) -> list[Any]:
-    """Returns the turns of a conversation, unread; raises `Unusable` if it has no list of turns, or two of them."""
+    """Returns the unparsed turns of a conversation; raises `Unusable` if it has no list of turns, or two of them."""
     if isinstance(entry, list):
         return entry
     found: list[list[Any]] = []
@@ -106,15 +105,15 @@ def turn_list(entry: Any) -> list[Any]:
 
 
 def is_turn(value: Any) -> bool:
-    """Tells whether a value looks like a turn of a conversation, that is, names its speaker."""
+    """Tells whether a value looks like a turn of a conversation: an object that names its speaker."""
     return isinstance(value, dict) and any(key in value for key in ROLE_KEYS)
 
 
 def holds_entries(key: str | None, first: Any) -> bool:
-    """Tells a list of entries from a single conversation.
+    """Tells whether a list holds entries, as opposed to the turns of a single conversation.
 
     Args:
-      key: the list's key in the single object of a file; None for a top-level array.
+      key: the list's key in the file's single object; None for a top-level array.
       first: its first element.
     """
     if key is None:
@@ -139,9 +138,9 @@ def _names(turn: Any) -> list[str]:
 
 
 def text_of(turn: Any) -> str:
-    """Returns the text of a turn, or raises `Unusable` if it has none, or more than text.
+    """Returns the text of a turn; raises `Unusable` if it has no text, or anything else.
 
-    Parts are joined by a line feed, as vLLM and llama.cpp do for templates that take a string.
+    Parts are joined by line feeds, as vLLM and llama.cpp do for templates that take a string.
     """
     given = [turn[key] for key in TEXT_KEYS if turn.get(key) is not None]
     content = next(filter(None, given), "" if "" in given else None)
@@ -156,7 +155,7 @@ def text_of(turn: Any) -> str:
         if isinstance(part, dict) and part.get("type") in _TEXT_PARTS:
             part = part.get("text")
         if not isinstance(part, str):
-            raise Unusable("part that is no text")
+            raise Unusable("part that is not text")
         texts.append(part)
     return "\n".join(texts)
 
@@ -165,7 +164,7 @@ def conversation(entry: Any, turns: Sequence[Any]) -> list[Turn]:
     """Reads the turns of an entry, after its system prompt if it has one.
 
     Raises:
-      Unusable: a part of it is unknown or cannot be represented.
+      Unusable: a part of the entry is unknown or cannot be represented.
     """
     _check_answered(entry)
     return [*_system_turns(entry), *map(_turn, turns)]
@@ -173,7 +172,7 @@ def conversation(entry: Any, turns: Sequence[Any]) -> list[Turn]:
 
 def _turn(turn: Any) -> Turn:
     if not isinstance(turn, dict):
-        raise Unusable("turn that is no object")
+        raise Unusable("turn that is not an object")
     _check(turn, REFUSED_IN_TURNS)
     if not TOOL_ROLES.isdisjoint(_names(turn)):
         raise Unusable(_TOOLS)
@@ -181,7 +180,7 @@ def _turn(turn: Any) -> Turn:
     if role is None:
         raise Unusable("unknown role")
     for key in LEARNED_KEYS:
-        # A weight of 1 on a question changes nothing if only answers are learned; `train: true` would add the question.
+        # A weight on a question has no effect where only answers are learned; `train: true` would ask to learn it.
         is_asked = turn.get(key) not in ((None, 1) if role == "assistant" else (None, 0))
         if is_asked and (key != "weight" or role == "assistant"):
             raise Unusable("turns that say whether they are learned")
@@ -189,38 +188,38 @@ def _turn(turn: Any) -> Turn:
 
 
 def _sharegpt(entry: Any) -> list[Turn]:
-    """Turns with `from` and `value`, or OpenAI's `role` and `content`."""
+    """Reads turns with `from` and `value`, or with OpenAI's `role` and `content`."""
     return conversation(entry, turn_list(entry))
 
 
 def _instructions(entry: Any) -> list[Turn]:
-    """Alpaca's `instruction`, `input`, `output`, with LLaMA-Factory's `system` and `history`, and similar keys."""
+    """Reads Alpaca's `instruction`, `input`, `output`, LLaMA-Factory's `system` and `history`, and similar keys."""
     _check_answered(entry)
-    # Some copies of Alpaca's data have the rendered prompt in addition to its parts.
+    # Some copies of Alpaca's data also have the rendered prompt.
     question = [_string(entry, QUESTION_KEYS) or _string(entry, ("prompt",)), _string(entry, INPUT_KEYS)]
     answer = _string(entry, ANSWER_KEYS)
     turns = _system_turns(entry)
     history = entry.get("history") or []
     for pair in history if isinstance(history, list) else [history]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise Unusable("history that is no list of pairs")
+            raise Unusable("history that is not a list of pairs")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
     return [*turns, Turn("user", "\n\n".join(filter(None, question))), Turn("assistant", answer)]
 
 
 def _completions(entry: Any) -> Content:
-    """`prompt` and `completion`: texts, used verbatim, or two lists of turns (as in TRL)."""
+    """Reads `prompt` and `completion`: verbatim texts, or two lists of turns (as in TRL)."""
     prompt, completion = entry.get("prompt"), entry.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         if any(role_of(turn) == "assistant" for turn in prompt):
-            raise Unusable("answers in the prompt, which are not to be learned")
+            raise Unusable("answers in the prompt, which should not be learned")
         return conversation(entry, [*prompt, *completion])
     _check_answered(entry)
     return Passage(_string(entry, ("prompt",)), _string(entry, ("completion",)))
 
 
 def _document(entry: Any) -> Passage:
-    """A text for continued training."""
+    """Reads a text for continued training."""
     _check(entry, REFUSED_IN_ENTRIES)
     return Passage("", _string(entry, DOCUMENT_KEYS))
 
@@ -231,10 +230,10 @@ def _has(entry: Any, *alternatives: Sequence[str]) -> bool:
 
 
 def _string(entry: Any, keys: Sequence[str]) -> str:
-    """Returns the text under one of the keys, empty if all of them are missing or null."""
+    """Returns the text under one of the keys; empty if none of them has a value."""
     given = [entry[key] for key in keys if entry.get(key) not in (None, "")]
     if not all(isinstance(text, str) for text in given):
-        raise Unusable(f"{' or '.join(keys)} that is no text")
+        raise Unusable(f"{' or '.join(keys)} that is not text")
     if len(set(given)) > 1:
         raise Unusable(f"two texts under {', '.join(keys)}")
     return given[0] if given else ""
@@ -246,14 +245,14 @@ def _system_turns(entry: Any) -> list[Turn]:
 
 
 def _check(value: Any, refused: dict[str, str]) -> None:
-    """Raises if a refused key holds anything; an empty list, also one written as JSON, counts as nothing."""
+    """Raises `Unusable` if a refused key has a value; false, empty values and their JSON text do not count."""
     for key, reason in refused.items() if isinstance(value, dict) else ():
         if value.get(key) not in (None, "", False, [], {}, "[]", "{}", "null"):
             raise Unusable(reason)
 
 
 def _check_answered(entry: Any) -> None:
-    """Raises if an entry with an answer cannot be represented, or its answer is marked as a bad one."""
+    """Raises `Unusable` if an entry with an answer has a refused key, or its answer is marked as bad."""
     _check(entry, REFUSED_IN_ENTRIES)
     if isinstance(entry, dict) and any(entry.get(key) is False for key in VERDICT_KEYS):
         raise Unusable("marked as a bad answer")
@@ -262,7 +261,7 @@ def _check_answered(entry: Any) -> None:
 SHAREGPT = "sharegpt"
 TEXT = "text"
 AUTO = "auto"
-# In the order in which `auto` tries them: turns come first, because datasets may have the rendered text beside them.
+# In the order in which `auto` tries them: turns come first, because datasets may also have the rendered text.
 FORMS: dict[str, Form] = {
     SHAREGPT: Form(
         _sharegpt,
@@ -288,10 +287,10 @@ def find_form(entry: Any, wanted: str) -> str | None:
       wanted: one of `FORMATS`.
 
     Returns:
-      The name; None if the keys match no form, or not the one wanted.
+      The name; None if the keys match no form, or not the wanted one.
 
     Raises:
-      InputError: an unknown format.
+      InputError: the format is unknown.
     """
     if wanted not in FORMATS:
         raise unknown_name("format", wanted, FORMATS)

@@ -1,4 +1,4 @@
-"""Indexes a set of files by ids and offsets, without texts, so that conversations can be read in any order."""
+"""Indexes files by the ids and offsets of their entries, so that conversations can be read in any order."""
 
 import json
 import tempfile
@@ -30,25 +30,25 @@ class Index:
 
         Args:
           paths: files, or directories of files.
-          form: one of `forms.FORMATS`; `auto` takes, for each file, the form of the first entry that has one.
-          keep_complete: use the complete entries of a truncated or malformed file.
+          form: one of `forms.FORMATS`; with `auto`, the form of a file is that of its first entry with a known form.
+          keep_complete: accepts trailing commas, and uses the complete entries of a truncated or malformed file.
           chunk_bytes: bytes to read at a time.
           progress: called with the number of bytes read so far, over all files.
 
         Raises:
-          InputError: a file that is missing, empty, broken (unless `keep_complete`) or holds something else.
+          InputError: a file is missing, empty, without usable entries, or (unless `keep_complete`) broken.
         """
         self.paths, self.skipped = files_of([Path(path) for path in paths])
         self.entries = 0  # complete ones
         self.forms: Counter[str] = Counter()  # entries per form
-        self.unusable: Counter[str] = Counter()  # entries without a form, by reason
-        self.broken: list[BrokenFile] = []  # the faults of files of which the complete entries are used
+        self.unusable: Counter[str] = Counter()  # unusable entries by reason
+        self.broken: list[BrokenFile] = []  # faults of files whose complete entries are used
         self._file = array("L")
         self._offset = array("Q")
         self._length = array("Q")
         self._is_copied = array("B")
         self._forms: list[Form] = []
-        # Entries that cannot be read again from their file: compressed, repaired, or not JSON.
+        # Copies of entries that cannot be read again from their file: compressed, repaired, or not JSON.
         self._copies = tempfile.TemporaryFile(prefix="eabf-prepare-")  # noqa: SIM115
         parts = Parts()
         bytes_before = 0
@@ -117,8 +117,8 @@ class Index:
           Its turns in order, without repeats; or a passage.
 
         Raises:
-          Unusable: it cannot become training text.
-          InputError: the file has changed since it was indexed.
+          Unusable: the conversation cannot become training text.
+          InputError: a file has changed since it was indexed.
         """
         first, *others = [self._value(entry) for entry in found.entries]
         if not others:
@@ -129,10 +129,11 @@ class Index:
         return conversation(first, turns)
 
     def form_of(self, found: Conversation) -> Form:
+        """Returns the form of a conversation's entries."""
         return self._forms[self._file[found.entries[0]]]
 
     def _note(self, number: int, entry: Entry) -> None:
-        """Records an entry's place, and its text too if the entry cannot be read again from its file."""
+        """Records an entry's place; copies the entry if it cannot be read again from its file."""
         offset, length = entry.offset, entry.length
         self._is_copied.append(offset is None)
         if offset is None:
@@ -176,4 +177,4 @@ def _describe(entry: Entry, number: int) -> str:
 def _unknown(path: Path, form: str, found: str) -> InputError:
     known = FORMS.items() if form == AUTO else [(form, FORMS[form])]
     needed = "; ".join(f"{name}: {known_form.needs}" for name, known_form in known)
-    return InputError(f"{path} holds no entry of a known form: {found}; needed is one of {needed}")
+    return InputError(f"{path} holds no entry of a known form: {found}; expected one of {needed}")

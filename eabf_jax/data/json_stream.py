@@ -1,6 +1,6 @@
-"""Reads JSON files of any size, entry by entry: an array, a list inside an object, or consecutive values (JSONL).
+"""Reads the entries of a JSON file of any size: an array, a list inside an object, or consecutive values (JSONL).
 
-At most one chunk of a file, or one entry, is in memory at a time.
+At most one chunk of the file, or one entry, is in memory at a time.
 """
 
 import codecs
@@ -15,19 +15,19 @@ CHUNK_BYTES = 1 << 20
 LARGEST_ENTRY = 1 << 28
 
 _DECODER = json.JSONDecoder()
-# Byte order marks count as white space: a concatenated file has them in the middle.
+# Byte order marks count as white space, because concatenated files have them in the middle.
 _WHITESPACE = re.compile("[ \t\r\n\ufeff]*")
 _TRAILING_COMMA = re.compile(r",(?=\s*[\]}])")
 _LITERALS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 _UNFINISHED_NUMBER = re.compile(r"-?\d*(\.|[eE][+-]?)?")
-# No JSON token except a string is longer than this, so an error further from the end is not a lack of input.
+# Outside strings, an error that is due to missing input is at most this far from the end of the text.
 _LONGEST_TOKEN = 16
 
 
 class Entry(NamedTuple):
     """One entry of a file."""
 
-    offset: int | None  # its first byte; None if the file's bytes there are not the entry's JSON
+    offset: int | None  # of its first byte; None if the file does not hold its JSON as such
     length: int  # in bytes
     value: Any
 
@@ -36,12 +36,12 @@ class BrokenFile(InputError):
     """A file that is not valid JSON from some byte on.
 
     Attributes:
-      offset: that byte; for a truncated file, its end.
-      entries: number of complete entries before that byte.
+      offset: that byte; for a truncated file, the end.
+      entries: number of complete entries before it.
     """
 
     def __init__(self, what: str, offset: int, entries: int, entry_start: int):
-        """Appends the place to `what`; `entry_start` is the byte where the first incomplete entry begins."""
+        """Appends the place to `what`; `entry_start` is the first byte of the first incomplete entry."""
         super().__init__(
             f"{what} at byte {offset}, in the entry that begins at byte {entry_start}; "
             f"{entries} whole entries before it"
@@ -51,7 +51,7 @@ class BrokenFile(InputError):
 
 
 class _Text:
-    """The part of a file that is being parsed: decoded text, a position in it, and that position's byte offset."""
+    """The part of a file that is being parsed: decoded text, a position in it, and its byte offset in the file."""
 
     def __init__(self, stream: IO[bytes], name: str, chunk_bytes: int, repair: bool):
         self._stream = stream
@@ -59,18 +59,18 @@ class _Text:
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
         self._ended = False
         self.repair = repair
-        self.bad_byte: int | None = None  # the first that is not UTF-8
+        self.bad_byte: int | None = None  # the first byte that is not UTF-8
         self._bytes_read = 0
         self.name = name
         self.text = ""
         self.position = 0
         self.offset = 0
         self.entries = 0
-        # Byte of the last comma removed: an entry that contains this byte cannot be read again from the file.
+        # Offset of the last removed comma: an entry that contains it cannot be read again from the file.
         self.last_repair = -1
 
     def extend(self) -> bool:
-        """Reads more text, in growing amounts, so that parsing a long entry repeatedly stays linear in total."""
+        """Reads more text, in growing amounts, so that the total cost of reparsing a long entry stays linear."""
         if self._ended:
             return False
         waiting = len(self.text) - self.position
@@ -82,7 +82,7 @@ class _Text:
         except UnicodeDecodeError as error:
             self.bad_byte = self._bytes_read - len(error.object) + error.start
             added = error.object[: error.start].decode("utf-8")
-            # An incomplete character at the end of the file means that the file is truncated, not a wrong encoding.
+            # An incomplete character at the end means that the file is truncated, not that it is wrongly encoded.
             if self._ended and error.reason == "unexpected end of data":
                 self.bad_byte = None
             self._ended = True
@@ -91,7 +91,7 @@ class _Text:
         return True
 
     def skip_space(self, ahead: int = 0) -> tuple[str, int]:
-        """Returns the next character that is not white space (empty at the end) and its distance from the position."""
+        """Returns the next character that is not white space (empty at the end), and how far ahead it is."""
         while True:
             ahead = _WHITESPACE.match(self.text, self.position + ahead).end() - self.position  # type: ignore[union-attr]
             if self.position + ahead < len(self.text):
@@ -111,7 +111,7 @@ class _Text:
         self.position += characters
 
     def value(self, ahead: int = 0) -> tuple[Any, int]:
-        """Parses the JSON value that begins `ahead` characters ahead; returns it and how far ahead it ends."""
+        """Parses the JSON value `ahead` characters ahead; returns it, and how far ahead it ends."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.position + ahead)
@@ -123,7 +123,7 @@ class _Text:
                     raise self.broken(error.msg, error.pos) from None
                 if len(self.text) - self.position > LARGEST_ENTRY:
                     raise self.broken(f"an entry does not end within {LARGEST_ENTRY} characters") from None
-                # Extending drops the text before the position.
+                # `extend` drops the text before the position.
                 place = error.pos - self.position
                 if not self.extend():
                     in_string = in_string or error.msg.startswith("Invalid \\u")
@@ -135,7 +135,7 @@ class _Text:
                 return value, end - self.position
 
     def broken(self, what: str, position: int | None = None, in_string: bool = False) -> BrokenFile:
-        """Builds the error for the current entry; an empty `what` means that the file ends too early."""
+        """Makes the error for the current entry; an empty `what` means that the file ends too early."""
         if self.bad_byte is not None:
             return BrokenFile(f"{self.name} is not UTF-8", self.bad_byte, self.entries, self.offset)
         if not what:
@@ -150,7 +150,7 @@ class _Text:
         return self.offset + (len(passed) if passed.isascii() else len(passed.encode()))
 
     def _without_trailing_comma(self, position: int) -> bool:
-        """Replaces a comma before a closing bracket near an error by a space; returns False if there is none."""
+        """Replaces a comma before a closing bracket near an error with a space; returns whether there was one."""
         before = len(self.text[self.position : position].rstrip()) + self.position
         for place in (position, before - 1):
             if place >= self.position and _TRAILING_COMMA.match(self.text, place):
@@ -161,7 +161,7 @@ class _Text:
 
 
 def _is_unfinished(rest: str) -> bool:
-    """Tells whether the text from an error to the end of the file could be the beginning of valid JSON."""
+    """Tells whether the text from an error to the end of the file may be the beginning of valid JSON."""
     rest = rest.strip()
     return any(word.startswith(rest) for word in _LITERALS) or _UNFINISHED_NUMBER.fullmatch(rest) is not None
 
@@ -182,16 +182,16 @@ def scan(
       stream: the file, opened in binary mode at its beginning.
       name: the file's name in errors.
       chunk_bytes: bytes to read at a time; affects only speed and memory.
-      holds_entries: whether a list holds entries, given its key (None for a top-level array) and its first element. A
-        top-level array that holds none is a single entry, and so is an object without such a list. By default, only a
-        top-level array holds entries.
-      repair: accept commas before a closing bracket.
+      holds_entries: whether a list holds entries, given its key (None for a top-level array) and its first element. Any
+        other top-level array is a single entry, as is an object without a list of entries. By default, only a top-level
+        array holds entries.
+      repair: whether to accept commas before a closing bracket.
 
-    Returns:
-      An iterator over the entries, objects or arrays, in file order.
+    Yields:
+      The entries, which are objects or arrays, in file order.
 
     Raises:
-      BrokenFile: the file is truncated or malformed; raised after every complete entry before that place was yielded.
+      BrokenFile: the file is truncated or malformed; raised after the last complete entry before that place.
     """
     source = _Text(stream, name, chunk_bytes, repair)
     opening = source.peek()
@@ -215,7 +215,7 @@ def _entry(source: _Text) -> Entry:
     """Parses the entry that begins at the current position and moves past it."""
     mark = source.peek()
     if mark not in ("{", "["):
-        raise source.broken(f"an object was expected, {mark!r} found" if mark else "")
+        raise source.broken(f"expected an object, found {mark!r}" if mark else "")
     start = source.offset
     value, end = source.value()
     source.advance(end)
@@ -234,9 +234,9 @@ def _array(source: _Text) -> Iterator[Entry]:
             source.advance(1)
             mark = source.peek()
             if mark == "]" and not source.repair:
-                raise source.broken("an object was expected, ']' found")
+                raise source.broken("expected an object, found ']'")
         elif mark != "]":
-            raise source.broken(f"a comma or ] was expected, {mark!r} found" if mark else "")
+            raise source.broken(f"expected a comma or ], found {mark!r}" if mark else "")
     source.advance(1)
 
 
@@ -257,12 +257,12 @@ def _list_inside(source: _Text, holds_entries: HoldsEntries) -> int:
             if mark == ",":
                 mark, ahead = source.skip_space(ahead + 1)
     except BrokenFile:
-        pass  # The entry is broken; reading the entries reports it with its place.
+        pass  # reading the entries reports the fault with its place
     return 0
 
 
 def _is_list_of_entries(source: _Text, ahead: int, holds_entries: HoldsEntries, key: str | None) -> bool:
-    """Tells whether the list `ahead` characters ahead holds entries; an unclear top-level list does."""
+    """Tells whether the list `ahead` characters ahead holds entries; if unclear, a top-level list does."""
     mark, ahead = source.skip_space(ahead + 1)
     try:
         return holds_entries(key, source.value(ahead)[0]) if mark not in ("]", "") else key is None
@@ -279,7 +279,7 @@ def _leave_object(source: _Text, holds_entries: HoldsEntries) -> None:
         key, end = source.value()
         source.advance(end)
         if not isinstance(key, str) or source.peek() != ":":
-            raise source.broken("a key and a colon were expected")
+            raise source.broken("expected a key and a colon")
         source.advance(1)
         source.peek()
         value, end = source.value()
@@ -287,5 +287,5 @@ def _leave_object(source: _Text, holds_entries: HoldsEntries) -> None:
             raise source.broken(f"a second list of entries, under {key!r}; keep one of them")
         source.advance(end)
     if source.peek() != "}":
-        raise source.broken(f"a comma or }} was expected, {source.peek()!r} found" if source.peek() else "")
+        raise source.broken(f"expected a comma or }}, found {source.peek()!r}" if source.peek() else "")
     source.advance(1)

@@ -1,4 +1,4 @@
-"""Batches for training: deterministic by seed, split over processes, resumable at any batch."""
+"""Makes training batches that are determined by a seed, split over processes, and resumable at any batch."""
 
 import functools
 from pathlib import Path
@@ -34,12 +34,12 @@ def make_loader(
 
     A batch is a dictionary of arrays [batch, length]: tokens int32, loss_mask bool (token t is predicted from the
     tokens before it), positions int32, segment_ids int32 (0 on padding). In mode "conversations" each row is one
-    record, padded at the end. In mode "packed" the records of the split, in one shuffled order, are joined and cut into
+    record, padded at the end. In mode "packed" the records of the split are joined in a shuffled order and cut into
     rows. Segments count from 1 in each row, positions restart in each segment, and all tokens except a segment's first
     are predicted. The last incomplete row of the split is dropped.
 
-    Every epoch is a new shuffle of the rows, without its last incomplete batch. Each process gets its `batch_size /
-    process_count` rows: stacked in the order of the processes, they are the batch of a single process.
+    Every epoch is a new shuffle of the rows, without its last incomplete batch. Each process gets `batch_size /
+    process_count` rows; stacked in the order of the processes, they are the batch of a single process.
 
     The iterator's `get_state()` returns a JSON-serialisable dictionary. `set_state` of an iterator made with the same
     arguments resumes after the last batch taken.
@@ -50,20 +50,18 @@ def make_loader(
       batch_size: rows per step over all processes.
       length: tokens per row.
       seed: 0 to 2**32 - 1.
-      epochs: number of passes through the split; None for no end.
+      epochs: number of passes through the split; None for an endless iterator.
       mode: "conversations" or "packed".
 
     Returns:
       A Grain iterator, with `get_state` and `set_state`.
 
     Raises:
-      InputError: no such dataset, records longer than `length`, fewer rows than a batch, or a batch that does not
-        divide evenly by the processes.
+      InputError: there is no such dataset, a record is longer than `length`, there are fewer rows than a batch, or the
+        processes do not divide the batch.
     """
     if batch_size % process_count:
-        raise InputError(
-            f"batch size {batch_size} is not divisible by {process_count} processes: choose a multiple of it"
-        )
+        raise InputError(f"batch size {batch_size} is not divisible by {process_count} processes: choose a multiple")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed {seed} is out of range: 0 to {2**32 - 1}")
     steps = steps_per_epoch(directory, split, batch_size=batch_size, length=length, mode=mode)
@@ -72,8 +70,8 @@ def make_loader(
         rows = grain.MapDataset.source(records).map(functools.partial(_padded, length))
     else:
         rows = grain.MapDataset.source(_Packed(records, record_lengths(directory, split), length, seed))
-    # Rows are cut before batching, so that every process has the same number of batches. Batches have the size of one
-    # process, which takes every process_count-th, so that it reads no rows of other processes.
+    # Rows are limited before batching, so that every process has the same number of batches. Each process takes every
+    # process_count-th of these smaller batches, so that it reads no rows of other processes.
     batches = rows.shuffle(seed=seed)[: steps * batch_size].batch(batch_size // process_count)
     own = batches[process_index::process_count].repeat(epochs)
     return iter(own.to_iter_dataset(_READ_OPTIONS))
@@ -83,18 +81,19 @@ def steps_per_epoch(directory: Path | str, split: str, *, batch_size: int, lengt
     """Counts the complete batches of an epoch; the arguments are those of `make_loader`.
 
     Raises:
-      InputError: no such dataset, records longer than `length` (in mode "conversations"), or less than one batch.
+      InputError: there is no such dataset, a record is longer than `length` (in mode "conversations"), or there are
+        fewer rows than a batch.
     """
     if mode not in get_args(Mode):
         raise unknown_name("loader mode", mode, get_args(Mode))
     if batch_size < 1 or length < 1:
-        raise InputError(f"batch size {batch_size}, length {length}: both have to be at least 1")
+        raise InputError(f"batch size {batch_size}, length {length}: both must be at least 1")
     if mode == "conversations":
         rows = num_records(directory, split)
         longest = read_metadata(directory)["splits"][split]["longest"]
         if longest > length:
             raise InputError(
-                f"split {split!r} of {directory} has records of {longest} tokens, rows have {length}: "
+                f"split {split!r} of {directory} has records of {longest} tokens, but rows have {length}: "
                 f"prepare with --max-tokens {length}, or train at a length of {longest}"
             )
     else:
@@ -109,14 +108,14 @@ def steps_per_epoch(directory: Path | str, split: str, *, batch_size: int, lengt
 
 
 def _padded(length: int, record: dict[str, Any]) -> dict[str, np.ndarray]:
-    """One record as a row."""
+    """Pads a record to a row."""
     row = _empty_row(length)
     _fill(row, 0, record["tokens"], record["loss_mask"], segment=1)
     return row
 
 
 class _Packed:
-    """Windows on all joined records; the lengths alone give each record's place."""
+    """The rows of all joined records; only lengths are needed to find a record's place."""
 
     def __init__(self, records: Records, lengths: np.ndarray, length: int, seed: int):
         self._length = length

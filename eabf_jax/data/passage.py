@@ -1,4 +1,4 @@
-"""Turns passages into tokens verbatim: no template, and loss on every token except the prompt's."""
+"""Turns passages into tokens verbatim, without a template; the loss covers all tokens except the prompt's."""
 
 import numpy as np
 
@@ -9,12 +9,12 @@ from eabf_jax.data.forms import Passage
 def encode_passage(passage: Passage, tokenizer: Tokenizer) -> Encoded:
     """Tokenizes a passage as the model reads it.
 
-    It begins with BOS if the tokenizer asks for that, and ends with EOS. Prompt and text are tokenized in one go. The
-    mask begins at the first token that differs from tokenizing the prompt alone.
+    It begins with BOS if the tokenizer adds it, and ends with EOS. Prompt and text are tokenized together. The mask
+    begins at the first token that differs from those of the prompt alone.
 
     Returns:
-      int32 tokens [length] and bool mask [length]: true on the text's tokens and on EOS, except on the very first
-      token, which has no context.
+      int32 tokens [length] and bool mask [length]: true on the text's tokens and on EOS, but never on the first token,
+      which has no context.
     """
     opening = _opening(tokenizer)
     tokens = tokenizer.encode(passage.prompt + passage.text)
@@ -27,13 +27,12 @@ def encode_passage(passage: Passage, tokenizer: Tokenizer) -> Encoded:
 def split_passage(passage: Passage, tokenizer: Tokenizer, *, min_tokens: int, max_tokens: int) -> list[Encoded]:
     """Splits a passage into pieces, each as long as allowed.
 
-    Every piece of a document begins with BOS if the tokenizer asks for that. A passage with a prompt is one piece, cut
-    at `max_tokens`, because later pieces would lack the prompt. Pieces that are too short, or have nothing left to
-    learn, are dropped.
+    Every piece of a document begins with BOS if the tokenizer adds it. A passage with a prompt is one piece, cut at
+    `max_tokens`, because later pieces would lack the prompt. Pieces that are too short, or have nothing left to learn,
+    are dropped.
 
     Args:
-      min_tokens: fewest tokens of a piece.
-      max_tokens: most tokens of a piece.
+      min_tokens, max_tokens: limits on the tokens of a piece.
     """
     whole = encode_passage(passage, tokenizer)
     opening = len(_opening(tokenizer))
@@ -44,7 +43,7 @@ def split_passage(passage: Passage, tokenizer: Tokenizer, *, min_tokens: int, ma
         for begin in begins
     ]
     for piece in pieces:
-        piece.loss_mask[0] = False  # It has no context.
+        piece.loss_mask[0] = False  # the first token has no context
     return [piece for piece in pieces if len(piece.tokens) >= min_tokens and piece.loss_mask.any()]
 
 

@@ -1,4 +1,4 @@
-"""Turns conversations or texts into a dataset of tokens and loss masks, with counts of every stage."""
+"""Prepares a dataset of tokens and loss masks from conversations or texts, and counts what each stage keeps."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -28,26 +28,26 @@ class Options:
 
     sources: tuple[Path, ...]  # files, or directories of files
     destination: Path  # directory of the dataset
-    format: str = AUTO  # the form of the entries, a name in `forms.FORMATS`
-    template: str = "llama-2"  # chat template, a name in `chat.TEMPLATES`, or `chat.OWN`
+    format: str = AUTO  # form of the entries, a name in `forms.FORMATS`
+    template: str = "llama-2"  # chat template: a name in `chat.TEMPLATES`, or `chat.OWN`
     min_tokens: int = 10_000  # fewest tokens of a training record
     max_tokens: int = 16_384  # most tokens of a record; longer conversations are split between exchanges
-    num_conversations: int | None = None  # training records wanted; None for all, 0 for only a held-out split
+    num_conversations: int | None = None  # training records wanted; None for all, 0 for none
     held_out: int = 0  # held-out records wanted
-    # Fewest tokens of a held-out conversation, whose first `max_tokens` become its record; None for `max_tokens`, so
-    # that every position of every held-out record is measured.
+    # Fewest tokens of a held-out conversation, whose first `max_tokens` become its record. None for `max_tokens`, so
+    # that every held-out record covers every position.
     held_out_min_tokens: int | None = None
     language: str = "en"  # or "any" for no filter
-    seed: int = 0  # decides the order in which conversations are taken
-    portion: tuple[float, float] = (0.0, 1.0)  # what to use of them, as a range in [0, 1) of a hash of their ids
-    keep_complete: bool = False  # use the complete entries of a broken file
-    overwrite: bool = False  # replace a dataset at the destination
+    seed: int = 0  # determines the order of conversations
+    portion: tuple[float, float] = (0.0, 1.0)  # which of them to use: a range in [0, 1) of a hash of their ids
+    keep_complete: bool = False  # accepts trailing commas, and uses the complete entries of a broken file
+    overwrite: bool = False  # replaces a dataset at the destination
 
     def check(self) -> None:
         """Refuses contradictory options.
 
         Raises:
-          InputError: names the first wrong option.
+          InputError: an option is wrong; the message names the first one.
         """
         chat.check_template(self.template)
         if self.format not in FORMATS:
@@ -58,7 +58,7 @@ class Options:
             raise InputError("no source file given: name at least one file or directory with --src")
         if not 1 <= self.min_tokens <= self.max_tokens:
             raise InputError(
-                f"--min-tokens {self.min_tokens} --max-tokens {self.max_tokens}: 1 <= minimum <= maximum is needed"
+                f"--min-tokens {self.min_tokens} --max-tokens {self.max_tokens}: expected 1 <= minimum <= maximum"
             )
         if self.held_out < 0 or (self.num_conversations is not None and self.num_conversations < 0):
             raise InputError(
@@ -67,10 +67,10 @@ class Options:
         if self.num_conversations == 0 and self.held_out == 0:
             raise InputError("--num-conversations 0 --held-out 0: nothing to prepare; ask for at least one record")
         if self.held_out_min_tokens is not None and self.held_out_min_tokens < 2:
-            raise InputError(f"--held-out-min-tokens {self.held_out_min_tokens}: at least 2 are needed to predict one")
+            raise InputError(f"--held-out-min-tokens {self.held_out_min_tokens}: expected at least 2, to predict one")
         start, end = self.portion
         if not 0.0 <= start < end <= 1.0:
-            raise InputError(f"--portion {start}:{end}: 0 <= START < END <= 1 is needed, such as 0.9:1.0")
+            raise InputError(f"--portion {start}:{end}: expected 0 <= START < END <= 1, such as 0.9:1.0")
 
 
 @dataclass
@@ -85,26 +85,26 @@ class SplitCounts:
 
 @dataclass
 class Report:
-    """How many entries or conversations each stage kept.
+    """Numbers of entries or conversations that each stage kept.
 
-    The stages from `examined` on count conversations, and end as soon as there are enough records.
+    From `examined` on, the counts stop as soon as there are enough records.
     """
 
     entries: int = 0  # complete entries of the files
-    conversations: int = 0  # after joining the parts of one; prompt and answer, or a document, count as one
+    conversations: int = 0  # after joining parts; a prompt with its answer, or a document, counts as one
     in_portion: int = 0
     examined: int = 0  # read and cleaned
     cleaned: int = 0  # with at least one question and its answer left
-    distinct: int = 0  # not a copy of an earlier conversation
+    distinct: int = 0  # not copies of earlier conversations
     in_language: int = 0
-    long_enough: int = 0  # with a piece that has enough tokens for one of the splits
+    long_enough: int = 0  # with enough tokens for a record of one of the splits
     forms: dict[str, int] = field(default_factory=dict)  # number of entries per form
-    unusable: dict[str, int] = field(default_factory=dict)  # why the other entries have no form
-    kept_apart: int = 0  # conversations whose ids look like parts of one, without proof (see `sharegpt.Parts`)
-    dropped_in_cleaning: dict[str, int] = field(default_factory=dict)  # why reading or cleaning dropped conversations
+    unusable: dict[str, int] = field(default_factory=dict)  # number of other entries per reason
+    kept_apart: int = 0  # conversations that only look like parts of one (see `sharegpt.Parts`)
+    dropped_in_cleaning: dict[str, int] = field(default_factory=dict)  # dropped conversations per reason
     splits: dict[str, SplitCounts] = field(default_factory=dict)
-    broken_files: list[str] = field(default_factory=list)  # faults of files of which only the whole entries were used
-    skipped_files: list[str] = field(default_factory=list)  # in the given directories, of unknown kinds
+    broken_files: list[str] = field(default_factory=list)  # faults of files whose complete entries were used
+    skipped_files: list[str] = field(default_factory=list)  # skipped files and folders in the given directories
     shortages: list[str] = field(default_factory=list)  # splits with fewer records than requested
     destination: str = ""
 
@@ -139,9 +139,9 @@ def _prefixed(prefix: str, counts: dict[str, int]) -> dict[str, int]:
 def prepare(options: Options, tokenizer: chat.Tokenizer, console: Console | None = None) -> Report:
     """Makes a dataset of tokens and loss masks from files of conversations or texts.
 
-    Conversations are taken in an order that depends only on the seed and their ids. The first `held_out` of them that
-    are long enough are held out, whatever the size of the training set. The others are for training, split into records
-    between exchanges, until there are `num_conversations`. If two runs differ only in this number, the smaller training
+    Conversations are taken in an order that depends only on the seed and their ids. The first `held_out` that are long
+    enough are held out, whatever the size of the training set. The others are split between exchanges into training
+    records, until there are `num_conversations` records. If two runs differ only in this number, the smaller training
     set is the beginning of the larger one, and both hold out the same conversations.
 
     Args:
@@ -151,8 +151,8 @@ def prepare(options: Options, tokenizer: chat.Tokenizer, console: Console | None
       The counts of every stage.
 
     Raises:
-      InputError: contradictory options, unreadable or broken files, a destination in use, no disk space, or nothing
-        left (with the counts of every stage).
+      InputError: options are contradictory, files are unreadable or broken, the destination is in use, the disk is
+        full, or no records are left (with the counts of every stage).
     """
     options.check()
     console = console or Console(stderr=True)
@@ -176,7 +176,7 @@ def prepare(options: Options, tokenizer: chat.Tokenizer, console: Console | None
 
 
 def _index(options: Options, console: Console) -> Index:
-    """Runs the first pass, with a progress bar over the bytes read."""
+    """Runs the first pass over the files, with a progress bar in bytes."""
     size = sum(path.stat().st_size for path in options.sources if path.is_file())
     with progress_bar(amount=DownloadColumn(), console=console) as bar:
         advance = track(bar, "reading", size)
@@ -192,13 +192,13 @@ def _fill(
     index: Index,
     chosen: list[Conversation],
 ) -> bool:
-    """Runs the second pass until both splits have their records; returns whether a template was used."""
+    """Runs the second pass until both splits are full; returns whether a template was used."""
     used_template = False
     wanted = {HELD_OUT: options.held_out, TRAIN: options.num_conversations}
     dropped: Counter[str] = Counter()
     copies = Copies()
     with progress_bar(console=console) as bar:
-        # The bar counts records if a number is wanted, and conversations otherwise.
+        # The bar counts records if their number is limited, and conversations otherwise.
         train_wanted = options.num_conversations
         records_wanted = None if train_wanted is None else options.held_out + train_wanted
         unit = "conversations examined" if records_wanted is None else "records"
@@ -241,7 +241,7 @@ def _fill(
 
 
 def _clean(index: Index, conversation: Conversation) -> tuple[Content, list[chat.Turn]]:
-    """Reads and cleans one, also as turns for detecting copies and languages; raises Unusable if nothing is left."""
+    """Returns cleaned content, also as turns for `Copies` and `language`; raises Unusable if nothing is left."""
     content = index.read(conversation)
     if isinstance(content, Passage):
         passage = clean_passage(content)
@@ -265,7 +265,7 @@ def _assign(
         if isinstance(content, Passage):
             beginning = encode_passage(content, tokenizer)
         else:
-            # Usually not all exchanges are needed to decide whether a conversation can be held out.
+            # Usually the first exchanges decide whether a conversation can be held out.
             enough = max(options.max_tokens, needed)
             beginning = chat.encode_beginning(content, options.template, tokenizer, enough)
         document = chat.truncate(beginning, options.max_tokens)
@@ -280,7 +280,7 @@ def _assign(
 
 
 def _check_filled(options: Options, report: Report) -> None:
-    """Refuses an empty split, and records one that is smaller than requested."""
+    """Raises InputError for an empty split, and reports a split that is smaller than requested."""
     for split, wanted in ((TRAIN, options.num_conversations), (HELD_OUT, options.held_out)):
         found = _records(report, split)
         if wanted == 0 or (wanted is not None and found >= wanted):
@@ -292,11 +292,11 @@ def _check_filled(options: Options, report: Report) -> None:
                 "lower --min-tokens, widen --portion, set --language any, or give more files"
             )
         if wanted is not None:
-            report.shortages.append(f"{split}: {found} records found, {wanted} asked for")
+            report.shortages.append(f"{split}: {found} records found, {wanted} requested")
 
 
 def _metadata(options: Options, tokenizer: chat.Tokenizer, report: Report, used_template: bool) -> dict[str, object]:
-    """Returns the dataset's record of how it was made."""
+    """Returns the metadata of the dataset."""
     return {
         "forms": report.forms,
         "template": options.template if used_template else None,

@@ -11,8 +11,8 @@ from typing import Any
 
 from eabf_jax.data.forms import TURN_LIST_KEYS, Unusable, role_of, text_of
 
-# FastChat's splitter begins a new part when one more exchange would exceed 2,048 tokens (its default), and a token has
-# at least one byte. A conversation that it split is therefore longer than this.
+# FastChat's splitter begins a new part if one more exchange would exceed 2,048 tokens (its default). A token has at
+# least one byte, so a part and the next exchange together are longer than this.
 SPLIT_BYTES = 2048
 
 _PART_ID = re.compile(r"(.+)_(\d{1,9})", re.DOTALL)
@@ -20,14 +20,14 @@ _PART_ID = re.compile(r"(.+)_(\d{1,9})", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The entries that hold the parts of one conversation, in order.
+    """The entries with the parts of one conversation, in order.
 
     Attributes:
-      id: id of its first part, or a digest of its text if the file has no id.
-      place: the id that decides its place in the order, and its portion.
-      entries: indices into the index's entries.
+      id: id of the first part, or a digest of its content if it has no id.
+      place: the id that determines the conversation's order and portion.
+      entries: numbers of the entries in the index.
       starts: position of each entry's first turn in the conversation.
-      tie: digest of its beginning, which orders conversations of equal id whatever file they are in.
+      tie: digest of the first and last turns, which orders conversations of equal id independently of their files.
     """
 
     id: str
@@ -38,22 +38,22 @@ class Conversation:
 
 
 class Parts:
-    """Collects what joining needs to know of every entry, and joins them by one rule.
+    """Collects facts about every entry, and joins the parts of conversations.
 
-    FastChat's splitter gives the parts of a long conversation its id and the position of their first turn (`abc_0`,
+    FastChat's splitter names the parts of a long conversation by its id and the position of their first turn (`abc_0`,
     `abc_12`). An older splitter repeats the last answer of a part at the beginning of the next. Other datasets number
-    their samples in the same way (`identity_0`, `identity_2`). The entries whose ids share the name before the number
-    are therefore joined only if all of the following hold for all of them, and are kept apart otherwise:
+    their samples in the same way (`identity_0`, `identity_2`). Entries whose ids share the name before the number are
+    therefore joined only if all of them meet all of these conditions:
 
     - The numbers are the positions of first turns. They begin at 0, and each part starts where the previous part ends,
       or one turn earlier if it repeats the previous part's last turn. Duplicate entries count once.
-    - No part could have held the next exchange too (`SPLIT_BYTES`).
+    - No part had room for the next exchange (`SPLIT_BYTES`).
     - The other values of the entries are equal.
 
-    Where an answer is not followed by a question, the entries are cut into separate conversations.
+    Joined entries are cut into separate conversations where an answer is not followed by a question.
 
     Attributes:
-      kept_apart: number of conversations whose ids look like parts of one, but which the rule does not join.
+      kept_apart: number of conversations whose ids look like parts of one, but which are not joined.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Parts:
 
         Args:
           entry: the value in the file.
-          turns: its turns; None for an entry that is not a conversation, which is never a part.
+          turns: its turns; None for an entry that is not a conversation and therefore never a part.
         """
         identifier = entry.get("id") if isinstance(entry, dict) else None
         if isinstance(identifier, str | int) and identifier != "":
@@ -92,7 +92,7 @@ class Parts:
             beside = {key: value for key, value in entry.items() if key != "id" and key not in TURN_LIST_KEYS}
         self._turns.append(len(whole))
         self._bytes.append(sum(sizes))
-        # Three, because the first of them may repeat the last turn of the previous part.
+        # Three turns, because the first may repeat the last turn of the previous part.
         self._opening_bytes.append(sum(sizes[:3]))
         self._first.append(digest(json.dumps(whole[0])) if whole else 0)
         self._last.append(digest(json.dumps(whole[-1])) if whole else 0)
@@ -101,11 +101,7 @@ class Parts:
         self._ends_with_answer.append(bool(sizes) and role_of(whole[-1]) == "assistant")
 
     def join(self) -> list[Conversation]:
-        """Applies the rule.
-
-        Returns:
-          The conversations, single entries first.
-        """
+        """Joins the parts; returns the conversations, those whose ids cannot be parts first."""
         groups: dict[str, list[tuple[int, int]]] = {}
         for entry in range(len(self._ids)):
             match = None if entry in self._alone else _PART_ID.fullmatch(self._ids[entry])
@@ -116,7 +112,7 @@ class Parts:
             parts = list(self._distinct(group))
             if self._are_numbered_by_turns(parts):
                 runs = list(self._runs(parts))
-                # They may still be one conversation, so they all go into the same portion.
+                # The runs may belong to one conversation, so all of them go into the same portion.
                 conversations += [self._conversation(run, place=parts[0][1]) for run in runs]
             else:
                 runs = [[part] for part in parts]
@@ -125,7 +121,7 @@ class Parts:
         return conversations
 
     def _distinct(self, group: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        """Yields the entries of one id in order of their numbers, without duplicates."""
+        """Yields the entries of one name in order of their numbers, without duplicates."""
         ordered = sorted((start, self._turns[e], self._first[e], self._last[e], e) for start, e in group)
         previous: tuple[int, ...] = ()
         for *key, entry in ordered:
@@ -134,7 +130,7 @@ class Parts:
             previous = tuple(key)
 
     def _are_numbered_by_turns(self, parts: list[tuple[int, int]]) -> bool:
-        """Tells whether the numbers of one id are positions of turns and its entries were too long for one part."""
+        """Tells whether the entries of one name meet the conditions for joining."""
         return parts[0][0] == 0 and all(
             (next_start == start + self._turns[part] or self._overlaps(start, part, next_start, next_part))
             and self._bytes[part] + self._opening_bytes[next_part] > SPLIT_BYTES
@@ -148,10 +144,10 @@ class Parts:
         return start < next_start == end - 1 and self._first[next_part] == self._last[part]
 
     def _runs(self, parts: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-        """Cuts the parts of one id where an answer is not followed by a question."""
+        """Cuts the parts of one name where an answer is not followed by a question."""
         run = parts[:1]
         for (start, part), (next_start, next_part) in pairwise(parts):
-            # The splitter writes an empty part before a first exchange that alone is too long.
+            # If the first exchange alone is too long, the splitter writes an empty part before it.
             alternates = self._begins_with_question[next_part] and (
                 self._ends_with_answer[part] or self._turns[part] == 0
             )
@@ -173,7 +169,7 @@ class Parts:
 
 
 def _size(turn: Any) -> int:
-    """Returns the bytes of a turn's text; 0 if it has no text."""
+    """Returns the size of a turn's text in bytes; 0 if it has no text."""
     try:
         return len(text_of(turn).encode("utf-8", "surrogatepass")) if isinstance(turn, dict) else 0
     except Unusable:
@@ -191,9 +187,5 @@ def order_key(seed: int, conversation: Conversation) -> tuple[int, int]:
 
 
 def fraction(identifier: str) -> float:
-    """Hashes an id uniformly into [0, 1), independent of the seed, so that disjoint ranges are disjoint data.
-
-    Args:
-      identifier: a conversation's id.
-    """
+    """Hashes a conversation's id uniformly into [0, 1), whatever the seed, so that disjoint ranges share no data."""
     return (digest(identifier) >> 11) / 2.0**53

@@ -1,4 +1,4 @@
-"""Reads entries from files: JSON, JSONL, CSV, Parquet, Arrow and text, also compressed. A kind is a line in `KINDS`."""
+"""Reads entries from JSON, JSONL, CSV, Parquet, Arrow and text files, also compressed; `KINDS` lists the kinds."""
 
 import bz2
 import csv
@@ -20,7 +20,7 @@ from eabf_jax.errors import InputError
 _SNIFFED_BYTES = 4096
 _ROWS = 64
 _JSON_BEGINS = re.compile(rb"(?:\xef\xbb\xbf|\s)*[\[{]")
-# A text may begin with a bracket too, so the characters after it decide.
+# A text may also begin with a bracket, so the next characters decide.
 _JSON_BEGINS_SURELY = re.compile(rb'(?:\xef\xbb\xbf|\s)*(?:\{\s*"|\[\s*(?:\{\s*"|\[\s*\{))')
 
 COMPRESSIONS: dict[str, tuple[bytes, Callable[..., Any]]] = {
@@ -28,7 +28,7 @@ COMPRESSIONS: dict[str, tuple[bytes, Callable[..., Any]]] = {
     ".bz2": (b"BZh", bz2.open),
     ".xz": (b"\xfd7zXZ\x00", lzma.open),
 }
-# First bytes of unsupported kinds of files, and what to do with those files.
+# First bytes of unsupported kinds of files, and advice for the message.
 UNREADABLE: dict[bytes, str] = {
     b"\x28\xb5\x2f\xfd": "is compressed by zstd: decompress it first (zstd -d)",
     b"PK\x03\x04": "is a zip archive: unpack it first",
@@ -81,7 +81,7 @@ def _csv(file: _File) -> Iterator[Entry]:
     except csv.Error as error:
         raise InputError(f"{file.name} is not valid CSV after row {number}: {error}") from None
     finally:
-        text.detach()  # Otherwise the stream would be closed too.
+        text.detach()  # otherwise the stream would be closed too
 
 
 def _parquet(file: _File) -> Iterator[Entry]:
@@ -96,7 +96,7 @@ def _parquet(file: _File) -> Iterator[Entry]:
 
 
 def _arrow(file: _File) -> Iterator[Entry]:
-    """Reads both Arrow formats: `datasets` writes the stream format; the file format begins with its name."""
+    """Reads both Arrow formats: the stream format, which `datasets` writes, and the file format."""
     import pyarrow
 
     try:
@@ -115,12 +115,12 @@ def _arrow(file: _File) -> Iterator[Entry]:
 
 
 def _plain(row: dict[str, Any]) -> Any:
-    """Returns a row as JSON values; pictures, dates and similar values become strings."""
+    """Converts a row to JSON values; pictures, dates and similar values become strings."""
     return json.loads(json.dumps(row, default=str))
 
 
 def _unreadable(file: _File, kind: str, error: Exception) -> InputError:
-    return InputError(f"{file.name} is no whole {kind} file: {(str(error).splitlines() or ['unreadable'])[0]}")
+    return InputError(f"{file.name} is not a whole {kind} file: {(str(error).splitlines() or ['unreadable'])[0]}")
 
 
 KINDS: dict[str, Callable[[_File], Iterator[Entry]]] = {
@@ -142,14 +142,14 @@ def read_entries(
     """Reads the entries of a file.
 
     Args:
-      form: the requested form; `text` reads a file of unknown kind as one document.
+      form: the requested form; with `text`, a file of unknown kind is one document.
       chunk_bytes: bytes to read at a time.
-      repair: accept commas before a closing bracket.
+      repair: whether to accept commas before a closing bracket.
       progress: called with the number of the file's bytes read so far.
 
     Raises:
       BrokenFile: the file is truncated or malformed.
-      InputError: the file cannot be read, or is of an unsupported kind.
+      InputError: the file is unreadable or of an unsupported kind.
     """
     try:
         with path.open("rb") as raw:
@@ -200,7 +200,7 @@ def _kind(path: Path, name: str, begins: bytes, form: str) -> Callable[[_File], 
     start = len(begins) - len(begins.lstrip())
     mark = begins[start : start + 4].decode("utf-8", "replace")[:1]
     raise InputError(
-        f"{path} is not JSON ({mark!r} found at byte {start}), and not of another kind that can be read "
+        f"{path} is not JSON ({mark!r} found at byte {start}), nor of another supported kind "
         f"({', '.join(KINDS)}); --format {TEXT} reads it as one document"
     )
 
@@ -209,13 +209,13 @@ def files_of(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
     """Finds the files to read.
 
     Args:
-      paths: files, directories of files, or directories that `datasets` saved.
+      paths: files, directories of files, or directories saved by `datasets`.
 
     Returns:
-      The files, and the names of files of unknown kinds in directories.
+      The files, and the names of skipped files and folders in the directories.
 
     Raises:
-      InputError: a directory without such files, or with several splits.
+      InputError: a directory has no supported files, or several splits.
     """
     files: list[Path] = []
     skipped: list[str] = []
@@ -227,7 +227,7 @@ def files_of(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
         names = {entry.name for entry in inside}
         folders = [str(entry) for entry in inside if entry.is_dir()]
         if "eabf_dataset.json" in names:
-            raise InputError(f"{path} is prepared already: train on it, or name what it was made of")
+            raise InputError(f"{path} is already prepared: train on it, or name its source files")
         if "dataset_dict.json" in names:
             raise InputError(f"{path} is a saved dataset with several splits: name one of {', '.join(folders)}")
         if "state.json" in names:

@@ -1,1 +1,1 @@
-"""Everything that crosses the border: Hugging Face, GGUF, tokenizers, and the native model directory."""
+"""Model files: Hugging Face directories, GGUF, tokenizers, and the native model directory."""

@@ -1,7 +1,7 @@
-"""Runs that hold adapters alone: the model that they belong to, and the two as one.
+"""Runs that hold only adapters: their description, and merging them into their base model.
 
-model.json of such a run has an object `adapter`: the keys of the configuration's `lora`, the directory of the base
-model, and a digest of it.
+In model.json of such a run, the object `adapter` has the keys of the configuration's `lora`, the directory of the base
+model and a digest of that model.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from eabf_jax.model.parameters import parameters
 
 @dataclasses.dataclass(frozen=True)
 class ByLayer:
-    """A stacked parameter whose layers are read when they are asked for."""
+    """A stacked parameter that reads each layer when it is indexed."""
 
     read: Callable[[slice], np.ndarray]
 
@@ -38,57 +38,57 @@ class ByLayer:
 class Leaves(NamedTuple):
     """A stored model whose parameters are read one at a time, each by its path of keys.
 
-    `read` and `place` take the dtype to cast a parameter to, None to keep what is stored; `read` can read some layers.
+    Where a method takes a dtype, None keeps the stored one.
     """
 
     config: LlamaConfig
     dtypes: Mapping[tuple[str, ...], np.dtype[Any]]  # as stored
     reader: Callable[[tuple[str, ...], Any, slice], np.ndarray]  # (path, dtype, layers) -> in host memory; see `read`
-    # (path, dtype, sharding) -> on its devices, where a process can read its own parts alone
+    # (path, dtype, sharding) -> on its devices; given if each process can read only its own parts
     restore: Callable[[tuple[str, ...], Any, jax.sharding.Sharding], jax.Array] | None = None
 
     def read(self, path: tuple[str, ...], dtype: Any = None, layers: slice = slice(None)) -> np.ndarray:
         """Reads a parameter, or some layers of a stacked one, into host memory."""
-        gc.collect(0)  # makes JAX release host memory that it has copied; else the parameter before this one would stay
+        gc.collect(0)  # makes JAX release host memory that it has copied, such as the previous parameter's
         return self.reader(path, dtype, layers)
 
     def by_layer(self, path: tuple[str, ...], dtype: Any = None) -> ByLayer:
-        """Opens a stacked parameter, to read its layers one after the other."""
+        """Opens a stacked parameter, to read its layers one by one."""
         return ByLayer(functools.partial(self.read, path, dtype))
 
     def place(self, path: tuple[str, ...], dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-        """Reads a parameter straight to its devices, and returns once host memory is free of it."""
+        """Reads a parameter straight to its devices; returns when host memory no longer holds it."""
         if self.restore is not None:
             return self.restore(path, dtype or self.dtypes[path], sharding)
         leaf = self.read(path, dtype)
-        # Each device's part is sliced in host memory, so no device holds the whole.
+        # Slicing in host memory means that no device holds the whole array.
         return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__))
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What model.json tells of adapters."""
+    """The description of adapters in model.json."""
 
     lora: Lora
-    base: str  # directory of the model that they belong to
+    base: str  # directory of the base model
     base_digest: str  # from `digest`
 
     def to_json(self) -> dict[str, Any]:
-        """The object in model.json."""
+        """Returns the object for model.json."""
         return {**dataclasses.asdict(self.lora), "base": self.base, "base_digest": self.base_digest}
 
 
 def read_adapter(directory: Path | str) -> Adapter | None:
-    """Reads what model.json tells of adapters, None for a directory that holds a whole model.
+    """Reads the description of adapters in model.json; None if the directory holds a complete model.
 
     Raises:
-      InputError: no such file, or a description that is not one.
+      InputError: model.json is missing, or its description is invalid.
     """
     path = Path(directory) / native.MODEL_FILE
     found = read_json_object(path).get(native.ADAPTER)
     if found is None:
         return None
-    # Every key is needed: a default would be a guess at what the run trained.
+    # Every key is required, because a default would only be a guess at what the run trained.
     types = {**types_of(Lora), "base": str, "base_digest": str}
     try:
         told = check(found, types, "key", f"{native.ADAPTER}.", required=types)
@@ -99,10 +99,10 @@ def read_adapter(directory: Path | str) -> Adapter | None:
 
 
 def digest(model: Leaves) -> str:
-    """Tells one model from another by the shapes of its parameters and the scales of its norms.
+    """Computes a digest of a model from the shapes of its parameters and the scales of its norms.
 
     Returns:
-      16 hexadecimal digits; the same whether the model is stored as native or Hugging Face directory.
+      16 hexadecimal digits, the same for a native and a Hugging Face directory of the model.
     """
     entries = parameters(model.config)
     found = hashlib.sha256(json.dumps([[entry.path, entry.shape] for entry in entries]).encode())
@@ -113,17 +113,17 @@ def digest(model: Leaves) -> str:
 
 
 def merged(directory: Path | str, adapter: Adapter, base: Leaves, step: int | None = None) -> Leaves:
-    """A base model and the adapters of a run as one model.
+    """Merges the adapters of a run into their base model.
 
     Args:
-      step: which checkpoint of the run, None for the latest.
+      step: the run's checkpoint; None for the latest.
 
     Returns:
-      The model with the run's window and scheme. A parameter that the run changed is float32: what six steps change
-      is less than the last bit of a bfloat16 kernel.
+      The model with the run's window and scheme. Parameters that the run changed are float32, because a few steps
+      change less than the last bit of a bfloat16 kernel.
 
     Raises:
-      InputError: the base is another model; no such checkpoint, damaged, or not of these adapters.
+      InputError: the base is another model; or the checkpoint is missing, damaged or of other adapters.
     """
     config = native.read_model_json(directory)
     found = digest(base)

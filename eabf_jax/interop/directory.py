@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, and JSON files read with errors that name them."""
+"""Writes directories atomically, and reads and writes JSON files."""
 
 import json
 import shutil
@@ -11,8 +11,8 @@ from eabf_jax import __version__
 from eabf_jax.destination import Mark, check_destination, file_sizes, make_partial, no_space, put_in_place, whole
 from eabf_jax.errors import InputError
 
-# A model that was exported for transformers. Its own mark, which lists what was written: config.json is like any other
-# model's, and what somebody has trained further or added to is no longer ours.
+# An exported model needs its own mark, because its config.json looks like any other model's. The mark lists the files
+# written, so a model that someone has trained further or added files to is no longer taken for an export.
 EXPORT = Mark("a model that eabf-jax exported", "eabf_jax.json", ("eabf_jax", "files"))
 
 
@@ -24,20 +24,21 @@ def new_directory(
     overwrite: bool = False,
     sources: Iterable[Path | str] = (),
 ) -> Iterator[Path]:
-    """Gives a directory to fill, which takes the destination's name once the block ends without an error.
+    """Yields a temporary directory to fill, and renames it to the destination if the block succeeds.
+
+    On any error the temporary directory is removed, and an existing destination stays.
 
     Args:
       destination: the directory to make; its parents are made too.
-      mark: what an earlier result is known by, which alone may be replaced; None where none is. `EXPORT` is written
-        here.
+      mark: identifies an earlier result, the only thing that may be replaced; None allows no replacement. The file of
+        `EXPORT` is written here.
       overwrite, sources: as for `check_destination`.
 
     Yields:
       A directory beside the destination.
 
     Raises:
-      InputError: as `check_destination`, or the disk is full. What was written is removed on any error, and what was
-        to be replaced stays.
+      InputError: as for `check_destination`, or the disk is full.
     """
 
     def check() -> None:
@@ -49,7 +50,7 @@ def new_directory(
         yield partial
         if mark is EXPORT:
             write_json(partial / mark.file, {"eabf_jax": __version__, "files": file_sizes(partial)})
-        check()  # much may have happened since
+        check()  # again, because the block may have taken hours
         put_in_place(partial, destination)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -62,7 +63,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-      InputError: no such file, not JSON, or not an object.
+      InputError: the file is missing, not JSON, or not an object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark first
@@ -76,7 +77,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON object, indented; it appears whole or not at all."""
+    """Writes a JSON object, indented and atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")

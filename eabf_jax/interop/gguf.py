@@ -1,4 +1,4 @@
-"""GGUF files of the LLaMA architecture to Hugging Face directories, one tensor at a time."""
+"""Converts GGUF files of the LLaMA architecture to Hugging Face directories, one tensor at a time."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -22,15 +22,15 @@ ARCHITECTURE = "llama"
 PREFIX = f"{ARCHITECTURE}."
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Computed from the config by Hugging Face; rotary factors are read into the scheme.
+# Not a weight of the Hugging Face model: these factors become part of the rotary scheme.
 ROTARY_FACTORS = "rope_freqs.weight"
 
-# The window and bands of every Llama 3 release that has rotary factors; GGUF keeps only the factors themselves.
+# Window and bands of every Llama 3 release with rotary factors; GGUF stores only the factors.
 LLAMA3_WINDOW, LLAMA3_LOW, LLAMA3_HIGH = 8192, 1.0, 4.0
 
 Shape = dict[str, int]
 
-# The sizes in the config: the key of each below `llama.`, and its value where the file has no such key.
+# The sizes in the config: the key of each below `llama.`, and its default if the file lacks the key.
 SHAPE: Mapping[str, tuple[str, Callable[[Shape], int] | None]] = {
     "num_hidden_layers": ("block_count", None),
     "max_position_embeddings": ("context_length", None),
@@ -42,7 +42,7 @@ SHAPE: Mapping[str, tuple[str, Callable[[Shape], int] | None]] = {
 }
 EPSILON = "attention.layer_norm_rms_epsilon"
 
-# The keys of the rotary scheme, below `llama.rope.`: what each is, and what llama.cpp takes where the file has none.
+# The keys of the rotary scheme, below `llama.rope.`: the kind of each, and llama.cpp's default.
 ROPE: Mapping[str, tuple[Kind, Any]] = {
     "freq_base": (NUMBER, 10_000.0),
     "scale_linear": (NUMBER, 0.0),
@@ -59,7 +59,7 @@ _POSITIVE = Kind("a number above 0", lambda value: NUMBER.fits(value) and value 
 
 SCALING_TYPES = ("none", "linear", "yarn")
 
-# Keys below `llama.` that change nothing here: llama.cpp reads neither for this architecture.
+# Keys below `llama.` without effect: llama.cpp does not read them for this architecture.
 HARMLESS = ("tensor_data_layout", "rope.scaling.finetuned")
 
 
@@ -71,29 +71,29 @@ def _near(value: Any, expected: float) -> bool:
     return NUMBER.fits(value) and math.isclose(value, expected, rel_tol=1e-6)
 
 
-# Keys below `llama.` of which only some values are those of a LLaMA model, which may depend on its config.
+# Keys below `llama.` for which a LLaMA model allows only certain values, which may depend on its config.
 FIXED: Mapping[str, Callable[[LlamaConfig], Kind]] = {
     "vocab_size": lambda config: only(f"{config.vocab_size}, the rows of token_embd.weight", config.vocab_size),
     "attention.value_length": lambda config: only(f"{config.head_dim}, the length of a key", config.head_dim),
     "attention.scale": lambda config: Kind(
-        f"{config.head_dim} ** -0.5, or 0, which stands for it",
+        f"{config.head_dim} ** -0.5, or 0, which means the same",
         lambda value: value == 0 or _near(value, config.head_dim**-0.5),
     ),
-    "attention.causal": _always(True, because="no token sees those after it"),
+    "attention.causal": _always(True, because="attention is causal"),
     "attention.sliding_window": lambda config: Kind(
-        f"0 or at least {config.max_position_embeddings}: every token sees all before it",
+        f"0 or at least {config.max_position_embeddings}: every token sees all earlier ones",
         lambda value: value == 0 or (COUNT.fits(value) and value >= config.max_position_embeddings),
     ),
     "attention.clamp_kqv": _always(0.0, because="nothing is clamped"),
-    "attention.max_alibi_bias": _always(0.0, because="positions are rotary alone"),
+    "attention.max_alibi_bias": _always(0.0, because="positions are only rotary"),
     "attn_logit_softcapping": _always(0.0, because="attention logits are not capped"),
     "final_logit_softcapping": _always(0.0, because="logits are not capped"),
     "rope.dimension_count": lambda config: only(f"{config.head_dim}: the whole head is rotated", config.head_dim),
-    "rope.scaling.alpha": _always(0.0, because="no scheme here has it"),
+    "rope.scaling.alpha": _always(0.0, because="no supported scheme has it"),
     "rope.scaling.yarn_ext_factor": lambda config: only(
         "1.0 with YaRN and 0.0 without", -1.0, float(config.rope.name == "yarn")
     ),
-    "rope.scaling.yarn_log_multiplier": _always(0.0, because="no scheme here has it"),
+    "rope.scaling.yarn_log_multiplier": _always(0.0, because="no supported scheme has it"),
     "expert_count": _always(0, because="a dense model"),
     "expert_used_count": _always(0, because="a dense model"),
     "logit_scale": _always(1.0, 0.0, because="logits are not scaled"),
@@ -104,10 +104,10 @@ FIXED: Mapping[str, Callable[[LlamaConfig], Kind]] = {
 
 KEYS = (*(key for key, _ in SHAPE.values()), EPSILON, *(f"rope.{key}" for key in ROPE), *HARMLESS, *FIXED)
 
-# The same for the keys that every architecture has.
+# The same for keys of all architectures.
 GENERAL: Mapping[str, Kind] = {
-    "general.type": only("'model': adapters and projectors are no models by themselves", "model"),
-    "general.quantization_version": only("2: earlier blocks are laid out otherwise", 2),
+    "general.type": only("'model': adapters and projectors are not complete models", "model"),
+    "general.quantization_version": only("2: earlier versions have other block layouts", 2),
 }
 
 
@@ -117,11 +117,11 @@ def from_gguf(src: Path | str, dst: Path | str, dtype: str = "float32", overwrit
     Args:
       src: the .gguf file, or any part of a split one.
       dst: the Hugging Face directory to make.
-      dtype: what the dequantised weights are stored in: float32, bfloat16 or float16.
+      dtype: of the stored weights: float32, bfloat16 or float16.
 
     Raises:
-      InputError: not a whole GGUF file, another architecture, metadata that is not understood, a quantisation or
-        tokenizer that is not known, tensors that are missing, extra or of another shape.
+      InputError: the file is incomplete or of another architecture; its metadata, quantisation or tokenizer is unknown;
+        or tensors are missing, extra or of another shape.
     Source: llama.cpp, `convert_hf_to_gguf.py` (names, permutation of q and k); docs/gguf.md (keys).
     """
     if dtype not in DTYPES:
@@ -159,14 +159,14 @@ def from_gguf(src: Path | str, dst: Path | str, dtype: str = "float32", overwrit
 
 
 def unpermuted(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's permutation, which puts the two halves of each head next to each other in pairs.
+    """Undoes llama.cpp's permutation, which interleaves the two halves of each head.
 
     Args:
       rows: [heads * head_dim, …], a q or k weight or bias as GGUF stores it.
-      heads: number of heads in it.
+      heads: number of its heads.
 
     Returns:
-      The same shape, in Hugging Face's order of rows.
+      The same rows, in Hugging Face's order.
     """
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
@@ -176,10 +176,10 @@ def config_from_gguf(file: GgufFile, vocabulary: Vocabulary | None) -> LlamaConf
 
     Args:
       file: a file of the LLaMA architecture.
-      vocabulary: its tokenizer's, for the ids of the special tokens; None where it has none.
+      vocabulary: its vocabulary, for the ids of special tokens; None if the file has no tokenizer.
 
     Raises:
-      InputError: a key that is missing, not understood or has a value that there is no code for.
+      InputError: a key is missing or unknown, or has an unsupported value.
     """
     file.refuse_unknown(PREFIX, {PREFIX + key for key in KEYS})
     shape: Shape = {}
@@ -221,7 +221,7 @@ def _check_model(file: GgufFile) -> None:
 
 
 def _size(file: GgufFile, field: str, shape: Shape) -> int:
-    """One size of the model, after those that come before it in the table; a file may give it once a layer."""
+    """Reads a size that may depend on the earlier ones in `SHAPE`; a file may give it as one value per layer."""
     name, default = SHAPE[field]
     key = PREFIX + name
     found = file.metadata.get(key)
@@ -235,9 +235,9 @@ def _size(file: GgufFile, field: str, shape: Shape) -> int:
         )
         return int(file.value(key, same)[0])
     count = int(file.value(key, COUNT))
-    # Else every name of a tensor would be made up before one is missed.
+    # Otherwise the names of all tensors would be made before the first is found missing.
     if field == "num_hidden_layers" and file.tensors and count > len(file.tensors):
-        raise file.error(f"{key} is {count}, expected no more than there are tensors, {len(file.tensors)}")
+        raise file.error(f"{key} is {count}, expected at most {len(file.tensors)}, the number of tensors")
     return count
 
 
@@ -256,19 +256,19 @@ def _rope(file: GgufFile, head_dim: int, window: int) -> Scheme:
     if factor < 0.0:
         raise file.error(f"rope scaling factor is {factor}, expected a number above 0")
     yarn = kind == "yarn" and factor != 1.0
-    # llama.cpp multiplies cos and sin by this and then by attn_factor. What others write under yarn_attn_factor is the
-    # whole product (Hugging Face's attention_factor), which llama.cpp passes over: one file, two models.
+    # llama.cpp multiplies cos and sin by this and by attn_factor, and ignores yarn_attn_factor. Other programs store
+    # there the product of both (Hugging Face's attention_factor), so one file can mean two models.
     magnitude = 0.1 * math.log(max(factor, 1.0)) + 1.0 if yarn else 1.0
     if whole is not None and not _near(whole, magnitude):
         raise file.error(
             f"{PREFIX}rope.scaling.yarn_attn_factor is {whole}, expected none or {magnitude:.7g}, which follows from "
-            "the factor: programs disagree on what another value means; give rope.scaling.attn_factor instead"
+            "the factor: programs disagree on the meaning of other values; set rope.scaling.attn_factor instead"
         )
     if not yarn and own != 1.0:
-        raise file.error(f"{PREFIX}rope.scaling.attn_factor is {own}, expected 1.0: YaRN alone scales cos and sin")
+        raise file.error(f"{PREFIX}rope.scaling.attn_factor is {own}, expected 1.0: only YaRN scales cos and sin")
     if ROTARY_FACTORS in file.tensors:
         if factor != 1.0:
-            raise file.error(f"rope scaling factor is {factor} beside {ROTARY_FACTORS}; expected one of the two")
+            raise file.error(f"rope scaling factor is {factor}, but there is {ROTARY_FACTORS} too; expected only one")
         return _llama3_rope(file, base, head_dim)
     if yarn:
         return scheme(
@@ -284,7 +284,7 @@ def _rope(file: GgufFile, head_dim: int, window: int) -> Scheme:
 
 
 def _llama3_rope(file: GgufFile, base: float, head_dim: int) -> Scheme:
-    """The Llama 3 scheme whose division of each frequency is what the file stores."""
+    """Finds the Llama 3 scheme that divides each frequency by the stored factor."""
     factors = dequantised(file, ROTARY_FACTORS).reshape(-1)
     found = scheme(
         "llama3",
@@ -296,7 +296,7 @@ def _llama3_rope(file: GgufFile, base: float, head_dim: int) -> Scheme:
     )
     plain = np.asarray(scheme("default", base=base).inverse_frequencies(head_dim))
     expected = plain / np.asarray(found.inverse_frequencies(head_dim))
-    # Both are float32 quotients, so they agree to a few units in the last place if they agree at all.
+    # Both are float32 quotients, so matching factors agree to a few units in the last place.
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        raise file.error(f"{ROTARY_FACTORS} holds factors that are not Llama 3's; no rotary scheme has them")
+        raise file.error(f"{ROTARY_FACTORS} holds factors that are not Llama 3's; no supported scheme has them")
     return found

@@ -1,4 +1,4 @@
-"""GGUF files as they lie on the disk: their parts, their byte order, their metadata and their tensors."""
+"""Reads GGUF files: their parts, byte order, metadata and tensors."""
 
 import math
 import re
@@ -14,14 +14,14 @@ from eabf_jax.errors import InputError, one_line
 
 DOCUMENTATION = "docs/gguf.md"
 
-# How llama.cpp names the parts of a split file, of which only the first has the model's metadata.
+# llama.cpp's names for the parts of a split file; only the first part has the model's metadata.
 PART_NAME = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
 
 _REQUIRED = object()
 
 
 class Kind(NamedTuple):
-    """What a metadata value must be: in words, and as a test."""
+    """A condition on a metadata value, in words and as a test."""
 
     needed: str
     fits: Callable[[Any], bool]
@@ -32,7 +32,7 @@ def _array_of(item: type) -> Callable[[Any], bool]:
 
 
 def only(needed: str, *values: Any) -> Kind:
-    """The kind of a key that asks for what is not implemented, unless it has one of these values."""
+    """Returns the kind of a key that is supported only with these values."""
     return Kind(needed, lambda value: value in values)
 
 
@@ -50,9 +50,9 @@ class GgufFile:
     """A GGUF file, or all parts of a split one.
 
     Attributes:
-      path: the file as the user named it.
-      metadata: its values by key.
-      tensors: its tensors by name, as the gguf package reads them.
+      path: the file that the user named.
+      metadata: values by key.
+      tensors: tensors by name, as read by the gguf package.
     """
 
     path: Path
@@ -60,18 +60,17 @@ class GgufFile:
     tensors: Mapping[str, Any]
 
     def error(self, message: str) -> InputError:
-        """An error that names the file, to be raised by the caller."""
+        """Returns an error that names the file."""
         return InputError(f"{self.path}: {message}")
 
     def value(self, key: str, kind: Kind, default: Any = _REQUIRED) -> Any:
         """Reads one metadata value.
 
         Args:
-          kind: what the value must be.
-          default: what the file means where it has no such key; left out for a key that it must have.
+          default: the value if the file lacks the key; without it, the key is required.
 
         Raises:
-          InputError: no such key, or a value of another kind.
+          InputError: the key is missing, or its value is of another kind.
         """
         if key not in self.metadata:
             if default is _REQUIRED:
@@ -83,38 +82,38 @@ class GgufFile:
         return found
 
     def refuse_unknown(self, prefix: str, known: Collection[str]) -> None:
-        """Refuses metadata that nobody looks at: it might change what the model computes.
+        """Refuses unknown metadata, because it might change what the model computes.
 
         Args:
           prefix: of the keys to check.
-          known: the keys that are read or known to be harmless.
+          known: the keys that are read or harmless.
 
         Raises:
-          InputError: a key that is neither.
+          InputError: there is another key.
         """
         for key, value in self.metadata.items():
             if key.startswith(prefix) and key not in known:
                 raise self.error(
-                    f"metadata key {key} (value {shown(value)}) is not understood; expected those that {DOCUMENTATION} "
-                    "lists"
+                    f"metadata key {key} (value {shown(value)}) is not understood; expected one that "
+                    f"{DOCUMENTATION} lists"
                 )
 
 
 def shown(value: Any) -> str:
-    """A metadata value in a message: arrays and long texts cut short."""
+    """Formats a metadata value for a message, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def read_gguf(src: Path | str) -> GgufFile:
-    """Reads the metadata of a GGUF file and finds its tensors; of a split file, those of all parts.
+    """Reads the metadata of a GGUF file and finds its tensors, in all parts of a split file.
 
     Args:
       src: the .gguf file, or any part of a split one.
 
     Raises:
-      InputError: not a whole GGUF file, a part that is missing or belongs elsewhere, quantised weights in another
-        machine's byte order.
+      InputError: the file is incomplete or not GGUF, a part is missing or belongs to another file, or quantised
+        weights are in another byte order.
     """
     path = Path(src)
     metadata, tensors = _read_part(path)
@@ -125,7 +124,7 @@ def read_gguf(src: Path | str) -> GgufFile:
     if name is None or int(name["parts"]) != count:
         raise InputError(
             f"{path}: one of {count} parts (split.count), but it is not named NAME-00001-of-{count:05d}.gguf; "
-            "name the parts so, or merge them with `llama-gguf-split --merge`"
+            "rename the parts, or merge them with `llama-gguf-split --merge`"
         )
     metadata, tensors = {}, {}
     for index in range(count):
@@ -146,10 +145,10 @@ def read_gguf(src: Path | str) -> GgufFile:
 
 
 def dequantised(file: GgufFile, name: str) -> np.ndarray:
-    """Reads one tensor as float32, in the shape that numpy gives it (GGUF's reversed).
+    """Reads one tensor as float32, in NumPy's order of dimensions (the reverse of GGUF's).
 
     Raises:
-      InputError: a quantisation that the gguf package does not undo.
+      InputError: the gguf package cannot dequantise it.
     """
     tensor = file.tensors[name]
     data = tensor.data.astype(tensor.data.dtype.newbyteorder("="), copy=False)
@@ -162,16 +161,16 @@ def dequantised(file: GgufFile, name: str) -> np.ndarray:
 
 
 def shortest(value: float) -> float:
-    """The shortest decimal that is the same float32: GGUF stores 1e-5 as 9.999999747378752e-06."""
+    """Returns the shortest decimal with the same float32: GGUF stores 1e-5 as 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
 class _Reader(gguf.GGUFReader):
-    """The package's reader, which takes what lies behind the end of a file for empty and may then read on for ever."""
+    """The package's reader, which may read empty data forever past the end of a file, with a check for that end."""
 
     def _get(self, offset: int, dtype: Any, count: Any = 1, *rest: Any, **named: Any) -> Any:
         if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
-            raise ValueError(f"it ends at byte {len(self.data):,}, before what should follow at {int(offset):,}")
+            raise ValueError(f"it ends at byte {len(self.data):,}, before the value at byte {int(offset):,}")
         return super()._get(offset, dtype, count, *rest, **named)
 
 
@@ -190,10 +189,10 @@ def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if reader.byte_order == "S":
         for name, tensor in tensors.items():
-            # Writers disagree on whether the scales inside a block are swapped too; plain floats are never in doubt.
+            # Writers disagree on whether the scales inside a block are swapped too; only plain floats are unambiguous.
             if tensor.data.dtype.itemsize == 1:
                 raise InputError(
                     f"{path}: a {reader.endianess.name.lower()}-endian file whose tensor {name} is "
-                    f"{tensor.tensor_type.name}; expected F32 or F16 in one, or this machine's byte order"
+                    f"{tensor.tensor_type.name}; expected F32 or F16, or a file in this machine's byte order"
                 )
     return metadata, tensors

@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file's metadata, written as Hugging Face's files."""
+"""Writes the tokenizer in a GGUF file's metadata as Hugging Face files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ READ = (
     *IDS.values(),
 )
 
-# Keys that change nothing here: other tasks' tokens, and copies of what other keys say.
+# Keys that have no effect here: tokens of other tasks, and copies of other keys.
 HARMLESS = (
     *(f"tokenizer.ggml.{name}_token_id" for name in ("seperator", "cls", "mask", "prefix", "suffix", "middle")),
     *(f"tokenizer.ggml.fim_{name}_token_id" for name in ("pre", "suf", "mid", "pad", "rep", "sep")),
@@ -50,7 +50,7 @@ HARMLESS = (
     "tokenizer.rwkv.world",
 )
 
-# Keys that ask for what no LLaMA tokenizer does, and the values that do not ask for it.
+# Keys of features that LLaMA's tokenizers lack, with the values that turn them off.
 FIXED: Mapping[str, Kind] = {
     "tokenizer.ggml.add_sep_token": only("false: no separator ends a text", False),
     "tokenizer.ggml.remove_extra_whitespaces": only("false: LLaMA's tokenizers keep them", False),
@@ -60,10 +60,10 @@ FIXED: Mapping[str, Kind] = {
     "tokenizer.ggml.suppress_tokens": only("none: every token may be generated", []),
 }
 
-# What llama.cpp takes where the file names no id.
+# llama.cpp's defaults for ids that the file does not name.
 DEFAULT_IDS: Mapping[str, Mapping[str, int]] = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "gpt2": {}}
 
-# Control tokens that end a turn or a text whether a key names them or not, as in llama.cpp: older files have no key.
+# Control tokens that, as in llama.cpp, end a turn or a text even if no key names them: older files have no such keys.
 ENDS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|end|>")
 
 _TOKEN_ID = Kind("a token id", lambda value: type(value) is int and value >= 0)
@@ -75,12 +75,12 @@ _LLAMA3_SPLIT = (
 
 
 class Splitting(NamedTuple):
-    """How text is cut before byte-pair merging.
+    """The rules that split text before byte-pair merging.
 
     Attributes:
-      patterns: each cuts the pieces that those before it left into matches and what lies between.
-      ignores_merges: whether a piece that is a token as a whole becomes it, whatever the merges say.
-      adds_bos: whether a text begins with BOS where the file does not say.
+      patterns: applied in turn; each splits every piece into its matches and the text between them.
+      ignores_merges: whether a piece that is itself a token skips the merges.
+      adds_bos: whether texts begin with BOS if the file does not say.
     """
 
     patterns: tuple[str, ...]
@@ -88,7 +88,7 @@ class Splitting(NamedTuple):
     adds_bos: bool = False
 
 
-# By `tokenizer.ggml.pre`, as llama.cpp reads it; names of models with the LLaMA architecture.
+# By llama.cpp's names in `tokenizer.ggml.pre`, for models of the LLaMA architecture.
 SPLITTINGS: Mapping[str, Splitting] = {
     **dict.fromkeys(
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "midm-2.0"),
@@ -102,15 +102,15 @@ SPLITTINGS: Mapping[str, Splitting] = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a GGUF file and the part that each plays.
+    """The tokens of a GGUF file and their roles.
 
     Attributes:
-      file: where they were read.
+      file: the file that they come from.
       kind: "gpt2" (byte-pair) or "llama" (SentencePiece).
       pieces: text of each token.
-      types: SentencePiece's number for what each token is; GGUF has the same ones.
-      ids: token id by role: bos, eos, eot, eom, unk, pad; those that there are.
-      adds_bos, adds_eos: whether a text given to the model begins with BOS, ends with EOS.
+      types: type of each token, in SentencePiece's numbers, which GGUF shares.
+      ids: token id by role: bos, eos, eot, eom, unk, pad, as far as they exist.
+      adds_bos, adds_eos: whether texts given to the model begin with BOS and end with EOS.
     """
 
     file: GgufFile
@@ -137,10 +137,10 @@ def read_vocabulary(file: GgufFile) -> Vocabulary | None:
     """Reads the tokens and their roles.
 
     Returns:
-      The vocabulary, None where the file has no tokenizer.
+      The vocabulary, or None if the file has no tokenizer.
 
     Raises:
-      InputError: metadata that is missing, of another kind, contradictory or not understood.
+      InputError: metadata is missing, unknown, contradictory or of another kind.
     """
     if not any(key.startswith(PREFIX) for key in file.metadata) or file.metadata.get(MODEL) in ("none", "no_vocab"):
         return None
@@ -151,7 +151,7 @@ def read_vocabulary(file: GgufFile) -> Vocabulary | None:
     file.refuse_unknown(PREFIX, {*READ, *HARMLESS, *FIXED, *names})
     for key, fixed in FIXED.items():
         file.value(key, fixed, None)
-    # llama.cpp's name for a token without text.
+    # llama.cpp gives this name to a token without text.
     pieces = [piece or f"[EMPTY_{i}]" for i, piece in enumerate(file.value(PIECES, TEXTS))]
     first: dict[str, int] = {}
     for i, piece in enumerate(pieces):
@@ -170,16 +170,16 @@ def read_vocabulary(file: GgufFile) -> Vocabulary | None:
     adds_eos = file.value(ADD_EOS, FLAG, False)
     for role, key, wanted in (("bos", ADD_BOS, adds_bos), ("eos", ADD_EOS, adds_eos)):
         if wanted and role not in ids:
-            why = f"{key} true" if key in file.metadata else f"{PRE} {file.metadata.get(PRE)!r}"
-            raise file.error(f"metadata has no {IDS[role]}, and texts get that token by {why}")
+            why = f"{key} = true" if key in file.metadata else f"{PRE} = {file.metadata.get(PRE)!r}"
+            raise file.error(f"metadata has no {IDS[role]}, which {why} requires")
     return Vocabulary(file, kind, pieces, types, ids, adds_bos, adds_eos)
 
 
 def write_tokenizer(directory: Path, vocabulary: Vocabulary) -> None:
-    """Writes the tokenizer's files, special tokens and chat template included.
+    """Writes the tokenizer's files, including special tokens and chat templates.
 
     Raises:
-      InputError: merges or scores that are missing or make no tokenizer.
+      InputError: merges or scores are missing or invalid.
     """
     pieces, ids = vocabulary.pieces, vocabulary.ids
     settings: dict[str, Any] = {
@@ -201,7 +201,7 @@ def write_tokenizer(directory: Path, vocabulary: Vocabulary) -> None:
 
 
 def pre_tokenizer(splitting: Splitting) -> Any:
-    """Builds the part of a tokenizer that cuts text before byte-pair merging."""
+    """Builds the part of a tokenizer that splits text before byte-pair merging."""
     splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated") for pattern in splitting.patterns]
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
@@ -238,7 +238,7 @@ def _write_byte_pair(directory: Path, vocabulary: Vocabulary) -> dict[str, Any]:
             ignore_merges=splitting.ignores_merges,
         )
     except Exception as error:  # the library raises a bare Exception
-        raise file.error(f"{MERGES} makes no tokenizer: {error}") from error
+        raise file.error(f"{MERGES} does not form a tokenizer: {error}") from error
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizer(splitting)
     tokenizer.decoder = decoders.ByteLevel()
@@ -286,7 +286,7 @@ def _write_sentencepiece(directory: Path, vocabulary: Vocabulary) -> dict[str, A
     try:
         sentencepiece.SentencePieceProcessor(model_proto=data)
     except (OSError, RuntimeError) as error:
-        raise file.error(f"{PIECES} makes no SentencePiece model: {one_line(error)}") from error
+        raise file.error(f"{PIECES} does not form a SentencePiece model: {one_line(error)}") from error
     (directory / "tokenizer.model").write_bytes(data)
-    # Without a class, and with its old rules: LlamaTokenizer takes no word of `add_space_prefix`.
+    # No class, because LlamaTokenizer would ignore `add_space_prefix`; `legacy` gives its old rules.
     return {"legacy": True}

@@ -1,4 +1,4 @@
-"""Hugging Face directories to native ones and back, tensor by tensor and bit by bit, and straight into memory."""
+"""Opens models, and converts Hugging Face directories to native ones and back, bit for bit."""
 
 import functools
 import shutil
@@ -38,8 +38,8 @@ MAX_SHARD_BYTES = 5 * 10**9
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TIED_NAME = "lm_head.weight"
 
-# Keys whose other values give other logits in transformers' LLaMA, or other weights, and are not followed here: what is
-# accepted, and how to say it. docs/config_json.md has every key.
+# Keys that may change the logits or weights of transformers' LLaMA: a test of the supported values, and their name in
+# messages. docs/config_json.md lists every key.
 _NULL: tuple[Callable[[Any], bool], str] = (lambda value: value is None, "null")
 FIXED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "hidden_act": (lambda value: value in ("silu", "swish"), "'silu'"),
@@ -47,7 +47,7 @@ FIXED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "transformers_weights": (lambda value: value in (None, SINGLE_FILE, INDEX_FILE), f"{SINGLE_FILE!r}"),
     "is_causal": (lambda value: value is True, "true"),
     "is_encoder_decoder": (lambda value: value in (None, False), "false"),
-    # Without a cache transformers attends to everything, with one to the last tokens only.
+    # transformers attends to the whole text without a cache, but only to its last tokens with one.
     "sliding_window": _NULL,
     "attention_chunk_size": _NULL,
     "layer_types": (
@@ -56,32 +56,32 @@ FIXED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "kv_sharing_modes": _NULL,
     "per_layer_config": _NULL,
-    # The shape of a model inside another one.
+    # Configs of inner models.
     **dict.fromkeys(("text_config", "decoder", "generator"), _NULL),
 }
 
 _FIELDS = {name: kind for name, kind in types_of(LlamaConfig).items() if name != "rope"}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}  # the other ones are `LlamaConfig`'s
+_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}  # the other defaults are those of `LlamaConfig`
 _NULL_IS_DEFAULT = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias")
 
 
 class Summary(NamedTuple):
-    """What a conversion wrote: how many tensors, how many bytes of them."""
+    """The number of tensors that a conversion wrote, and their size in bytes."""
 
     tensors: int
     nbytes: int
 
 
 def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
-    """Reads a config.json.
+    """Converts the content of a config.json.
 
     Returns:
-      The config; what the file leaves out is Hugging Face's default.
+      The config, with Hugging Face's defaults for missing keys.
 
     Raises:
-      InputError: another architecture, a missing or ill-typed field, or a value that changes the model in a way that is
-        not followed here (`FIXED`).
+      InputError: the architecture is another one, a key is missing or of the wrong type, or a value is not supported
+        (`FIXED`).
     Source: transformers, `LlamaConfig`.
     """
     kind = values.get("model_type")
@@ -106,13 +106,12 @@ def _extent(config: LlamaConfig) -> tuple[int, int, int]:
 
 
 def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
-    """Writes a config.json that transformers reads.
+    """Returns the content of a config.json for transformers.
+
+    For a scheme that transformers cannot express, `auto_map` names our model code.
 
     Args:
-      dtype: what the tensors are stored in.
-
-    Returns:
-      The file's content. A scheme that transformers cannot express names our model code in `auto_map`.
+      dtype: of the stored tensors.
     """
     rotary = rope.to_hf(config.rope, head_dim=config.head_dim)
     end = config.eos_token_id
@@ -140,7 +139,7 @@ def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
 
 
 def write_config(directory: Path, config: LlamaConfig, dtype: str) -> None:
-    """Writes config.json, and our model code beside it where the rotary scheme needs it."""
+    """Writes config.json, and our model code if the rotary scheme needs it."""
     values = config_to_hf(config, dtype)
     write_json(directory / "config.json", values)
     if rope.needs_remote_code(values):
@@ -148,7 +147,7 @@ def write_config(directory: Path, config: LlamaConfig, dtype: str) -> None:
 
 
 def read_config(directory: Path | str) -> LlamaConfig:
-    """Reads the config.json of a directory; see `config_from_hf`."""
+    """Reads the config.json of a directory; raises InputError as `config_from_hf` does, or if there is none."""
     path = Path(directory) / "config.json"
     if not path.is_file() and native.is_native(directory):
         raise InputError(f"{directory}: a native model directory; expected a Hugging Face one (config.json)")
@@ -169,23 +168,23 @@ def open_leaves(directory: Path | str, step: int | None = None, base: Path | str
     """Opens a model of any kind, to read its parameters one at a time.
 
     Args:
-      directory: a Hugging Face directory, a native one, or a run that holds adapters alone.
-      step: which checkpoint of a native directory or a run, None for the latest.
-      base: where the model that adapters belong to is now; None where it was when they were trained.
+      directory: a Hugging Face directory, a native one, or a run that holds only adapters.
+      step: the checkpoint of a native directory or run; None for the latest.
+      base: current directory of the adapters' base model; None if it has not moved since training.
 
     Returns:
       The model; adapters are merged into their base.
 
     Raises:
-      InputError: anything missing, damaged, or not of the config's shape; a base for a model without adapters.
+      InputError: files are missing, damaged or do not fit the config, or `base` is given for a model without adapters.
     """
     adapter = read_adapter(directory) if native.is_native(directory) else None
     if adapter is not None:
         at = Path(adapter.base if base is None else base)
         if not at.is_dir():
             raise InputError(
-                f"{directory} holds adapters alone, and the model that they belong to is not in {at}: name its "
-                "directory, with convert/to_hf.py --base DIR or load(…, base=DIR)"
+                f"{directory} holds only adapters, and their base model is not in {at}: name its directory with "
+                "convert/to_hf.py --base DIR or load(…, base=DIR)"
             )
         return merged(directory, adapter, open_leaves(at), step)
     if base is not None:
@@ -209,14 +208,14 @@ def _open_hf(directory: Path) -> Leaves:
 
 
 def from_hf(src: Path | str, dst: Path | str, overwrite: bool = False) -> Summary:
-    """Converts a Hugging Face directory to a native one, every tensor bit for bit.
+    """Converts a Hugging Face directory to a native one, bit for bit.
 
     Args:
-      src: folder with config.json, safetensors files, and most often a tokenizer.
-      dst: the native model directory to make.
+      src: directory with config.json, safetensors files and usually a tokenizer.
+      dst: the native model directory to make; on an error, nothing is written.
 
     Raises:
-      InputError: anything missing, damaged, or not of the config's shape; nothing is written then.
+      InputError: files are missing, damaged or do not fit the config; or `dst` is in use.
     """
     source = Path(src)
     model = _open_hf(source)
@@ -242,19 +241,19 @@ def to_hf(
     dtype: str | None = None,
     base: Path | str | None = None,
 ) -> Summary:
-    """Exports a native model or run directory to a Hugging Face one; holds one layer's tensor in memory at a time.
+    """Exports a native directory or a run to a Hugging Face directory; holds one layer's tensor in memory at a time.
 
-    A model card tells of the scheme, the training and the evaluation, as far as the source's files do. Adapters are
-    merged into the model that they belong to.
+    The model card describes the scheme, the training and the evaluation, as far as the source's files do. Adapters are
+    merged into their base.
 
     Args:
       dst: the Hugging Face directory to make.
       step, base: as for `open_leaves`.
-      max_shard_bytes: the size beyond which the weights go into several files.
-      dtype: what to cast the parameters to, None to keep what is stored (what adapters change: float32).
+      max_shard_bytes: largest size of a shard's data, unless a single tensor is larger.
+      dtype: the dtype to cast to; None keeps the stored ones (float32 for weights that adapters change).
 
     Raises:
-      InputError: no such checkpoint, a damaged one, or one that is not of the config's shape.
+      InputError: the checkpoint is missing, damaged or does not fit the config; or `dst` is in use.
     """
     source = Path(src)
     if not native.is_native(source):
@@ -286,13 +285,13 @@ def to_hf(
 
 
 def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor]:
-    """Finds every tensor of a Hugging Face directory, and checks that they are this model's, without reading them.
+    """Finds every tensor of a Hugging Face directory, and checks them against the config without reading them.
 
     Returns:
       Stored tensor by Hugging Face name.
 
     Raises:
-      InputError: a shard or tensor that is missing, truncated, extra, or of another shape; pickled weights only.
+      InputError: a shard or tensor is missing, truncated, extra or of another shape; or all weights are pickled.
     """
     found = _headers(directory)
     expected = {name: entry for entry in parameters(config) for name in entry.hf_names()}
@@ -300,7 +299,7 @@ def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor
         if name not in found:
             raise InputError(f"{directory}: tensor {name} is missing; expected shape {list(entry.hf_shape)}")
         _check_shape(found[name], entry.hf_shape)
-    # Rotary frequencies are computed, not stored; old files have them as buffers.
+    # Old files also store the rotary frequencies, which are computed here.
     extra = [name for name in found if name not in expected and not name.endswith("rotary_emb.inv_freq")]
     if config.tie_word_embeddings and TIED_NAME in extra:
         embedding = found["model.embed_tokens.weight"]
@@ -327,7 +326,7 @@ def _check_shape(tensor: StoredTensor, expected: tuple[int, ...]) -> None:
 
 
 def _headers(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor in the directory's safetensors files."""
+    """Reads the headers of all safetensors files in a directory; returns tensors by name."""
     if (directory / SINGLE_FILE).is_file():
         return read_header(directory / SINGLE_FILE)
     index_path = directory / INDEX_FILE
@@ -351,7 +350,7 @@ def _headers(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _inside(directory: Path, file: str, index_path: Path) -> Path:
-    """The shard that an index names, if it is in the directory (or in the blobs that a hub cache's links point to)."""
+    """Returns the path of a shard in an index; refuses one outside the directory and the Hub cache's blobs."""
     path = directory / file
     own = directory.resolve()
     blobs = own.parent.parent / "blobs"
@@ -373,25 +372,25 @@ def _no_weights(directory: Path) -> InputError:
     )
     return InputError(
         f"{directory}: pickled weights ({pickled[0]}) are not read, because loading them can run code; "
-        f"convert them where you trust them, then copy the tokenizer's files: {command}"
+        f"if you trust them, convert them and copy the tokenizer's files: {command}"
     )
 
 
 def _stack(entry: Parameter, found: Mapping[str, StoredTensor], dtype: Any, layers: slice) -> np.ndarray:
-    """Reads the tensors of one parameter, of some of its layers, into one array, which holds nothing but them."""
+    """Reads the tensors of one parameter, or of some of its layers, into one new array."""
     stored = [found[name] for name in entry.hf_names()[layers]]
     leaf = native.empty_leaf((len(stored), *entry.unstacked), dtype)
     for target, tensor in zip(leaf, stored, strict=True):
-        target[...] = tensor.read().T if entry.transposed else tensor.read()  # unnamed: one tensor at a time
+        target[...] = tensor.read().T if entry.transposed else tensor.read()  # no variable keeps a second tensor alive
     return leaf[0] if entry.layers is None else leaf
 
 
 def _common(stored: list[StoredTensor]) -> np.dtype[Any]:
-    """The dtype that holds the tensors of every layer exactly."""
+    """Returns the dtype that represents the tensors of all layers exactly."""
     dtypes = {tensor.dtype for tensor in stored}
     if len(dtypes) > 1:
         widest = np.result_type(*dtypes)
         if widest not in NAMES:
-            raise InputError(f"{stored[0].path}: {stored[0].name} and its like mix dtypes that no float dtype holds")
+            raise InputError(f"{stored[0].path}: {stored[0].name} and other layers mix dtypes without a common one")
         return widest
     return dtypes.pop()

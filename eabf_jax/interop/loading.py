@@ -1,4 +1,4 @@
-"""One function that loads a model and its tokenizer from either kind of directory."""
+"""Loads a model and its tokenizer from a Hugging Face or a native directory."""
 
 import dataclasses
 import os
@@ -35,20 +35,19 @@ def load(
     """Loads a model and its tokenizer, each parameter from disk straight to its devices.
 
     Args:
-      directory: a Hugging Face directory or a native one (model.json), told apart by content; adapters are merged into
-        the model that they belong to.
-      rope: rotary scheme to use instead of the stored one, or its mapping such as `{"type": "eabf", …}`.
+      directory: a Hugging Face directory, or a native one (with model.json); adapters are merged into their base.
+      rope: rotary scheme to use instead of the stored one, or its mapping, such as `{"type": "eabf", …}`.
       dtype: of the parameters and of the computation: bfloat16, float16 or float32.
-      mesh: holds and computes the model: `fsdp` and `tensor` split it, and rows are split over `data` and `fsdp`; None
-        for the default device.
-      base: where the model that adapters belong to is now; None where it was when they were trained.
+      mesh: devices to run on: `fsdp` and `tensor` split the model, `data` and `fsdp` split rows; None for the default
+        device.
+      base: current directory of the adapters' base model; None if it has not moved since training.
 
     Returns:
-      The model, and the tokenizer or None where the directory has none.
+      The model and its tokenizer; None if the directory has no tokenizer.
 
     Raises:
-      InputError: no such directory, files that are missing, damaged or not of the config's shape, a vocabulary larger
-        than the embedding, or a mesh that does not divide the model.
+      InputError: there is no such directory; files are missing, damaged or do not fit the config; the vocabulary is
+        larger than the embedding; or the mesh does not divide the model.
     """
     leaves, tokenizer, element = _open(directory, rope, dtype, base)
     if mesh is None:
@@ -67,16 +66,16 @@ def open_weights(
     dtype: str = "bfloat16",
     base: Path | str | None = None,
 ) -> tuple[WeightSource, Tokenizer | None]:
-    """Opens a model to read its weights in another form than `load`'s, one layer of one parameter at a time.
+    """Opens a model, to read its weights one layer of one parameter at a time.
 
     Args:
       directory, rope, dtype, base: as for `load`.
 
     Returns:
-      The weights, each layer in host memory while it is read, and the tokenizer or None.
+      A source of the weights, which holds one layer in host memory at a time, and the tokenizer or None.
 
     Raises:
-      InputError: as `load`.
+      InputError: as for `load`.
     """
     leaves, tokenizer, element = _open(directory, rope, dtype, base)
 
@@ -89,7 +88,7 @@ def open_weights(
 def _open(
     directory: Path | str, rope: Scheme | Mapping[str, Any] | None, dtype: str, base: Path | str | None
 ) -> tuple[Leaves, Tokenizer | None, jnp.dtype]:
-    """A model with the scheme that was asked for, its tokenizer, and the dtype."""
+    """Opens a model with the requested scheme; returns it with its tokenizer and the dtype."""
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     _check_exists(directory)
@@ -104,17 +103,17 @@ def _open(
 
 
 def split_scheme(text: str) -> tuple[str, dict[str, Any] | None, int | None]:
-    """Reads `DIR[@{…}]`, as models are named on the command line.
+    """Parses `DIR[@{…}]`, the command line's name for a model.
 
     Args:
-      text: a directory; after @, in YAML, the rotary scheme to use in place of its own, or `window`, the number of
-        tokens to take for its window, or both.
+      text: a directory, optionally followed by @ and a YAML mapping: the rotary scheme to use instead of the stored
+        one, and `window`, the context window to assume, in tokens.
 
     Returns:
       The directory, the scheme's mapping or None, and the window or None.
 
     Raises:
-      InputError: what follows @ is not a mapping with a type or a window, or the window no positive number.
+      InputError: the text after @ is not a mapping with a type or a window, or the window is not a positive integer.
     """
     directory, at, told = text.partition("@")
     if not at:
@@ -125,36 +124,36 @@ def split_scheme(text: str) -> tuple[str, dict[str, Any] | None, int | None]:
         values = None
     if not isinstance(values, dict) or not {"type", "window"} & values.keys():
         raise InputError(
-            f"--model: after @ a scheme such as {{type: yarn, factor: 4}}, or {{window: 512}}, is needed, not {told!r}"
+            f"--model: expected a scheme such as {{type: yarn, factor: 4}}, or {{window: 512}}, after @, not {told!r}"
         )
     window = None
     if "window" in values and (type(window := values.pop("window")) is not int or window < 1):
         raise InputError(f"--model: window is {window!r} in {told!r}; a positive number of tokens is needed")
     if values and "type" not in values:
-        raise InputError(f"--model: a scheme such as {{type: yarn, factor: 4}} has a type; {told!r} has none")
+        raise InputError(f"--model: {told!r} has no type; a scheme needs one, as in {{type: yarn, factor: 4}}")
     return directory, values or None, window
 
 
 class Entry(NamedTuple):
-    """A model to be compared with others."""
+    """A model to compare with others."""
 
     label: str
     directory: str
-    rope: dict[str, Any] | None = None  # None: the model's own scheme
-    window: int | None = None  # tokens to take for its window; None: its own
+    rope: dict[str, Any] | None = None  # None for the stored scheme
+    window: int | None = None  # the context window to assume, in tokens; None for the stored one
 
     @property
     def config(self) -> LlamaConfig:
-        """The model's shape, with the window that it is taken for."""
+        """The model's config, with the assumed window."""
         config = read_config(self.directory)
         return config if self.window is None else dataclasses.replace(config, max_position_embeddings=self.window)
 
 
 def parse_entry(text: str) -> Entry:
-    """Reads `[LABEL=]DIR[@{type: ..., window: ...}]`; the label is the directory where none is given.
+    """Parses `[LABEL=]DIR[@{type: ..., window: ...}]`; without a label, the directory is the label.
 
     Raises:
-      InputError: as `split_scheme`.
+      InputError: as for `split_scheme`.
     """
     model, rope, window = split_scheme(text)
     label, equals, directory = model.partition("=")
@@ -162,10 +161,10 @@ def parse_entry(text: str) -> Entry:
 
 
 def read_config(directory: Path | str) -> LlamaConfig:
-    """Reads a model's shape and scheme from either kind of directory.
+    """Reads a model's shape and scheme from a Hugging Face or a native directory.
 
     Raises:
-      InputError: no such directory, or no valid config in it.
+      InputError: there is no such directory, or it has no valid config.
     """
     _check_exists(directory)
     return (native.read_model_json if native.is_native(directory) else huggingface.read_config)(directory)
@@ -174,16 +173,16 @@ def read_config(directory: Path | str) -> LlamaConfig:
 def load_parameters(
     directory: Path | str, dtype: Any = None, shardings: Any = None, base: Path | str | None = None
 ) -> tuple[LlamaConfig, dict[str, Any]]:
-    """Loads a model's config and its parameters, a nested dict of JAX arrays, each straight to its devices.
+    """Loads a model's config and its parameters (nested JAX arrays), each from disk straight to its devices.
 
     Args:
       directory, base: as for `load`.
-      dtype: what to cast the parameters to, None to keep what is stored.
-      shardings: nested dict of shardings in the parameters' structure, or of some of them, which alone are loaded then;
-        or one sharding for all; None for the default device.
+      dtype: the dtype to cast to; None keeps the stored ones.
+      shardings: one sharding for all parameters, or a nested dict of them (only the parameters in it are loaded); None
+        for the default device.
 
     Raises:
-      InputError: as `load`.
+      InputError: as for `load`.
     """
     _check_exists(directory)
     leaves = huggingface.open_leaves(directory, base=base)
@@ -191,7 +190,7 @@ def load_parameters(
 
 
 def _placed(leaves: Leaves, dtype: Any, shardings: Any) -> dict[str, Any]:
-    """Parameters on their devices, one at a time; see `load_parameters`."""
+    """Places parameters on their devices, one at a time; see `load_parameters`."""
     if isinstance(shardings, Mapping):
         places = dict(flatten(shardings))
     else:

@@ -1,4 +1,4 @@
-"""The model card of an exported model: README.md with what was done to it, how to run it, and how well it does."""
+"""Writes the model card (README.md) of an exported model: its origin and training, its use, and its evaluation."""
 
 import json
 import os
@@ -20,36 +20,36 @@ from eabf_jax.rope import needs_remote_code, to_hf
 
 CARD_FILE = "README.md"
 
-# What a card passes on of the card of the model that it was made from; base_model also comes from the hub's cache.
+# Front matter that a card inherits from the source model's card; base_model may also come from the Hub's cache.
 _PASSED_ON = ("license", "license_name", "license_link", "language", "datasets", "base_model")
 
 
 def origin(directory: Path) -> dict[str, Any]:
-    """What a model's directory tells of where it comes from, in the words of a card's front matter.
+    """Reads the origin of a model from its directory, under the keys of a card's front matter.
 
     Args:
       directory: of a Hugging Face or a native model.
 
     Returns:
-      License, languages, datasets and base model as far as its README.md names them; as base model, before that, the
-      name on the Hub where the directory lies in the Hub's cache.
+      Those of license, languages, datasets and base model that its README.md names. If the directory lies in the Hub's
+      cache, the base model is instead its name on the Hub.
     """
     try:
         told = metadata_load(directory / CARD_FILE) or {}
     except (OSError, ValueError, yaml.YAMLError):
-        told = {}  # no card, or a README that is something else
+        told = {}  # no card, or some other README
     name = _hub_name(directory)
     return {key: told[key] for key in _PASSED_ON if told.get(key)} | ({"base_model": name} if name else {})
 
 
 def _hub_name(directory: Path) -> str | None:
-    """The name of a model on the Hub, if this is its directory in the Hub's cache."""
+    """Returns the name of a model on the Hub if this is its directory in the Hub's cache."""
     found = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/[^/]+$", directory.absolute().as_posix())
     return f"{found[1]}/{found[2]}" if found else None
 
 
 def write_origin(source: Path, destination: Path) -> None:
-    """Keeps what `origin` tells of a model beside what was made of it, as the front matter of a README.md."""
+    """Writes the `origin` of a model to a converted model's directory, as the front matter of a README.md."""
     known = origin(source)
     if known:
         text = f"---\n{ModelCardData(**known).to_yaml()}\n---\n"
@@ -57,17 +57,18 @@ def write_origin(source: Path, destination: Path) -> None:
 
 
 def model_card(source: Path, name: str, config: LlamaConfig, step: int) -> str:
-    """Writes the card of a model.
+    """Makes the card of an exported model.
 
     Args:
-      source: the native directory or run that it comes from. Of a run, `config.yaml`, `dataset.json` and
-        `metrics.jsonl` tell of the training, and `evaluation/*.json` (reports of `eabf evaluate --json`) of the result.
+      source: the exported native directory or run. The training is described from a run's `config.yaml`,
+        `dataset.json` and `metrics.jsonl`, the evaluation from `evaluation/*.json` (reports of `eabf evaluate --json`).
       name: of the exported directory.
-      config: its shape and rotary scheme.
-      step: the checkpoint that it is of.
+      config: the model's shape and rotary scheme.
+      step: the exported checkpoint.
 
     Returns:
       Markdown with the front matter that the Hugging Face Hub reads.
+
     Raises:
       InputError: one of those files is damaged.
     """
@@ -78,7 +79,7 @@ def model_card(source: Path, name: str, config: LlamaConfig, step: int) -> str:
         "rotary scheme": _settings(config.rope.to_dict()),
     }
     known = origin(source)
-    # A converted model's only checkpoint is step 0, and it has no run's configuration beside it.
+    # A converted model has only a checkpoint of step 0 and no configuration of a run.
     if step and (source / CONFIG_FILE).is_file():
         told, known = _training(source, step)
         facts |= told
@@ -91,15 +92,15 @@ def model_card(source: Path, name: str, config: LlamaConfig, step: int) -> str:
     lines += [f"directory = {json.dumps(name)}  # the path of this directory, or its name on the Hub"]
     lines += [f"model = AutoModelForCausalLM.from_pretrained(directory{code})"]
     if has_tokenizer(source):
-        configured = ", config=model.config" if own_code else ""  # transformers 5 would ask about the code once more
+        configured = ", config=model.config" if own_code else ""  # otherwise transformers 5 asks about the code again
         lines += [f"tokenizer = AutoTokenizer.from_pretrained(directory{configured})"]
         lines += ['inputs = tokenizer("The history of", return_tensors="pt")']
         lines += ["print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"]
     lines += ["```", ""]
     if own_code:
         lines += [
-            "The directory brings the code of its rotary scheme, which transformers does not have. Software that knows",
-            "only `llama` models refuses it rather than leave the scheme out.",
+            "The directory includes the code of its rotary scheme, because transformers lacks it. Software that knows",
+            "only `llama` models refuses this model instead of ignoring the scheme.",
             "",
         ]
     evaluation = [line for path in sorted((source / EVALUATION).glob("*.json")) for line in _evaluation(path)]
@@ -108,18 +109,18 @@ def model_card(source: Path, name: str, config: LlamaConfig, step: int) -> str:
 
 
 def _evaluation(path: Path) -> list[str]:
-    """The table of a report; nothing of a file that has none."""
+    """Returns the lines of a report's table; none if it has no table."""
     table = read_json_object(path).get("table")
     if table is None:
         return []
     try:
         return [f"{table['title']}:", "", *_table(table["header"], table["rows"])]
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: its table is not that of a report of `eabf evaluate` ({error!r:.100})") from error
+        raise InputError(f"{path}: its table is not one of an `eabf evaluate` report ({error!r:.100})") from error
 
 
 def _training(run: Path, step: int) -> tuple[dict[str, str], dict[str, Any]]:
-    """What a run's files tell of how the model was made, and the front matter that follows from it."""
+    """Returns facts about the training from a run's files, and the front matter that follows from them."""
     try:
         config = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
         model, data, recipe = config["model"], config["data"], config["recipe"]
@@ -143,14 +144,14 @@ def _training(run: Path, step: int) -> tuple[dict[str, str], dict[str, Any]]:
     steps = _steps(run / METRICS_FILE, step)
     trained = [found["trained_tokens"] for found in steps.values() if "trained_tokens" in found]
     if len(trained) == step:
-        facts["trained on"] += f", the loss on {_count(sum(trained), 'token')} of them"
+        facts["trained on"] += f", with the loss on {_count(sum(trained), 'token')}"
     if step in steps:
         facts["loss of the last step"] = f"{steps[step]['loss']:.3f} nats per token"
     return facts, language | known
 
 
 def _name(path: str) -> str:
-    """A directory's own name: where it was on the machine that trained is nobody's business."""
+    """Returns a directory's own name, so that a card does not publish paths of the training machine."""
     return _hub_name(Path(path)) or Path(os.path.abspath(path)).name
 
 
@@ -159,7 +160,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _dataset(path: Path, split: str) -> tuple[str, dict[str, Any]]:
-    """What a dataset tells of the split that was trained on, and its language; nothing where it was not kept."""
+    """Returns the size and sources of a dataset's training split, and the language; empty if there is no file."""
     if not path.is_file():
         return "", {}
     try:
@@ -172,11 +173,11 @@ def _dataset(path: Path, split: str) -> tuple[str, dict[str, Any]]:
         language = values.get("language", "any")
         return size, {} if language == "any" else {"language": language}
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not what a dataset tells of its split {split!r} ({error!r:.100})") from error
+        raise InputError(f"{path}: not a dataset's metadata with a split {split!r} ({error!r:.100})") from error
 
 
 def _steps(path: Path, last: int) -> dict[int, dict[str, Any]]:
-    """What a run's metrics have for each step up to the last."""
+    """Returns a run's metrics by step, up to the last step."""
     if not path.is_file():
         return {}
     steps = {}
@@ -184,14 +185,14 @@ def _steps(path: Path, last: int) -> dict[int, dict[str, Any]]:
         try:
             entry = json.loads(line)
         except ValueError:
-            continue  # the last line of a run that was cut off
+            continue  # the last line of an interrupted run may be incomplete
         if 1 <= entry.get("step", 0) <= last:
             steps[entry["step"]] = entry
     return steps
 
 
 def _settings(values: dict[str, Any]) -> str:
-    """A scheme's dictionary as people read it."""
+    """Formats a scheme's dictionary for people."""
 
     def shown(value: Any) -> str:
         if isinstance(value, dict):
@@ -210,5 +211,5 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """Text that stays in its cell: a table's row is one line, and a bar ends a cell."""
+    """Makes text safe for a cell: on one line, with escaped bars."""
     return " ".join(str(text).split()).replace("|", r"\|")

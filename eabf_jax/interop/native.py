@@ -1,12 +1,12 @@
 """The native model directory: model.json, the tokenizer's files, and Orbax checkpoints of the parameters.
 
-model.json                  the config, the rotary scheme included; `adapter` where there are adapters alone
+model.json                  config and rotary scheme; `adapter` if the directory holds only adapters
 tokenizer.json, …           as in a Hugging Face directory
-README.md                   of a converted model: front matter with what is known of its licence and origin
-checkpoints/<step>/params   what the trainer writes; a converted model is a run at step 0 with parameters only
-config.yaml, dataset.json   of a run: its configuration, and what the dataset tells of itself
-metrics.jsonl               of a run: one object a step
-evaluation/*.json           reports of `eabf evaluate --json`, where somebody puts them there: for the model card
+README.md                   converted models: front matter with the known licence and origin
+checkpoints/<step>/params   written by the trainer; a converted model is a run at step 0 with only parameters
+config.yaml, dataset.json   runs: the configuration, and the dataset's metadata
+metrics.jsonl               runs: one object per step
+evaluation/*.json           optional reports of `eabf evaluate --json`, for the model card
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from eabf_jax.model.parameters import check_shapes, flatten, nest
 
 MODEL_FILE = "model.json"
 NATIVE = Mark("a native model directory", MODEL_FILE, ("hidden_size", "rope"))
-ADAPTER = "adapter"  # the object in it that adapters are told by; see `adapter`
+ADAPTER = "adapter"  # the key in model.json that describes adapters; see adapter.py
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE, DATASET_FILE, METRICS_FILE, EVALUATION = "config.yaml", "dataset.json", "metrics.jsonl", "evaluation"
 
@@ -41,7 +41,7 @@ CHUNK_BYTES = 64 * 2**20
 
 
 def is_native(directory: Path | str) -> bool:
-    """Whether a directory is a native model directory (else it may be a Hugging Face one)."""
+    """Returns whether a directory is a native model directory."""
     return (Path(directory) / MODEL_FILE).is_file()
 
 
@@ -51,9 +51,8 @@ def write_model_json(
     """Writes model.json.
 
     Args:
-      config: the model's shape and rotary scheme.
-      dtype: what the parameters are stored in, for readers; loading asks the checkpoint itself.
-      adapter: of a directory that holds adapters alone, `Adapter.to_json()`.
+      dtype: of the stored parameters, for human readers; loading takes it from the checkpoint.
+      adapter: `Adapter.to_json()`, for a directory that holds only adapters.
     """
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     fields["rope"] = config.rope.to_dict()
@@ -66,7 +65,7 @@ def read_model_json(directory: Path | str) -> LlamaConfig:
     """Reads model.json.
 
     Raises:
-      InputError: no such file, or fields that are missing, unknown or of the wrong type.
+      InputError: the file is missing, or fields are missing, unknown or of the wrong type.
     """
     path = Path(directory) / MODEL_FILE
     found = read_json_object(path)
@@ -96,16 +95,13 @@ def save_params(directory: Path | str, params: Mapping[str, Any], step: int = 0)
 
 
 def chunks(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns how Orbax cuts nested arrays: no chunk holds more than one layer, so that one can be read alone."""
+    """Returns how Orbax divides nested arrays: no chunk spans two layers, so that a layer can be read alone."""
     axes = {name: (0,) if name[0] == "layers" else () for name, _ in flatten(params)}
     return nest({name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=axes[name]) for name in axes})
 
 
 def empty_leaf(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Makes an uninitialised array that JAX on CPU can take as its own without a copy.
-
-    Its data starts at a multiple of 64 bytes, which is what JAX asks for.
-    """
+    """Makes an uninitialised array that JAX on CPU can use without a copy: JAX requires alignment to 64 bytes."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     room = np.empty(size + 64, np.uint8)
     start = -room.ctypes.data % 64
@@ -113,7 +109,7 @@ def empty_leaf(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def _resident(leaf: Any) -> jax.Array:
-    """A JAX array over the leaf; Orbax would copy a NumPy array, so that the model would be in memory twice."""
+    """Returns the leaf as a JAX array, because Orbax would copy a NumPy array and so hold the model twice."""
     if isinstance(leaf, jax.Array):
         return leaf
     with jax.enable_x64(True):  # without it float64 would silently become float32
@@ -121,10 +117,10 @@ def _resident(leaf: Any) -> jax.Array:
 
 
 def checkpoint_path(directory: Path | str, step: int | None = None) -> Path:
-    """Finds the folder of a step's `params` item; None stands for the latest step.
+    """Finds the folder of a step's `params` item; None means the latest step.
 
     Raises:
-      InputError: no checkpoint, or none of that step.
+      InputError: there is no checkpoint, or none of that step.
     """
     root = (Path(directory) / CHECKPOINTS).absolute()
     found = root.iterdir() if root.is_dir() else ()
@@ -139,14 +135,14 @@ def checkpoint_path(directory: Path | str, step: int | None = None) -> Path:
 def stored_arrays(
     path: Path, expected: Mapping[tuple[str, ...], tuple[int, ...]]
 ) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    """Reads shapes and dtypes of a checkpoint's parameters, by path of keys, and checks them.
+    """Reads the shapes and dtypes of a checkpoint's parameters, by path of keys, and checks the shapes.
 
     Args:
       path: folder of the `params` item.
       expected: shape by path of keys.
 
     Raises:
-      InputError: not a checkpoint, or parameters that are not this model's.
+      InputError: there is no readable checkpoint, or its parameters do not fit.
     """
     with _reading(path), ocp.PyTreeCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata
@@ -164,11 +160,11 @@ def read_leaf(path: Path, name: tuple[str, ...], dtype: Any, layers: slice = sli
     Args:
       path: folder of the `params` item.
       name: the parameter's path of keys.
-      dtype: what to cast it to, None to keep what is stored.
-      layers: which ones to read of a parameter that is stacked over layers.
+      dtype: the dtype to cast to; None keeps the stored one.
+      layers: the layers to read of a stacked parameter.
 
     Raises:
-      InputError: a damaged checkpoint.
+      InputError: the checkpoint is damaged.
     """
     with _reading(path):
         stored = _open(path, name)
@@ -176,14 +172,13 @@ def read_leaf(path: Path, name: tuple[str, ...], dtype: Any, layers: slice = sli
 
 
 def place_leaf(path: Path, name: tuple[str, ...], dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Restores one parameter straight to its devices; a process reads only the parts that its devices hold.
+    """Restores one parameter straight to its devices; each process reads only the parts that its devices hold.
 
     Args:
-      path, name: as for `read_leaf`.
-      dtype: what to cast it to.
+      path, name, dtype: as for `read_leaf`.
 
     Raises:
-      InputError: a damaged checkpoint.
+      InputError: the checkpoint is damaged.
     """
     arguments = ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=dtype, sharding=sharding)
     restore = ocp.args.PyTreeRestore(item=nest({name: 0}), restore_args=nest({name: arguments}), partial_restore=True)
@@ -192,7 +187,7 @@ def place_leaf(path: Path, name: tuple[str, ...], dtype: Any, sharding: jax.shar
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig, directory: Path | str) -> None:
-    """Refuses a tokenizer whose vocabulary is larger than the embedding; the message names the directory."""
+    """Raises InputError, which names the directory, if a tokenizer's vocabulary is larger than the embedding."""
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size} rows; "
@@ -201,7 +196,7 @@ def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig, directory: Path 
 
 
 def _open(path: Path, name: tuple[str, ...]) -> ts.TensorStore:
-    """One parameter on disk. Orbax reads whole arrays only, so this follows its format: OCDBT with Zarr arrays."""
+    """Opens one parameter in Orbax's format (Zarr arrays in OCDBT), because Orbax itself reads only whole arrays."""
     base = {"driver": "file", "path": f"{path}/"}
     store = {"driver": "ocdbt", "base": base, "path": f"{'.'.join(name)}/"}
     spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
@@ -210,21 +205,21 @@ def _open(path: Path, name: tuple[str, ...]) -> ts.TensorStore:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns complaints about a damaged checkpoint into ours."""
+    """Turns any error of reading a checkpoint into InputError."""
     try:
         with quiet_orbax():
             yield
-    # Orbax reports damaged files through whatever its parts raise, bare Exception included.
+    # For damaged files, Orbax raises many types of errors, including bare Exception.
     except Exception as error:
         raise InputError(f"{path}: damaged checkpoint: {one_line(error)}") from error
 
 
 @contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Turns off Orbax's log, whose warnings do not apply here and whose errors are raised as well.
+    """Turns off Orbax's log, whose warnings do not apply here and whose errors are also raised.
 
-    After a failure the log stays off: the other reads or writes of the checkpoint then also fail, in tasks that nothing
-    awaits and in callbacks to a closed event loop.
+    After a failure the log stays off, because the checkpoint's other reads or writes then fail too, in tasks that
+    nothing awaits and in callbacks to a closed event loop.
     """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]

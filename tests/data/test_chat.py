@@ -26,7 +26,7 @@ from eabf_jax.interop.tokenizer import load_tokenizer
 
 TINY = Path(__file__).parents[2] / "assets/tiny"
 
-# The template that the LLaMA-2-Chat checkpoints carry, without its checks.
+# The template of the LLaMA-2-Chat checkpoints, without its checks.
 LLAMA_2 = (
     "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}"
     "{% else %}{% set rest = messages %}{% set system = false %}{% endif %}{% for message in rest %}"
@@ -41,7 +41,7 @@ CHATML = (
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
 )
-# Meta's description of the format: a header, two newlines, the message without white space around it, <|eot_id|>.
+# As Meta describes the format: a header, two newlines, the stripped message, <|eot_id|>.
 LLAMA_3 = (
     "<|begin_of_text|>{% for message in messages %}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
@@ -61,7 +61,7 @@ TALK = [
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm2):
-    """SmolLM2's, with Llama 3's special tokens beside its own, and as Llama 3 does every run of newlines in one."""
+    """SmolLM2's tokenizer with Llama 3's special tokens added, and with runs of newlines kept whole as in Llama 3."""
     reference = copy.deepcopy(smollm2.reference)
     newlines = pre_tokenizers.Split(Regex(r"\s*[\r\n]+"), behavior="isolated")
     backend = reference.backend_tokenizer
@@ -97,7 +97,7 @@ def test_the_mask_is_that_of_the_generation_tag(tokenizer, turns, name, template
 
 
 def test_a_models_own_chatml_with_a_system_prompt(smollm2):
-    # SmolLM2's own template adds a system prompt only where the conversation has none.
+    # SmolLM2's own template adds a system prompt only to a conversation that has none.
     turns = [SYSTEM, *TALK]
     expected = smollm2.reference.apply_chat_template(messages(turns), return_dict=False)
     assert encode_conversation(turns, "chatml", smollm2).tokens.tolist() == expected
@@ -145,7 +145,7 @@ def test_llama_2_is_what_metas_code_encodes(llama_like):
     assert tokens.tolist() == expected
     begin = len(model.encode(first.removesuffix(" answer 7 "))) + 1
     assert mask.tolist()[: len(first_ids) + 2] == [i >= begin for i in range(len(first_ids) + 2)]
-    # Every token of the answer, of its spaces and its end; none of the prompt.
+    # All tokens of the answer, its spaces and its end, but none of the prompt.
     assert model.decode(tokens[mask].tolist()) == "answer 7  no "
 
 
@@ -171,7 +171,7 @@ def test_a_user_cannot_write_markup(smollm2):
 
 def test_the_mask_follows_a_token_that_spans_the_border():
     class Pairs:
-        """Every two characters are one token, so that a border can fall inside one."""
+        """Makes every two characters one token, so that a border can fall inside a token."""
 
         vocab_size, bos_id, eos_id = 10_000, 1, 2
 
@@ -192,7 +192,7 @@ def test_the_mask_follows_a_token_that_spans_the_border():
     [[], ["system"], ["user"], ["assistant", "user"], ["user", "assistant", "user"], ["user", "system", "assistant"]],
 )
 def test_turns_that_do_not_alternate_are_refused(roles):
-    with pytest.raises(InputError, match="have to alternate"):
+    with pytest.raises(InputError, match="must alternate"):
         exchanges([Turn(role, "x") for role in roles])
 
 
@@ -225,7 +225,7 @@ def assert_pieces(tokenizer, name, system):
     begin = 0
     for piece in pieces:
         assert len(piece.tokens) <= 250
-        # The longest run of exchanges that fits, encoded as a conversation, is what the piece has to be.
+        # The piece must be the longest run of exchanges that fits, encoded as a conversation.
         fits = [
             (end, encoded)
             for end in range(begin + 2, len(talk) + 1, 2)
@@ -248,12 +248,12 @@ def test_long_exchanges_are_cut_and_short_pieces_dropped(smollm2):
         len(pieces("q", "a", minimum=1)[0].tokens),
     ]
     assert [len(p.tokens) for p in pieces("q", long, "q", "a", minimum=40)] == [50]
-    # Cut inside the question, nothing is left to learn.
+    # A cut inside the question leaves nothing to learn.
     assert pieces(long, "a", minimum=1) == []
 
 
 def test_the_reference_template_renders_what_metas_does():
-    # The jinja above against one line written out by hand.
+    # Compares the Jinja above with a line written by hand.
     rendered = jinja2.Template(LLAMA_2).render(
         messages=messages([SYSTEM, Turn("user", "a"), Turn("assistant", "b")]), bos_token="<s>", eos_token="</s>"
     )
@@ -263,7 +263,7 @@ def test_the_reference_template_renders_what_metas_does():
 # --- the model's own template -----------------------------------------------------------------------------------------
 
 
-# Marks a part of the answer that begins and ends inside a token, and one that is no answer at all.
+# Marks a part of the answer that begins and ends inside a token, and a text outside the answer.
 ODD = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}"
     "{% generation %}{{ message.content[1:7] }}{%- endgeneration %}{{ message.content[7:] + eos_token }}"
@@ -273,7 +273,7 @@ ODD = (
 
 @pytest.fixture
 def tiny_with(tmp_path):
-    """The tiny model's tokenizer with another template, here and in transformers."""
+    """Loads the tiny model's tokenizer with another template, here and in transformers."""
 
     def load(template):
         shutil.copy(TINY / "tokenizer.model", tmp_path)
@@ -312,9 +312,9 @@ def test_a_beginning_is_as_long_as_it_has_to_be(tokenizer, tiny_with):
 
 
 def test_a_template_that_marks_nothing_is_not_trained_on(tiny_with):
-    with pytest.raises(InputError, match=r"does not say what is to be learned .*--template chatml, llama-2, llama-3"):
+    with pytest.raises(InputError, match=r"does not mark what to learn .*--template chatml, llama-2, llama-3"):
         encode_conversation(TALK, OWN, tiny_with("{{ messages[0].content }}")[0])
     with pytest.raises(InputError, match="no chat template"):
         encode_conversation(TALK, OWN, tiny_with(None)[0])
-    with pytest.raises(InputError, match=r"none that is called default \(rag\)"):
+    with pytest.raises(InputError, match="no default chat template, only rag"):
         encode_conversation(TALK, OWN, tiny_with([{"name": "rag", "template": "x"}])[0])

@@ -1,4 +1,4 @@
-"""Chat templates in Jinja, against transformers' `apply_chat_template`."""
+"""Chat templates in Jinja compared with transformers' `apply_chat_template`."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def test_templates_are_rendered_as_in_transformers(tokenizer: Tokenizer, turns: 
     assert chat_format(tokenizer).encode(turns) == expected
 
 
-# What transformers gives a template: each of these renders another text where it is missing or has another value.
+# Everything that transformers offers a template: each text changes if something is missing or has another value.
 CONTEXT = (
     "{{ tools is none }} {{ documents is none }} {% if tools %}tools{% endif %} {{ tools }}",
     "{% if not tools is defined %}no {% endif %}tools, {% if documents is defined %}documents{% endif %}",
@@ -67,7 +67,7 @@ def test_what_a_template_can_use(tmp_path: Path) -> None:
 
 
 def test_a_token_without_a_name_is_undefined(tmp_path: Path) -> None:
-    """The model's pad_token_id does not make a pad_token of the tokenizer's."""
+    """The model's pad_token_id does not define a pad_token of the tokenizer."""
     shutil.copy(TINY / "tokenizer.model", tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "pad_token_id": 2}')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -81,10 +81,10 @@ def test_a_token_without_a_name_is_undefined(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{{ raise_exception('only one turn') }}", "does not take this conversation: only one turn"),
-        ("{% if %}", "does not take this conversation"),
-        ("{{ messages[9].content.strip() }}", "does not take this conversation"),
-        ("{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "does not take this conversation"),
+        ("{{ raise_exception('only one turn') }}", "does not accept this conversation: only one turn"),
+        ("{% if %}", "does not accept this conversation"),
+        ("{{ messages[9].content.strip() }}", "does not accept this conversation"),
+        ("{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "does not accept this conversation"),
     ],
 )
 def test_templates_that_fail(tokenizer: Tokenizer, source: str, message: str) -> None:

@@ -20,16 +20,16 @@ def clean(*pairs):
 @pytest.mark.parametrize(
     ("turns", "left"),
     [
-        # What precedes the first question goes.
+        # Turns before the first question are dropped.
         ("a:z u:a a:b", "u:a a:b"),
-        # A last question without an answer goes.
+        # An unanswered last question is dropped.
         ("u:a a:b u:c", "u:a a:b"),
-        # Empty turns go, and what then stands side by side becomes one turn.
+        # Empty turns are dropped, and their neighbours joined.
         ("u:a a: u:c a:d", "u:a|c a:d"),
         ("u:a a:b u: a:c", "u:a a:b|c"),
-        # A turn that was sent twice is there once.
+        # A repeated turn is kept once.
         ("u:a u:a a:b", "u:a a:b"),
-        # System turns at the beginning become one.
+        # System turns at the beginning are joined.
         ("s:s u:a a:b", "s:s u:a a:b"),
         ("s:s s:t s:s a:z u:a a:b", "s:s|t u:a a:b"),
         ("u:a s: a:b", "u:a a:b"),
@@ -48,7 +48,7 @@ def test_alternation_is_repaired(turns, left):
         ([], "no turns"),
         ([("assistant", "a"), ("system", "b")], "no turns"),
         ([("user", "a"), ("assistant", "\u200b")], "no answer"),
-        ([("user", "a"), ("system", "s"), ("assistant", "b")], "system turn further on"),
+        ([("user", "a"), ("system", "s"), ("assistant", "b")], "later system turn"),
     ],
 )
 def test_what_cannot_be_repaired_is_dropped(pairs, fault):

@@ -141,7 +141,7 @@ def test_an_interrupted_overwrite_keeps_the_old_one(dataset):
 
 @pytest.mark.parametrize("limit", [0, 100_000])
 def test_no_space_left_is_one_line_and_leaves_nothing(tmp_path, limit):
-    # A limit on the size of files fails writes as a full disk does, through the same system calls.
+    # A limit on file sizes makes writes fail as on a full disk, in the same system calls.
     code = f"""
         import resource, signal
         import numpy as np
@@ -210,7 +210,7 @@ def damage(dataset, kind):
     [
         ("empty", "is not a prepared dataset"),
         ("absent", "is not a prepared dataset"),
-        ("cut", r"has \d+ bytes, \d+ were written"),
+        ("cut", r"has \d+ bytes, expected \d+"),
         ("missing shard", "is missing: prepare"),
         ("info", "cannot be opened"),
         ("features", "cannot be opened"),
@@ -233,7 +233,7 @@ def test_a_flipped_byte_is_noticed_when_its_record_is_read(tmp_path):
         writer.finish({})
     (shard,) = dataset.glob("sharegpt-train.array_record-*")
     content = bytearray(shard.read_bytes())
-    # The first block of 64 KiB begins with the one record's chunk.
+    # The first block of 64 KiB begins with the chunk of the only record.
     content[len(content) // 8] ^= 0xFF
     shard.write_bytes(content)
     with pytest.raises(InputError, match=r"record 0 of .* is damaged"):
@@ -249,7 +249,7 @@ def test_damaged_lengths_are_refused(dataset, content):
         np.save(path, np.zeros(3, np.int32))
     else:
         path.write_bytes(content)
-    with pytest.raises(InputError, match=r"missing or damaged|has shape \(3,\), \(9,\) was expected"):
+    with pytest.raises(InputError, match=r"missing or damaged|has shape \(3,\), expected \(9,\)"):
         record_lengths(dataset, "train")
 
 

@@ -33,9 +33,9 @@ def why(entry):
         {"messages": json.dumps([QUESTION, ANSWER])},
         {"messages": [{**QUESTION, "speaker": "Alice", "value": ""}, {**ANSWER, "from": "gpt", "text": "a"}]},
         {"messages": [{"role": "prompter", "text": "q"}, {"speaker": "Bot ", "text": "a"}]},
-        # What stands there and holds nothing, as tables have it.
+        # Keys without a value, as in tables.
         {"messages": [{**QUESTION, "tool_calls": None, "images": []}, {**ANSWER, "function_call": {}}], "tools": "[]"},
-        # What asks for what is done anyway.
+        # Keys that ask for the default behaviour.
         {"messages": [{**QUESTION, "weight": 1, "train": False}, {**ANSWER, "weight": 1, "train": True}], "label": 3},
     ],
 )
@@ -73,8 +73,8 @@ PICTURE = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"
 @pytest.mark.parametrize(
     ("turn", "reason"),
     [
-        ({"role": "user", "content": [{"type": "text", "text": "What is this?"}, PICTURE]}, "part that is no text"),
-        ({"role": "user", "content": [{"type": "text", "text": None}]}, "part that is no text"),
+        ({"role": "user", "content": [{"type": "text", "text": "What is this?"}, PICTURE]}, "part that is not text"),
+        ({"role": "user", "content": [{"type": "text", "text": None}]}, "part that is not text"),
         ({"role": "user", "content": {"parts": ["x"]}}, "turn without text"),
         ({"role": "assistant", "content": None}, "turn without text"),
         ({"role": "assistant"}, "turn without text"),
@@ -87,9 +87,9 @@ PICTURE = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"
         ({"role": None, "content": ""}, "unknown role"),
         ({"content": "x"}, "unknown role"),
         ({"role": "user", "from": "gpt", "content": "x"}, "unknown role"),
-        ("x", "turn that is no object"),
+        ("x", "turn that is not an object"),
         ({**ANSWER, "value": "b"}, "turn with two texts"),
-        ({**ANSWER, "reasoning_content": "so"}, "reasoning apart from the answer"),
+        ({**ANSWER, "reasoning_content": "so"}, "reasoning separate from the answer"),
         ({**QUESTION, "images": ["a.png"]}, "pictures, sound or files"),
         ({**ANSWER, "weight": 0}, "turns that say whether they are learned"),
         ({**ANSWER, "weight": 0.5}, "turns that say whether they are learned"),
@@ -109,7 +109,7 @@ def test_a_turn_that_cannot_be_represented_gives_the_conversation_up(turn, reaso
         ({"chosen": ANSWER, "rejected": ANSWER}, "preference pair"),
         ({"kto_tag": False}, "marked as a bad answer"),
         ({"items": [ANSWER]}, "two lists of turns"),
-        ({"system": ["s"]}, "system or system_prompt or system_message that is no text"),
+        ({"system": ["s"]}, "system or system_prompt or system_message that is not text"),
     ],
 )
 def test_what_stands_beside_the_turns_may_give_them_up(beside, reason):
@@ -145,7 +145,7 @@ def test_instructions(entry, turns):
 def test_completions():
     entry = {"prompt": "p ", "completion": "c", "text": "p c"}
     assert read(entry) == Passage("p ", "c")
-    # Through the template, if one says so.
+    # With this form, through the template.
     assert read(entry, "instructions") == [Turn("user", "p "), Turn("assistant", "c")]
     assert read({"prompt": [QUESTION], "completion": [ANSWER]}) == READ
     assert why({"prompt": [QUESTION, ANSWER, QUESTION], "completion": [ANSWER]}).startswith("answers in the prompt")
@@ -160,12 +160,12 @@ def test_documents():
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        ({"instruction": "i", "output": ["o"]}, "output or response or answer or completion that is no text"),
+        ({"instruction": "i", "output": ["o"]}, "output or response or answer or completion that is not text"),
         ({"instruction": "i", "output": "o", "response": "p"}, "two texts under output, response, answer, completion"),
         ({"instruction": "i", "input": "x", "context": "y", "output": "o"}, "two texts under input, context"),
-        ({"instruction": "i", "output": "o", "history": ["q"]}, "history that is no list of pairs"),
-        ({"prompt": "p", "completion": 3}, "completion that is no text"),
-        ({"text": ["a"]}, "text or content that is no text"),
+        ({"instruction": "i", "output": "o", "history": ["q"]}, "history that is not a list of pairs"),
+        ({"prompt": "p", "completion": 3}, "completion that is not text"),
+        ({"text": ["a"]}, "text or content that is not text"),
         ({"text": "a picture of", "image": {"path": "a.png"}}, "pictures, sound or files"),
     ],
 )

@@ -34,7 +34,7 @@ def test_memory_stays_flat_on_a_large_file(tmp_path):
         stream.write("]")
     size = path.stat().st_size
     assert size > 50e6
-    # A process of its own, for its peak to be this work's; the limit is a tenth of the file.
+    # A separate process, whose peak is due to this work alone; the limit is a fifth of the file.
     code = f"""
         import resource, time
         from eabf_jax.data.index import Index
@@ -52,7 +52,7 @@ def test_memory_stays_flat_on_a_large_file(tmp_path):
 
 def test_the_real_file_is_refused_and_its_whole_entries_are_used(real_sample, real_index):
     raw = real_sample.read_bytes()
-    # The publisher's layout: an entry at two spaces of indentation, which no text contains unescaped.
+    # The publisher indents entries by two spaces, which no text contains after an unescaped newline.
     whole = len(re.findall(rb"^  },?$", raw, re.MULTILINE))
     with pytest.raises(BrokenFile, match=f"cut off .*at byte {len(raw)}, .* {whole} whole entries"):
         Index([real_sample])
@@ -68,7 +68,7 @@ def test_entries_without_turns_do_not_stop_a_file(tmp_path):
     assert index.unusable == {"of no known form": 1, "not of the form sharegpt": 5, "no list of turns": 4}
     (good,) = [c for c in index.conversations if c.id == "a"]
     assert index.read(good) == [Turn("user", "q"), Turn("assistant", "a")]
-    with pytest.raises(Unusable, match="turn that is no object"):
+    with pytest.raises(Unusable, match="turn that is not an object"):
         index.read(index.conversations[0])
 
 
@@ -102,7 +102,7 @@ def test_compressed_and_repaired_entries_are_read_from_copies(tmp_path):
         ("[]", "holds no whole entry"),
         (
             '{"data": []}',
-            r"no entry of a known form: entry 0 \(byte 0\) has the keys 'data'; needed is .*sharegpt: a list",
+            r"no entry of a known form: entry 0 \(byte 0\) has the keys 'data'; expected one of sharegpt: a list",
         ),
         ('[{}, {"data": []}]', r"entry 0 \(byte 1\) has the keys of an empty object"),
     ],

@@ -56,10 +56,10 @@ def test_lines_cut_inside_an_entry_are_noticed():
 @pytest.mark.parametrize(
     ("raw", "message", "offset", "entries"),
     [
-        (b'[{"a": 1} {"a": 2}]', "comma or ] was expected", 10, 1),
-        (b'[{"a": 1},]', "object was expected, ']' found", 10, 1),
-        (b"[1, 2]", "object was expected, '1' found", 1, 0),
-        (b"hello", "object was expected, 'h' found", 0, 0),
+        (b'[{"a": 1} {"a": 2}]', "expected a comma or ], found '{'", 10, 1),
+        (b'[{"a": 1},]', "expected an object, found ']'", 10, 1),
+        (b"[1, 2]", "expected an object, found '1'", 1, 0),
+        (b"hello", "expected an object, found 'h'", 0, 0),
         (b'[{"a": 1}] x', "has more after its array", 11, 1),
         (b'[{"a": 1}, {"b" 2}, {"c": "a long text after it"}]', "Expecting ':'", 16, 1),
         ('[{"é": 1}, {"ü": "a\nb"}, {"c": "a long text after"}]'.encode(), "Invalid control character", 21, 1),
@@ -107,7 +107,7 @@ def holds(key, first):
         ('{"data": ["x"]} {"data": [{"a": 1}]}', [{"data": ["x"]}, {"data": [{"a": 1}]}]),
         ('{"data": []}', [{"data": []}]),
         ('[["turn", 1], ["turn"]]', [["turn", 1], ["turn"]]),
-        # Lists one after another, each an entry.
+        # Consecutive lists, each of them an entry.
         ('["turn", 1]\n["turn", 2]', [["turn", 1], ["turn", 2]]),
         ("[]", []),
         ("", []),
@@ -122,8 +122,8 @@ def test_lists_of_entries_are_told_from_entries(text, expected, chunk):
     [
         ('{"data": [{"a": 1}], "more": 2} {}', "has more after its object"),
         ('{"data": [{"a": 1}], "data": [{"b": 1}]}', "second list of entries, under 'data'"),
-        ('{"data": [{"a": 1}], 5', "a key and a colon"),
-        ('{"data": [{"a": 1}] "more"', "a comma or } was expected, '\"' found"),
+        ('{"data": [{"a": 1}], 5', "expected a key and a colon"),
+        ('{"data": [{"a": 1}] "more"', "expected a comma or }, found '\"'"),
         ('{"data": [{"a": 1}, {"a": ', "cut off at byte 26"),
         ('{"data": [{"a": 1}]', "cut off at byte 19"),
     ],

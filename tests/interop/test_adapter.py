@@ -29,7 +29,7 @@ def drawn(lora=None, seed=0):
 
 @pytest.fixture
 def base(tmp_path):
-    """A native directory in bfloat16, as LLaMA comes."""
+    """A native directory in bfloat16, LLaMA's usual dtype."""
     directory = tmp_path / "base"
     directory.mkdir()
     native.write_model_json(directory, CONFIG, "bfloat16")
@@ -39,7 +39,7 @@ def base(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, base):
-    """What a run leaves that has trained adapters and norms over it."""
+    """A run that has trained adapters and norms on `base`."""
     directory = tmp_path / "run"
     directory.mkdir()
     adapter = Adapter(LORA, str(base), digest(open_leaves(base)))
@@ -50,7 +50,7 @@ def run(tmp_path, base):
 
 
 def test_what_is_changed_is_exported_as_float32_and_the_rest_as_it_was(base, run, tmp_path):
-    """Against float64 NumPy."""
+    """Compares the exported weights with float64 NumPy."""
     to_hf(run, tmp_path / "hf")
     before = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), drawn())
     held = drawn(LORA, seed=1)
@@ -62,7 +62,7 @@ def test_what_is_changed_is_exported_as_float32_and_the_rest_as_it_was(base, run
                 a, b = (np.float64(held["layers"][block][name][leaf][1]) for leaf in ("lora_a", "lora_b"))
                 kernel = kernel + a @ b * 0.5
             assert found.dtype == (np.float32 if adapted else jnp.bfloat16)
-            # One rounding to float32 of a sum of four numbers of order one.
+            # The error of rounding a sum of four numbers of order one to float32.
             np.testing.assert_allclose(np.float64(found), kernel.T, rtol=0, atol=1e-6 if adapted else 0)
         np.testing.assert_array_equal(file.get_tensor("model.norm.weight"), held["norm"]["scale"])
         assert file.get_tensor("model.embed_tokens.weight").dtype == jnp.bfloat16

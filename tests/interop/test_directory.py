@@ -1,4 +1,4 @@
-"""What stands where a model is written: before, after a failure, and after an interruption."""
+"""The destination of a model: what is there before, after a failure, and after an interruption."""
 
 import errno
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""GGUF against the model that it was written from, against transformers, and against the formulas of llama.cpp."""
+"""GGUF files compared with their source model, with transformers, and with llama.cpp's formulas."""
 
 import re
 from collections.abc import Callable
@@ -62,7 +62,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 
 
 def llama3_factors() -> np.ndarray:
-    """What llama.cpp stores for Llama 3.1: each frequency's divisor, from transformers' own frequencies."""
+    """Computes what llama.cpp stores for Llama 3.1, each frequency's divisor, from transformers' frequencies."""
     settings = {"rope_type": "llama3", "rope_theta": 500_000.0, **LLAMA3}
     config = transformers.LlamaConfig(
         hidden_size=HIDDEN, num_attention_heads=HEADS, head_dim=HEAD_DIM, rope_parameters=settings
@@ -91,11 +91,11 @@ def test_old_name_of_the_factor(tmp_path: Path) -> None:
 
 
 def llama_cpp_yarn(factor: float, window: float, fast: float, slow: float, own: float) -> tuple[np.ndarray, float]:
-    """Frequencies and magnitude in float64, as ggml's rope_yarn has them and llama_context sets its arguments.
+    """Computes ggml's rope_yarn in float64, with the arguments from llama_context: frequencies and magnitude.
 
-    There freq_scale is 1 / factor, ext_factor 1, and attn_factor is set so that with rope_yarn's own
-    1 + 0.1 ln(1 / freq_scale) cos and sin are multiplied by that once, or by 1 where the factor is below 1, times the
-    file's attn_factor.
+    There, freq_scale is 1 / factor and ext_factor is 1. rope_yarn multiplies cos and sin by 1 + 0.1 ln(1 / freq_scale).
+    llama_context sets attn_factor so that they are multiplied by this once, or by 1 if the factor is below 1, and by
+    the file's attn_factor.
     """
     pair = np.arange(HEAD_DIM // 2)
     extrapolated = 10_000.0 ** (-2.0 * pair / HEAD_DIM)
@@ -115,7 +115,7 @@ YARN_WHOLE = float(0.1 * np.log(4.0) + 1.0)
 @pytest.mark.parametrize(
     ("settings", "window", "fast", "slow", "own"),
     [
-        ({}, 4096, 32.0, 1.0, 1.0),  # llama.cpp's default is the context length as it stands
+        ({}, 4096, 32.0, 1.0, 1.0),  # llama.cpp's default is the context length
         ({"original_context_length": 2048}, 2048, 32.0, 1.0, 1.0),
         ({"yarn_beta_fast": 8.0, "yarn_beta_slow": 2.0, "original_context_length": 1024}, 1024, 8.0, 2.0, 1.0),
         ({"attn_factor": 0.5}, 4096, 32.0, 1.0, 0.5),
@@ -159,7 +159,7 @@ def test_yarn_logits_are_those_of_the_model_before_conversion(tmp_path: Path) ->
         expected = reference(tokens).logits
         assert torch.equal(found.eval()(tokens).logits, expected)
         reference.model.rotary_emb.inv_freq = llama_usual_betas(config)
-        assert (reference(tokens).logits - expected).abs().max() > 1.0  # else the betas would not be tested
+        assert (reference(tokens).logits - expected).abs().max() > 1.0  # otherwise the betas would not be tested
 
 
 def llama_usual_betas(config: transformers.LlamaConfig) -> torch.Tensor:
@@ -172,7 +172,7 @@ def test_llama3_factors(tmp_path: Path) -> None:
     tensors["rope_freqs.weight"] = llama3_factors()
     from_gguf(write(tmp_path / "m.gguf", values, tensors), tmp_path / "hf")
     assert config_of(tmp_path / "hf").rope == scheme("llama3", base=500_000.0, factor=8.0, pretrained_window=8192)
-    with pytest.raises(InputError, match=r"rope scaling factor is 2.0 beside rope_freqs.weight; expected one"):
+    with pytest.raises(InputError, match=r"factor is 2.0, but there is rope_freqs.weight too; expected only one"):
         from_gguf(write(tmp_path / "s.gguf", values | scaling({"factor": 2.0}), tensors), tmp_path / "other")
     tensors["rope_freqs.weight"] = llama3_factors() + np.arange(HEAD_DIM // 2, dtype=np.float32)
     with pytest.raises(InputError, match="holds factors that are not Llama 3's"):
@@ -197,7 +197,7 @@ BAD: dict[str, tuple[Callable[[Metadata, Tensors], object], str]] = {
         changed(llama__attention__layer_norm_rms_epsilon=0.0),
         "layer_norm_rms_epsilon is 0.0, expected a number above 0",
     ),
-    "more layers than tensors": (changed(llama__block_count=10**9), "expected no more than there are tensors, 29"),
+    "more layers than tensors": (changed(llama__block_count=10**9), "expected at most 29, the number of tensors"),
     "head counts that differ": (
         changed(llama__attention__head_count=[4, 2]),
         r"head_count is \[4, 2\], expected one whole number above 0, the same for all 2 layers",
@@ -225,7 +225,7 @@ BAD: dict[str, tuple[Callable[[Metadata, Tensors], object], str]] = {
     "unknown key of the model": (changed(llama__ssm__state_size=4), "llama.ssm.state_size .* not understood"),
     "negative factor": (changed(llama__rope__scaling__factor=-2.0), "factor is -2.0, expected a number above 0"),
     "magnitude without YaRN": (
-        changed(llama__rope__scaling__attn_factor=0.5), "attn_factor is 0.5, expected 1.0: YaRN alone"
+        changed(llama__rope__scaling__attn_factor=0.5), "attn_factor is 0.5, expected 1.0: only YaRN"
     ),
     "YaRN's magnitude of unclear meaning": (
         yarn_changed(yarn_attn_factor=1.0), r"yarn_attn_factor is 1.0, expected none or 1.138629,"
@@ -276,7 +276,7 @@ def test_bad_files(tmp_path: Path, case: str) -> None:
 
 
 def asks_for_nothing() -> Metadata:
-    """Every key that is harmless, or that has one value with which the model is LLaMA's."""
+    """Returns every harmless key, and every key with one supported value, with that value."""
     zero = ("expert_count", "expert_used_count", "attention.sliding_window")
     off = ("attention.clamp_kqv", "attention.max_alibi_bias", "attn_logit_softcapping", "final_logit_softcapping")
     one = ("logit_scale", "residual_scale", "embedding_scale")
@@ -315,7 +315,7 @@ def test_sizes_once_a_layer(tmp_path: Path) -> None:
 
 @pytest.mark.document_check
 def test_the_page_names_every_key() -> None:
-    """docs/gguf.md says of each key what is done with it: the tables in the code, word for word."""
+    """Compares the status of each key in docs/gguf.md with the tables in the code."""
     rows = re.findall(r"^\| (`.*`) \| (read|harmless|one value) ", PAGE.read_text(), re.MULTILINE)
     found = {key: status for keys, status in rows for key in re.findall(r"`([^`]+)`", keys)}
     expected = {f"llama.{key}": "read" for key in ours.KEYS}

@@ -1,4 +1,4 @@
-"""GGUF files written by the gguf package: quantised, big-endian, in parts, cut short, and of other kinds."""
+"""GGUF files written by the gguf package: quantised, big-endian, split, truncated, and unsupported."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_quantised_files_hold_what_the_package_dequantises(tmp_path: Path, kind:
     found = load_file(tmp_path / "hf" / "model.safetensors")
     assert config_of(tmp_path / "hf").tie_word_embeddings and found.keys() == state.keys()
     for name, value in state.items():
-        # Quantisation works along rows, which the permutation moves whole: it may be done before or after.
+        # Quantisation works within rows, and the permutation moves whole rows, so their order does not matter.
         if value.ndim == 2:
             value = torch.tensor(gguf.quants.dequantize(gguf.quants.quantize(value.numpy(), wanted), wanted))
         assert torch.equal(found[name], value.float()), name
@@ -90,7 +90,7 @@ def test_other_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / "bad.gguf").write_bytes(whole[:length])
         with pytest.raises(InputError, match="not a whole GGUF file"):
             from_gguf(tmp_path / "bad.gguf", tmp_path / "hf")
-    # An array that claims more entries than any file has: the package's reader would count them all.
+    # An array that claims more entries than the file can hold; the package's reader would count to that number.
     (tmp_path / "bad.gguf").write_bytes(whole[: types + 8] + b"\x7f" * 8 + whole[types + 16 : types + 99])
     with pytest.raises(InputError, match=r"not a whole GGUF file: it ends at byte [\d,]+, before"):
         from_gguf(tmp_path / "bad.gguf", tmp_path / "hf")

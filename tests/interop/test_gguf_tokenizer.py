@@ -1,4 +1,4 @@
-"""Tokenizers from GGUF against sentencepiece, transformers and pre-tokenizers written by others."""
+"""Tokenizers from GGUF compared with sentencepiece, transformers, and other libraries' pre-tokenizers."""
 
 import inspect
 import re
@@ -28,7 +28,7 @@ def test_sentencepiece_tokenizer_comes_back(tmp_path: Path, sentencepiece_direct
         "tokenizer.ggml.scores": [piece.score for piece in proto.pieces],
         "tokenizer.ggml.token_type": [piece.type for piece in proto.pieces],
         "tokenizer.chat_template": "{{ messages }}",
-    }  # no ids: llama.cpp takes 1, 2 and 0 then
+    }  # no ids: llama.cpp's defaults are 1, 2 and 0
     found = load_tokenizer(converted(tmp_path, values))
     library = sentencepiece.SentencePieceProcessor(model_file=str(source))
     for text in [*texts, "日本 🎉", "  two"]:
@@ -42,7 +42,7 @@ def test_sentencepiece_tokenizer_comes_back(tmp_path: Path, sentencepiece_direct
 @pytest.mark.parametrize(
     ("before", "expected"),
     [
-        ("smollm", ["1", "2", "3", "4", "ĊĊ", "1"]),  # every digit by itself
+        ("smollm", ["1", "2", "3", "4", "ĊĊ", "1"]),  # each digit alone
         ("llama-bpe", ["123", "4", "ĊĊ", "1"]),  # at most three digits
         ("gpt-2", ["1234", "Ċ", "Ċ", "1"]),  # a run of digits; the last space belongs to what follows
         ("default", ["123", "4", "Ċ", "Ċ", "1"]),  # as gpt-2, then three digits at a time
@@ -61,7 +61,7 @@ def test_text_is_cut_as_the_file_says(tmp_path: Path, before: str, expected: lis
 
 
 def test_splittings_are_those_of_the_libraries(texts: list[str]) -> None:
-    """Against pre-tokenizers that were written by others; what llama.cpp's `default` adds to GPT-2's is spelled out."""
+    """Compares with other libraries' pre-tokenizers; what llama.cpp's `default` adds to GPT-2's is written out."""
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
     punctuation = pre_tokenizers.Split(tokenizers.Regex(r"[\p{P}$+<=>^~|]+"), "isolated")
@@ -130,10 +130,10 @@ def test_every_end_of_a_turn_ends_a_generation(
 
 
 def test_llama3_files_without_keys_for_the_ends(tmp_path: Path) -> None:
-    """Meta's generation_config.json of Llama 3.1 Instruct lists all three; its GGUF files name the last alone."""
+    """Meta's generation_config.json of Llama 3.1 Instruct lists all three, its GGUF files only the last."""
     values = merged("llama-bpe", adds_bos=True)
     pieces = [*values["tokenizer.ggml.tokens"], "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>"]
-    kinds = [*values["tokenizer.ggml.token_type"], 3, 3, 3, 1]  # the fourth is text like any other
+    kinds = [*values["tokenizer.ggml.token_type"], 3, 3, 3, 1]  # the fourth is plain text
     values |= {
         "tokenizer.ggml.tokens": pieces,
         "tokenizer.ggml.token_type": kinds,
@@ -158,7 +158,7 @@ def test_named_chat_templates_and_eos(tmp_path: Path) -> None:
 
 
 def tokenizer_changed(**changes: Any) -> Callable[[Metadata, Tensors], None]:
-    """The same over a file that has a tokenizer, by what follows `tokenizer.ggml.` in the key."""
+    """Like `changed`, for a file with a tokenizer; keys follow `tokenizer.ggml.`."""
 
     def change(values: Metadata, tensors: Tensors) -> None:
         values.update(merged("smollm", adds_bos=False))
@@ -186,18 +186,18 @@ BAD: dict[str, tuple[Callable[[Metadata, Tensors], object], str]] = {
     ),
     "few scores": (sentencepiece_changed(scores=[0.0]), "scores has 1 entries, expected one for each"),
     "strange token type": (tokenizer_changed(token_type=[7] * 17), "token_type has 7, expected 1 to 6"),
-    "strange merges": (tokenizer_changed(merges=["1 no"]), "tokenizer.ggml.merges makes no tokenizer: .*no"),
+    "strange merges": (tokenizer_changed(merges=["1 no"]), "tokenizer.ggml.merges does not form a tokenizer: .*no"),
     "a token twice": (tokenizer_changed(tokens=["a"] * 17), "tokens has 'a' at 0 and at 1; expected each token once"),
-    "no unknown piece": (sentencepiece_changed(), "tokens makes no SentencePiece model: .*unk"),
+    "no unknown piece": (sentencepiece_changed(), "tokens does not form a SentencePiece model: .*unk"),
     "id out of range": (tokenizer_changed(eos_token_id=17), "eos_token_id is 17, expected one of the 17 tokens"),
     "end of turn out of range": (tokenizer_changed(eot_token_id=99), "eot_token_id is 99, expected one of the 17"),
     "BOS asked for without an id": (
         tokenizer_changed(add_bos_token=True, bos_token_id=None),
-        "metadata has no tokenizer.ggml.bos_token_id, and texts get that token by tokenizer.ggml.add_bos_token true",
+        "metadata has no tokenizer.ggml.bos_token_id, which tokenizer.ggml.add_bos_token = true requires",
     ),
     "BOS by default without an id": (
         tokenizer_changed(add_bos_token=None, bos_token_id=None, pre="llama-bpe"),
-        "no tokenizer.ggml.bos_token_id, and texts get that token by tokenizer.ggml.pre 'llama-bpe'",
+        "metadata has no tokenizer.ggml.bos_token_id, which tokenizer.ggml.pre = 'llama-bpe' requires",
     ),
     "unknown tokenizer key": (tokenizer_changed(byte_order="up"), "tokenizer.ggml.byte_order .* is not understood"),
     "other spaces": (tokenizer_changed(remove_extra_whitespaces=True), "whitespaces is True, expected false: LLaMA's"),

@@ -1,4 +1,4 @@
-"""Hugging Face directories against transformers and the safetensors library: bit-exact, and every kind of bad input."""
+"""Hugging Face directories: compared with transformers and safetensors bit for bit, and every kind of bad input."""
 
 import codecs
 import dataclasses
@@ -97,7 +97,7 @@ def test_layers_of_different_dtypes_become_the_wider(tmp_path: Path) -> None:
 
 
 def test_shards_of_a_hub_cache_are_read(tmp_path: Path) -> None:
-    """The hub's cache keeps every file as a link into a folder of blobs."""
+    """In the Hub's cache, every file is a link into a folder of blobs."""
     made = make(tmp_path / "made", shard="20KB")
     snapshot = tmp_path / "models--x" / "snapshots" / "abc"
     blobs = tmp_path / "models--x" / "blobs"
@@ -258,7 +258,7 @@ print(int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text(
 
 
 def test_memory_stays_within_the_model_and_two_gib(tmp_path: Path) -> None:
-    """A 0.6 GiB model in 27 shards; the allowance for a real one, whatever its size, is its size and 2 GiB."""
+    """Converts a 0.6 GiB model in 27 shards; any model may take its size plus 2 GiB."""
     layers, hidden = 12, 2048
     sizes = {**SIZES, "hidden_size": hidden, "intermediate_size": 4096, "num_hidden_layers": layers}
     config = config_from_hf({**sizes, "head_dim": 128, "model_type": "llama"})
@@ -282,7 +282,7 @@ def test_memory_stays_within_the_model_and_two_gib(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEMORY, str(source), str(tmp_path / "native")]
     peak = int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
     print(f"peak {peak / 2**30:.2f} GiB for a model of {size / 2**30:.2f} GiB")
-    # Tighter than promised, so that a model held twice is caught at this size too.
+    # Tighter than promised, so that the test detects a model held twice even at this size.
     assert peak < size + 1.0 * 2**30, f"{peak / 2**30:.2f} GiB for a model of {size / 2**30:.2f} GiB"
 
 
@@ -327,7 +327,7 @@ def test_null_is_the_default_where_transformers_has_had_it_so(name: str) -> None
 
 @pytest.mark.document_check
 def test_every_key_that_transformers_reads_is_accounted_for() -> None:
-    """The keys of LLaMA's config, and every attribute that building and running the model looks at."""
+    """Checks the keys of LLaMA's config, and every attribute read while the model is built and run."""
     looked_at: set[str] = set()
 
     class Watched(transformers.LlamaConfig):
@@ -338,7 +338,7 @@ def test_every_key_that_transformers_reads_is_accounted_for() -> None:
     model = transformers.LlamaForCausalLM(Watched(**SIZES)).eval()
     model(torch.ones(1, 4, dtype=torch.long), attention_mask=torch.tensor([[0, 1, 1, 1]]))
     fields = {field.name for field in dataclasses.fields(transformers.LlamaConfig)}
-    # What is no key: methods, what a class has and no file sets, and what is worked out of other attributes.
+    # Not keys: methods, attributes of the class that no file sets, and computed attributes.
     computed = {"is_heterogeneous", "sub_configs", "sub_configs_defaults", "default_rope_type", "default_theta"}
     keys = {
         name

@@ -1,4 +1,4 @@
-"""Models from every kind of directory and entry; on a mesh, what each device and the host hold while they are read."""
+"""Models from every kind of directory and entry, and what each device and the host hold while they are read."""
 
 import dataclasses
 import gc
@@ -42,7 +42,7 @@ SIZES = {
 LAYERS, KERNEL, WIDE = 6, 4 * 256 * 256, 4 * 256 * 512  # bytes of a square and of a wide kernel of one layer
 EMBEDDING = 4 * 1024 * 256
 TOTAL = LAYERS * (4 * KERNEL + 3 * WIDE) + EMBEDDING
-NORMS = 4 * (2 * LAYERS + 1) * 256  # small, so each device has all of them
+NORMS = 4 * (2 * LAYERS + 1) * 256  # small, so each device holds all of them
 # Rows, positions and the like; far less than one kernel.
 SLACK = 40_000
 KINDS = ("hf", "native", "adapters")
@@ -58,7 +58,7 @@ def little_to_collect() -> None:
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model in three forms, and `merged`: what the adapters' form is for transformers."""
+    """The same model in three forms, and `merged`, the form with adapters as exported for transformers."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).save_pretrained(root / "hf", max_shard_size="3MB")
@@ -76,7 +76,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def logits_of(directories: Path) -> Callable[[str, np.ndarray], np.ndarray]:
-    """transformers' logits of a model, without a batch's other rows and without a cache."""
+    """Returns a function that computes transformers' logits of a model without a cache."""
 
     def logits(kind: str, tokens: np.ndarray) -> np.ndarray:
         name = "merged" if kind == "adapters" else "hf"
@@ -88,10 +88,10 @@ def logits_of(directories: Path) -> Callable[[str, np.ndarray], np.ndarray]:
 
 
 def on_each_device() -> int:
-    """Bytes of JAX arrays on the device that holds the most."""
+    """Returns the bytes of JAX arrays on the device that holds the most."""
     held = dict.fromkeys(jax.devices(), 0)
     for array in jax.live_arrays():
-        # Not from the shards' data, which would be live arrays as well.
+        # Not from the shards' data, which would become live arrays too.
         size = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
         for device in array.sharding.device_set:
             held[device] += size
@@ -100,7 +100,7 @@ def on_each_device() -> int:
 
 @contextmanager
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Samples `on_each_device` at every array that is put on devices, and all the while."""
+    """Samples `on_each_device` continuously, and whenever an array is put on devices."""
     gc.collect()  # models of earlier tests
     before, found, done = on_each_device(), [0], threading.Event()
 
@@ -156,7 +156,7 @@ def test_a_device_holds_its_share_and_never_more_than_one_parameter_besides(
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Bytes of what was read that host memory holds now, and the most that it has held."""
+    """Bytes read that host memory holds now, and their maximum."""
     held = {"now": 0, "most": 0}
 
     def counted(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
@@ -179,8 +179,8 @@ def held(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_the_host_holds_one_parameter_at_a_time(directories: Path, held: dict[str, int]) -> None:
-    """The largest is a wide kernel of all layers, into which one tensor of a layer at a time is read."""
-    # On a mesh that splits every large array, no CPU device takes the host's memory for its own.
+    """The largest is a wide kernel of all layers, filled with one layer's tensor at a time."""
+    # On a mesh that splits every large array, no CPU device reuses the host's memory.
     model, _ = eabf_jax.load(directories / "hf", dtype="float32", mesh=make_mesh(MeshConfig()))
     assert LAYERS * WIDE < held["most"] <= (LAYERS + 1) * WIDE + NORMS
     assert held["now"] <= NORMS
@@ -205,7 +205,7 @@ def test_decode_weights_are_read_one_layer_of_one_parameter_at_a_time(
         down = weights.layers[index].down
         np.testing.assert_array_equal(down, stored[f"model.layers.{index}.mlp.down_proj.weight"])
     layer = 4 * 64 * 256
-    # Gate may be there while up is read, and a tensor of Hugging Face's as it is stored beside ours.
+    # The gate kernel may remain while up is read, and a Hugging Face tensor exists both as stored and in our layout.
     assert layer <= held["most"] <= 3 * layer
 
 
@@ -218,7 +218,7 @@ def test_generation_holds_its_weights_once(
     split = 1 if mesh is None else 4
     with watched(monkeypatch) as peak:
         generator = Generator(open_weights(directories / kind, dtype="float32")[0], mesh=mesh)
-    # Two kernels of one layer, stored and joined, are there beside the rest for a moment.
+    # For a moment, two kernels of one layer also exist, both separately and joined.
     assert peak[0] <= TOTAL / split + NORMS + 2 * 2 * WIDE / split + SLACK
     prompts = np.random.default_rng(2).integers(0, 1024, (2, 20))
     expected = logits_of(kind, prompts)[:, -1]
@@ -229,7 +229,7 @@ def test_generation_holds_its_weights_once(
 
 
 def test_the_decode_loop_is_compiled_once_on_a_mesh(directories: Path) -> None:
-    """The first call has the state that follows the prompt, the later ones their own output."""
+    """The loop's first call gets the state after the prompt, later calls their own output."""
     generator = Generator(open_weights(directories / "hf")[0], mesh=make_mesh(MeshConfig(2, 2, 2)))
     before = generate._decode._cache_size()
     generator.generate([[1, 2, 3]], 1 + 3 * generate.TOKENS_AT_ONCE)
@@ -311,12 +311,12 @@ def test_entries_are_labelled() -> None:
     assert parse_entry("x=models/a@{type: pi, factor: 4}") == ("x", "models/a", pi, None)
     assert parse_entry("x=models/a@{type: pi, factor: 4, window: 64}") == ("x", "models/a", pi, 64)
     for wrong in ("a@", "a@pi", "a@{factor: 4}", "a@{type: ["):
-        with pytest.raises(InputError, match="after @ a scheme"):
+        with pytest.raises(InputError, match="expected a scheme such as"):
             parse_entry(wrong)
     for wrong in ("0", "-1", "4.5", "true", "long", "null"):
         with pytest.raises(InputError, match="a positive number of tokens is needed"):
             parse_entry(f"a@{{window: {wrong}}}")
-    with pytest.raises(InputError, match=r"has a type; .* has none"):
+    with pytest.raises(InputError, match="has no type; a scheme needs one"):
         parse_entry("a@{window: 64, factor: 4}")
 
 

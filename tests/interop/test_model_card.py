@@ -48,7 +48,7 @@ def any_parameters(config):
 
 @pytest.fixture
 def extended(tmp_path):
-    """A native directory of a model with entropy-aware ABF, its parameters at step 6."""
+    """A native directory of a model with entropy-aware ABF and a checkpoint of step 6."""
     rope = scheme("eabf", base=500_000.0, pretrained_window=4096, unscaled_layers=2)
     config = dataclasses.replace(LlamaConfig.from_fields(SHAPE), rope=rope)
     directory = tmp_path / "chat_16k"
@@ -93,7 +93,7 @@ def test_a_runs_files_are_told(extended, tmp_path):
     sources = "part_0.json, part_1.json, part_2.json and 2 others"
     assert f"| data | long: 100 records of 1,234,567 tokens in all, from {sources} |" in body
     # 6 steps of 32 rows; 1,001 + ... + 1,006 tokens
-    assert "| trained on | 192 rows of at most 16,384 tokens, the loss on 6,021 tokens of them |" in body
+    assert "| trained on | 192 rows of at most 16,384 tokens, with the loss on 6,021 tokens |" in body
     adamw = "AdamW (0.9, 0.95), weight decay 0.1, peak learning rate 2e-05, cosine"
     assert f"| training | 6 optimizer steps, batch 32, {adamw} |" in body
     assert "| loss of the last step | 1.500 nats per token |" in body
@@ -126,7 +126,7 @@ def test_one_of_a_kind_is_not_many(extended, tmp_path):
     (extended / "checkpoints" / "6").rename(extended / "checkpoints" / "1")
     _, body = card_of(extended, tmp_path)
     assert "| data | long: 1 record of 900 tokens in all |" in body
-    assert "| trained on | 1 row of at most 16,384 tokens, the loss on 1 token of them |" in body
+    assert "| trained on | 1 row of at most 16,384 tokens, with the loss on 1 token |" in body
     assert "| training | 1 optimizer step, batch 1," in body
 
 
@@ -168,7 +168,7 @@ def test_only_what_the_base_says_of_itself_is_passed_on(extended, tmp_path, plac
     named = ("license", "language", "datasets", "base_model")
     assert {name: front[name] for name in named if name in front} == expected
     assert f"| made from | {name} |" in body
-    # The card is passed on by what is made of the export, too.
+    # A conversion of the export also inherits the front matter.
     from_hf(tmp_path / "chat_16k_hf", tmp_path / "again")
     front, _ = card_of(tmp_path / "again", tmp_path)
     assert {name: front[name] for name in named if name in front} == expected

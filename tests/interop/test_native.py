@@ -1,4 +1,4 @@
-"""Native directories that are incomplete, damaged or of another model."""
+"""Native directories that are incomplete, damaged, or of another model."""
 
 import json
 import shutil

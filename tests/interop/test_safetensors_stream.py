@@ -1,4 +1,4 @@
-"""Safetensors files beside the safetensors library's, and files that are damaged."""
+"""Safetensors files compared with the safetensors library, and damaged files."""
 
 import os
 from collections.abc import Callable
@@ -17,7 +17,7 @@ SHAPES = [(3, 5), (7,), (), (0, 4), (2, 3, 4)]
 
 
 def test_the_library_reads_what_we_write_and_we_what_it_writes(tmp_path: Path) -> None:
-    """Every dtype, odd sizes, a scalar and an empty tensor, each way to the last bit."""
+    """Checks every dtype, odd sizes, a scalar and an empty tensor bit for bit in both directions."""
     torch.manual_seed(0)
     values = {f"{dtype}-{shape}": torch.randn(shape).to(dtype) for dtype in DTYPES for shape in SHAPES}
     save_file(values, tmp_path / "theirs.safetensors")

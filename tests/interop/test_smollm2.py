@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct's real GGUF file through our converter, against transformers' own GGUF loading."""
+"""SmolLM2-135M-Instruct's real GGUF file, converted here, compared with transformers' GGUF loading."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ NEW_TOKENS = 16
 def read_by_transformers(
     smollm2_gguf: Path,
 ) -> tuple[transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast]:
-    """Model and tokenizer as transformers reads the GGUF file itself."""
+    """The model and the tokenizer that transformers loads from the GGUF file."""
     with read_once():
         file: dict[str, Any] = {"pretrained_model_name_or_path": smollm2_gguf.parent, "gguf_file": smollm2_gguf.name}
         model = transformers.AutoModelForCausalLM.from_pretrained(**file, dtype=torch.float32).eval()
@@ -40,7 +40,7 @@ def reference(read_by_transformers: tuple[transformers.LlamaForCausalLM, Any]) -
 
 @pytest.fixture(scope="module")
 def ours(smollm2: Path) -> Llama:
-    """The model as we load what our converter made."""
+    """The model loaded from the converted directory."""
     return eabf_jax.load(smollm2, dtype="float32")[0]
 
 
@@ -65,7 +65,7 @@ def test_token_ids_on_real_text(
     texts: list[str],
 ) -> None:
     found, (_, theirs) = load_tokenizer(smollm2), read_by_transformers
-    # transformers ignores the file's pre-tokenizer, which sets every digit apart; llama.cpp and the original do not.
+    # Unlike llama.cpp and the original, transformers ignores the file's pre-tokenizer, which separates all digits.
     backend = theirs.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
@@ -94,7 +94,7 @@ def test_logits_on_real_tokens(
     with torch.no_grad():
         expected = reference(torch.tensor(tokens)).logits.numpy()
     found = forward(ours, tokens)
-    # The issue's bound; float32 sums in two orders through 30 layers differ by about 2e-4.
+    # float32 sums in two orders differ by about 2e-4 after 30 layers.
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
 
 
@@ -102,7 +102,7 @@ def test_logits_on_real_tokens(
 def test_greedy_text_is_that_of_transformers(
     smollm2: Path, ours: Llama, reference: transformers.LlamaForCausalLM
 ) -> None:
-    """Token for token, our prompts in one batch, theirs one by one; benchmarks/greedy_parity.py does it for longer."""
+    """Compares token by token; our prompts are one batch, theirs are not. benchmarks/greedy_parity.py runs longer."""
     tokenizer = load_tokenizer(smollm2)
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     expected = []
@@ -111,7 +111,7 @@ def test_greedy_text_is_that_of_transformers(
         found = reference.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
         )[0]
-        assert len(found) == len(prompt) + NEW_TOKENS  # the model did not end before
+        assert len(found) == len(prompt) + NEW_TOKENS  # the model did not end earlier
         expected.append(found[len(prompt) :].tolist())
     completions = Generator(ours, tokenizer).generate(prompts, NEW_TOKENS)
     assert [completion.tokens for completion in completions] == expected

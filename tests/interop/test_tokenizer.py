@@ -1,4 +1,4 @@
-"""Tokenizers against transformers' `AutoTokenizer` of the same directory, and the special-token files by hand."""
+"""Tokenizers compared with transformers' `AutoTokenizer` for the same directory, and hand-written token files."""
 
 import builtins
 import json
@@ -18,7 +18,7 @@ from eabf_jax.interop.tokenizer import MODEL_PROTO, Tokenizer, export_tokenizer,
 
 ODD = ["", "<s>hi", "</s> hi", "a<tool>b", "<tool> b", "日本 🎉\n\n  x\t", "hi <unk> x", "x  <s>  y</s>\n", "12345"]
 SPACED = [" hello", "  hello  world ", "▁x ▁", "a ====== ----    \n\n b"]
-# Each new token alone, in a word, and between spaces, which its flags may take along.
+# Each new token alone, in a word, and between spaces, which its flags may absorb.
 ADDED = ["a<new>b", "x  <new>  y", "<extra> <new>", "a <pad> b<extra>"]
 LLAMA = {"tokenizer_class": "LlamaTokenizer"}
 
@@ -31,7 +31,7 @@ def write(directory: Path, files: dict[str, Any]) -> None:
 
 
 def agree(directory: Path, texts: list[str]) -> Tokenizer:
-    """Loads a directory in both, and compares all that both say."""
+    """Loads a directory with both libraries, and compares everything that both offer."""
     ours, theirs = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
     for text in texts:
         ids = theirs.encode(text, add_special_tokens=False)
@@ -41,7 +41,7 @@ def agree(directory: Path, texts: list[str]) -> Tokenizer:
     assert ours.special_tokens == theirs.special_tokens_map
     for role in ("bos", "eos", "unk", "pad"):
         if role == "bos" and theirs.bos_token is None and ours.adds_bos:
-            continue  # they set it before each text, but do not call it by its name
+            continue  # transformers adds it to each text, but does not name it
         assert getattr(ours, f"{role}_id") == getattr(theirs, f"{role}_token_id"), role
     assert ours.vocab_size == len(theirs)
     return ours
@@ -49,12 +49,12 @@ def agree(directory: Path, texts: list[str]) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def vocabularies(sentencepiece_directory: Path, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One of each kind: a SentencePiece model, LLaMA 2's tokenizer.json made of it, and byte-level BPE."""
+    """A SentencePiece model, the tokenizer.json that LLaMA 2 would have for it, and byte-level BPE."""
     root = tmp_path_factory.mktemp("vocabularies")
     for kind in ("sentencepiece", "llama", "bytes"):
         (root / kind).mkdir()
     shutil.copy(sentencepiece_directory / "tokenizer.model", root / "sentencepiece")
-    # LLaMA 2's file: a vocabulary, its merges, and white space by a normalizer, which transformers 5 does not use.
+    # As in LLaMA 2's file: vocabulary, merges, and a normalizer for white space, which transformers 5 ignores.
     proto = MODEL_PROTO.FromString((sentencepiece_directory / "tokenizer.model").read_bytes())
     vocabulary = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     merges = [
@@ -98,7 +98,7 @@ def test_white_space_is_that_of_the_class(
     vocabularies: Path, texts: list[str], tmp_path: Path, kind: str, settings: dict[str, Any] | None
 ) -> None:
     shutil.copytree(vocabularies / kind, tmp_path, dirs_exist_ok=True)
-    if kind == "bytes" and settings is not None:  # transformers names no tokens for this mixture of class and file
+    if kind == "bytes" and settings is not None:  # transformers names no tokens for this class and file
         settings = {"bos_token": None, "eos_token": None, "unk_token": None, **settings}
     write(tmp_path, {} if settings is None else {"tokenizer_config.json": settings})
     agree(tmp_path, [*texts[:12], *ODD, *SPACED])
@@ -162,12 +162,12 @@ def test_tokens_beside_the_vocabulary(vocabularies: Path, tmp_path: Path, kind: 
     if kind in ("sentencepiece", "llama"):
         settings |= LLAMA
     write(tmp_path, files)
-    # transformers 5 loses the pieces that a user has defined where other tokens are named; see the test below.
+    # transformers 5 loses user-defined pieces if other tokens are named; see the test below.
     agree(tmp_path, [text for text in [*ODD, *SPACED, *ADDED] if "<tool>" not in text])
 
 
 def test_no_named_token_is_lost(vocabularies: Path, tmp_path: Path) -> None:
-    """Where transformers 5 forgets some of what SentencePiece and transformers 4 keep whole."""
+    """Tokens that SentencePiece and transformers 4 keep whole, but transformers 5 loses."""
     shutil.copytree(vocabularies / "sentencepiece", tmp_path, dirs_exist_ok=True)
     write(tmp_path, {CONFIG: LLAMA, MAP: {"additional_special_tokens": ["<new>"]}})
     ours = load_tokenizer(tmp_path)
@@ -186,7 +186,7 @@ def test_added_tokens_decoder_null_is_as_if_it_were_not_there(vocabularies: Path
 
 
 def test_sentencepiece_text_is_what_the_library_says(sentencepiece_directory: Path, texts: list[str]) -> None:
-    """Without special tokens a text is exactly SentencePiece's own, leading spaces and all, and survives."""
+    """Without special tokens, ids are exactly SentencePiece's, and decoding returns the text with leading spaces."""
     ours = load_tokenizer(sentencepiece_directory)
     library = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_directory / "tokenizer.model"))
     for text in [*texts, *SPACED, "<s> is text here", "▁", "a<tool>b"]:
@@ -233,7 +233,7 @@ def test_reserved_pieces_take_the_names_of_added_tokens(vocabularies: Path, tmp_
 
 @pytest.fixture
 def json_directory(tmp_path: Path) -> Path:
-    """A byte-level BPE tokenizer.json with the files that Hugging Face keeps beside it."""
+    """A byte-level BPE tokenizer.json with the usual files beside it."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -261,7 +261,7 @@ def json_directory(tmp_path: Path) -> Path:
 
 def test_tokenizer_json_agrees_with_transformers(json_directory: Path, texts: list[str]) -> None:
     write(json_directory, {})
-    # The padding of the file names the pad token, and its truncation and padding are not for us.
+    # The file's padding names the pad token, but its truncation and padding themselves are ignored.
     ours = agree(json_directory, [*texts[:50], "<|im_start|>user\nthe fox<|end|><|new|>", ""])
     assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.unk_id) == (1, 0, 0, None)
     assert ours.eos_ids == (0, 5)
@@ -271,14 +271,14 @@ def test_tokenizer_json_agrees_with_transformers(json_directory: Path, texts: li
 @pytest.mark.parametrize("setting", [True, False])
 def test_a_text_begins_as_in_transformers(sentencepiece_directory: Path, tmp_path: Path, setting: bool) -> None:
     shutil.copy(sentencepiece_directory / "tokenizer.model", tmp_path)
-    # Meta's code, which knows no such file, begins every text; transformers 4 did and 5 does not.
+    # Without a setting, Meta's code and transformers 4 begin every text with BOS, and transformers 5 does not.
     assert load_tokenizer(tmp_path).adds_bos
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(LLAMA | {"add_bos_token": setting}))
     theirs = LlamaTokenizer.from_pretrained(tmp_path, legacy=False)
     ids = theirs.encode("hello")
     ours = load_tokenizer(tmp_path)
     assert [1] * ours.adds_bos + ours.encode("hello") == ids
-    # The same as tokenizer.json, whose post-processor says it, and alone says it.
+    # In the same vocabulary as a tokenizer.json, only the post-processor decides.
     (tmp_path / "fast").mkdir()
     theirs.backend_tokenizer.save(str(tmp_path / "fast/tokenizer.json"))
     for more in ({}, {"add_bos_token": not setting}):
@@ -292,7 +292,7 @@ def test_a_token_that_is_said_not_to_be_there_is_not(sentencepiece_directory: Pa
     write(tmp_path, {"config.json": {"bos_token_id": 1, "pad_token_id": 7}, CONFIG: {"bos_token": None}})
     ours = load_tokenizer(tmp_path)
     assert (ours.bos_id, ours.adds_bos) == (None, False)
-    assert ours.pad_id == 7  # the model's, of which the tokenizer says nothing
+    assert ours.pad_id == 7  # the model's, because the tokenizer does not mention it
 
 
 # --- chat templates ---------------------------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ def test_an_exported_tokenizer_needs_no_code_and_no_answer(
     kind: str,
     settings: dict[str, Any] | None,
 ) -> None:
-    """The README's two lines, beside a config.json that names the exported model code."""
+    """Runs the README's two lines with a config.json that names the exported model code."""
     source = tmp_path / "source"
     shutil.copytree(vocabularies / kind, source)
     write(source, {} if settings is None else {CONFIG: settings})
@@ -383,7 +383,7 @@ def test_an_exported_tokenizer_needs_no_code_and_no_answer(
         assert theirs.encode(text) == [1] * before.adds_bos + ids
     assert (ours.bos_id, ours.eos_id, ours.adds_bos) == (before.bos_id, before.eos_id, before.adds_bos)
     exported = json.loads((target / CONFIG).read_text())
-    # transformers 4 asks for leave to run the model's code where no class is named.
+    # Without a class, transformers 4 asks for permission to run the model's code.
     assert exported["tokenizer_class"] in ("LlamaTokenizer", "PreTrainedTokenizerFast")
     assert exported.get("model_max_length") == (2048 if settings and "model_max_length" in settings else None)
 
@@ -419,13 +419,13 @@ def test_bad_files(tmp_path: Path, name: str | None, content: bytes, message: st
         ({CONFIG: {"extra_special_tokens": "<new>"}}, "extra_special_tokens is '<new>', expected a list"),
         ({CONFIG: {"added_tokens_decoder": ["<new>"]}}, "added_tokens_decoder is .*, expected an object"),
         ({CONFIG: {"added_tokens_decoder": {"x": {"content": "<new>"}}}}, "id of an added token is 'x'"),
-        ({CONFIG: {"added_tokens_decoder": {"1505": entry("<new>")}}}, "the id 1505, and the vocabulary gives it 1500"),
-        ({ADDED_FILE: {"<s>": 7}}, "the id 7, and the vocabulary gives it 1"),
+        ({CONFIG: {"added_tokens_decoder": {"1505": entry("<new>")}}}, "the id 1505, but the vocabulary gives it 1500"),
+        ({ADDED_FILE: {"<s>": 7}}, "the id 7, but the vocabulary gives it 1"),
         ({ADDED_FILE: {"<new>": None}}, "id of an added token is None"),
         ({CONFIG: {"chat_template": [{"name": "default"}]}}, "chat_template is .*, expected a string or a list"),
         ({CONFIG: {"tokenizer_class": "T5Tokenizer"}}, "tokenizer_class is 'T5Tokenizer'"),
         ({"config.json": {"tokenizer_class": "T5Tokenizer"}}, "tokenizer_class is 'T5Tokenizer'"),
-        ({CONFIG: {"auto_map": {"AutoTokenizer": ["own.Own", None]}}}, r"code of the model's own \(auto_map: \['own"),
+        ({CONFIG: {"auto_map": {"AutoTokenizer": ["own.Own", None]}}}, r"the model's own code \(auto_map: \['own"),
         ({CONFIG: {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}}, "fast_tokenizer_files names a tokenizer"),
         ({"generation_config.json": {"eos_token_id": "2"}}, "'eos_token_id' is '2'; an integer"),
     ],

@@ -195,7 +195,7 @@ def test_a_pretraining_run_from_nothing_packs_and_keeps_the_tokenizer(run_config
             {"mesh": "auto", "recipe": {"batch_size": 9, "objective": "pretrain"}},
             "mesh auto: no mesh of 8 devices divides recipe.batch_size 9",
         ),
-        ({"window": 48}, "has records of 64 tokens, rows have 48"),
+        ({"window": 48}, "has records of 64 tokens, but rows have 48"),
         ({"data": {"directory": "nowhere"}}, "nowhere is not a prepared dataset"),
         ({"data": {"split": "trian"}}, "did you mean 'train'"),
         ({"model": {"path": "nowhere"}}, "nowhere: no such directory"),

@@ -1,14 +1,14 @@
-"""LLaMA with rotary schemes that transformers has no name for: entropy-aware logits, dynamic YaRN, or your own.
+"""LLaMA with rotary schemes that transformers lacks: entropy-aware logits, dynamic YaRN, or user-defined schemes.
 
-This file lies beside the weights and needs torch and transformers (4.46 or later) only; load with
-`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`. config.json holds the scheme twice: by name
-as `eabf_scheme`, and as data as `eabf_rotary`. This file computes from the data: the frequencies and the multiplier of
-the attention logits, each either numbers or one of the formulas below.
+This file lies beside the weights and needs only torch and transformers (4.46 or later). Load the model with
+`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`. config.json has the scheme by name, as
+`eabf_scheme`, and as data, as `eabf_rotary`. This file uses the data: the frequencies and the multiplier of the
+attention logits, each given as numbers or as one of the formulas below.
 
-The model is transformers' own LLaMA except for attention's forward pass, which multiplies the query right before it is
-compared with the keys. Where the frequencies follow the current length, the cache holds keys that are not rotated, and
-every step rotates all of them with the frequencies of the length reached. The hidden states of earlier tokens stay as
-they were computed, at the length of that time; only a forward pass without a cache computes them anew.
+The model is transformers' LLaMA except for attention's forward pass, which multiplies the query just before it is
+compared with the keys. If the frequencies follow the current length, the cache holds unrotated keys, and every step
+rotates all of them with the frequencies of that length. The hidden states of earlier tokens stay as they were computed,
+at an earlier length; only a forward pass without a cache recomputes them.
 """
 
 import base64
@@ -35,28 +35,28 @@ from transformers.models.llama.modeling_llama import (
 
 KNOWN_RELEASES = "4.46 to 5.24"
 
-# What attention calls its cache: from 5.24 on, since 4.56, and before.
+# Names of attention's cache argument: from 5.24 on, from 4.56 on, and before.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value")
-# The other arguments that attention has had, and the modules in it.
+# The other arguments of attention in any known release.
 ARGUMENTS = {
     *("self", "hidden_states", "position_embeddings", "attention_mask", "position_ids", "cache_position"),
     *("output_attentions", "use_cache", "kwargs"),
 }
-# Releases from 4.48 on have a registry of attention functions, and return no cache beside attention's output.
+# Releases from 4.48 on have a registry of attention functions, and their attention does not return the cache.
 HAS_REGISTRY = hasattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS")
-# Older releases (5.0 still, 5.12 no longer) tell a cache in this argument where new keys go and how they are rotated.
+# Older releases (5.0 does, 5.12 does not) pass a cache the places and rotations of new keys in this argument.
 CACHE_TAKES_KWARGS = "cache_kwargs" in inspect.signature(Cache.update).parameters
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 class EabfLlamaConfig(LlamaConfig):
-    """A LlamaConfig with `eabf_scheme`, the rotary scheme by name, and `eabf_rotary`, the same as data."""
+    """A LlamaConfig with the rotary scheme by name (`eabf_scheme`) and as data (`eabf_rotary`)."""
 
     model_type = "eabf_llama"
 
 
 def _table(text, columns):
-    """The float32 numbers of a table in config.json, on the CPU: [rows, columns]."""
+    """Decodes a table in config.json: float32 [rows, columns], on the CPU."""
     return _decoded(text).reshape(-1, columns)
 
 
@@ -67,11 +67,11 @@ def _decoded(text):
 
 def _check_end(longest, end, what):
     if longest > end:
-        raise ValueError(f"{longest} tokens: the {what} of this model are a table for {end}; export it with more")
+        raise ValueError(f"{longest} tokens: the table of {what} ends at {end}; export it with a longer window")
 
 
-# Kinds of frequencies: functions of head_dim and `lengths` (float64 [batch, 1] on the CPU, the tokens in each row; None
-# for `fixed`), with the parameters by keyword. Each returns inverse frequencies [batch or 1, head_dim // 2] and the
+# Kinds of frequencies: functions of head_dim and of `lengths` (float64 [batch, 1] on the CPU, the tokens in each row;
+# None for `fixed`), with parameters as keywords. Each returns inverse frequencies [batch or 1, head_dim // 2] and the
 # factor on cos and sin, a float or [batch, 1].
 
 
@@ -110,8 +110,8 @@ def _dynamic_yarn(head_dim, lengths, *, base, factor, pretrained_window, beta_fa
     return theta * (1.0 - share) + theta / stretch * share, 0.1 * torch.log(stretch) + 1.0
 
 
-# Kinds of multipliers: functions of int positions [batch, length] from 0 and the number of layers, with the parameters
-# by keyword. Each returns for every layer float32 [batch, length], or None where the multiplier is 1 everywhere.
+# Kinds of multipliers: functions of positions (int [batch, length], from 0) and of the number of layers, with
+# parameters as keywords. Each returns float32 [batch, length] for every layer, or None if the multiplier is always 1.
 
 
 def _none(positions, layers):
@@ -132,7 +132,7 @@ def _by_position(positions, layers, *, end, row_of_layer, table):
     return tuple(rows[row_of_layer[layer]] for layer in range(layers))
 
 
-# What this file can compute: each kind's function and its parameters. Anything else in config.json is an error.
+# The supported kinds: function and parameters of each. Anything else in config.json is an error.
 FREQUENCIES = {
     "fixed": (_fixed, ("inverse_frequencies", "rotation_scale")),
     "by_length": (_by_length, ("end", "table")),
@@ -156,17 +156,17 @@ def rules(config):
       config: with `eabf_scheme` and `eabf_rotary`.
 
     Returns:
-      The rule of the frequencies and the rule of the logits' multiplier, their parameters bound.
+      The rule of the frequencies and the rule of the logits' multiplier, with bound parameters.
 
     Raises:
-      ValueError: a kind or a parameter that this file does not know, or data of another scheme.
+      ValueError: a kind or parameter is unknown, or the data is that of another scheme.
     """
     data = getattr(config, "eabf_rotary", None) or {}
     scheme = getattr(config, "eabf_scheme", None)
     if not data or data.get("scheme") != scheme:
         raise ValueError(
             f"config.json: eabf_rotary has the data of the scheme {data.get('scheme')}, but eabf_scheme is {scheme}; "
-            "export the model again rather than edit either"
+            "export the model again instead of editing them"
         )
     unknown = [part for part in data if part not in ("scheme", "frequencies", "logit_scale")]
     if unknown:
@@ -190,16 +190,16 @@ def _bound(table, part, data):
     return partial(rule, **parameters)
 
 
-# What attention is given: cosines and sines [batch, length, head_dim]; positions, int [batch, length]; for each layer
-# the multipliers, float32 [batch, length], or None; and where the frequencies follow the length, the lengths, int
-# [batch, 1], and the function that gives cosines and sines for the keys in a cache.
+# The input of attention: cosines and sines [batch, length, head_dim]; positions, int [batch, length]; for each layer
+# the multipliers, float32 [batch, length], or None. If the frequencies follow the length, also the lengths, int
+# [batch, 1], and the function that returns cosines and sines for the keys in a cache.
 Rotation = namedtuple("Rotation", "cos sin positions multipliers lengths tables", defaults=(None, None))
 
 
 class EabfRotaryEmbedding(nn.Module):
     """Cosines, sines and multipliers of a scheme.
 
-    Holds no buffers: transformers builds models without memory first, where a buffer's values would be lost.
+    Has no buffers, because transformers first builds models without memory, which would lose a buffer's values.
     """
 
     def __init__(self, config):
@@ -210,7 +210,7 @@ class EabfRotaryEmbedding(nn.Module):
         self.follows_length = self.frequencies.func is not _fixed
 
     def tables(self, positions, lengths, dtype):
-        """Cosines and sines [batch, length, head_dim] of int positions [batch, length]."""
+        """Computes cosines and sines [batch, length, head_dim] of int positions [batch, length]."""
         on_cpu = None if lengths is None else lengths.to("cpu", torch.float64)
         frequencies, scale = self.frequencies(self.head_dim, on_cpu)
         frequencies = frequencies.to(positions.device, torch.float32)
@@ -231,10 +231,10 @@ class EabfRotaryEmbedding(nn.Module):
 
 
 def _refuse_packed(position_ids):
-    """Raises where a row holds several texts, each of which would need frequencies of its own."""
+    """Raises if a row holds several texts, because each text would need its own frequencies."""
     starts = (position_ids[:, :-1] == 0) & (position_ids[:, 1:] == 1)
     if starts.shape[1] and starts.sum(dim=1).max() > 1:
-        raise ValueError("the frequencies follow the length of the text: give each text a row of its own, not packed")
+        raise ValueError("the frequencies follow the length of the text: give each text its own row, without packing")
 
 
 def _rotate(x, cos, sin):
@@ -242,7 +242,7 @@ def _rotate(x, cos, sin):
 
 
 def _require(holds, expected):
-    """Raises unless transformers is what this file relies on; going on would give other logits."""
+    """Raises unless transformers meets an expectation of this file; otherwise the logits would be wrong."""
     if not holds:
         raise RuntimeError(
             f"modeling_eabf_llama.py does not fit transformers {transformers.__version__}: expected {expected}. "
@@ -251,7 +251,7 @@ def _require(holds, expected):
 
 
 def _taken_cache(kwargs):
-    """Takes the cache out of attention's arguments, whatever its name is."""
+    """Removes the cache from attention's arguments, under any of its names, and returns it."""
     found = [cache for cache in (kwargs.pop(name, None) for name in CACHE_ARGUMENTS) if cache is not None]
     _require(
         len(found) == 1 or not (found or kwargs.get("use_cache")),
@@ -263,9 +263,8 @@ def _taken_cache(kwargs):
 
 
 def _positions_of_keys(positions, past, count):
-    """Positions [batch, count] of a cache's keys, of which `past` were there before those of `positions` came."""
-    # Earlier tokens are those just before the first new one; where that is padding, the mask hides it. The mask also
-    # hides the empty end of a static cache.
+    """Returns the positions [batch, count] of a cache's keys: `past` earlier ones, then those of `positions`."""
+    # Earlier positions count back from the first new one. The mask hides padding, and the empty end of a static cache.
     index = torch.arange(count, device=positions.device) - past.to(positions.device)
     last = positions.shape[1] - 1
     new = (index >= 0) & (index <= last)
@@ -273,10 +272,10 @@ def _positions_of_keys(positions, past, count):
 
 
 def _attend(attention, query, key, value, mask, arguments):
-    """Calls the attention function that the model was loaded with, as transformers does."""
+    """Calls the model's attention function as transformers does."""
     name = attention.config._attn_implementation
     dropout = attention.attention_dropout if attention.training else 0.0
-    # Up to 4.52, weights that are asked for come from eager attention; the mask is made for it then.
+    # Up to 4.52, requested attention weights come from eager attention, and the mask is made for it.
     if name == "sdpa" and arguments.get("output_attentions") and mask is not None:
         name = "eager"
     if not HAS_REGISTRY:
@@ -290,7 +289,7 @@ def _attend(attention, query, key, value, mask, arguments):
 
 
 def _attend_before_registry(attention, query, key, value, mask, dropout, name):
-    """Eager and SDPA attention for transformers 4.46 and 4.47."""
+    """Computes eager or SDPA attention for transformers 4.46 and 4.47."""
     if name not in ("eager", "sdpa"):
         raise ValueError(
             f"attn_implementation {name!r} needs transformers 4.48 or later here; eager and sdpa run in every release"
@@ -298,7 +297,7 @@ def _attend_before_registry(attention, query, key, value, mask, dropout, name):
     key, value = (repeat_kv(x, attention.num_key_value_groups) for x in (key, value))
     mask = None if mask is None else mask[:, :, :, : key.shape[2]]
     if name == "sdpa":
-        # A mask may be left out where it would only be causal.
+        # transformers may omit a mask that would only be causal.
         causal = mask is None and query.shape[2] > 1
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         output = nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
@@ -310,12 +309,12 @@ def _attend_before_registry(attention, query, key, value, mask, dropout, name):
 
 
 class EabfLlamaAttention(LlamaAttention):
-    """transformers' attention; the multiplier is applied to the query as it is compared with the keys."""
+    """transformers' attention, with the multiplier on the query that is compared with the keys."""
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
         _require(
             isinstance(position_embeddings, Rotation),
-            "attention to be given position_embeddings, as model.rotary_emb returns them",
+            "attention to get position_embeddings, as model.rotary_emb returns them",
         )
         cos, sin, positions, multipliers, lengths, tables = position_embeddings
         cache = _taken_cache(kwargs)
@@ -330,10 +329,10 @@ class EabfLlamaAttention(LlamaAttention):
             key = _rotate(key, cos, sin)
         if cache is not None:
             if lengths is not None:
-                # A copy: a static cache counts in place, in the tensor that it gives.
+                # A copy, because a static cache updates the returned tensor in place.
                 past = torch.as_tensor(cache.get_seq_length(self.layer_idx)).clone()
             if CACHE_TAKES_KWARGS:
-                # A cache that moves keys to new positions rotates them, if it is given cos and sin.
+                # With cos and sin, a cache that moves keys to new positions rotates them.
                 rotation = {"cos": cos, "sin": sin} if lengths is None else {}
                 arguments = {"cache_kwargs": {"cache_position": cache_position, **rotation}}
             else:
@@ -345,7 +344,7 @@ class EabfLlamaAttention(LlamaAttention):
             key = _rotate(key, *tables(positions, lengths, key.dtype))
         multiplier = multipliers[self.layer_idx]
         if multiplier is not None:
-            # Last, so that nothing that is done to the query undoes it. Positions may have one row for the whole batch.
+            # Last, so that nothing done to the query undoes it. Positions may have one row for the whole batch.
             query = (query * multiplier[:, None, :, None].to(query.device)).to(query.dtype)
         output, weights = _attend(self, query, key, value, attention_mask, kwargs)
         output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
@@ -358,7 +357,7 @@ def _equip(model):
     model.rotary_emb = EabfRotaryEmbedding(model.config)
     for layer in model.layers:
         attention = layer.self_attn
-        # What is replaced has to be what the replacement was written for.
+        # The replaced attention must be the one that the replacement was written for.
         projections = {name for name, _ in attention.named_children()} - {"rotary_emb"}
         _require(projections == PROJECTIONS, f"attention made of {_list(PROJECTIONS)}, found {_list(projections)}")
         arguments = set(inspect.signature(type(attention).forward).parameters)

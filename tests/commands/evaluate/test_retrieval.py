@@ -118,7 +118,7 @@ def test_what_keeps_prompts_apart_is_told(
         (("--samples", "0"), "--samples 0: a positive number"),
         (("--seed", "-1"), "--seed -1: a number from 0"),
         (("--model", "x=nowhere"), "nowhere: no such directory"),
-        (("--model", "x=y@pi"), "after @ a scheme"),
+        (("--model", "x=y@pi"), "expected a scheme such as"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

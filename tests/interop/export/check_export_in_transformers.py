@@ -1,7 +1,7 @@
-"""Checks exported models in whatever transformers is installed: forward, cache, left padding, generate.
+"""Checks exported models in the installed transformers: forward, cache, left padding, generate.
 
-Needs torch and transformers only. `python check_export_in_transformers.py DIR`, where DIR holds what
-write_export_references.py wrote; prints one line per model and fails on the first difference.
+Needs only torch and transformers. Run `python check_export_in_transformers.py DIR` on the output of
+write_export_references.py. Prints one line per model, and fails on the first difference.
 """
 
 import inspect
@@ -14,10 +14,6 @@ import torch
 import transformers
 
 TOLERANCE = 1e-4  # the project's promise for float32 logits
-ATTENTION = ("eager", "sdpa")
-# One scheme of fixed frequencies and one that follows the length meet both; the others take turns, for their code is
-# the same.
-BOTH = ("eabf", "dynamic_ntk_entropy")
 
 
 def check(directory: Path, attention: str) -> float:
@@ -32,16 +28,16 @@ def check(directory: Path, attention: str) -> float:
     assert type(model).__name__ == ("EabfLlamaForCausalLM" if ours else "LlamaForCausalLM"), type(model)
     worst = 0.0
     with torch.no_grad():
-        # The short text first: from 5.0 to 5.12 at least, transformers' own `dynamic` keeps a longer one's frequencies.
+        # The short text first: from 5.0 to at least 5.12, transformers' `dynamic` keeps frequencies of a longer one.
         for key in ("short_logits", "logits"):
             if key in references:
                 ids = tokens[:, : references[key].shape[1]]
                 worst = max(worst, difference(model(ids).logits, references[key]))
                 worst = max(worst, difference(model(ids, use_cache=False).logits, references[key]))
-        # Cached decoding against our full forward, where the two are the same mathematics.
+        # Compares cached decoding with our full forward, if both compute the same.
         follows_length = "short_logits" in references
         if follows_length and not ours:
-            return worst  # transformers' own dynamic scheme keeps keys rotated as they were, and takes the longest row
+            return worst  # transformers' dynamic scheme keeps old rotations in its cache, and follows the longest row
         if not follows_length or model.config.num_hidden_layers == 1:
             cached_difference(model, tokens, None if follows_length else references["logits"])
         padded_difference(model, tokens)
@@ -50,18 +46,18 @@ def check(directory: Path, attention: str) -> float:
 
 
 def difference(found: torch.Tensor, expected: np.ndarray) -> float:
-    """The largest absolute difference, which must be within the tolerance."""
+    """Returns the largest absolute difference, which must be within the tolerance."""
     worst = float(np.abs(found.float().numpy() - np.asarray(expected)).max())
     assert worst < TOLERANCE, f"logits differ by {worst:.3g}"
     return worst
 
 
 def cached_difference(model: torch.nn.Module, tokens: torch.Tensor, logits: np.ndarray | None) -> None:
-    """Feeds a prompt, then one token after another: each step's logits must be those of a full forward."""
+    """Feeds a prompt, then alternately one and three tokens; all logits must equal those of a full forward."""
     known = inspect.signature(model.forward).parameters
     name = "cache" if "cache" in known else "past_key_values"  # renamed in 5.24
     out = model(tokens[:, :11], use_cache=True)
-    for start in range(11, tokens.shape[1], 4):  # one token, then three at once, past the window and on
+    for start in range(11, tokens.shape[1], 4):  # beyond the window
         for chunk in (tokens[:, start : start + 1], tokens[:, start + 1 : start + 4]):
             if chunk.shape[1]:
                 out = model(chunk, **{name: getattr(out, name)}, use_cache=True)
@@ -71,7 +67,7 @@ def cached_difference(model: torch.nn.Module, tokens: torch.Tensor, logits: np.n
 
 
 def padded_difference(model: torch.nn.Module, tokens: torch.Tensor) -> None:
-    """Generates from a left-padded batch: each row must continue as it does alone."""
+    """Generates from a left-padded batch; each row must continue as it does alone."""
     short, long = tokens[0, :13], tokens[1, :29]
     batch = torch.full((2, 29), 2)
     batch[0, 16:], batch[1] = short, long
@@ -85,7 +81,7 @@ def padded_difference(model: torch.nn.Module, tokens: torch.Tensor) -> None:
 
 
 def generated(model: torch.nn.Module, tokens: torch.Tensor, follows_length: bool) -> None:
-    """Greedy generation must be the repeated argmax of full forwards (static schemes, or a single layer)."""
+    """Compares greedy generation with the repeated argmax of full forwards (static schemes or a single layer)."""
     if follows_length and model.config.num_hidden_layers > 1:
         return
     prompt = tokens[:1, :10]
@@ -97,7 +93,7 @@ def generated(model: torch.nn.Module, tokens: torch.Tensor, follows_length: bool
         logits[:, 2] = -torch.inf  # min_new_tokens forbids the end
         expected = torch.cat((expected, logits.argmax(-1, keepdim=True)), dim=1)
     assert found.tolist() == expected.tolist(), "generate differs from repeated full forwards"
-    if follows_length:  # the others leave the cache to transformers
+    if follows_length:  # other schemes use transformers' cache as it is
         settings["cache_implementation"] = "static"
         found = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
         assert found.tolist() == expected.tolist(), "generate with a static cache differs from repeated full forwards"
@@ -106,13 +102,13 @@ def generated(model: torch.nn.Module, tokens: torch.Tensor, follows_length: bool
 def main(root: Path) -> None:
     """Checks every exported model under a directory."""
     directories = sorted(path.parent for path in root.glob("*/references.npz"))
-    torch.set_num_threads(1)  # the models are so small that threads only wait for each other
+    torch.set_num_threads(1)  # in such small models, threads only wait for each other
     assert directories, f"no references.npz under {root}"
     old = tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 51)
     for directory in directories:
         config = json.loads((directory / "config.json").read_text())
         if old and "yarn" in str(config["rope_scaling"]):
-            continue  # these releases lay YaRN's ramp over the extended window
+            continue  # these releases compute YaRN's ramp from the extended window
         for attention in ("eager", "sdpa") if "eabf_scheme" in config else ("sdpa",):
             worst = check(directory, attention)
             print(f"transformers {transformers.__version__} {directory.name} {attention}: {worst:.2g}")

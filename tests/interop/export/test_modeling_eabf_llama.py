@@ -1,4 +1,4 @@
-"""Exported models in transformers: forward, cache and generate give our logits (the same checks run in 4.46)."""
+"""Exported models in transformers: forward, cache and generate agree with our logits (as they do in 4.46)."""
 
 import json
 import runpy
@@ -35,7 +35,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_scheme_in_the_installed_transformers(exported: Path) -> None:
-    # A process of its own: transformers caches remote code by file name, and torch its number of threads.
+    # In a separate process, because transformers caches remote code by file name, and torch its number of threads.
     command = [sys.executable, str(HERE / "check_export_in_transformers.py"), str(exported)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -46,7 +46,7 @@ def test_every_scheme_in_the_installed_transformers(exported: Path) -> None:
 
 
 def test_the_checks_can_fail(exported: Path) -> None:
-    """Another window in the config must be noticed."""
+    """The checks must detect another window in the config."""
     config = exported / "eabf" / "config.json"
     original = config.read_text()
     config.write_text(original.replace('"pretrained_window": 16', '"pretrained_window": 17'))
@@ -59,12 +59,12 @@ def test_the_checks_can_fail(exported: Path) -> None:
 
 
 def keys_of(s: Scheme, head_dim: int) -> dict[str, Any]:
-    """What config.json tells of a scheme, for a model of one layer and 64 tokens."""
+    """Returns the keys of a scheme in config.json, for a model of one layer and 64 tokens."""
     return {"eabf_scheme": s.to_dict(), "eabf_rotary": exported_data(s, head_dim, 1, 64)}
 
 
 def tiny(s: Scheme, bias: bool = False, attention: str = "sdpa", change: dict[str, Any] | None = None) -> nn.Module:
-    """A model of one layer with the exported code, built without a directory."""
+    """Builds a model of one layer with the exported code, without a directory."""
     torch.manual_seed(0)
     keys = keys_of(s, 8)
     config = modeling_eabf_llama.EabfLlamaConfig(
@@ -80,11 +80,11 @@ def tiny(s: Scheme, bias: bool = False, attention: str = "sdpa", change: dict[st
 
 
 def changed_attention(self, hidden_states, position_embeddings=None, attention_mask=None, memory=None, **kwargs):
-    """An attention whose cache has a name that no release has given it."""
+    """An attention whose cache argument has a name of no known release."""
 
 
 def louder_attention(self, hidden_states, cache=None, loudness=1.0, **kwargs):
-    """An attention with an argument that no release has."""
+    """An attention with an argument of no known release."""
 
 
 @pytest.mark.parametrize("scheme", [DYNAMIC, EABF], ids=["dynamic_ntk", "eabf"])
@@ -116,7 +116,7 @@ def test_arguments_of_attention() -> None:
     by_name = attention(hidden_states=x, position_embeddings=rotation, attention_mask=None)[0]
     assert torch.equal(attention(x, rotation, None)[0], by_name)
     for wrong in ({}, {"position_embeddings": rotation[:2]}):
-        with pytest.raises(RuntimeError, match="expected attention to be given position_embeddings"):
+        with pytest.raises(RuntimeError, match="expected attention to get position_embeddings"):
             attention(x, attention_mask=None, **wrong)
     with pytest.raises(RuntimeError, match=r"expected one cache in attention's arguments .*, found 0"):
         attention(x, rotation, None, use_cache=True)
@@ -126,7 +126,7 @@ def test_arguments_of_attention() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_multiplier_is_on_the_query_that_attention_compares(bias: bool) -> None:
-    """The attention function gets the plain model's query, bias and rotation included, times ln i / ln c."""
+    """The attention function gets the plain model's query, with bias and rotation, times ln i / ln c."""
     seen: list[torch.Tensor] = []
 
     def spy(module: nn.Module, query: torch.Tensor, *arguments: Any, **options: Any) -> Any:
@@ -145,13 +145,13 @@ def test_the_multiplier_is_on_the_query_that_attention_compares(bias: bool) -> N
 
 def test_texts_packed_into_a_row_have_no_length_to_follow() -> None:
     model, positions = tiny(DYNAMIC), torch.cat((torch.arange(20), torch.arange(20)))[None]
-    with pytest.raises(ValueError, match="give each text a row of its own"):
+    with pytest.raises(ValueError, match="give each text its own row"):
         model(TOKENS, position_ids=positions)
     assert torch.isfinite(tiny(EABF)(TOKENS, position_ids=positions).logits).all()
 
 
 class Adapted(nn.Module):
-    """A projection with something added to it, as adapters do after the model was built."""
+    """A projection with an added term, such as adapters insert into a built model."""
 
     def __init__(self, base: nn.Linear, added: torch.Tensor):
         super().__init__()
@@ -163,7 +163,7 @@ class Adapted(nn.Module):
 
 @pytest.mark.parametrize("scheme", [DYNAMIC, EABF], ids=["dynamic_ntk", "eabf"])
 def test_projections_replaced_after_the_model_was_built(scheme: Scheme) -> None:
-    """The multiplier and the rotation reach what the adapter adds: as with weights in which it is merged."""
+    """The multiplier and the rotation apply to the added term, as they do with merged weights."""
     adapted, merged = tiny(scheme), tiny(scheme)
     for name, features in (("q_proj", 16), ("k_proj", 8)):
         added = torch.rand(features, 16)
@@ -213,15 +213,13 @@ def test_past_the_end_of_a_table(user_schemes: Path) -> None:
     for s in (scheme("sharp_slow_half", factor=4, pretrained_window=16), scheme("widening", pretrained_window=16)):
         model = tiny(s)
         assert torch.isfinite(model(TOKENS).logits).all()
-        with pytest.raises(
-            ValueError, match=r"65 tokens: the .* of this model are a table for 64; export it with more"
-        ):
+        with pytest.raises(ValueError, match=r"65 tokens: the table of .* ends at 64; export it with a longer window"):
             model(torch.arange(3, 68)[None] % 64)
 
 
 @pytest.mark.parametrize("truncate", [False, True])
 def test_the_exported_file_computes_our_dynamic_yarn(truncate: bool) -> None:
-    """Ours is compared with its formula in tests/rope; here only what the models above do not have."""
+    """Covers settings that the models above lack; tests/rope compares our own scheme with its formula."""
     s = scheme("dynamic_yarn", pretrained_window=512, truncate=truncate)
     rule = modeling_eabf_llama.rules(modeling_eabf_llama.EabfLlamaConfig(**keys_of(s, 64)))[0]
     frequencies, scale = rule(64, torch.full((1, 1), 2048.0, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Writes small exported models of every registered scheme and of compositions, each with our own logits beside it.
+"""Writes small exported models of every registered scheme and of compositions, each with our logits as references.
 
 python tests/interop/export/write_export_references.py DIR
 python tests/interop/export/check_export_in_transformers.py DIR     # in an environment with any transformers >= 4.46
@@ -20,11 +20,11 @@ from eabf_jax.rope import Scheme, compose, import_schemes, parameters_of, scheme
 
 WINDOW = 16
 ENTROPY = {"type": "entropy_aware", "pretrained_window": WINDOW, "unscaled_layers": 1}
-GIVEN = {"factor": 4.0, "pretrained_window": WINDOW}  # to the schemes that take it
+GIVEN = {"factor": 4.0, "pretrained_window": WINDOW}  # for the schemes with these parameters
 
 
 def user_schemes(directory: Path) -> Path:
-    """Writes the example of docs/schemes.md as a user's file, which registers three schemes."""
+    """Writes the example in docs/schemes.md as a user's file; it registers three schemes."""
     example = re.search(r"```python\n(.*?)```", (Path(__file__).parents[3] / "docs/schemes.md").read_text(), re.DOTALL)
     assert example is not None
     directory.mkdir(parents=True, exist_ok=True)
@@ -34,13 +34,13 @@ def user_schemes(directory: Path) -> Path:
 
 
 def models() -> dict[str, tuple[Scheme, int]]:
-    """Scheme and number of layers of every model: all names that are registered, and compositions."""
+    """Returns scheme and number of layers of every model: all registered schemes, and compositions."""
     named = {
         name: scheme(name, **{key: value for key, value in GIVEN.items() if key in parameters_of(name)})
         for name in scheme_names()
     }
     all_layers = {**ENTROPY, "unscaled_layers": 0}
-    # Cached decoding equals a full forward only where frequencies are fixed or there is but one layer.
+    # Cached decoding equals a full forward only with fixed frequencies or a single layer.
     return {name: (rope, 3) for name, rope in named.items()} | {
         "yarn_entropy": (compose(named["yarn"], ENTROPY), 3),
         "eabf_all_layers": (compose({"type": "abf"}, all_layers), 3),
@@ -51,7 +51,7 @@ def models() -> dict[str, tuple[Scheme, int]]:
 
 
 def write(root: Path) -> None:
-    """Writes one Hugging Face directory for each of the models, with references.npz in it."""
+    """Writes a Hugging Face directory with references.npz for each model."""
     import_schemes(str(user_schemes(root)))
     tokens = np.random.default_rng(1).integers(3, 97, (2, 48))
     initialised: dict[int, Llama] = {}
@@ -72,7 +72,7 @@ def write(root: Path) -> None:
         to_hf(source, root / name)
         forward = jax.jit(lambda x, model=model: model(x))
         references = {"tokens": tokens, "logits": np.asarray(forward(tokens))}
-        if rope.depends_on_length:  # the same tokens have other frequencies in a shorter text
+        if rope.depends_on_length:  # tokens have other frequencies in a shorter text
             references["short_logits"] = np.asarray(forward(tokens[:, :9]))
         np.savez(root / name / "references.npz", **references)
 
