@@ -1,5 +1,5 @@
-# Every target works from a fresh clone with only python3 (3.11 or newer): it creates .venv and installs what it needs,
-# only in the releases in locks/.
+# Every target works from a fresh clone with only python3 (3.11 or newer): it creates .venv and installs what it needs
+# in the releases that locks/ pins.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -97,7 +97,7 @@ demo-all: demo runs/tiny_pi_2k runs/tiny_yarn_2k runs/tiny_abf_2k
 test: .venv/tested
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term
 
-# On a machine with an NVIDIA GPU: compares its results with float32.
+# Compares the results of an NVIDIA GPU with float32 references.
 .venv/cuda: .venv/installed
 	$(PIP) --no-build-isolation --editable '.[cuda]'
 	@touch $@
@@ -105,7 +105,7 @@ test: .venv/tested
 test-gpu: .venv/cuda
 	$(BIN)/python benchmarks/gpu_numerics.py --json benchmarks/results/gpu_numerics.json
 
-# The suite with other releases than those in locks/: the newest and the oldest that the ranges allow.
+# Runs the suite with the newest and with the oldest releases that the ranges allow, instead of those in locks/.
 test-newest: .venv/tested .venv/uv/installed
 	$(UV) --extra test pyproject.toml $(NO_TORCH) --output-file .venv/newest.txt
 	$(call tested_with,newest)
@@ -122,7 +122,7 @@ define tested_with
 	.venv/$(1)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 endef
 
-# The exported modeling file in the oldest transformers it supports.
+# Tests the exported modeling file in the oldest transformers it supports.
 OLD := .venv/transformers-4.46
 $(OLD)/installed: .venv/tested
 	$(PYTHON) -m venv $(OLD)
