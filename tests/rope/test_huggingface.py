@@ -255,7 +255,7 @@ def test_unusual_values_are_read_as_transformers_reads_them(section: dict[str, A
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         hf = LlamaConfig(hidden_size=64, num_attention_heads=2, **copy.deepcopy(config))
-    length = 8192  # beyond the window: the frequencies of `dynamic` have moved
+    length = 8192  # beyond the window, where the frequencies of `dynamic` have changed
     values, scale = ROPE_INIT_FUNCTIONS[section["rope_type"]](hf, "cpu", seq_len=length)
     s = from_hf(config)
     # transformers works in float32: see test_frequencies.py for this bound.
