@@ -12,8 +12,8 @@ import jax
 import pytest
 
 # Nearly all the time of these tests is compilation, and each program runs once, so the compiler optimises little. The
-# CPU backend reads these flags when it creates its devices. Two others never see them: the TPU compiler, which would end
-# the process at an unknown flag, and the processes that tests start.
+# CPU backend reads these flags when it creates its devices. Two others do not see them: the TPU compiler, which would
+# end the process at an unknown flag, and the processes that tests start.
 QUICK = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 )

@@ -1,4 +1,4 @@
-"""A small model, the same for all tests, so that its programs are compiled once."""
+"""A small model for all tests, so that its programs are compiled once."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def model() -> Llama:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """The tiny model's."""
+    """The tokenizer of the tiny model."""
     return load_tokenizer(Path(__file__).parents[2] / "assets/tiny")
 
 
