@@ -148,7 +148,7 @@ def test_a_figure_whose_code_has_changed_is_marked(program, load_program):
 
 
 def test_several_devices_are_held_against_one_of_their_kind(program, results):
-    assert program.scaling_table(program.grouped(program.read_results(results))) == []  # the pair is of another kind
+    assert program.scaling_table(program.grouped(program.read_results(results))) == []  # one H100 has no figure
     two = {**RUN, **RAN, "devices": 2, "tokens_per_second": 21_470.76, "date": "2024-01-04", **ALONE}
     (results / "two.json").write_text(json.dumps(two))
     text = "\n".join(program.scaling_table(program.grouped(program.read_results(results))))
