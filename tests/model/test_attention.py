@@ -34,7 +34,7 @@ def test_values_and_gradients_are_exact_to_float32(
     d_out = np.random.default_rng(1).normal(size=qkv[0].shape).astype(np.float32)
     expected = exact(*qkv, segments, d_out)
     for backend in (reference, chunked):
-        # sums of up to 97 x 3 products in float32: some ten roundings of 6e-8
+        # sums of up to 97 x 3 products in float32: about ten roundings of 6e-8
         assert_near(with_gradients(backend, qkv, segments, d_out), expected, 3e-6)
 
 
@@ -56,7 +56,7 @@ def test_bfloat16_loses_only_the_roundings_of_its_inputs_and_outputs(
 def test_large_logits_neither_overflow_nor_lose_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention.chunked, "_CHUNK", 16)
     q, k, v = random_qkv(40, 2, 2, 8)
-    qkv = (q * 100, k, v)  # logits of some 600: exp() of them is infinite in float32
+    qkv = (q * 100, k, v)  # logits of about 600, whose exp() is infinite in float32
     out = exact(*qkv, None, np.ones_like(q))[0]
     for backend in (reference, chunked):
         # A relative rounding of 6e-8 in a logit of 600 makes a relative error of 4e-5 in its weight.

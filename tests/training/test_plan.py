@@ -24,7 +24,7 @@ PARAMETERS_7B = 6_738_415_616  # as Hugging Face counts
 
 
 def llama_7b(**compute):
-    """The paper's run, and the model that it trains."""
+    """Returns the paper's run and the model that it trains."""
     config = load_config(["--config_path", str(ROOT / "configs/llama2_7b_eabf_16k.yaml")])
     settings = {"remat": "full", "optimizer_memory": "device", **compute}
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, **settings))
