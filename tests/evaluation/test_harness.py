@@ -51,7 +51,7 @@ TOLERANCE: dict[str, Any] = {"rel": 2e-5, "abs": 2e-5}
 
 @pytest.fixture(scope="module", autouse=True)
 def two_devices() -> Iterator[None]:
-    """Uses two devices, times those that share the heads; devices wait for each other, which is slow on few cores."""
+    """Limits meshes to two rows of devices, because all devices wait for each other after each token."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scorer, "make_mesh", lambda mesh, _: make_mesh(mesh, jax.devices()[: 2 * mesh.tensor]))
         yield

@@ -21,7 +21,7 @@ from eabf_jax.rope import Scheme, compose, scheme, scheme_names
 
 WINDOW = 16
 CHUNK, PROMPT, LENGTH = 12, 24, 40
-LAG = (0, 3)  # tokens that each row lags behind the longest during generation
+LAG = (0, 3)  # tokens by which each row lags during generation
 # The promised bound; float32 sums in another order differ by about 1e-5 here.
 PROMISED = 1e-4
 

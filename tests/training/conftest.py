@@ -169,8 +169,8 @@ def config_file(base_model, dataset):
     return write
 
 
-# The program of a process forked after the imports. Such a process ends without calling the functions registered with
-# `atexit`, in which the processes of a run disconnect.
+# The program of a process forked after the imports. Such a process would end without the functions registered
+# with `atexit`, in which the processes of a run disconnect.
 FORKED = """
 import atexit, os, sys
 for number, path in enumerate(outputs, 1):
