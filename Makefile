@@ -1,5 +1,5 @@
-# Every target works from a fresh clone with only python3 (3.11 or newer): it creates .venv and installs what it needs,
-# only in the releases in locks/.
+# Every target works from a fresh clone with only python3 (3.11 or newer): it creates .venv and installs what it needs
+# in the releases that locks/ pins.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -103,7 +103,7 @@ test: .venv/tested
 coverage: .venv/tested
 	$(BIN)/python $(SUITE) --cov --cov-report=term
 
-# On a machine with an NVIDIA GPU: compares its results with float32.
+# Compares the results of an NVIDIA GPU with float32 references.
 .venv/cuda: .venv/installed
 	$(PIP) --no-build-isolation --editable '.[cuda]'
 	@touch $@
@@ -111,7 +111,7 @@ coverage: .venv/tested
 test-gpu: .venv/cuda
 	$(BIN)/python benchmarks/gpu_numerics.py --json benchmarks/results/gpu_numerics.json
 
-# The suite with other releases than those in locks/: the newest and the oldest that the ranges allow.
+# Runs the suite with the newest and with the oldest releases that the ranges allow, instead of those in locks/.
 test-newest: .venv/tested .venv/uv/installed
 	$(UV) --extra test pyproject.toml $(NO_TORCH) --output-file .venv/newest.txt
 	$(call tested_with,newest)
@@ -128,7 +128,7 @@ define tested_with
 	.venv/$(1)/bin/python $(SUITE)
 endef
 
-# The exported modeling file in the oldest transformers it supports.
+# Tests the exported modeling file in the oldest transformers it supports.
 OLD := .venv/transformers-4.46
 $(OLD)/installed: .venv/tested
 	$(PYTHON) -m venv $(OLD)

@@ -448,7 +448,7 @@ def compare(
 
 
 def missing(needs: str) -> bool:
-    """Tells whether a module, or a name in it, is missing."""
+    """Returns whether a module, or a name in it, is missing."""
     module, _, name = needs.partition(":")
     try:
         found = importlib.import_module(module)

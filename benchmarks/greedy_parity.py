@@ -29,7 +29,7 @@ PROMPTS = (
 
 
 def measure(model: Path, tokens: int) -> dict[str, Any]:
-    """Continues every prompt with both.
+    """Continues every prompt with our generator and with transformers' `generate`.
 
     Args:
       model: a Hugging Face directory.

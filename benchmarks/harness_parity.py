@@ -4,7 +4,7 @@ python benchmarks/harness_parity.py --model DIR --json benchmarks/results/harnes
 
 DIR is a Hugging Face directory, for example SmolLM2-135M-Instruct converted by `python convert/from_gguf.py`. The tasks
 are LongBench's twelve as the harness defines them, on our own short documents, and local tasks for log-likelihoods.
-Prompts are in the model's chat template where LongBench uses one. Both run greedily in float32.
+Prompts are in the model's chat template where LongBench uses one. Both backends run greedily in float32.
 """
 
 import argparse
@@ -20,7 +20,7 @@ WINDOW = 2048
 
 
 def measure(model: Path) -> dict[str, Any]:
-    """Runs every task with both.
+    """Runs every task with both backends.
 
     Args:
       model: a Hugging Face directory.

@@ -119,13 +119,13 @@ def make_prompts(arguments: argparse.Namespace) -> list[Prompt]:
 def evaluate(
     label: str, directory: str, rope: Any, prompts: list[Prompt], settings: dict[str, Any], path: Path
 ) -> dict[str, Any]:
-    """Asks one model all questions and writes the results.
+    """Scores one model on all prompts and writes the results.
 
     Args:
       label: the model's name.
       directory: the model's directory.
       rope: a scheme that replaces the model's own, or None.
-      prompts: the questions.
+      prompts: from `make_prompts`.
       settings: how the prompts were made, and how the model computes.
       path: the file to write.
 

@@ -424,8 +424,8 @@ def strongest(peers: dict[str, Any], microbatches: int, precision: str = "bfloat
 
     Args:
       peers: figures by setting.
-      microbatches: of our step. The rate of a setting measured with fewer is extrapolated to this number, so that each
-        pays for equally few updates. A setting measured with this number goes before all others.
+      microbatches: of our step. The rate of a setting measured with fewer is extrapolated to this number, so that the
+        update weighs equally in each. A setting measured with this number goes before all others.
       precision: of the settings to choose from.
 
     Returns:

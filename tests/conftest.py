@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices for every test; set before JAX is first imported."""
+"""Gives every test eight simulated CPU devices, before JAX is first imported."""
 
 import gc
 import os
@@ -16,10 +16,10 @@ import pytest
 if TYPE_CHECKING:
     from eabf_jax.interop.tokenizer import Tokenizer
 
-# Nearly all the time of these tests is compilation, and what they compile runs once: the compiler need not try hard.
-# It need not cut a program up for threads either, where as many processes as cores compile.
-# The CPU's compiler reads these flags as its devices are made. The TPU's, which would end the process at a flag that it
-# does not know, and the processes that tests start do not see them.
+# Nearly all the time of these tests is compilation, and each program runs once, so the compiler optimises little. It
+# does not split a program over threads either, because there are as many processes as cores. The CPU backend reads these
+# flags when it creates its devices. Two others do not see them: the TPU compiler, which would end the process at an
+# unknown flag, and the processes that tests start.
 QUICK = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1"
@@ -28,8 +28,8 @@ with pytest.MonkeyPatch.context() as patch:
     patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} {QUICK}")
     jax.devices()
 
-# The millions of objects that imports make stay to the end: the collector need not look at them, now or later. Tracing
-# makes many more, but hardly a cycle: it need not look often.
+# The garbage collector skips the millions of objects that imports leave, and looks seldom at those of tracing, which has
+# few cycles.
 gc.disable()
 
 
@@ -39,26 +39,26 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-# Their assertions tell what differs, as those of test files do.
+# Their failed assertions show the values compared, as in test files.
 pytest.register_assert_rewrite("float64_attention", "gguf_files", "hf_directories", "runs")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What one test has compiled, the next one reads; JAX writes without locks, so each process has its own folder."""
+    """Caches compiled programs for later tests. Each process has its own folder, because JAX writes without locks."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(scope="session")
 def quick_flags() -> str:
-    """XLA_FLAGS for processes that a test starts: programs compile several times as fast, into slower code."""
+    """Returns XLA_FLAGS for processes that a test starts: compilation is several times as fast, the code slower."""
     return QUICK
 
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Torch computes in one thread: for little work at a time, several would wait for one another."""
+    """Limits torch to one thread, because on small inputs several threads mostly wait for each other."""
     import torch
 
     threads = torch.get_num_threads()
@@ -69,7 +69,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> "Tokenizer":
-    """The tiny model's."""
+    """Returns the tiny model's tokenizer."""
     from eabf_jax.interop.tokenizer import load_tokenizer
 
     return load_tokenizer(Path(__file__).parents[1] / "assets/tiny")
@@ -77,7 +77,7 @@ def tokenizer() -> "Tokenizer":
 
 @pytest.fixture
 def user_schemes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's file with the example of docs/schemes.md; what is registered during the test is forgotten after it."""
+    """Writes the example of docs/schemes.md as a user's file; undoes registrations after the test."""
     from eabf_jax.rope import registry
     from eabf_jax.training.recipe import RopeConfig
 
@@ -85,5 +85,5 @@ def user_schemes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(RopeConfig, "_choice_registry", dict(RopeConfig.get_known_choices()))
     program = Path(__file__).parent / "interop/export/write_export_references.py"
     written: Path = runpy.run_path(str(program))["user_schemes"](tmp_path)
-    # A name of its own in each test, because a module is imported only once.
+    # Each test has a different module name, because a module is imported only once.
     return written.rename(tmp_path / f"my_schemes_{abs(hash(tmp_path))}.py")

@@ -10,7 +10,7 @@ from eabf_jax.errors import InputError
 
 
 def run_fresh(code, **environment):
-    """Runs Python code in a process of its own."""
+    """Runs Python code in a separate process."""
     variables = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=variables)
 
@@ -101,7 +101,7 @@ def test_exit_statuses(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda: None)
     assert stop.value.code == 0
-    # What is not the user's fault keeps its traceback.
+    # An error that is not the user's fault keeps its traceback.
     with pytest.raises(PermissionError):
         cli.run(lambda: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
 

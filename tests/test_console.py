@@ -1,4 +1,4 @@
-"""Tables on terminals of several widths and in a pipe: every name and every figure is there."""
+"""Tables on terminals of several widths and in a pipe, with every name and every figure."""
 
 import re
 
@@ -28,7 +28,7 @@ def on_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
 
 
 def rows(out: str) -> list[list[str]]:
-    """Cells of the lines within the tables."""
+    """Returns the cells of the rows of all tables."""
     return [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in out.splitlines() if line[:1] in "│┃"]
 
 
@@ -46,7 +46,7 @@ def test_names_wrap_and_figures_do_not(
     cells = [cell for row in rows(out) for cell in row[1:]]
     for figure in FIGURES:
         assert cells.count(re.sub(r"\[/?bold\]", "", figure)) == len(NAMES)
-    # Of each table the names, pieced together from their lines.
+    # The names in each table, joined from their lines.
     names = "".join(row[0].replace(" ", "") for row in rows(out))
     assert [names.count(name.replace(" ", "")) for name in NAMES] == [tables, tables]
     assert out.count("the end") == 1 and "loss [nats]," in " ".join(out.split())

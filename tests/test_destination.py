@@ -1,4 +1,4 @@
-"""What is replaced, what is not, and what a failure at each step leaves."""
+"""What is replaced, what is kept, and what a failure at each step leaves behind."""
 
 import errno
 import json
@@ -130,7 +130,7 @@ def test_a_failure_at_any_step_keeps_the_old_result(tmp_path, monkeypatch, step,
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_what_a_killed_process_set_aside_is_put_back(tmp_path, monkeypatch, step):
-    """Killed between the two renames, and while the old result is deleted."""
+    """The process is killed between the two renames, or while the old result is deleted."""
     target, partial = write(tmp_path / "x"), write(tmp_path / "partial", "new")
     if step == 1:
         target.rename(tmp_path / ".x.old-aaaa")
@@ -217,7 +217,7 @@ def test_a_file_appears_whole(tmp_path):
             interrupted(name)
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
     with whole(tmp_path / "picture.png") as partial:
-        assert partial.suffix == ".png"  # by which matplotlib knows what to write
+        assert partial.suffix == ".png"  # tells matplotlib the format
         write(partial)
     assert size(tmp_path / "picture.png") == "old"
 

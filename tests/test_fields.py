@@ -1,4 +1,4 @@
-"""The one parser for mappings with types: what each type takes, and that everything that is read goes through it."""
+"""The one parser of typed mappings: what each type accepts, and that every reader uses it."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ IDS = int | tuple[int, ...] | None
 
 
 class REFUSED:
-    """Stands for a refusal where a value is expected."""
+    """Marks an expected refusal in place of a value."""
 
 
 @dataclasses.dataclass
@@ -194,7 +194,7 @@ def from_model_json(read: Callable[[Path], object], **values: Any) -> Callable[[
     return reader
 
 
-# A reader, and its keys for an integer, a number and a switch.
+# Readers, each with a key for an integer, a number and a switch.
 READERS: dict[str, tuple[Callable[[Path, dict[str, Any]], object], tuple[str, str, str]]] = {
     "recipe": (from_recipe, ("rank", "alpha", "train_norms")),
     "config": (

@@ -10,7 +10,7 @@ from eabf_jax.hardware import DEVICES, GIB, device_at_hand, device_named, device
 @pytest.mark.parametrize(
     ("kind", "name", "gigabytes", "teraflops", "gigabytes_per_second"),
     [
-        # typed from NVIDIA's data sheets, halves of the peaks with sparsity, and Google Cloud's pages on each TPU
+        # from NVIDIA's data sheets (half of each peak with sparsity) and Google Cloud's page on each TPU
         ("NVIDIA H100 80GB HBM3", "h100", 80, 989.4, 3350),
         ("NVIDIA H100 PCIe", "h100-pcie", 80, 756, 2000),
         ("NVIDIA H100 NVL", "h100-nvl", 94, 1671 / 2, 3900),
@@ -34,7 +34,7 @@ def test_each_kind_has_the_figures_of_its_data_sheet(kind, name, gigabytes, tera
     assert found is DEVICES[name] and found.platform == ("tpu" if kind.startswith("TPU") else "gpu")
     assert found.flops == pytest.approx(teraflops * 1e12, rel=1e-12)
     assert found.bandwidth == pytest.approx(gigabytes_per_second * 1e9, rel=1e-12)
-    # What a program gets of it; the vendors' gigabytes are between 1e9 bytes and a GiB.
+    # The share that a program gets; the vendors' gigabytes are between 1e9 bytes and a GiB.
     assert 0.93 * gigabytes * 1e9 < found.memory < gigabytes * GIB
 
 

@@ -1,6 +1,6 @@
-"""Tests stand where their module says: eabf_jax/a/b.py in tests/a/test_b.py, benchmarks/c.py in tests/benchmarks.
+"""Test files mirror modules: tests/a/test_b.py tests eabf_jax/a/b.py, and tests/benchmarks tests benchmarks/.
 
-A package's own tests, where it has some, stand beside its folder: those of eabf_jax/a/__init__.py in tests/test_a.py.
+A package's own tests, if there are any, are beside its folder: tests/test_a.py tests eabf_jax/a/__init__.py.
 """
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
-# Modules without a file of their own, and what judges them.
+# Modules without their own test file, and where they are tested.
 ELSEWHERE = {
     "__main__": "one call of cli.main: test_cli.py starts it",
     "errors": "the class of every refusal and the sentence on unknown names: each test of a refusal reads both",
@@ -23,7 +23,7 @@ ELSEWHERE = {
     "training/layerwise": "training/test_step.py runs it beside the other executor and transformers",
 }
 
-# Tests of something else than one module.
+# Test files that test something other than one module.
 OF_NO_MODULE = {
     "test_layout": "this file",
     "test_makefile": "the Makefile",

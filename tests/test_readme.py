@@ -21,7 +21,7 @@ METHODS = ("PI", "YaRN", "ABF", "EABF")
 
 
 def one_line(path: str) -> str:
-    """A page as one line, so that sentences are found wherever they break."""
+    """Returns a page as one line, so that line breaks inside sentences do not matter."""
     return " ".join((ROOT / path).read_text().split())
 
 
@@ -54,7 +54,7 @@ def test_what_the_readme_says_of_the_demo_is_in_its_figures() -> None:
 
 
 def test_both_reports_of_the_demo_agree() -> None:
-    """Of the same models, in two runs: what differs is rounding."""
+    """Two runs of the same models differ only by rounding."""
     whole, short = demo("all_methods"), demo("loss_by_position")
     for label, row in short.items():
         assert row == pytest.approx(whole[label], abs=1e-3)
@@ -113,7 +113,7 @@ def test_what_is_said_of_two_bases_is_that_of_the_committed_files() -> None:
 
 
 def test_committed_retrieval_has_the_intervals_of_its_cells() -> None:
-    """As `eabf evaluate redraw` computes them."""
+    """The intervals are those that `eabf evaluate redraw` computes."""
     for task in ("passkey", "line_retrieval"):
         report = json.loads((ROOT / f"docs/retrieval/{task}.json").read_text())
         assert report.items() >= figures(read(report)).items()
@@ -165,7 +165,7 @@ def test_what_is_said_of_speed_is_that_of_the_committed_runs() -> None:
     ours, masters = newer["tokens_per_second"], older["peers"][older["strongest_float32_peer"]]["tokens_per_second"]
     kept = newer["peers"][newer["strongest_peer"]]["tokens_per_second"], titan["modes"]["none"]["tokens_per_second"]
     for rate in kept:
-        assert f"ours is {ours / rate:.2f} × both of transformers and of torchtitan" in page
+        assert f"ours is {ours / rate:.2f} × as fast as transformers and as torchtitan" in page
     assert f"has to checkpoint, and ours is {ours / masters:.2f} ×" in page
     same = "cudnn/compiled/none/checkpointed/bfloat16"
     slower = 1 - newer["peers"][same]["tokens_per_second"] / older["peers"][same]["tokens_per_second"]
@@ -184,4 +184,4 @@ def test_what_is_said_of_speed_is_that_of_the_committed_runs() -> None:
     first, *others = whole["step_seconds"]
     assert f"first step takes {first - sum(others) / len(others):.0f} s longer" in page
     assert f"Saving takes {whole['after_last_step_seconds']:.0f} s" in page
-    assert f"export, a program of its own, {whole['export_seconds']:.0f} s" in page
+    assert f"export, a separate program, {whole['export_seconds']:.0f} s" in page

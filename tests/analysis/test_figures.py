@@ -1,4 +1,4 @@
-"""Pictures are drawn whole, with a line for every model."""
+"""Pictures are complete, with a line for every model."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_lines_hold_the_bands_means_and_the_file_is_a_picture(tmp_path: Path, mo
     monkeypatch.setattr(Axes, "plot", record)
     bands: list[tuple[np.ndarray, np.ndarray]] = []
     monkeypatch.setattr(Axes, "fill_between", lambda self, x, low, high, **_: bands.append((low, high)))
-    # 64 positions with a loss, in 4 bins of 16: the means are known by hand.
+    # 64 positions with a loss, in 4 bins of 16, whose means are known.
     losses = {"rising": np.tile(np.arange(64, dtype=np.float32), (3, 1)), "flat": np.ones((2, 64))}
     curves = {label: band_losses(table, [1, 17, 33, 49, 65]) for label, table in losses.items()}
     path = tmp_path / "loss.png"
@@ -35,7 +35,7 @@ def test_lines_hold_the_bands_means_and_the_file_is_a_picture(tmp_path: Path, mo
     np.testing.assert_allclose(drawn["rising"][0][2::3], [17, 33, 49, 65])
     np.testing.assert_allclose(drawn["rising"][1], np.repeat([7.5, 23.5, 39.5, 55.5], 3))
     np.testing.assert_allclose(drawn["flat"][1], np.ones(12))
-    # All documents of a model are alike here: the interval has no width.
+    # All documents of a model are equal here, so the interval has no width.
     np.testing.assert_allclose(bands[0], [drawn["rising"][1]] * 2)
     assert imread(path).std() > 0.01
     assert [entry.name for entry in tmp_path.iterdir()] == ["loss.png"]
@@ -68,13 +68,13 @@ def test_no_two_of_a_dozen_lines_look_alike(count: int) -> None:
     styles = [line_style(number, count) for number in range(count)]
     assert len({(style["color"], style.get("linestyle", "-")) for style in styles}) == count
     assert len({style["marker"] for style in styles}) == count
-    # None hides another: the thick one lies below.
+    # No line hides another: the thick one is below.
     assert [style["zorder"] for style in styles] == sorted((style["zorder"] for style in styles), reverse=True)
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures saved, laid out."""
+    """Collects the saved figures with their layout."""
     kept: list[Figure] = []
     monkeypatch.setattr("eabf_jax.analysis.figures.save", lambda figure, _: kept.append(figure))
     return kept
@@ -94,11 +94,11 @@ def test_the_mark_of_the_pretrained_window_stays_inside_the_axes(
     for text in axes.texts:
         box, inside = text.get_window_extent(), axes.get_window_extent()
         assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-    assert axes.get_xlim()[1] < 20_000  # no wider for the mark
+    assert axes.get_xlim()[1] < 20_000  # not widened by the mark
 
 
 def relative_luminance(colour: tuple[float, float, float, float]) -> float:
-    """As WCAG 2.1 defines it."""
+    """Computes the relative luminance as WCAG 2.1 defines it."""
     channels = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
     return 0.2126 * channels[0] + 0.7152 * channels[1] + 0.0722 * channels[2]
 
@@ -109,7 +109,7 @@ def test_figures_in_heat_maps_can_be_read_on_every_colour(drawn: list[Figure]) -
     axes = drawn[0].axes[0]
     colours = axes.images[0].cmap(np.arange(101) / 100)
     luminances = [relative_luminance(colour) for colour in colours]
-    # Told apart by lightness alone, whatever colours the eye sees: the more, the lighter.
+    # Higher values are lighter, so colour vision is not needed.
     assert luminances == sorted(luminances)
     for text, luminance in zip(axes.texts, luminances, strict=True):
         light, dark = sorted((luminance, relative_luminance(matplotlib.colors.to_rgba(text.get_color()))))[::-1]

@@ -1,4 +1,4 @@
-"""The generation benchmark: its arithmetic with a clock of the test's own, its counts, and a shape that a CPU runs."""
+"""The generation benchmark: its arithmetic with a simulated clock, its counts, and a run of a small shape on a CPU."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ def program(load_program):
 
 
 class Clock:
-    """Stands still but for what the test spends."""
+    """A clock that only the test advances."""
 
     now = 1000.0
 
@@ -32,7 +32,7 @@ class Clock:
 
 
 ROWS, NEW = 3, 11
-# (seconds to the first token, seconds from there), by call: the first one compiles, two more are warm, three are timed.
+# (seconds to the first token, seconds from there) by call: one compiles, two are warm, three are timed.
 CALLS = [(100.0, 70.0), (2.5, 2.0), (2.5, 2.0), (2.0, 5.0), (7.0, 4.0), (3.0, 9.0)]
 
 
@@ -53,9 +53,9 @@ def stream_of(clock, calls, tokens=NEW):
 def test_our_rate_is_of_the_tokens_after_the_first_and_of_warm_calls(program):
     clock = Clock()
     figures, last = program.our_speed(stream_of(clock, CALLS), ROWS, NEW, clock)
-    # 3 rows of 10 tokens after the first, in 5 seconds: the median of 5, 4 and 9.
+    # 3 rows of 10 tokens after the first, in 5 seconds, the median of 5, 4 and 9.
     assert figures["tokens_per_second"] == pytest.approx(3 * 10 / 5)
-    assert figures["first_token_seconds"] == pytest.approx(3.0)  # of 2, 7 and 3
+    assert figures["first_token_seconds"] == pytest.approx(3.0)  # median of 2, 7 and 3
     assert figures["spread"] == pytest.approx((9 - 4) / 5)
     assert figures["timed_runs"] == 3
     assert figures["seconds"]["warm_up"] == pytest.approx([170.0, 4.5, 4.5])
@@ -81,7 +81,7 @@ def test_warming_up_goes_on_until_a_call_is_no_quicker(program):
 
 
 def peer_of(clock, prefill, token, first_call=0.0):
-    """A `generate` that says nothing before it ends; `counts` holds how many tokens it was asked for."""
+    """Returns a `generate` that yields nothing before its end, and `counts`, the requested numbers of tokens."""
     prefills, tokens, counts = iter(prefill), iter(token), []
 
     def generate(count):
@@ -95,12 +95,12 @@ def peer_of(clock, prefill, token, first_call=0.0):
 
 def test_the_peers_rate_is_of_the_tokens_after_the_first(program):
     clock = Clock()
-    # Two calls to warm up, three of one token, three of eleven.
+    # Two calls warm up, three generate one token, three eleven.
     prefill = [6, 6, 5, 4, 9, 5, 5, 5]
     generate, counts = peer_of(clock, prefill, [1, 1, 1, 1, 1, 2, 3, 7])
     figures = program.peer_speed(generate, ROWS, NEW, clock, compiled=False, best=None)
     assert counts == [2, 2, 1, 1, 1, NEW, NEW, NEW]
-    assert figures["first_token_seconds"] == pytest.approx(5)  # of 5, 4 and 9
+    assert figures["first_token_seconds"] == pytest.approx(5)  # median of 5, 4 and 9
     assert figures["seconds"]["decode"] == pytest.approx([20, 30, 70])  # not 25, 35 and 75
     assert figures["tokens_per_second"] == pytest.approx(3 * 10 / 30)
     assert figures["spread"] == pytest.approx(50 / 30)
@@ -123,12 +123,12 @@ def test_a_peer_far_behind_has_a_trial_only(program, best, timed):
     assert figures["timed_runs"] == timed
     assert counts[:4] == [2, 2, 1, program.TRIAL]
     if not timed:
-        assert figures["trial_tokens_per_second"] == pytest.approx(3 / 2)  # 3 rows, 2 seconds a token
+        assert figures["trial_tokens_per_second"] == pytest.approx(3 / 2)  # 3 rows, 2 seconds per token
         assert figures["trial_tokens"] == program.TRIAL and "tokens_per_second" not in figures
 
 
 def test_flops_are_those_of_the_products(program):
-    """Every matrix once a token, but the head's once; half of a square of logits and of weighted values a head."""
+    """All matrices count per token, except the head, which counts once; causal attention counts half the square."""
     shape, length = program.SHAPES["micro"], 96
     parameters = Llama.abstract(LlamaConfig.from_fields(shape)).parameters()
     matrices = sum(leaf.size for leaf in jax.tree.leaves(parameters["layers"]) if leaf.ndim == 3)
@@ -142,7 +142,7 @@ def test_flops_are_those_of_the_products(program):
 def test_a_step_reads_every_weight_and_the_slots_in_use(program, name, cache):
     shape, rows, prompt, new = program.SHAPES[name], 5, 20, 7
     parameters = Llama.abstract(LlamaConfig.from_fields(shape)).parameters()
-    if "lm_head" in parameters:  # else the embedding is the head's too, and read whole
+    if "lm_head" in parameters:  # otherwise the embedding is also the head, and all of it is read
         del parameters["embed_tokens"]
     weights = sum(leaf.size for leaf in jax.tree.leaves(parameters))
 
@@ -151,7 +151,7 @@ def test_a_step_reads_every_weight_and_the_slots_in_use(program, name, cache):
         layer = jax.eval_shape(lambda: empty_cache(*sizes, jnp.bfloat16, cache))
         return shape["num_hidden_layers"] * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layer))
 
-    # The prefill makes the first token; the steps after it hold the prompt and what was made before, and their own.
+    # The prefill generates the first token; each later step attends to the prompt and all earlier tokens.
     steps = [cached(prompt + made) for made in range(1, new)]
     slot_bytes = program.SLOT_BYTES[cache](shape["head_dim"])
     expected = 2 * weights + sum(steps) / len(steps)
@@ -171,7 +171,7 @@ def report(program, peer=None, **runs):
 
 
 def test_shares_and_ratios(program):
-    """The shares that the issue counts for these rates are 77 % and 81 % of 3.35 TB/s."""
+    """At these rates, the shares are 77 % and 81 % of 3.35 TB/s."""
     static, kept, dynamic = "static cache, compiled", "static cache of the caller's, compiled", "dynamic cache"
     peer = {
         "short": {static: measured(135.7), dynamic: {"timed_runs": 0, "trial_tokens_per_second": 35.2}},
@@ -180,7 +180,7 @@ def test_shares_and_ratios(program):
     }
     runs = {"short": measured(192.554), "long": measured(123.821), "batch": measured(1381.1)}
     figures = program.finish(report(program, peer, **runs), program.SHAPES["llama2_7b"])
-    # Shares are told to a thousandth.
+    # Shares are rounded to a thousandth.
     assert figures["runs"]["short"]["bandwidth_share"] == pytest.approx(0.767, abs=0.001)
     assert figures["runs"]["long"]["bandwidth_share"] == pytest.approx(0.808, abs=0.001)
     # By hand: 16 rows of 2,176 slots of 524,288 bytes, and 6,607,343,616 weights of 2.
@@ -191,7 +191,7 @@ def test_shares_and_ratios(program):
     assert figures["strongest_peer"] == {"short": static, "long": kept, "batch": None}
     assert figures["ratio_to_strongest_peer"] == pytest.approx({"short": 192.554 / 135.7, "long": 123.821 / 90})
     assert figures["peer"]["long"][kept]["settings"] == {"own_cache": True, "compiled": True}
-    assert figures["prefill_mfu"] == pytest.approx(0.628, abs=0.001)  # as counted before, of 0.455 s
+    assert figures["prefill_mfu"] == pytest.approx(0.628, abs=0.001)  # the FLOPs counted above, in 0.455 s
     assert program.errors(figures) == []
 
 
@@ -210,7 +210,7 @@ SIZE = {"batch": 1, "prompt": 8, "new": 4}
 
 
 def compared(program, rates, budget, cost=10.0):
-    """Runs `compare` on `rates`, by run and setting; returns what was saved last and the order of what was measured."""
+    """Runs `compare` on `rates` by run and setting; returns the last saved figures and the order of measurements."""
     clock, order, saved = Clock(), [], []
 
     def measure(setting, one, best):
@@ -244,7 +244,7 @@ def test_every_setting_is_measured_the_strongest_before_first(program):
 def test_a_spent_budget_leaves_the_strongest_for_later_runs(program):
     rates = {run: {"x": 3.0, "y": 5.0, "z": 1.0} for run in "abc"}
     found, order = compared(program, rates, budget=45)
-    # Three in the first run would leave less than two times ten seconds for the runs to come.
+    # Three in the first run would leave less than two times ten seconds for later runs.
     assert [(run, setting) for run, setting, _ in order] == [("a", "x"), ("a", "y"), ("a", "z"), ("b", "y"), ("c", "y")]
     assert (
         found["b"]["x"]["left_out"]
@@ -253,7 +253,7 @@ def test_a_spent_budget_leaves_the_strongest_for_later_runs(program):
     found, order = compared(program, rates, budget=20)
     assert [(run, setting) for run, setting, _ in order] == [("a", "x"), ("b", "x"), ("c", "x")]
     assert found["a"]["y"]["left_out"] == "the 20 seconds for the peer were up (not tried)"
-    # What compiles in the first run, y will have to in later ones.
+    # What x compiles in the first run, y must compile in later runs.
     _, order = compared(program, rates, budget=100, cost={"x": 30, "y": 5, "z": 5})
     assert [setting for run, setting, _ in order if run == "b"] == ["y", "x"]
 
@@ -321,11 +321,11 @@ def test_our_figures(program):
     assert (run["batch"], run["prompt"], run["new"]) == (2, 5, 9)
     assert run["first_token_seconds"] > 0 and run["timed_runs"] == len(run["seconds"]["decode"]) == 3
     assert run["tokens_per_second"] > 0 and figures["device"] == "cpu"
-    assert 0 <= run["worst_choice"] < 0.1  # int8 keys and values; a token at random would be several below
+    assert 0 <= run["worst_choice"] < 0.1  # with int8 keys and values; a random token would be several below
 
 
 def test_every_setting_of_the_peer_runs_or_says_why_not(program, monkeypatch):
-    """On a CPU nothing is compiled, and kernels that only GPUs have are passed over."""
+    """On a CPU nothing is compiled, and kernels that only GPUs have are skipped."""
     monkeypatch.setattr(program, "warm_up", lambda call, clock: [])
     monkeypatch.setattr(program, "REPEATS", 1)
     peer = program.Peer(program.SHAPES["micro"])

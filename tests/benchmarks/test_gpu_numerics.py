@@ -1,4 +1,4 @@
-"""The program that holds a GPU against float32, on a CPU: its references, and that it finds what is wrong."""
+"""The program that compares a GPU with float32, on a CPU: its references, and that it finds errors."""
 
 import functools
 import json
@@ -35,7 +35,7 @@ def call(program, monkeypatch, tmp_path):
 
 
 def test_the_reference_is_attention_and_its_gradients(program):
-    """Against PyTorch's, in float64: two query heads a key-value head, more keys than queries, and a mask."""
+    """Compares with PyTorch in float64: two query heads per key-value head, more keys than queries, and a mask."""
     torch = pytest.importorskip("torch")
     random = np.random.default_rng(0)
     shapes = [(2, 5, 4, 6), (2, 9, 2, 6), (2, 9, 2, 6), (2, 5, 4, 6)]
@@ -88,7 +88,7 @@ def test_a_token_that_sees_beyond_its_rows_end_is_found(program, monkeypatch, ki
     whole = kv_cache.attend_token
 
     def attend(q, k, v, cache, positions, *, backend):
-        # Stored where it belongs, then attended to from one place further on.
+        # The token is stored in its place, then attended to from one position further.
         _, cache = whole(q, k, v, cache, positions, backend=backend)
         return whole(q, k, v, cache, positions + off, backend=backend)
 
@@ -98,7 +98,7 @@ def test_a_token_that_sees_beyond_its_rows_end_is_found(program, monkeypatch, ki
 
 
 def shortened(sizes):
-    """One head size and one policy; the kernels are tested above."""
+    """Limits a run to one head size and one policy; the kernels are tested above."""
     return sizes._replace(lengths=(), slots=(), wide=None, policies=sizes.policies[:1])
 
 
@@ -111,7 +111,7 @@ def test_a_model_is_compared_in_training_and_in_generation(program, call, monkey
     assert {x.get("cache") for x in found} == {None, "int8"}
     gradients = {x["what"] for x in found if x["what"].startswith("gradient")}
     assert len(gradients) == 12 and "gradient of layers.self_attn.q_proj.kernel" in gradients
-    # The plain way's errors are those of 8 bits.
+    # The plain computation's errors are those of 8 bits.
     assert all(2.0**-12 < x["plain_error"] < 2.0**-4 for x in found if x["what"] != "loss")
     assert {"commit", "card", "versions", "sources", "device"} <= figures.keys()
     assert "eabf_jax/training/backward.py" in figures["sources"]

@@ -86,7 +86,7 @@ def test_page_and_pictures_are_written_from_results(program, results, tmp_path, 
     assert text.startswith("# Speed\n\nBefore.\n") and text.endswith("\n\nAfter.\n")
     assert "old table" not in text
     link = "[one.json](../benchmarks/results/one.json) 2024-01-02 0123abc"
-    # The median step takes a second: 11,300 tokens; the slowest 1.02, the fastest 0.98.
+    # The median step takes a second for 11,300 tokens, the slowest 1.02 s, the fastest 0.98 s.
     ours = "11,300 (11,079–11,531, 3 steps) | 60.0% | 131.2 | 128.0 | 2 | keeps dots:12,qkv, state on host"
     assert f"| 16,384 | eabf-jax | {ours} | – | {link} |" in text
     told = "default/compiled/liger/checkpointed/bfloat16"
@@ -97,7 +97,7 @@ def test_page_and_pictures_are_written_from_results(program, results, tmp_path, 
     assert f"| 16,384 | peer, float32 state | {full} | {link} |" in text
     assert f"| 65,536 | strongest peer | out of memory | – | – | – | – | {told} | – | [sweep.json]" in text
     assert "| 65,536 | eabf-jax | 5,000 (4,902–5,102, 3 steps) | 60.0% | 135.6, the limit |" in text
-    # Every setting, the fastest first.
+    # Every setting has a row, the fastest first.
     tried = [line for line in text.splitlines() if line.startswith("| 16,384 | default/") and "one.json" in line]
     assert [line.split(" | ")[1].split("/")[1] for line in tried] == ["compiled", "eager", "compiled"]
     assert "| llama2_7b_eabf_16k | 2 × NVIDIA H100 | 16,384 | 6 | 300 | 268 | [recipe.json]" in text
@@ -107,7 +107,7 @@ def test_page_and_pictures_are_written_from_results(program, results, tmp_path, 
     assert pictures == ["llama2_7b_eabf_16k_1x_nvidia_h200.png", "llama2_7b_eabf_16k_2x_nvidia_h100.png"]
     assert all(f"](performance/{name})" in text for name in pictures)
     program.main()
-    assert path.read_text() == text  # from the same results the same page
+    assert path.read_text() == text  # the same results give the same page
     cells = "llama2_7b_eabf_16k | 1 × NVIDIA H200 | 16,384 | 11,300 | 60.0%"
     peer = "8,149 with compiled layers, Liger kernels: ours is 1.39 ×"
     assert f"| {cells} | {peer} | out of memory |" in readme.read_text()
@@ -116,7 +116,7 @@ def test_page_and_pictures_are_written_from_results(program, results, tmp_path, 
 def test_the_picture_has_every_measurement_of_the_table_and_its_line_the_fastest(
     program, results, tmp_path, monkeypatch
 ):
-    # Measured last, and slower: the line does not fall back to it.
+    # The newest run is slower, so the line does not go through it.
     newest = {**RUN, **RAN, "tokens_per_second": 10_731.0, "date": "2024-01-05", "peers": {}}
     (results / "newest.json").write_text(json.dumps(newest))
     [(group, reports)] = [item for item in program.grouped(program.read_results(results)).items() if item[0][2] == 1]
@@ -148,13 +148,13 @@ def test_a_figure_whose_code_has_changed_is_marked(program, load_program):
 
 
 def test_several_devices_are_held_against_one_of_their_kind(program, results):
-    assert program.scaling_table(program.grouped(program.read_results(results))) == []  # the two are of another kind
+    assert program.scaling_table(program.grouped(program.read_results(results))) == []  # one H100 has no figure
     two = {**RUN, **RAN, "devices": 2, "tokens_per_second": 21_470.76, "date": "2024-01-04", **ALONE}
     (results / "two.json").write_text(json.dumps(two))
     text = "\n".join(program.scaling_table(program.grouped(program.read_results(results))))
-    # Of the faster of the runs alone: 21,470.76 / (2 x 11,300.4)
+    # Against the faster run on one device: 21,470.76 / (2 x 11,300.4)
     assert "| llama2_7b_eabf_16k | 2 × NVIDIA H200 | 16,384 | 21,471 | 11,300 | 95.0% |" in text
-    # Without a record of the code, it is not known what is compared.
+    # A result without a record of its code is left out.
     (results / "two.json").write_text(json.dumps({**two, "sources": None}))
     assert program.scaling_table(program.grouped(program.read_results(results))) == []
 
@@ -187,7 +187,7 @@ def test_generation_is_held_against_the_strongest_peer(program):
     assert "static cache (2 of 3 settings tried) | 52.3%" in cut
     assert f"| {row} | 16 × 2,048 | – | – | out of memory | – | – | – | – | {link} |" in text
     assert program.generation_table([RUN]) == []
-    # A file from before there was a strongest peer: its ratio is not shown.
+    # An older file has no strongest peer, so no ratio is shown.
     old = {"first_token_seconds": 0.02, "tokens_per_second": 192.55}
     before = {"shape": "llama2_7b", "device": "NVIDIA H100", "cache": "int8", "file": "old.json"}
     before |= {
@@ -238,7 +238,7 @@ def test_torchtitan_is_a_peer_like_the_others(program, results):
     assert "| 16,384 | torchtitan/full/bfloat16 | out of memory | – | 4 | titan.json |" in text
     [told] = [row for row in program.readme_training(groups) if "| 1 × NVIDIA H200 | 16,384 |" in row]
     assert "9,000 with torchtitan, no checkpointing: ours is 1.26 ×" in told
-    # Another length, and two devices, are not compared with it.
+    # It is not compared with another length, or with two devices.
     two = {group: reports for group, reports in groups.items() if group[2] == 2}
     assert "65,536 | torchtitan" not in text and "titan" not in program.page(two)
     modes = {"none": {**fast, "tokens_per_second": 8000.0}}
@@ -248,12 +248,12 @@ def test_torchtitan_is_a_peer_like_the_others(program, results):
 
 
 def test_the_peers_of_every_run_on_the_device_count(program, results):
-    """A run that tried other settings was slower itself; its peers are counted against all runs."""
+    """A slower run with other settings adds its peers to the comparison of all runs."""
     settings = {"*/kept/bfloat16": 10_000.0, "*/kept/autocast": 9000.0, "*/checkpointed/bfloat16": 12_000.0}
     peers = {name.replace("*", "cudnn/eager/liger"): PEER | {"tokens_per_second": x} for name, x in settings.items()}
     kept, masters, tried = peers
     other = RUN | RAN | {"tokens_per_second": 11_000.0, "date": "2024-01-06", "commit": "4567abc", "peers": peers}
-    # The third was only tried: it is not the run's strongest, whatever its rate on fewer microbatches.
+    # The third was only tried on fewer microbatches, so its rate does not make it the strongest.
     other |= {"strongest_peer": kept, "ratio_to_strongest_peer": 1.1}
     other |= {"strongest_float32_peer": masters, "ratio_to_strongest_float32_peer": 1.2222}
     (results / "other.json").write_text(json.dumps(other))
@@ -293,7 +293,7 @@ def test_the_readme_has_todays_code_before_faster_older_code(program, results):
     assert not [line for line in program.readme_training(program.grouped(program.read_results(results))) if row in line]
 
 
-@pytest.mark.filterwarnings("error")  # matplotlib warns of a layout that it gave up
+@pytest.mark.filterwarnings("error")  # matplotlib warns if its layout fails
 def test_picture_shows_both_stacks(program, results, tmp_path):
     [(group, reports)] = [item for item in program.grouped(program.read_results(results)).items() if item[0][2] == 1]
     program.draw(group, reports, tmp_path / "picture.svg")
@@ -319,7 +319,7 @@ def test_no_results_is_one_line(program, tmp_path):
 
 @pytest.mark.document_check
 def test_the_committed_pages_are_those_of_the_results_and_of_todays_code(program):
-    """A change of code that a figure measures makes the figure stale, and the pages have to say so."""
+    """A change to measured code makes its figures stale, and the pages must say so."""
     for part, text in program.parts(program.ROOT / "benchmarks/results").items():
         written = (program.ROOT / ("docs/performance.md" if part == "performance" else "README.md")).read_text()
         found = written.partition(program.BEGIN.format(part))[2].partition(program.END)[0]

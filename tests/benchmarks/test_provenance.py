@@ -1,4 +1,4 @@
-"""A figure is stale when the code that it measures has changed, and not when a comment has."""
+"""A figure is stale if the measured code has changed, but not if only a comment has."""
 
 import sys
 
@@ -19,7 +19,7 @@ def test_a_digest_is_of_code_alone(program, tmp_path):
     told = digest('"""A module."""\n\n\ndef scale(x):\n    """Doubles."""\n    # twice\n    return (2 * x)\n')
     assert plain == told
     assert len({plain, digest("def scale(x):\n    return 3 * x\n"), digest("def scale(x):\n    return x * 2\n")}) == 3
-    # The same in every release of Python: a digest that is written down, from 3.11, 3.12 and 3.13.
+    # The digest is the same in every release of Python; this one was computed with 3.11, 3.12 and 3.13.
     assert digest('def told(x: int = 2) -> str:\n    return f"{x:.2f} of {x!r}"\n') == "439589c77c5066d2"
     assert program.digest(tmp_path / "none.py") is None
 
@@ -36,7 +36,7 @@ def test_changed_files_are_named(program, monkeypatch, tmp_path):
     (tmp_path / "a.py").unlink()
     assert program.changed(report) == ["a.py", "b.py"]
     assert program.changed({"benchmark": "some"}) is None
-    # How arrays are shared matters where there are several devices.
+    # Sharding matters only on several devices.
     shared = {"sources": {program.SHARING + "rules.py": "0" * 16}}
     assert program.changed({**shared, "devices": 1}) == []
     assert program.changed({**shared, "devices": 2}) == [program.SHARING + "rules.py"]

@@ -1,4 +1,4 @@
-"""Every scheme has the same choices, the lowest loss is chosen, and what is there is not done again."""
+"""Every scheme has the same choices, the lowest loss is chosen, and finished cells are not repeated."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ def program(load_program):
 
 @pytest.fixture
 def search(program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Starts the program on a micro model with two configurations; its exit status and what it wrote."""
+    """Runs the program on a micro model with two configurations; returns its exit status and its file."""
     random = np.random.default_rng(0)
     with DatasetWriter(tmp_path / "data") as writer:
         for split, count in (("train", 8), ("held_out", 3)):
@@ -85,7 +85,7 @@ def test_every_scheme_has_the_same_choices_and_a_second_start_goes_on(program, s
         return {"loss": abs(base - 20_000) / 20_000 + abs(rate - 2e-4) * 1000, "bands": [1.0]}
 
     monkeypatch.setattr(program, "measure", measure)
-    clock = iter(np.arange(0, 1000, 10.0))  # each look at it 10 s after the one before
+    clock = iter(np.arange(0, 1000, 10.0))  # each call is 10 s after the one before
     monkeypatch.setattr(program.time, "monotonic", lambda: float(next(clock)))
     code, found = search("--time-limit", "60")
     assert code == 3 and 0 < len(found["cells"]) < 9

@@ -1,4 +1,4 @@
-"""What is there is not done again, and what time does not allow is left for the next start."""
+"""Existing results are not repeated, and work without time left waits for the next start."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ LABELS = ("untouched", "EABF, untrained", "EABF, trained")
 
 @pytest.fixture
 def program(load_program, monkeypatch):
-    """Runs the program; its exit status, and what it measured anew."""
+    """Runs the program; returns its exit status and the models it measured."""
     module = load_program("retrieval_smollm2")
     measured = []
 
@@ -40,8 +40,8 @@ def program(load_program, monkeypatch):
 
 
 def test_a_second_start_goes_on_and_a_third_only_reports(program, tmp_path: Path, capsys) -> None:
-    shutil.copytree(TINY, tmp_path / "exported/eabf")  # trained before
-    # The first model takes 50 s by its own account: no time for another one within 40.
+    shutil.copytree(TINY, tmp_path / "exported/eabf")  # already trained
+    # The first model reports 50 s, so there is no time for another within 40 s.
     assert program(tmp_path, "--time-limit", "40") == (3, [LABELS[2]])
     assert "time is up before evaluating EABF, untrained" in capsys.readouterr().out
     assert program(tmp_path) == (0, [LABELS[1], LABELS[0]])

@@ -20,7 +20,7 @@ def program(load_program):
 
 @pytest.fixture
 def call(program, monkeypatch, tmp_path):
-    """Runs the program with processes that do what they are told; returns its file."""
+    """Runs the program with simulated processes; returns its file."""
 
     def run(process, *arguments):
         path = tmp_path / "out.json"
@@ -45,7 +45,7 @@ def test_the_rate_is_that_of_the_median_step(call):
 
     found = call(process, "--modes", "full", "--microbatches", "3")["modes"]["full"]
     assert found["tokens_per_second"] == pytest.approx(3 * 16_384 / 5.0)
-    # 6 x (6,738,415,616 - 32,000 x 4,096) + 6 x 32 x 4,096 x 16,384 FLOPs a token, of 989.4 TFLOP/s
+    # 6 x (6,738,415,616 - 32,000 x 4,096) + 6 x 32 x 4,096 x 16,384 FLOPs per token, of 989.4 TFLOP/s
     flops = 6 * (6_738_415_616 - 32_000 * 4_096) + 6 * 32 * 4_096 * 16_384
     assert found["mfu"] == pytest.approx(found["tokens_per_second"] * flops / 989.4e12)
     assert not found["out_of_memory"] and load_config(["--config_path", str(CONFIG)]).window == 16_384

@@ -38,7 +38,7 @@ def test_every_model_and_window_has_its_smallest_slice(program, results):
         found = figures(results, row["model"], row["window"], row["smallest"])
         assert found["hbm_gib_per_chip"] <= 30.75
         number = names.index(row["smallest"])
-        if number:  # the next smaller one has been tried, and refused by the compiler
+        if number:  # the compiler refused the next smaller one
             assert "needs more memory" in figures(results, row["model"], row["window"], names[number - 1])["error"]
 
 
@@ -58,7 +58,7 @@ def test_what_was_asked_for_fits(results, model, window, name, limit):
 
 
 def test_the_planner_is_within_a_tenth_of_the_compiler(results):
-    """Of what the compiler took, and of what it says that it would have needed."""
+    """The prediction is within a tenth of what the compiler used, or says that it would need."""
     for line, cell in results["cells"].items():
         _, _, _, name, *settings = shlex.split(line)
         config = load_config(settings)
@@ -82,11 +82,11 @@ def test_meshes_are_tried_the_simplest_first_and_then_the_one_that_needs_least(p
     first, least = program.preferred("7B", 16_384, 16)
     assert dict(first.mesh) == {"data": 1, "fsdp": 16, "context": 1, "tensor": 1}
     assert least.total < first.total
-    # Four chips hold 16 bytes a parameter and little else: rows cut over two of them just fit, over all of them best.
+    # Four chips hold 16 bytes per parameter and little else. Rows split over two just fit; over all, they need least.
     first, least = program.preferred("7B", 16_384, 4)
     assert dict(first.mesh) == {"data": 1, "fsdp": 2, "context": 2, "tensor": 1}
     assert dict(least.mesh) == {"data": 1, "fsdp": 1, "context": 4, "tensor": 1}
-    # Where nothing fits, the one that needs least is to be refused.
+    # If nothing fits, the mesh that needs least is tried, and must be refused.
     (only,) = program.preferred("7B", 65_536, 4)
     assert not only.fits
 

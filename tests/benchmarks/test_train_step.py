@@ -39,14 +39,14 @@ def program(load_program):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory, quick_flags):
-    """What a user gets from the whole program with a tiny model, transformers beside it."""
+    """Runs the whole program with a tiny model and transformers as the peer; returns its report."""
     folder = tmp_path_factory.mktemp("benchmark")
     (folder / "micro.yaml").write_text(CONFIG)
     command = [sys.executable, str(ROOT / "benchmarks/train_step.py"), "--config_path", str(folder / "micro.yaml")]
     command += ["--sequences", "4", "--steps", "2", "--multiplier-cost", "1"]
     command += ["--peers", "default/eager/none/*/bfloat16", "--search-microbatches", "1"]
     command += ["--recipe.learning_rate", "0.001", "--json", str(folder / "out.json")]
-    # One device, one thread, and programs that compile quickly: nobody reads these seconds.
+    # One device, one thread and little optimisation, because the seconds do not matter.
     environment = {**os.environ, "XLA_FLAGS": quick_flags, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -60,7 +60,7 @@ def test_report_has_every_key(report):
     assert (report["device"], report["devices"], report["mfu"], report["peak_gib"]) == ("cpu", 1, None, None)
     assert {"jax", "torch", "transformers"} <= report["versions"].keys()
     assert shlex.split(report["command"])[:2] == ["python", str(ROOT / "benchmarks/train_step.py")]
-    # Overrides, the benchmark's own included, and weights that are not read.
+    # The configuration has all overrides, the benchmark's own included, and no path of weights.
     config = report["config"]
     assert (config["recipe"]["learning_rate"], config["recipe"]["batch_size"]) == (0.001, 4)
     assert config["model"]["path"] is None
@@ -76,8 +76,8 @@ def test_figures_follow_from_the_seconds(report):
     assert peer["tokens_per_second"] == pytest.approx(4 * 64 / statistics.median(peer["seconds"]))
     assert report["ratio_to_strongest_peer"] == pytest.approx(report["tokens_per_second"] / peer["tokens_per_second"])
     assert report["compile_seconds"] > 0
-    # Matrix products: of each layer q and o 32 x 32, k and v 32 x 16, three of 32 x 48, two norms; the last norm; the
-    # output 32 x 96. Attention: 6 x 3 layers x 32 x 64 tokens.
+    # Parameters: per layer q and o 32 x 32, k and v 32 x 16, three of 32 x 48, two norms; the last norm; the output
+    # 32 x 96. Attention: 6 x 3 layers x 32 x 64 tokens.
     products = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32 + 32 * 96
     assert report["flops_per_token"] == 6 * products + 6 * 3 * 32 * 64
 
@@ -95,14 +95,14 @@ def test_both_stacks_do_the_same_work(report):
     assert (
         (peer["microbatches"], peer["microbatch_size"]) == (report["microbatches"], report["microbatch_size"]) == (4, 1)
     )
-    # Weights of 0.02 say next to nothing of the tokens: the loss is ln(vocabulary) but for a few hundredths.
+    # Weights of 0.02 predict next to nothing, so the loss is within a few hundredths of ln(vocabulary).
     assert report["losses"][0] == pytest.approx(math.log(96), abs=0.03)
     assert peer["losses"][0] == pytest.approx(math.log(96), abs=0.03)
-    # The peer's warm-up step has one microbatch, and a random gradient's norm goes with the root of the number of
-    # tokens: the second step. Other draws of weights and of 252 tokens differ by half a percent; half the tokens, or a
-    # gradient that is summed rather than averaged, would make 40 percent or more.
+    # A random gradient's norm depends on the square root of the number of tokens, and the peer's warm-up step has only
+    # one microbatch, so the second step is compared. Other draws of weights and of 252 tokens change it by half a
+    # percent; half the tokens, or a gradient summed instead of averaged, by 40 percent or more.
     assert report["gradient_norms"][1] == pytest.approx(peer["gradient_norms"][1], rel=0.1)
-    # The state is carried from step to step: a learning rate of 0.001 shows in the third.
+    # The state is carried from step to step, so a learning rate of 0.001 shows in the third.
     assert report["losses"][2] != report["losses"][0]
     assert (peer["parameter_dtype"], peer["precision"], peer["graphs"]) == ("float32", "autocast", 0)
     assert report["peers"][report["strongest_peer"]]["parameter_dtype"] == "bfloat16"
@@ -130,7 +130,7 @@ def test_multiplier_is_timed_against_default(report):
 
 
 def test_multiplier_cost_is_the_median_of_the_pairs(program):
-    # 1 %, 2 % and, in a pair that something else disturbed, 50 %.
+    # 1 %, 2 % and, in a disturbed pair, 50 %.
     cost = program.multiplier_cost([(1.01, 1.0), (2.04, 2.0), (3.0, 2.0)])
     assert cost["ratio"] == pytest.approx(0.02)
 
@@ -151,12 +151,12 @@ def peer_of(rate, microbatches, seconds, update, precision="bfloat16"):
 
 
 def test_the_strongest_peer_is_reckoned_on_our_microbatches(program):
-    # On two microbatches the first is faster; on eight, where the update weighs less, the second: 8.6 s against 9.2.
+    # On two microbatches the first is faster. On eight, the update weighs less, and the second is: 8.6 s against 9.2 s.
     tried = {"a": peer_of(2000 / 2.1, 2, 1.0, 0.1), "b": peer_of(2000 / 2.6, 2, 0.95, 1.0), "c": {"error": "failed"}}
     assert program.strongest(tried, 2) == "a"
     assert program.strongest(tried, 8) == "a"
     assert program.strongest(tried, 32) == "b"
-    # What was measured on as many goes before what was not, and float32 peers are a row of their own.
+    # A setting measured on as many microbatches goes first, and float32 peers are ranked separately.
     again = tried | {"b": peer_of(900.0, 32, 0.95, 1.0), "d": peer_of(9e9, 32, 0.1, 0.1, "autocast")}
     assert program.strongest(again, 32) == "b"
     assert program.strongest(again, 32, "autocast") == "d"

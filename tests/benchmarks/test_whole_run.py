@@ -1,4 +1,4 @@
-"""The parts of a whole run add up to it, and the model that it starts from is whole."""
+"""The parts of a whole run add up to its time, and the model that it starts from is complete."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def test_the_parts_add_up_to_the_whole(program):
     found = program.figures(train, export, metrics, last=1_000_370.0)
     assert found["total_seconds"] == 450.0
     assert (found["steps_seconds"], found["after_last_step_seconds"]) == (310.0, 30.0)
-    # Compilation is a part of what comes before the first step.
+    # Compilation is part of the time before the first step.
     assert (found["before_first_step_seconds"], found["compile_seconds"]) == (60.0, 12.0)
     parts = ("before_first_step_seconds", "steps_seconds", "after_last_step_seconds", "export_seconds")
     assert sum(found[part] for part in parts) == found["total_seconds"]
@@ -43,7 +43,7 @@ def test_the_model_on_disk_is_a_converted_one(program, tmp_path):
     leaves = dict(flatten(load_parameters(tmp_path / "model")[1]))
     assert {str(leaf.dtype) for leaf in leaves.values()} == {"bfloat16"}
     kernel = np.asarray(leaves["layers", "mlp", "up_proj", "kernel"], np.float32)
-    assert kernel.std() == pytest.approx(0.02, rel=0.05)  # of 4,608 numbers: off by 1 % or so
+    assert kernel.std() == pytest.approx(0.02, rel=0.05)  # of 4,608 numbers: off by about 1 %
     assert (np.asarray(leaves["norm", "scale"]) == 1).all()
 
 

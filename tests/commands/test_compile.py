@@ -1,4 +1,4 @@
-"""`eabf compile` from the command line to table and file."""
+"""`eabf compile`, from the command line to table and file."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_without_a_topology_the_memory_is_predicted(tmp_path, capsys):
     expected = plan(config, extended_config(config), mesh, DEVICES["h200"])
     assert found["gib_per_device"] == round(expected.total / GIB, 3)
     assert (found["device"], found["mesh"], found["remat"]) == ("h200", mesh, "dots:8,full")
-    # The parts are rounded to a thousandth each.
+    # Each part is rounded to a thousandth.
     assert sum(found["gib_by_part"].values()) == pytest.approx(found["gib_per_device"], abs=0.005)
     assert "predicted, of 135.60 GiB" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""The scripts of `convert/` from their command lines; tests/interop has what they make."""
+"""The command lines of the scripts in `convert/`; tests/interop tests their results."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What every report of `eabf evaluate` says of where it was measured."""
+"""The origin that every report of `eabf evaluate` records."""
 
 import pytest
 

@@ -15,7 +15,7 @@ TINY = Path(__file__).parents[2] / "assets/tiny"
 
 
 class Terminal(io.StringIO):
-    """Standard input that somebody sits at."""
+    """Standard input from a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -34,7 +34,7 @@ def read(path: Path) -> dict[str, Any]:
 def test_a_prompt_from_argument_file_and_standard_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All three give the text that the generator gives, with the token that begins a text."""
+    """All three give the generator's text for a prompt that begins with BOS."""
     model, tokenizer = load(TINY, dtype="float32")
     assert tokenizer is not None
     prompt = [1, *tokenizer.encode("The history of")]
@@ -75,7 +75,7 @@ def test_a_conversation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     first, second = read(report)["answers"]
     assert capsys.readouterr().out == f"{first['text'].strip()}\n{second['text'].strip()}\n"
     assert first["text"] == " Hello! How can I assist you today?" and first["finish"] == "stop_token"
-    # Question, answer and its end are before the second question.
+    # Question, answer and end token precede the second question.
     assert second["prompt_tokens"] > first["prompt_tokens"] + len(first["tokens"]) + 5
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert generate("Hi", "--chat", "--template", "vicuna", "--system", "Be brief.", "--json", str(report)) == 0

@@ -1,4 +1,4 @@
-"""Files that cannot be written are refused before the work."""
+"""Output files that cannot be written are refused before any work."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""`eabf prepare` from the command line to table and file."""
+"""`eabf prepare`, from the command line to table and file."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`eabf train`: keys of a configuration, whose help it prints; tests/training has what it does."""
+"""`eabf train`: its help and errors; tests/training tests the training."""
 
 import pytest
 

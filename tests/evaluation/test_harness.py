@@ -1,8 +1,8 @@
-"""The harness' own HF backend is the reference: the same requests, the same answers, the same scores.
+"""Requests, answers and scores against the harness' own Hugging Face backend.
 
 The model is assets/tiny, or its first layers where its text does not matter. The tasks are LongBench's as the harness
-defines them, on documents of our own, and local ones of the kinds that LongBench has not. benchmarks/harness_parity.py
-does the same on SmolLM2.
+defines them, on our own documents, and local tasks of the kinds that LongBench lacks. benchmarks/harness_parity.py does
+the same on SmolLM2.
 """
 
 import functools
@@ -45,13 +45,13 @@ DATA = "tests/evaluation/longbench"
 LOCAL = ("local_choice", "local_last_word", "local_rolling")
 WINDOW = 192
 ANSWER = 32  # tokens; benchmarks/harness_parity.py has the tasks' own lengths, up to 512
-# Float32 sums over some hundred tokens, in two orders.
+# Float32 sums over about a hundred tokens, in different orders.
 TOLERANCE: dict[str, Any] = {"rel": 2e-5, "abs": 2e-5}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def two_devices() -> Iterator[None]:
-    """Or twice as many as share the heads: after each token all wait for each other, on few cores."""
+    """Limits meshes to two rows of devices, because all devices wait for each other after each token."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scorer, "make_mesh", lambda mesh, _: make_mesh(mesh, jax.devices()[: 2 * mesh.tensor]))
         yield
@@ -59,7 +59,7 @@ def two_devices() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_tasks() -> Iterator[None]:
-    """To read all of the harness' own task files takes half a minute: of its folders, those that are asked for here."""
+    """Reads only the folders of the harness that are used here, because all its task files take half a minute."""
     folders = [Path(lm_eval.tasks.__file__).parent / name for name in ("longbench", "mmlu/default")]
 
     def manager(include_path: str | None = None, include_defaults: bool = True, **options: Any) -> TaskManager:
@@ -77,13 +77,13 @@ def few_tasks() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The task files name their documents from there."""
+    """Changes to the root directory, to which the paths in the task files are relative."""
     monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The first two layers of assets/tiny: programs of all six take three times as long to compile."""
+    """Writes the first two layers of assets/tiny; all six take three times as long to compile."""
     directory = tmp_path_factory.mktemp("small") / "model"
     shutil.copytree(TINY, directory)
     config = json.loads((directory / "config.json").read_text())
@@ -167,7 +167,7 @@ def test_every_kind_of_task_scores_as_with_the_hf_backend(tmp_path: Path, monkey
             if (task, metric) not in found:
                 assert key in ("alias", "name", "sample_len") or "stderr" in key or task in longbench.TASKS
             elif "perplexity" in metric or metric == "bits_per_byte":
-                # In the exponent TOLERANCE of the mean log-likelihood, of a few nats.
+                # TOLERANCE of the mean log-likelihood, a few nats, in the exponent.
                 assert found[task, metric]["value"] == pytest.approx(value, rel=1e-4)
             else:
                 assert found[task, metric]["value"] == value
@@ -186,7 +186,7 @@ def test_every_kind_of_task_scores_as_with_the_hf_backend(tmp_path: Path, monkey
                     assert answer[0] == pytest.approx(reference[0], **TOLERANCE)
                 elif task == "local_rolling":
                     assert answer == pytest.approx(reference, **TOLERANCE)
-    # Not all nothing: what is compared tells texts apart.
+    # Some scores are not zero, so the comparison can tell texts apart.
     assert sum(found[task, "score"]["value"] > 0 for task in longbench.TASKS) >= 3
     mean = sum(expected["results"][task]["score,none"] for task in longbench.TASKS) / 12
     (average,) = figures["macro_averages"]
@@ -206,7 +206,7 @@ TEXTS = (
 def test_requests_of_all_lengths_as_the_hf_backend_answers_them(
     hf: HFLM, ours: EabfLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Windows that texts exceed, no context, special tokens in a text, several ends."""
+    """Covers texts longer than the window, no context, special tokens in a text, and several stop strings."""
     monkeypatch.setattr(hf, "_max_length", 64)
     monkeypatch.setattr(ours, "window", 64)
     for text in (*TEXTS, "<s> USER: Hi", ""):
@@ -226,7 +226,7 @@ def test_requests_of_all_lengths_as_the_hf_backend_answers_them(
 
 
 def test_prompts_cut_in_the_middle(ours: EabfLM, small: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers on the first and the last half of the tokens that there is room for."""
+    """Compares with transformers on equal parts of the beginning and the end of the prompt."""
     monkeypatch.setattr(ours, "window", 61)
     monkeypatch.setattr(ours, "_truncate", "middle")
     model = transformers.AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32).eval()
@@ -260,7 +260,7 @@ def test_chat_templates(hf: HFLM, ours: EabfLM, tmp_path: Path) -> None:
         assert ours.apply_chat_template(opened, False) == hf.apply_chat_template(opened, False)
     assert ours.chat_template(True) == hf.chat_template(True)
     assert ours.tokenizer_name == hf.tokenizer_name
-    # A template that refuses system prompts gets the conversation without.
+    # A template that refuses system prompts gets the conversation without one.
     other = tmp_path / "model"
     shutil.copytree(TINY, other)
     settings = json.loads((other / "tokenizer_config.json").read_text())
@@ -275,7 +275,7 @@ def test_chat_templates(hf: HFLM, ours: EabfLM, tmp_path: Path) -> None:
 def test_windows_and_chat_templates_on_the_command_line(
     small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Few-shot prompts stay as they are."""
+    """Few-shot prompts do not get the chat template."""
     monkeypatch.setattr(command, "load_tasks", functools.partial(with_short_answers, tokens=8))
     report, output = tmp_path / "figures.json", tmp_path / "samples"
     assert not evaluate(
@@ -299,7 +299,7 @@ def test_windows_and_chat_templates_on_the_command_line(
 def test_rows_of_a_scheme_that_follows_the_length(
     small: str, splits_model: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What fills a shorter row does not lengthen it: each scores as by itself, in the full forward on one device."""
+    """Padding does not lengthen a row: each has the score of a full forward pass on it alone, on one device."""
     if splits_model:
         monkeypatch.setattr(scorer, "device_at_hand", lambda: SimpleNamespace(memory=1))
     rope = {"type": "dynamic_ntk", "factor": 4, "pretrained_window": 8}
@@ -339,8 +339,8 @@ def test_special_tokens_are_left_out_of_text() -> None:
 
 
 def test_lm_evals_own_command_line(small: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
-    """With the model type `eabf`, whose scheme comes as JSON."""
-    monkeypatch.setattr(harness, "use_every_core", lambda: None)  # JAX has begun
+    """Uses the model type `eabf` with a scheme given as JSON."""
+    monkeypatch.setattr(harness, "use_every_core", lambda: None)  # JAX has already started
     model = {"pretrained": small, "dtype": "float32", "rope": {"type": "pi", "factor": 4}}
     line = ["lm_eval", "--model", "eabf", "--model_args", json.dumps(model), "--tasks", "local_last_word"]
     monkeypatch.setattr("sys.argv", [*line, "--include_path", TASKS, "--output_path", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""Intervals against printed tables and against the definition that a formula solves."""
+"""Intervals against printed tables, and against resampling as the definition describes it."""
 
 import itertools
 import math
@@ -28,7 +28,7 @@ def test_one_value_has_no_interval() -> None:
 
 
 def test_resamples_of_clusters_drawn_by_hand() -> None:
-    """The definition, by drawing: so many clusters, one trial of each, from those found, a hit and a miss."""
+    """A resample has as many clusters, one trial of each, from those found, one all hits and one all misses."""
     clusters = [(10, 10), (10, 10), (5, 10), (8, 10), (0, 10), (10, 10)]
     random = np.random.default_rng(0)
     chances = np.array([hits / trials for hits, trials in clusters] + [1.0, 0.0])
@@ -42,9 +42,9 @@ def test_resamples_of_clusters_drawn_by_hand() -> None:
 @pytest.mark.parametrize("count", [5, 10])
 @pytest.mark.parametrize("kind", ["all or nothing", "graded", "alike"])
 def test_intervals_cover_the_share_of_clustered_trials(count: int, kind: str) -> None:
-    """Ten trials a cluster of known chances: the interval holds the true share in about 95 % of samples, or more.
+    """With ten trials per cluster of known chances, about 95 % of intervals or more contain the true share.
 
-    Ten trials counted as if each were a cluster of its own do not: the error that this replaced.
+    Intervals that count each trial as a separate cluster contain it less often.
     """
     random = np.random.default_rng(count)
     share = 0.8
@@ -56,7 +56,7 @@ def test_intervals_cover_the_share_of_clustered_trials(count: int, kind: str) ->
     hits = random.binomial(10, chances)
     found = [clustered([(int(h), 10) for h in row]) for row in hits]
     covered = np.mean([interval.low <= share + 1e-9 and share - 1e-9 <= interval.high for interval in found])
-    assert covered >= 0.93  # the shares of so few clusters are few: no interval has 0.95 exactly
+    assert covered >= 0.93  # few clusters have few possible shares, so coverage is not exactly 0.95
     if kind == "all or nothing":
         naive = [clustered([(1, 1)] * int(n) + [(0, 1)] * int(10 * count - n)) for n in hits.sum(axis=1)]
         assert np.mean([interval.low <= share <= interval.high for interval in naive]) < 0.7

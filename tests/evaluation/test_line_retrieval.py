@@ -1,4 +1,4 @@
-"""Line retrieval's prompts: one right answer in the record, as many lines as fit, the same for every model."""
+"""Line retrieval's prompts: one right answer, as many lines as fit, and the same prompts for every model."""
 
 import re
 
@@ -29,7 +29,7 @@ def test_the_answer_is_the_number_of_the_line_asked_for(tokenizer: Tokenizer) ->
         name = re.search(r"What is the REGISTER_CONTENT of line (\S+)\?", text).group(1)  # type: ignore[union-attr]
         assert text.endswith(f"The REGISTER_CONTENT of line {name} is <")
         assert tokenizer.decode(prompt.tokens[prompt.begin :]).strip() == lines[name]
-        # No room for another line, which takes from about 20 to 40 tokens here.
+        # There is no room for another line, which takes about 20 to 40 tokens here.
         assert prompt.length - 45 < len(prompt.tokens) <= prompt.length
         asked_at.append(list(lines).index(name) / len(lines))
     assert len(set(asked_at)) > 4
@@ -43,7 +43,7 @@ def test_a_prompt_depends_on_seed_and_length_alone(tokenizer: Tokenizer) -> None
 
 
 def test_a_shorter_record_begins_like_the_longer_one(tokenizer: Tokenizer) -> None:
-    """So a tokenizer that needs more tokens sees fewer of the same lines."""
+    """A tokenizer that needs more tokens therefore gets fewer of the same lines."""
     wide, narrow = (
         record(tokenizer.decode(prompts(tokenizer, [500], 1, seed=1, chat=chat)[0].tokens)) for chat in (False, True)
     )

@@ -1,4 +1,4 @@
-"""The table of LongBench's tasks beside lm-evaluation-harness' own files, and the mean over it."""
+"""The table of LongBench's tasks against lm-evaluation-harness' own files, and their mean."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ def values(text: str, key: str) -> list[str]:
 
 
 def test_tasks_are_the_harness_files_of_english_text() -> None:
-    """All of its kinds but code and synthetic tasks, without those in Chinese."""
+    """They are all of its English tasks, except code and synthetic ones."""
     kinds = {kind: f"longbench_{kind}_tasks" for kind in ("single", "multi", "summarization", "fewshot")}
     chinese = {"multifieldqa_zh", "dureader", "vcsum", "lsht"}
     found, few_shot = {}, set()

@@ -1,4 +1,4 @@
-"""The passkey's prompts: what they say, where, how long they are, and what they depend on."""
+"""The passkey's prompts: their text, the key's place, their length, and what they depend on."""
 
 import re
 
@@ -19,7 +19,7 @@ def test_the_key_lies_at_its_depth_between_two_sentences(depth: int) -> None:
     ).groups()  # type: ignore[union-attr]
     words = len(before.split()) + len(after.split())
     assert words == 400
-    # The next end of a sentence is at most three words on.
+    # The next sentence ends at most three words later.
     assert 0 <= len(before.split()) - 4 * depth <= 3
     assert before == "" or before.endswith(".")
     assert text.endswith("." if depth == 100 else "The sun is yellow.")
@@ -29,7 +29,7 @@ def test_prompts_are_as_long_as_may_be_and_hold_the_key_once_asked(tokenizer: To
     made = prompts(tokenizer, [220, 400], [0, 100], 3, seed=5)
     assert [(p.length, p.depth) for p in made] == [(n, d) for n in (220, 400) for d in (0, 100) for _ in range(3)]
     for prompt in made:
-        # One more word of the filler is one token, or two for its rarest.
+        # One more word of the filler takes one token, or two for the rarest word.
         assert prompt.length - 2 <= len(prompt.tokens) <= prompt.length
         key = tokenizer.decode(prompt.tokens[prompt.begin :])
         assert re.fullmatch(r"[1-9]\d{4}", key)

@@ -24,7 +24,7 @@ def test_losses_are_those_of_transformers_for_every_document_and_position(
         tokens = torch.tensor(documents, dtype=torch.long)
         logits = reference(tokens).logits
         theirs = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
-    # float32 on both sides, logits of order 10: rounding of a few 1e-6.
+    # Both sides are float32 with logits of order 10, so rounding is a few 1e-6.
     np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-5)
     assert ours.shape == (19, 22)
     assert done == list(range(1, 20))
@@ -49,9 +49,9 @@ def test_sliding_losses_are_those_of_transformers_window_by_window(
         new = end - max(scored, 1)
         theirs[:, end - new : end] = losses.numpy()[:, window - 1 - new :]
         scored = end
-    # As above: float32 on both sides, logits of order 10.
+    # As above: both sides are float32 with logits of order 10.
     np.testing.assert_allclose(ours, theirs[:, 1:], atol=2e-5)
-    # Every window is read, once.
+    # Every window is read once.
     assert done[-1] == 3 * len(window_ends(length, window, stride)) == 3 * (1 + -(-(length - window) // stride))
 
 
@@ -81,7 +81,7 @@ def test_bands_are_means_over_documents_of_the_positions_inside() -> None:
     expected = losses[:, 0:15].astype(np.float64).mean(axis=1)
     assert (first.start, first.end) == (0, 16)
     assert first.mean == pytest.approx(expected.mean(), rel=1e-12)
-    # 2.446912 is Student's t of 6 degrees of freedom at 97.5 %, rounded by 2e-7 of it at most; all else is float64.
+    # 2.446912 is Student's t of 6 degrees of freedom at 97.5 %, rounded by at most 2e-7 relative; the rest is float64.
     assert first.half_width == pytest.approx(2.446912 * expected.std(ddof=1) / np.sqrt(7), rel=1e-6)
     assert second.mean == pytest.approx(losses[:, 15:63].astype(np.float64).mean(), rel=1e-12)
 

@@ -33,7 +33,7 @@ def model_of(rope: Scheme) -> Llama:
 def test_hits_are_what_greedy_generation_finds(name: str) -> None:
     model = model_of(SCHEMES[name])
     contexts = np.random.default_rng(1).integers(0, 23, (8, 21)).tolist()
-    # A scheme that follows the length is asked about the length of prompt and answer.
+    # A scheme that follows the length uses that of prompt and answer.
     greedy = Generator(model, rope_length=24).generate(contexts, 3, stop_tokens=())
     prompts, expected = [], {}
     for number, (context, completion) in enumerate(zip(contexts, greedy, strict=True)):
@@ -59,7 +59,7 @@ def test_cells_count_and_average_prompts_of_several_lengths() -> None:
         for number in range(3)
     ]
     cells = measure(model, prompts, batch_size=2)
-    # Nothing before it looks at the padding.
+    # No earlier token attends to the padding.
     padded = np.array([prompt.tokens + [0] * (30 - len(prompt.tokens)) for prompt in prompts], np.int32)
     all_scores = np.asarray(nnx.jit(lambda model, x: model(x))(model, padded), np.float64)
     assert [(cell.length, cell.depth, cell.total) for cell in cells] == [
@@ -94,7 +94,7 @@ def test_the_longest_text_that_fits_is_found_from_any_guess(tokenizer: Tokenizer
 
 
 def test_the_answer_begins_with_the_token_that_holds_its_first_character(tokenizer: Tokenizer) -> None:
-    """The tokenizer has one token for " the": without "the", the space before it is one."""
+    """The tokenizer has one token for " the"; without "the", the space is a separate token."""
 
     def worded(count: int) -> Wording:
         return Wording("word " * count, "It is ", "the")

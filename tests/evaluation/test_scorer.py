@@ -42,7 +42,7 @@ def test_spans_of_all_lengths_are_scored_as_in_transformers(
     found = {index: scores for index, *scores in scorer(spans, batch_size=2)}
     assert sorted(found) == list(range(41))
     for index, (log_probs, is_greedy) in enumerate(expected):
-        # float32 on both sides, logits of order 10: rounding of a few 1e-6.
+        # Both sides are float32 with logits of order 10, so rounding is a few 1e-6.
         np.testing.assert_allclose(found[index][0], log_probs, atol=2e-5)
         np.testing.assert_array_equal(found[index][1], is_greedy)
     assert sorted(shape[0][1] for shape in shapes) == list(range(16, longest + 1, 16))

@@ -1,4 +1,4 @@
-"""Conversations to prompts and the tokens that end an answer, against the form that models are trained on."""
+"""Prompts from conversations, and the tokens that end an answer, against the form that models are trained on."""
 
 import json
 import shutil
@@ -38,14 +38,14 @@ LLAMA_3_OWN = (
     [
         (LLAMA_3_OWN, ["</s>", "<|eot_id|>"]),
         ("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", ["</s>"]),
-        # Nothing is written behind an answer, or no special token, or the template refuses what it is tried with.
+        # The template writes nothing, or no special token, after an answer, or it refuses the trial conversation.
         ("{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}", ["</s>"]),
         ("{% for m in messages %}{{ m.content }} END\n{% endfor %}", ["</s>"]),
         ("{{ raise_exception('no') if messages | length > 1 }}", ["</s>"]),
     ],
 )
 def test_an_answer_ends_where_the_template_ends_it(tmp_path: Path, own: str, expected: list[str]) -> None:
-    """Also where no generation_config.json says so."""
+    """This does not need a generation_config.json."""
     shutil.copy(TINY / "tokenizer.model", tmp_path)
     names = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     settings = {"tokenizer_class": "LlamaTokenizer", "additional_special_tokens": names, "chat_template": own}

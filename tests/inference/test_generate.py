@@ -1,4 +1,4 @@
-"""The generator against the full forward, token by token."""
+"""The generator against the full forward pass, token by token."""
 
 import dataclasses
 import functools
@@ -30,10 +30,10 @@ from eabf_jax.rope import Scheme, compose, scheme
 
 TINY = Path(__file__).parents[2] / "assets/tiny"
 WINDOW = 16
-NEW = 20  # more than the loop makes at a time
-# Nearly all of a test's time is compilation: tests share this size, and lengths that make caches of 32, 48 or 64 slots.
+NEW = 20  # more than one call of the loop generates
+# Nearly all the time is compilation, so tests share this size, and lengths with caches of 32, 48 or 64 slots.
 CHUNK = 16
-# The issue's bound; float32 sums in another order differ by about 1e-5 here.
+# The promised bound; float32 sums in another order differ by about 1e-5 here.
 PROMISED = 1e-4
 
 EABF = scheme("eabf", pretrained_window=WINDOW, unscaled_layers=1)
@@ -42,7 +42,7 @@ DYNAMIC = scheme("dynamic_ntk", factor=2.0, pretrained_window=WINDOW)
 BY_PARTS: dict[str, Any] = {"pretrained_window": WINDOW, "beta_fast": 2.0, "beta_slow": 0.5}
 
 
-# Every scheme's cached logits are compared in tests/model/test_decoder.py; these are the kinds that there are.
+# One scheme of each kind; tests/model/test_decoder.py compares the cached logits of all.
 SCHEMES = {
     "eabf": EABF,
     "yarn": scheme("yarn", factor=4.0, **BY_PARTS),
@@ -65,23 +65,23 @@ def prompts_of(*lengths: int) -> list[list[int]]:
 
 
 class FullForward:
-    """Logits of up to three rows of at most 64 tokens, without a cache: one program for all."""
+    """Logits of up to three rows of at most 64 tokens, without a cache, in one program."""
 
     def __init__(self, model: Llama):
         self._run = jax.jit(lambda tokens, positions: model(tokens, positions))
 
     def logits(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Logits after each token of each row; those past its end mean nothing."""
+        """Returns the logits after each token of each row; those past its end are undefined."""
         tokens = np.zeros((3, 64), np.int32)
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = row
         ends = np.zeros((3, 1), np.int32)
         ends[: len(rows), 0] = [len(row) - 1 for row in rows]
-        # Positions that stop at the end give a dynamic scheme the row's own length; causality hides the rest.
+        # Constant positions after the end give a dynamic scheme the row's own length; causality hides those tokens.
         return np.asarray(self._run(tokens, jnp.minimum(np.arange(64), ends)))[: len(rows)]
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Logits after the last token of each row."""
+        """Returns the logits after the last token of each row."""
         return np.stack([found[len(row) - 1] for found, row in zip(self.logits(rows), rows, strict=True)])
 
     def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
@@ -104,9 +104,9 @@ def eabf() -> Llama:
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_greedy_text_is_the_full_forwards(name: str) -> None:
-    """Prompts within the pretrained window, across it while they are continued, and beyond it, in one batch."""
+    """One batch has prompts that stay within the pretrained window, that cross it, and that begin beyond it."""
     full = full_forward(name)
-    # One that follows the length reads the row again for each token: in few shapes.
+    # A scheme that follows the length reads the row again for each token; these lengths need few programs.
     beyond, count = (20, 12) if SCHEMES[name].depends_on_length else (33, 16)
     prompts, generator = prompts_of(3, 13, beyond), Generator(model_of(SCHEMES[name]), prefill_chunk=CHUNK)
     np.testing.assert_allclose(generator.next_token_logits(prompts), full(prompts), atol=PROMISED, rtol=0)
@@ -136,9 +136,9 @@ def test_a_long_text_outgrows_its_cache(eabf: Llama, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("platform", "expected"),
     [
-        # The device has the next chunk to do while the host looks at this one.
+        # The device computes the next chunk while the host handles this one.
         ("cpu", [(1, 0), (17, 2), (33, 3), (40, 3)]),
-        # Who starts a chunk waits for its end: nothing is won by keeping it back.
+        # The call that starts a chunk waits for its end, so tokens are returned before the next chunk starts.
         ("gpu", [(1, 0), (17, 1), (33, 2), (40, 3)]),
     ],
 )
@@ -188,12 +188,12 @@ def test_a_dynamic_scheme_keeps_its_cache_within_the_pretrained_window() -> None
     prompts = prompts_of(3, 6, 5)
     found = list(Generator(model_of(DYNAMIC), prefill_chunk=CHUNK).stream(prompts, 14))
     assert tokens_of(found[-1]) == full_forward("dynamic_ntk").greedy(prompts, 14)
-    # The first token, ten from one call of the loop up to the window, and one from each reading.
+    # The first token, ten from one call of the loop up to the window, and one from each further pass over the text.
     assert [len(completions[1].tokens) for completions in found] == [1, 11, 12, 13, 14]
 
 
 def test_a_fixed_length_is_that_of_the_whole_text() -> None:
-    """Every logit is the one of a full forward whose length is the fixed one."""
+    """Every logit is that of a full forward pass over a text of the fixed length."""
     full, (prompt,) = full_forward("dynamic_ntk"), prompts_of(10)
     generator = Generator(model_of(DYNAMIC), rope_length=10 + NEW)
     (completion,) = generator.generate([prompt], NEW)
@@ -215,7 +215,7 @@ def test_a_row_does_not_depend_on_its_neighbours(eabf: Llama) -> None:
 
 
 def test_a_repetition_penalty_counts_prompt_and_text(eabf: Llama) -> None:
-    """So large a penalty that nothing positive is chosen twice while another positive logit is left."""
+    """With so large a penalty, no token with a positive logit repeats while another has a positive logit."""
     generator, (prompt,) = Generator(eabf, prefill_chunk=CHUNK), prompts_of(9)
     (tokens,) = tokens_of(generator.generate([prompt], NEW, sampling=Sampling(repetition_penalty=1e6)))
     row = list(prompt)
@@ -250,7 +250,7 @@ def test_the_loop_hands_tokens_out_as_they_come(eabf: Llama) -> None:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
-    """Logits of the first new token, each time that prompts are read."""
+    """Records the logits of the first new token each time prompts are read."""
     found: list[np.ndarray] = []
     logits = generate._logits
 
@@ -263,20 +263,20 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
 
 
 def test_int8_cache_is_near(eabf: Llama, read: list[np.ndarray]) -> None:
-    """A prompt read in chunks of which all but the last are seen through the cache."""
+    """The prompt is read in chunks, and attends through the cache to all but the last one."""
     prompts = prompts_of(29, 17, 22)
     near, tokens = (
         tokens_of(Generator(eabf, cache=kind, prefill_chunk=CHUNK).generate(prompts, NEW)) for kind in ("int8", "model")
     )
     rounded, exact = read
-    # Keys and values are off by up to 1/254 of their largest number; sharp random weights make that 5 % of a logit.
+    # Keys and values are off by up to 1/254 of their largest number; with sharp random weights, logits by up to 5 %.
     assert 1e-4 < np.abs(rounded - exact).max() < 0.05 * np.abs(exact).max()
     assert near[0][:3] == tokens[0][:3]
 
 
 @pytest.mark.parametrize(("cache", "count", "chunk"), [("model", 17, 16), ("int8", 40, 8)])
 def test_eight_devices_are_one(cache: str, count: int, chunk: int, read: list[np.ndarray]) -> None:
-    """Heads over two devices, three prompts over four rows of the mesh; in a long text the caches grow on the way."""
+    """Two devices share the heads, and four rows of the mesh share three prompts; in a long text the caches grow."""
     prompts = prompts_of(3, 14, 12)
     sampling = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.2)
     meshes, model = (None, make_mesh(MeshConfig(2, 2, 2))), model_of(ALL_SCALED, layers=1)
@@ -356,7 +356,7 @@ def tiny() -> tuple[Generator, Tokenizer]:
     return Generator(model, tokenizer), tokenizer
 
 
-# Prompts of 49 to 64 tokens and so many new ones share their programs.
+# Prompts of 49 to 64 tokens with this many new tokens share their programs.
 FEW = 31
 
 
@@ -377,7 +377,7 @@ def test_text_is_the_tokens_and_ends_before_a_stop_string(tiny: tuple[Generator,
 
 
 def test_the_tokenizers_end_token_ends_a_text(tiny: tuple[Generator, Tokenizer]) -> None:
-    """The tiny model answers shortly when it is asked in the form that it was trained on."""
+    """The tiny model gives short answers to prompts in the form it was trained on."""
     generator, tokenizer = tiny
     (found,) = generator.generate([chat_format(tokenizer).encode([Turn("user", "Hi")])], FEW)
     assert found.finish == "stop_token" and 2 not in found.tokens

@@ -31,7 +31,7 @@ def seen_by(prompts: np.ndarray) -> jax.Array:
 
 
 def expected(sampling: Sampling, prompts: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """With the processors and their order that transformers' `generate` sets up for these settings."""
+    """Applies the processors that transformers' `generate` sets up for these settings, in its order."""
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
@@ -65,13 +65,13 @@ def test_logits_are_those_of_transformers(sampling: Sampling) -> None:
     steps, numbers = split(sampling)
     found = np.asarray(processed(jnp.asarray(logits), seen_by(prompts) if steps.penalize else None, steps, numbers))
     theirs = expected(sampling, prompts, logits)
-    # Which tokens are left is exact; float32 products and quotients round differently.
+    # The remaining tokens are exactly equal; float32 products and quotients round differently.
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(theirs))
     np.testing.assert_allclose(found, theirs, rtol=1e-6)
 
 
 def test_the_processors_meant_are_those_set_up() -> None:
-    """That the test above compares with something: transformers leaves out what it takes for a default."""
+    """Transformers leaves out settings that it considers defaults, so the test above could compare nothing."""
     prompts, logits = np.zeros((ROWS, 1), np.int64), draw_logits()
     by_hand = LogitsProcessorList(
         [

@@ -1,4 +1,4 @@
-"""Tokens to text as they come, with a tokenizer of bytes, whose characters may be split between tokens."""
+"""Streamed tokens as text, with a byte tokenizer, which can split a character between tokens."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -9,14 +9,14 @@ from eabf_jax.inference.text import continuation, running_text
 
 
 class Bytes:
-    """A token a byte."""
+    """A tokenizer with one token per byte."""
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(ids).decode("utf-8", errors="replace")
 
 
 def pieces(text: str, *stop_strings: str) -> list[str]:
-    """What is shown after each token of a text, the last call knowing that none comes after."""
+    """Returns the text shown after each token; the last call says that no more tokens follow."""
     tokens = list(text.encode())
     return [
         running_text(Bytes(), b"prompt ", tokens[:count], stop_strings, is_whole=count == len(tokens))[0]  # type: ignore[arg-type]
@@ -29,7 +29,7 @@ def test_nothing_shown_is_taken_back() -> None:
     assert shown[-1] == "añ\N{GRINNING FACE}. stop now, sto"
     assert all(later.startswith(earlier) for earlier, later in pairwise(shown))
     assert shown[:4] == ["a", "a", "añ", "añ"]  # half a character is not shown
-    assert "añ\N{GRINNING FACE}." in shown and "añ\N{GRINNING FACE}. st" not in shown  # nor what may become a stop
+    assert "añ\N{GRINNING FACE}." in shown and "añ\N{GRINNING FACE}. st" not in shown  # nor half a stop
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_nothing_shown_is_taken_back() -> None:
     [
         ("one, two, three", [", "], "one", 5),
         ("one, two, three", ["three", "two"], "one, ", 8),
-        ("one, two, three", ["two, t", "two"], "one, ", 8),  # both begin there: the shorter one ends first
+        ("one, two, three", ["two, t", "two"], "one, ", 8),  # both begin at the same place; the shorter one ends first
         ("one", ["one"], "", 3),
         ("one, two", ["three"], "one, two", None),
     ],

@@ -1,4 +1,4 @@
-"""Backends side by side against attention in float64 NumPy, and what remat keeps; which backend is chosen where."""
+"""All backends against attention in float64 NumPy, what remat keeps, and the choice of a backend."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +19,7 @@ from eabf_jax.model.attention import BACKENDS, select
 chunked, cudnn, reference = (BACKENDS[name] for name in ("chunked", "cudnn", "reference"))
 
 
-# length, query heads, key-value heads, head_dim: chunk multiples and not, below a chunk, MHA, GQA, MQA
+# length, query heads, key-value heads, head_dim: lengths above, below and at multiples of a chunk; MHA, GQA, MQA
 SHAPES = [(64, 4, 4, 8), (50, 4, 2, 8), (97, 6, 2, 16), (13, 4, 1, 8)]
 
 
@@ -28,13 +28,13 @@ SHAPES = [(64, 4, 4, 8), (50, 4, 2, 8), (97, 6, 2, 16), (13, 4, 1, 8)]
 def test_values_and_gradients_are_exact_to_float32(
     shape: tuple[int, int, int, int], packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention.chunked, "_CHUNK", 16)  # several blocks, without long rows
+    monkeypatch.setattr(attention.chunked, "_CHUNK", 16)  # several blocks in short rows
     qkv = random_qkv(*shape)
     segments = random_segments(shape[0]) if packed else None
     d_out = np.random.default_rng(1).normal(size=qkv[0].shape).astype(np.float32)
     expected = exact(*qkv, segments, d_out)
     for backend in (reference, chunked):
-        # sums of up to 97 x 3 products in float32: some ten roundings of 6e-8
+        # sums of up to 97 x 3 products in float32: about ten roundings of 6e-8
         assert_near(with_gradients(backend, qkv, segments, d_out), expected, 3e-6)
 
 
@@ -48,7 +48,7 @@ def test_bfloat16_loses_only_the_roundings_of_its_inputs_and_outputs(
     d_out = np.asarray(jnp.asarray(np.random.default_rng(1).normal(size=qkv[0].shape), jnp.bfloat16), np.float32)
     values = with_gradients(BACKENDS[backend], qkv, segments, d_out)
     assert all(value.dtype == jnp.bfloat16 for value in values)
-    # The inputs are the same rounded ones on both sides. Weights, their gradients and the result are each rounded to 8
+    # Both sides read the same rounded inputs. Weights, their gradients and the result are each rounded to 8
     # bits (relative 2^-9): a few such roundings on the largest values.
     assert_near(values, exact(*qkv, segments, d_out), 4 * 2**-8)
 
@@ -56,15 +56,15 @@ def test_bfloat16_loses_only_the_roundings_of_its_inputs_and_outputs(
 def test_large_logits_neither_overflow_nor_lose_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention.chunked, "_CHUNK", 16)
     q, k, v = random_qkv(40, 2, 2, 8)
-    qkv = (q * 100, k, v)  # logits of some 600: exp() of them is infinite in float32
+    qkv = (q * 100, k, v)  # logits of about 600, whose exp() is infinite in float32
     out = exact(*qkv, None, np.ones_like(q))[0]
     for backend in (reference, chunked):
-        # Relative rounding 6e-8 of a logit of 600 is a relative error of 4e-5 in its weight.
+        # A relative rounding of 6e-8 in a logit of 600 makes a relative error of 4e-5 in its weight.
         np.testing.assert_allclose(jax.jit(backend)(*qkv, None), out, atol=5e-4)
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """A jaxpr's equations and those of all jaxprs inside, but for the bodies of Pallas kernels."""
+    """Yields the equations of a jaxpr and of all jaxprs inside it, except the bodies of Pallas kernels."""
     for equation in jaxpr.eqns:
         yield equation
         if equation.primitive.name == "pallas_call":
@@ -75,13 +75,13 @@ def equations(jaxpr: Any) -> Iterator[Any]:
                 yield from equations(inner)
 
 
-# How the halves of each kernel are known in a jaxpr; the chunked one's by what only they compute.
+# The primitives that identify the halves of each kernel in a jaxpr; for the chunked kernel, ones that only it uses.
 FORWARD = ("reduce_max", "dot_product_attention_fwd_wrapper", "splash_mha_fwd_residuals")
 BACKWARD = ("dynamic_update_slice", "dot_product_attention_bwd_wrapper", "splash_mha_dkv_no_residuals")
 
 
 def count_kernels(function: Any, *arguments: Any) -> tuple[int, int]:
-    """How often a function runs a forward and a backward kernel; what nobody reads is not run."""
+    """Counts the forward and backward kernels that a function runs, without dead code."""
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
     live, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     counts = dict.fromkeys((*FORWARD, *BACKWARD), 0)
@@ -105,7 +105,7 @@ def test_what_remat_keeps_spares_the_forward_kernel_and_is_kept_once(backend: st
     recomputed = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)
     assert count_kernels(jax.value_and_grad(kept), x) == (1, 1)
     assert count_kernels(jax.value_and_grad(recomputed), x) == (2, 1)
-    # q, k, v and the output, beside the input; the log-sum-exp
+    # the log-sum-exp; the input, q, k, v and the output
     sizes = [aval.size for aval, _ in saved_residuals(kept, x) if aval.dtype.kind != "i"]
     assert sorted(sizes) == [256 * 2] + [256 * 2 * 128] * 5
 
@@ -120,7 +120,7 @@ def test_what_remat_keeps_spares_the_forward_kernel_and_is_kept_once(backend: st
         ("gpu", jnp.float32, 128, "chunked"),
         ("gpu", jnp.bfloat16, 256, "chunked"),
         ("gpu", jnp.bfloat16, 36, "chunked"),
-        (None, jnp.float32, 64, "chunked"),  # these tests run on CPU
+        (None, jnp.float32, 64, "chunked"),  # the tests run on CPU
     ],
 )
 def test_auto_takes_the_best_that_platform_and_shape_allow(

@@ -21,8 +21,8 @@ from eabf_jax.rope import Scheme, compose, scheme, scheme_names
 
 WINDOW = 16
 CHUNK, PROMPT, LENGTH = 12, 24, 40
-LAG = (0, 3)  # how many tokens each row is behind while it is generated
-# The issue's bound; float32 sums in another order differ by about 1e-5 here.
+LAG = (0, 3)  # tokens by which each row lags during generation
+# The promised bound; float32 sums in another order differ by about 1e-5 here.
 PROMISED = 1e-4
 
 PARAMETERS: dict[str, dict[str, Any]] = {
@@ -54,11 +54,11 @@ def test_the_decoder_takes_every_parameter_of_a_layer() -> None:
 
 
 def cached_logits(model: Llama, tokens: np.ndarray, length: int | None) -> np.ndarray:
-    """Logits at every position: a prompt in chunks, then token by token, row 1 always three tokens behind row 0."""
+    """Returns logits at every position: a prompt in chunks, then token by token, row 1 three tokens behind row 0."""
     config = model.config
     positions = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), tokens.shape)
     row = Row(positions, *rotary_tables(config.rope, config.head_dim, positions, length), None)
-    # The scheme is in the tables; but for the multiplier one program serves all.
+    # The tables hold the frequencies, so one program serves all schemes with the same multiplier.
     plain = compose(scheme("default"), config.rope)
     prompt, generated = _cached(
         dataclasses.replace(config, rope=plain), decoder.weights_of(decoder.source_of(model)), tokens, row
@@ -117,7 +117,7 @@ def _token(q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, position
 def check(model: Llama, length: int | None = None) -> None:
     tokens = np.random.default_rng(1).integers(0, model.config.vocab_size, (2, LENGTH)).astype(np.int32)
     expected = np.asarray(jax.jit(lambda model, tokens: model(tokens))(model, tokens))
-    assert expected.std() > 0.5  # else the tolerance would say nothing
+    assert expected.std() > 0.5  # otherwise the tolerance would mean nothing
     found = cached_logits(model, tokens, length)
     np.testing.assert_allclose(found[0], expected[0], atol=PROMISED, rtol=0)
     np.testing.assert_allclose(found[1, :-3], expected[1, :-3], atol=PROMISED, rtol=0)
@@ -125,7 +125,7 @@ def check(model: Llama, length: int | None = None) -> None:
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_cached_logits_are_those_of_the_full_forward(name: str) -> None:
-    """Within the pretrained window and beyond; a dynamic scheme at the one length of the whole text."""
+    """The text crosses the pretrained window; a dynamic scheme uses the length of the whole text."""
     check(model_of(SCHEMES[name]), LENGTH if SCHEMES[name].depends_on_length else None)
 
 
@@ -140,7 +140,7 @@ def test_each_row_has_the_tables_of_its_own_length(name: str) -> None:
     found = rotary_tables(SCHEMES[name], 8, positions, jnp.array(lengths)[:, None])
     for row, length in enumerate(lengths):
         expected = rotary_tables(SCHEMES[name], 8, positions[:1], length)
-        # Traced lengths are computed in float32, of angles up to 40.
+        # Traced lengths make float32 angles of up to 40.
         for table, wanted in zip(found, expected, strict=True):
             np.testing.assert_allclose(table[row], wanted[0], atol=1e-5)
     assert np.abs(found[0][0] - found[0][2]).max() > 0.1

@@ -14,7 +14,7 @@ from eabf_jax.model.attention import BACKENDS
 from eabf_jax.model.kv_cache import LayerCache, empty_cache
 
 ROWS, KV_HEADS, GROUPS, HEAD_DIM = 2, 2, 3, 8
-# What float32 products and sums of these sizes lose, with a margin.
+# The rounding of float32 products and sums of these sizes, with a margin.
 ROUNDING = 2e-5
 
 attend_chunk = jax.jit(kv_cache.attend_chunk, static_argnames=("start", "backend"))
@@ -29,7 +29,7 @@ def draw(seed: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def expected_at(q: np.ndarray, k: np.ndarray, v: np.ndarray, index: int) -> np.ndarray:
-    """Attention of the query at `index` to all keys up to there: [rows, heads, head_dim]."""
+    """Computes attention of the query at `index` to all keys up to it: [rows, heads, head_dim]."""
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     k, v = (np.repeat(x[:, : index + 1], GROUPS, axis=2) for x in (k, v))
     logits = np.einsum("bnh,bsnh->bns", q[:, index], k)
@@ -40,7 +40,7 @@ def expected_at(q: np.ndarray, k: np.ndarray, v: np.ndarray, index: int) -> np.n
 def read(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, chunk: int, cache: LayerCache, backend: str = "chunked"
 ) -> tuple[np.ndarray, LayerCache]:
-    """Reads whole rows by the chunk."""
+    """Reads whole rows in chunks."""
     outs = []
     for start in range(0, q.shape[1], chunk):
         part = slice(start, start + chunk)
@@ -73,7 +73,7 @@ def test_a_backend_that_cannot_join_a_chunk_with_the_cache_is_refused() -> None:
 
 
 def test_tokens_of_rows_at_different_positions() -> None:
-    """Slots past a row's own position hold other tokens, as padding does: they must not be seen."""
+    """A row must not attend to slots past its position, which hold other tokens or padding."""
     q, k, v = draw(1, 24)
     _, cache = read(q, k, v, 24, empty_cache(ROWS, KV_HEADS, 32, HEAD_DIM, jnp.dtype("float32")))
     new_q, new_k, new_v = draw(2, 1)
@@ -89,7 +89,7 @@ def test_tokens_of_rows_at_different_positions() -> None:
 
 
 def test_a_gpu_reads_large_caches_by_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel itself runs on no CPU: here NumPy answers in its place, by what its docstring promises."""
+    """The kernel does not run on a CPU, so NumPy stands in for it, as its docstring specifies."""
 
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
         seen = []
@@ -144,7 +144,7 @@ def test_one_row_is_written_as_many_are() -> None:
 
 def test_int8_is_within_half_a_step_of_every_number() -> None:
     q, k, v = draw(5, 24)
-    k[0, 3] = 0  # a scale of zero
+    k[0, 3] = 0  # makes its scale zero
     cache = empty_cache(ROWS, KV_HEADS, 32, HEAD_DIM, jnp.dtype("float32"), "int8")
     _, cache = read(q, k, v, 8, cache)
     assert cache.k.dtype == jnp.int8 and cache.k_scale is not None and cache.v_scale is not None
@@ -155,7 +155,7 @@ def test_int8_is_within_half_a_step_of_every_number() -> None:
 
 
 def test_int8_attends_to_what_it_stores() -> None:
-    """With the numbers that int8 holds as keys and values, only rounding is left."""
+    """Against attention to the dequantised keys and values, only rounding remains."""
     q, k, v = draw(6, 24)
     new_q, new_k, new_v = draw(7, 1)
     kind = (ROWS, KV_HEADS, 32, HEAD_DIM, jnp.dtype("float32"), "int8")
@@ -167,12 +167,12 @@ def test_int8_attends_to_what_it_stores() -> None:
         for x, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
     )
     np.testing.assert_allclose(found, expected_at(np.repeat(new_q, 25, 1), held_k, held_v, 24), atol=ROUNDING)
-    # And it is near what it was made of: of values near 1, half a step is 1/127 of 3 standard deviations.
+    # Attention to the exact values is close: for values near 1, a step is about 3 standard deviations / 127.
     exact = expected_at(
         np.repeat(new_q, 25, 1), np.concatenate((k, new_k), 1), np.concatenate((v, new_v), 1), 24
     )  # fmt: skip
     assert 1e-5 < np.abs(found - exact).max() < 0.1
-    # A later chunk reads the cache back in the same way.
+    # A later chunk reads the same values from the cache.
     chunk_q, chunk_k, chunk_v = draw(8, 8)
     out, _ = attend_chunk(*map(jnp.asarray, (chunk_q, chunk_k, chunk_v)), cache, start=24, backend=BACKENDS["chunked"])
     whole = [np.concatenate((held[:, :24], new), 1) for held, new in ((held_k, chunk_k), (held_v, chunk_v))]

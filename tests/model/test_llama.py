@@ -95,8 +95,8 @@ def test_logits_are_those_of_transformers(
     assert set(missing) <= ({"lm_head.weight"} if tied else set())
     with torch.no_grad():
         expected = peer(torch.from_numpy(tokens).long()).logits.numpy()
-    assert expected.std() > 0.5  # else the tolerance would say nothing
-    # 1e-4 is the promise; float32 rounding through 4 layers of these sizes stays near 1e-5.
+    assert expected.std() > 0.5  # otherwise the tolerance would mean nothing
+    # The promised bound is 1e-4; float32 rounding through 4 layers of these sizes stays near 1e-5.
     np.testing.assert_allclose(our_logits(config, params, tokens), expected, atol=1e-4, rtol=0)
 
 
@@ -133,7 +133,7 @@ def numpy_logits(
     config: LlamaConfig, params: Mapping[str, Any], tokens: np.ndarray, positions: np.ndarray,
     frequencies: Frequencies, multiplier: Multiplier,
 ) -> np.ndarray:  # fmt: skip
-    """One document, float64, token by token: tokens [T], positions [T] -> logits [T, vocab]."""
+    """Computes one document token by token in float64: tokens [T], positions [T] -> logits [T, vocab]."""
     wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), dict(params))
     length, head_dim = len(tokens), config.head_dim
     inverse, scale = frequencies(int(positions.max()) + 1)
@@ -230,14 +230,14 @@ def test_logits_are_those_of_a_float64_forward_pass(name: str) -> None:
 
 
 def test_every_part_of_a_scheme_changes_the_logits() -> None:
-    """The comparison above can fail: leaving out a multiplier or a scale moves the logits by far more than 1e-4."""
+    """Without a multiplier or a scale, logits change by far more than 1e-4, so the comparison above can fail."""
     config = small(scheme("eabf", base=50_000.0, pretrained_window=WINDOW), num_hidden_layers=4)
     params, tokens = random_params(config), tokens_for(config, 1, 3 * WINDOW)
     reference = our_logits(config, params, tokens)[0]
     for layers in (0, 3):
         other = scheme("eabf", base=50_000.0, pretrained_window=WINDOW, unscaled_layers=layers)
         changed = our_logits(small(other, num_hidden_layers=4), params, tokens)[0]
-        np.testing.assert_array_equal(changed[:WINDOW], reference[:WINDOW])  # untouched within the window
+        np.testing.assert_array_equal(changed[:WINDOW], reference[:WINDOW])  # unchanged within the window
         assert np.abs(changed[WINDOW + 4 :] - reference[WINDOW + 4 :]).max() > 1e-2
 
 
@@ -259,7 +259,7 @@ def test_given_positions_are_used(name: str) -> None:
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 @pytest.mark.parametrize("name", ["eabf", "dynamic_yarn", "dynamic_ntk"])
 def test_packed_documents_never_see_each_other(name: str, backend: str) -> None:
-    """Documents longer and shorter than the window in one row: each as if alone, against float64 NumPy."""
+    """A row holds documents longer and shorter than the window; each has the logits of float64 NumPy on it alone."""
     rope, frequencies, multiplier = CASES[name]
     config = small(rope)
     params = random_params(config)
@@ -282,13 +282,13 @@ def test_padding_changes_nothing(name: str) -> None:
     segments = np.ones((2, 40), np.int32)
     segments[0, 13:] = 0
     padded = our_logits(config, params, tokens, segment_ids=segments)
-    # The same arithmetic over other array shapes: float32 rounding only.
+    # The same arithmetic on other array shapes differs only by float32 rounding.
     np.testing.assert_allclose(padded[0, :13], our_logits(config, params, tokens[:1, :13])[0], atol=2e-5, rtol=0)
     np.testing.assert_allclose(padded[1], our_logits(config, params, tokens[1:])[0], atol=2e-5, rtol=0)
 
 
 def test_padding_at_position_0_needs_no_segment_ids() -> None:
-    """The trainer's way: positions of padding are 0, so they do not lengthen the row for a dynamic scheme."""
+    """The trainer gives padding position 0, so it does not lengthen the row for a dynamic scheme."""
     config = small(CASES["dynamic_yarn"][0])
     params, tokens = random_params(config), tokens_for(config, 1, 40)
     positions = np.arange(40)[None] * (np.arange(40) < 25)
@@ -311,7 +311,7 @@ def test_angles_far_out_are_float32(name: str) -> None:
     positions = np.array([[99_989, 100_003, 131_071]], np.int32)
     cos, sin = rotary_tables(rope, 8, jnp.asarray(positions), segment_lengths(jnp.asarray(positions), None))
     inverse, scale = frequencies(131_072)
-    # The fastest angle is 131,071 x (1 rounded to float32's 24 bits): off by at most half a unit of 2^-7.
+    # The fastest angle is 131,071 x 1 in float32 (24 bits): off by at most half a unit of 2^-7.
     angles = positions[..., None] * inverse
     assert cos.dtype == sin.dtype == jnp.float32
     np.testing.assert_allclose(cos, scale * np.cos(angles), atol=2**-8, rtol=0)
@@ -319,7 +319,7 @@ def test_angles_far_out_are_float32(name: str) -> None:
 
 
 def sub_jaxprs(jaxpr: Any) -> list[Any]:
-    """The jaxpr and all that are nested in it."""
+    """Yields a jaxpr and all jaxprs nested in it."""
     found = [jaxpr]
     for equation in jaxpr.eqns:
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
@@ -358,7 +358,7 @@ def test_bfloat16_logits_are_near_the_float32_ones() -> None:
     params, tokens = random_params(config), tokens_for(config, 2, 40)
     model = Llama.from_params(config, params, dtype=jnp.bfloat16, attention="chunked")
     error = np.asarray(jax.jit(lambda model: model(tokens))(model)) - our_logits(config, params, tokens)
-    # 8 bits of mantissa, some 30 roundings deep, on logits of standard deviation about 1.5.
+    # About 30 roundings to 8 bits, on logits with a standard deviation of about 1.5.
     assert 1e-4 < np.sqrt((error**2).mean()) < 0.08
 
 
@@ -428,9 +428,9 @@ def test_random_parameters_have_the_configured_spread() -> None:
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
     kernel = np.asarray(params["layers"]["mlp"]["gate_proj"]["kernel"], np.float32)
     for drawn in (kernel, np.asarray(params["embed_tokens"]["embedding"], np.float32)):
-        # relative error of a standard deviation over n draws is 1 / sqrt(2 n): below 0.013 here
+        # the relative error of a standard deviation over n draws is 1 / sqrt(2 n), here below 0.013
         np.testing.assert_allclose(drawn.std(), 0.05, rtol=0.05)
-    assert np.abs(kernel[0] - kernel[1]).max() > 0.01  # each layer has its own
+    assert np.abs(kernel[0] - kernel[1]).max() > 0.01  # layers differ
     assert not np.any(params["layers"]["self_attn"]["q_proj"]["bias"])
     assert (params["norm"]["scale"] == 1).all()
 
@@ -501,7 +501,7 @@ def test_an_attention_function_can_be_given() -> None:
     ids=str,
 )
 def test_calls_that_are_no_rows_of_tokens_are_refused(tokens: Any, more: dict[str, Any], message: str) -> None:
-    model = Llama.abstract(small())  # refused before a parameter is looked at
+    model = Llama.abstract(small())  # refused before any parameter is read
     with pytest.raises(InputError, match=message) as caught:
         model(tokens, **more)
     assert "\n" not in str(caught.value)

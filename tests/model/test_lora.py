@@ -54,7 +54,7 @@ def test_a_projection_adds_its_adapters_product(dtype):
     x = jnp.asarray(rng.normal(size=(2, 5, 16)), dtype)
     w, a, b, bias, x64 = (np.float64(v) for v in (*(values[k] for k in ("kernel", "lora_a", "lora_b", "bias")), x))
     expected = x64 @ w + (x64 @ a) @ b * (4.5 / 3) + bias
-    # Sums of some dozens of products of order one: roundings of 6e-8, or of 4e-3 relative to a sum of up to 8.
+    # Sums of a few dozen products of order one: roundings of 6e-8, or 4e-3 relative to a sum of up to 8.
     np.testing.assert_allclose(np.float64(linear(x)), expected, rtol=0, atol=1e-5 if dtype == "float32" else 0.06)
 
 
@@ -96,13 +96,13 @@ def test_fresh_adapters_change_nothing_and_merged_ones_are_the_same_model():
                 leaves["kernel"], leaves["lora_a"], leaves["lora_b"], lora.scale
             )
     found = Llama.from_params(CONFIG, base, attention="reference")(tokens)
-    # float32 sums in another order, through two layers.
+    # Float32 sums in another order, through two layers.
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.abs(expected - untouched).max() > 0.1
 
 
 def test_merging_is_done_in_float32():
-    """A bfloat16 base and adapters whose product is far below its last bit: nothing is lost until the caller casts."""
+    """The adapters' product is far below the last bit of the bfloat16 base; nothing is lost until the caller casts."""
     kernel = np.ones((2, 2), jnp.bfloat16)
     a, b = np.full((2, 1), 2.0**-6, np.float32), np.full((1, 2), 2.0**-6, np.float32)
     found = merged_kernel(kernel, a, b, scale=2.0)
@@ -128,5 +128,5 @@ def test_what_is_trained(embeddings, norms):
 
 
 def test_a_description_is_a_key():
-    """Plans are remembered by it."""
+    """Plans are cached by it."""
     assert hash(Lora()) == hash(dataclasses.replace(Lora()))

@@ -42,7 +42,7 @@ def test_names_shapes_and_count_are_transformers(change: dict[str, Any]) -> None
             transformers.LlamaConfig(**{"tie_word_embeddings": False, **SIZES, **change})
         )
     config = LlamaConfig(**{**SIZES, **change})
-    # A tied output kernel is the embedding, and counted once there too.
+    # A tied output kernel is the embedding; transformers counts it once too.
     expected = {name: tuple(array.shape) for name, array in reference.named_parameters()}
     assert {name: entry.hf_shape for entry in parameters(config) for name in entry.hf_names()} == expected
     assert parameter_count(config) == reference.num_parameters()

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 
 from eabf_jax.parallel.collectives import collective_bytes
 
-# The shapes of instruction that the TPU compiler writes, cut down; sixteen devices.
+# Shortened instructions of the kinds that the TPU compiler writes, for sixteen devices.
 TEXT = """\
 HloModule step, is_scheduled=true
 
@@ -45,11 +45,11 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 def test_every_kind_counts_what_a_device_sends_as_often_as_its_loop_runs():
     assert collective_bytes(TEXT) == {
-        "all-gather": 5 * 4096 * 32 * 2 * 3 / 4,  # among the four devices of axis b
+        "all-gather": 5 * 4096 * 32 * 2 * 3 / 4,  # over the four devices of axis b
         "collective-permute": 5 * 16 * 8 * 2,
-        # An all-reduce of which each device keeps its part, and two that JAX gave one channel.
+        # An all-reduce of which each device keeps a part, and two that share one channel.
         "reduce-scatter": 5 * 32 * 4 * 15 / 16 + 2 * 5 * 8 * 2 * 2 * 3,
-        "all-reduce": 2 * (8 * 4 + 8) * 4 * 1 / 2,  # among two, both arrays
+        "all-reduce": 2 * (8 * 4 + 8) * 4 * 1 / 2,  # over two devices, both arrays
     }
 
 

@@ -1,4 +1,4 @@
-"""Rows split over devices: the order of their tokens, and that every backend attends as it does on one device."""
+"""Rows split over devices: the order of their tokens, and the same attention as on one device for every backend."""
 
 import dataclasses
 import math
@@ -48,7 +48,7 @@ def test_a_row_that_does_not_divide_is_refused() -> None:
 
 
 def arrays(length: int, head_dim: int, batch: int, dtype: Any = np.float32) -> tuple[list[np.ndarray], np.ndarray]:
-    """q, k and v whose logits have a standard deviation of about 2, and a gradient of the output."""
+    """Draws q, k and v whose logits have a standard deviation of about 2, and a gradient of the output."""
     generator = np.random.default_rng(length)
     q, k, v, d_out = (
         generator.normal(size=(batch, length, heads, head_dim)) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
@@ -81,28 +81,28 @@ def assert_attends_as_on_one_device(
         assert error < tolerance, f"{name}: {error:.2e}"
 
 
-# Axes data, fsdp, tensor, context: each number of devices a row, and rows and heads split beside.
+# Sizes of data, fsdp, tensor and context: each number of devices per row, and rows or heads split as well.
 SIZES = [(1, 1, 1, 2), (2, 1, 1, 4), (1, 1, 2, 4), (1, 1, 1, 8)]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_split_rows_attend_as_whole_ones(backend: str, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention.chunked, "_CHUNK", 4)  # several blocks, and chunks of 6 that are no multiple of them
-    # float32 sums of up to 96 terms in another order: some ten roundings of 6e-8
+    monkeypatch.setattr(attention.chunked, "_CHUNK", 4)  # several blocks, which do not divide chunks of 6
+    # Float32 sums of up to 96 terms in another order: about ten roundings of 6e-8.
     assert_attends_as_on_one_device(BACKENDS[backend], sizes, *arrays(96, 8, batch=2), tolerance=3e-6)
 
 
 def test_joined_parts_lose_only_roundings_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention.chunked, "_CHUNK", 8)
-    # As the GPU's kernel: each part's output and gradients are rounded to 8 bits (2^-9), then their sums once more.
+    # As in the GPU's kernel, each part's output and gradients are rounded to 8 bits (2^-9), then their sums once more.
     inputs = arrays(64, 8, batch=1, dtype=jnp.bfloat16)
     assert_attends_as_on_one_device(chunked, (1, 1, 1, 2), *inputs, tolerance=6 * 2**-9)
 
 
 def test_large_logits_are_joined_without_overflow() -> None:
     (q, k, v), d_out = arrays(32, 8, batch=1)
-    # Logits of some 600, whose rounding of 6e-8 is a relative error of 4e-5 in a weight; the gradients' too.
+    # A rounding of 6e-8 in logits of about 600 makes a relative error of 4e-5 in weights and gradients.
     assert_attends_as_on_one_device(chunked, (1, 1, 1, 4), [q * 100, k, v], d_out, tolerance=1e-3)
 
 
@@ -110,7 +110,7 @@ def test_large_logits_are_joined_without_overflow() -> None:
 def test_splash_attends_to_split_rows_in_the_interpreter(
     sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention.splash, "_BLOCK", 128)  # several blocks a device
+    monkeypatch.setattr(attention.splash, "_BLOCK", 128)  # several blocks per device
     attention.splash._kernel.cache_clear()
     with pltpu.force_tpu_interpret_mode():
         assert_attends_as_on_one_device(splash, sizes, *arrays(512, 64, batch=1), tolerance=1e-5)
@@ -130,8 +130,8 @@ def test_cudnn_runs_two_kernels_a_chunk_and_none_on_keys_to_come() -> None:
     calls = re.findall(
         r"@__cudnn\$fmhaSoftmax(Backward)?\(.*?(NO_MASK|CAUSAL).*? : \(tensor<(\w+)>, tensor<(\w+)>", text
     )
-    # Chunks of 16. Causal within both chunks at once, as two rows each; then each chunk against all whole chunks before
-    # it: the first device holds chunks 0 and 3, the second 1 and 2.
+    # Chunks have 16 tokens. One causal call covers both chunks as separate rows. Then each chunk attends to all whole
+    # chunks before it: the first device holds chunks 0 and 3, the second 1 and 2.
     within = ("CAUSAL", "4x16x4x64xbf16", "4x16x2x64xbf16")
     before = [("NO_MASK", "2x16x4x64xbf16", f"2x{keys}x2x64xbf16") for keys in (48, 16, 32)]
     for half in ("", "Backward"):
@@ -174,7 +174,7 @@ def test_packed_rows_are_refused() -> None:
 
 
 def count(jaxpr: Any, names: tuple[str, ...]) -> dict[str, int]:
-    """How often a jaxpr and those inside it run some primitives; of branches, the most that one of them does."""
+    """Counts how often a jaxpr and those inside it run each primitive; of branches, the highest count."""
     found = dict.fromkeys(names, 0)
     for equation in jaxpr.eqns:
         name = equation.primitive.name
@@ -202,5 +202,5 @@ def test_remat_spares_the_kernels_and_keeps_no_gathered_keys() -> None:
     jaxpr = jax.make_jaxpr(jax.value_and_grad(jax.checkpoint(layer, policy=policy)))(x).jaxpr
     live, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     halves = ("dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper")
-    # One kernel within the chunks, two on what is before them: forward once, backward once.
+    # One kernel within the chunks and two on the keys before them, each forward once and backward once.
     assert count(live, (*halves, "all_gather")) == {halves[0]: 3, halves[1]: 3, "all_gather": 8}

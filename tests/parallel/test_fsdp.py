@@ -1,4 +1,4 @@
-"""Parameters in parts: what the TPU compiler makes of their collectives, and that products and lookups are right."""
+"""Sharded parameters: the collectives that the TPU compiler emits, and correct products and lookups."""
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ TOKENS, COLUMN, ROW, TABLE = spec("batch", "length"), spec("embed", "mlp"), spec
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("v4-16", {"fsdp": 1, "context": 8}),  # a slice of 2 x 2 x 2 in one axis
-        ("v4-128", {"fsdp": 2, "context": 32}),  # an axis of half a torus
+        ("v4-16", {"fsdp": 1, "context": 8}),  # a slice of 2 x 2 x 2 as one axis
+        ("v4-128", {"fsdp": 2, "context": 32}),  # an axis over half a torus
     ],
 )
 def test_the_tpu_compiler_gathers_weights_and_scatters_gradients(name: str, sizes: dict[str, int]) -> None:
@@ -42,8 +42,8 @@ def test_the_tpu_compiler_gathers_weights_and_scatters_gradients(name: str, size
         )
     )
     compiled = jax.jit(lambda x, kernels: jax.lax.scan(step, x, kernels)).lower(x, kernels).compile()
-    # Each of n devices sends its part to n - 1 others, in either operation; what it scatters the compiler pads. The
-    # weights that the product before has gathered are at hand for the gradient.
+    # In both operations, each of n devices sends its part to n - 1 others; the compiler pads what it scatters. The
+    # gradient reuses the weights that the product has gathered.
     part = times * width * width * 2 * (1 - 1 / mesh.size)
     sent = collective_bytes(compiled.as_text() or "")
     assert sent["all-gather"] == pytest.approx(part, rel=0.01)
@@ -67,7 +67,7 @@ def test_two_steps_scatter_as_one_does() -> None:
 
 @pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (1, 2, 2, 2)])
 def test_parts_are_the_whole(sizes: tuple[int, int, int, int]) -> None:
-    """Integers, which float32 adds up without rounding, whatever the order: equal to NumPy to the bit."""
+    """Float32 adds these integers without rounding in any order, so results equal NumPy bit for bit."""
     mesh, rng = make_mesh(MeshConfig(*sizes)), np.random.default_rng(0)
     x, d_y, d_rows = (rng.integers(-9, 9, (4, 6, size)).astype(np.float32) for size in (16, 8, 16))
     tokens = rng.integers(0, 10, (4, 6)).astype(np.int32)

@@ -1,4 +1,4 @@
-"""The mesh: how many devices each axis takes, and what is refused."""
+"""The mesh: the number of devices per axis, and what is refused."""
 
 import jax
 import numpy as np

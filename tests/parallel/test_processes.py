@@ -1,4 +1,4 @@
-"""How processes find each other; tests/training/test_multiprocess.py has runs of several."""
+"""How processes find each other; tests/training/test_multiprocess.py runs several."""
 
 import jax
 import pytest
@@ -11,7 +11,7 @@ NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
-    """What JAX is told; told nothing, it finds no cluster here."""
+    """Records the calls of `jax.distributed.initialize`; without arguments, it finds no cluster here."""
     made: list[tuple[object, ...]] = []
 
     def initialize(*arguments: object) -> None:

@@ -1,4 +1,4 @@
-"""Sharding: where parameters lie, that eight devices compute what one does, which rows a process loads."""
+"""Sharding: where parameters lie, equal results on eight devices and on one, and the rows that a process loads."""
 
 import dataclasses
 import functools
@@ -67,7 +67,7 @@ def test_parameters_are_split_as_documented() -> None:
 
 
 def test_adapters_are_split_like_the_kernels_they_stand_beside() -> None:
-    """Their rank is too small to be split."""
+    """Their rank is not split, because it is too small."""
     mesh, embed = make_mesh(MeshConfig(2, 2, 2)), ("fsdp", "context")
     lora = Lora(targets=("q_proj", "down_proj"))
     shardings = named(parameter_shardings(mesh, Llama.abstract(CONFIG, lora=lora).parameters()))
@@ -125,7 +125,7 @@ def test_one_device_needs_no_hooks() -> None:
 
 
 class Batch(NamedTuple):
-    """Eight rows, and what is made of them on the host."""
+    """Eight rows, and their arrays as the host prepares them."""
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -168,7 +168,7 @@ def single_device(params: dict[str, Any]) -> dict[bool, Any]:
     return {packed: jax.device_get(run(params, batch(packed))) for packed in (False, True)}
 
 
-# Sizes of the axes data, fsdp, tensor and context; whether rows are packed, which a context axis does not take.
+# Sizes of data, fsdp, tensor and context, and whether rows are packed, which a context axis excludes.
 MESHES = [
     ((8, 1, 1, 1), False),
     ((1, 8, 1, 1), False),
@@ -191,7 +191,7 @@ def test_eight_devices_compute_what_one_does(
     model = Llama.abstract(
         CONFIG, attention=sharded_attention(mesh, BACKENDS["chunked"], CONFIG.num_key_value_heads),
         constrain=activation_constraint(mesh),
-        product=layer_product(mesh) if ways > 1 else product,  # the compiler's own collectives are right as well
+        product=layer_product(mesh) if ways > 1 else product,  # the compiler's own collectives give the same result
     )  # fmt: skip
     shardings = parameter_shardings(mesh, params)
     order = zigzag_order(LENGTH, ways)
@@ -199,7 +199,7 @@ def test_eight_devices_compute_what_one_does(
     run = jax.jit(functools.partial(loss_and_gradient, model), out_shardings=(None, shardings))
     (loss, logits), gradient = run(jax.device_put(params, shardings), rows)
     (expected_loss, expected_logits), expected_gradient = single_device[packed]
-    # The same sums in another order: float32 rounding (6e-8) through three layers.
+    # Sums in another order differ by float32 rounding (6e-8) through three layers.
     np.testing.assert_allclose(loss, expected_loss, rtol=2e-6)
     found = np.asarray(logits)[:, undo_zigzag_order(LENGTH, ways)]
     np.testing.assert_allclose(found, expected_logits, atol=2e-5 * np.abs(expected_logits).max(), rtol=0)
@@ -223,7 +223,7 @@ def test_activations_are_laid_out_by_their_logical_axes() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class StandInDevice:
-    """A device of some process: where it stands is all that is ever asked of it."""
+    """A device of a process, of which only the place in the mesh matters."""
 
     id: int
     process_index: int
@@ -232,7 +232,7 @@ class StandInDevice:
 
 
 def mesh_of_processes(sizes: tuple[int, int, int, int], devices_each: int) -> Mesh:
-    """A mesh over many processes, of stand-ins for devices: only their place is ever asked for."""
+    """Builds a mesh over many processes from stand-ins for devices."""
     devices = [StandInDevice(index, index // devices_each) for index in range(math.prod(sizes))]
     return Mesh(np.array(devices, dtype=object).reshape(sizes), AXES)
 
@@ -240,11 +240,11 @@ def mesh_of_processes(sizes: tuple[int, int, int, int], devices_each: int) -> Me
 @pytest.mark.parametrize(
     ("sizes", "devices_each", "expected"),
     [
-        ((1, 8, 1, 1), 2, [(0, 4), (1, 4), (2, 4), (3, 4)]),  # every process its own rows
+        ((1, 8, 1, 1), 2, [(0, 4), (1, 4), (2, 4), (3, 4)]),  # every process has its own rows
         ((2, 2, 1, 2), 4, [(0, 2), (1, 2)]),
         ((1, 2, 1, 4), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two processes share a tensor axis
         ((1, 2, 4, 1), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two processes share a context axis
-        ((1, 1, 1, 8), 4, [(0, 1), (0, 1)]),  # tensor parallel only: all load everything
+        ((1, 1, 1, 8), 4, [(0, 1), (0, 1)]),  # tensor parallelism only: every process loads all rows
         ((2, 4, 1, 1), 8, [(0, 1)]),
     ],
 )
@@ -270,7 +270,7 @@ def test_parts_are_numbered_by_their_rows_not_by_process() -> None:
 
 
 def test_parts_that_overlap_or_differ_are_refused() -> None:
-    # Three devices a process, two on the tensor axis: the second process holds half of two rows.
+    # With three devices per process and two on the tensor axis, the second process holds half of two rows.
     with pytest.raises(InputError, match="overlap or differ in number"):
         process_batch_shard(mesh_of_processes((1, 3, 1, 2), 3))
     with pytest.raises(InputError, match="overlap or differ in number"):

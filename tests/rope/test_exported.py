@@ -1,4 +1,4 @@
-"""The data that an exported model has of its scheme; test_modeling_eabf_llama.py has what is computed from it."""
+"""The data of a scheme in an exported model; test_modeling_eabf_llama.py tests what is computed from it."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from eabf_jax.rope.exported import check_exported, exported_data
 
 
 def test_exported_data_of_another_scheme_are_refused(user_schemes: Path) -> None:
-    """A function that was changed since the export: the tables in the file are not what it computes now."""
+    """A function has changed since the export, so the tables in the file differ from what it computes."""
     import_schemes(str(user_schemes))
     sizes = (16, 3, 64)
     for s in (Scheme.from_dict(SHARP), scheme("widening", pretrained_window=16), scheme("eabf", pretrained_window=16)):

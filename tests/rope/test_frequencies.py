@@ -37,7 +37,7 @@ FLOAT64 = {"rel": 1e-15, "abs": 0.0}
 
 
 def reference(name: str, d: int, p: Mapping[str, Any], length: int | None) -> tuple[list[float], float]:
-    """The schemes in the words of their papers, one frequency at a time in Python floats."""
+    """Computes the schemes as their papers define them, one frequency at a time in Python floats."""
     b, s, c = p.get("base", 10_000.0), p.get("factor", 1.0), p.get("pretrained_window", 0)
     ordinary = [1.0 / b ** (2 * j / d) for j in range(d // 2)]
     if name in ("default", "abf", "eabf"):
@@ -161,7 +161,7 @@ def test_by_parts_keeps_fast_frequencies_and_interpolates_slow_ones() -> None:
     plain = np.asarray(scheme("default").inverse_frequencies(d))
     parts = np.asarray(scheme("ntk_by_parts", factor=4, pretrained_window=window).inverse_frequencies(d))
     turns = window * plain.astype(np.float64) / (2 * math.pi)
-    # one index of slack on either side: the bounds are rounded outwards to whole indices
+    # one index of slack on either side, because the bounds are rounded outwards to whole indices
     np.testing.assert_array_equal(parts[turns > 40], plain[turns > 40])
     np.testing.assert_allclose(parts[turns < 0.8], plain[turns < 0.8] / 4, rtol=ONE_ULP)
     between = (turns < 28) & (turns > 1.3)
@@ -178,7 +178,7 @@ def test_a_ramp_of_no_width_beyond_the_last_index_interpolates_nothing() -> None
 # transformers computes in float32. b^(2j/d): the exponent is rounded to 2^-24 relative and multiplied by ln b, at most
 # 23 here (dynamic: base 500,000 grown by (32 * 256)^(d / (d - 2))); a few roundings follow.
 HF_TOLERANCE = 32 * 2.0**-24
-# Its blends also round a share of the whole frequency, which weighs up to 32-fold where the result is theta/32.
+# Its blends also round a share of the whole frequency; where the result is theta/32, this weighs up to 32 times.
 HF_BLEND_TOLERANCE = 5 * 32 * 2.0**-24
 
 
@@ -204,7 +204,7 @@ def transformers_rotation(
 def hf_case(
     name: str, d: int, base: float, factor: float, window: int, length: int
 ) -> tuple[Scheme, tuple[np.ndarray, float], float]:
-    """A scheme, what transformers computes for it, and the tolerance between them."""
+    """Returns a scheme, what transformers computes for it, and the tolerance between them."""
     if name in ("default", "abf"):
         return scheme(name, base=base), transformers_rotation("default", d, base, window, length), HF_TOLERANCE
     if name == "ntk":
@@ -314,7 +314,7 @@ def test_a_length_array_outside_jit_counts_as_traced() -> None:
 
 
 class EveryScheme(chex.TestCase):
-    """The same frequencies whether compiled or not."""
+    """Compiled or not, a scheme has the same frequencies."""
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_inverse_frequencies(self) -> None:

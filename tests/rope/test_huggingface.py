@@ -71,9 +71,9 @@ def test_transformers_computes_our_frequencies_from_our_keys(s: Scheme, spelling
         rotary = LlamaRotaryEmbedding(
             LlamaConfig(hidden_size=2 * d, num_attention_heads=2, head_dim=d, **copy.deepcopy(keys))
         )
-    # transformers works in float32: see test_frequencies.py for this bound.
+    # transformers works in float32; test_frequencies.py derives this bound.
     np.testing.assert_allclose(rotary.inv_freq.numpy(), s.inverse_frequencies(d), rtol=5 * 32 * 2.0**-24)
-    assert rotary.attention_scaling == pytest.approx(s.rotation_scale(), rel=1e-15, abs=0)  # float64: there too
+    assert rotary.attention_scaling == pytest.approx(s.rotation_scale(), rel=1e-15, abs=0)  # float64; also there
 
 
 @pytest.mark.parametrize("s", KNOWN_TO_HF, ids=repr)
@@ -255,12 +255,12 @@ def test_unusual_values_are_read_as_transformers_reads_them(section: dict[str, A
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         hf = LlamaConfig(hidden_size=64, num_attention_heads=2, **copy.deepcopy(config))
-    length = 8192  # beyond the window: the frequencies of `dynamic` have moved
+    length = 8192  # beyond the window, where the frequencies of `dynamic` have changed
     values, scale = ROPE_INIT_FUNCTIONS[section["rope_type"]](hf, "cpu", seq_len=length)
     s = from_hf(config)
-    # transformers works in float32: see test_frequencies.py for this bound.
+    # transformers works in float32; test_frequencies.py derives this bound.
     np.testing.assert_allclose(s.inverse_frequencies(32, length), values.numpy(), rtol=5 * 32 * 2.0**-24)
-    assert s.rotation_scale(length) == pytest.approx(scale, rel=1e-15, abs=0)  # float64: there too
+    assert s.rotation_scale(length) == pytest.approx(scale, rel=1e-15, abs=0)  # float64; also there
 
 
 def test_a_window_with_a_point_is_a_whole_number() -> None:

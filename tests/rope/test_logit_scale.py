@@ -78,7 +78,7 @@ def test_padding_and_unsigned_positions_are_harmless() -> None:
 
 
 class Variants(chex.TestCase):
-    """The same multipliers whether compiled or not, for positions of any shape."""
+    """Compiled or not, a scheme has the same multipliers for positions of any shape."""
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_entropy_aware(self) -> None:

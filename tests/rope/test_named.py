@@ -1,4 +1,4 @@
-"""The names of this package: what each takes, and which are the same mathematics."""
+"""The named schemes: the parameters of each, and which are mathematically the same."""
 
 import dataclasses
 from typing import Any

@@ -20,11 +20,11 @@ def theta(base: float) -> Any:
 
 
 def test_a_file_of_a_users_own(user_schemes: Path) -> None:
-    """The example of docs/schemes.md gives what its formulas say, in float64."""
+    """The example of docs/schemes.md computes its formulas, here evaluated in float64."""
     with pytest.raises(InputError, match=r"unknown rotary scheme 'slow_half': .*is known after --import FILE"):
         scheme("slow_half", factor=4)
     import_schemes(str(user_schemes))
-    import_schemes(str(user_schemes))  # once more is no second registration
+    import_schemes(str(user_schemes))  # importing it again registers nothing
     s = Scheme.from_dict(SHARP)
     expected = theta(20_000.0) / np.repeat([1.0, 4.0], 4)
     assert s.inverse_frequencies(16).dtype == jnp.float32
@@ -35,7 +35,7 @@ def test_a_file_of_a_users_own(user_schemes: Path) -> None:
     assert Scheme.from_dict(s.to_dict()) == s and s.to_dict() == SHARP
     assert scheme("slow_half", factor=4).to_dict() == {"type": "slow_half", "base": 10_000.0, "factor": 4.0}
     widening = scheme("widening", pretrained_window=16)
-    # A traced length: a power in float32, exp(x) with |x| up to ln 40,000 = 10.6; x is off by 10.6 x 2^-24 = 6e-7.
+    # With a traced length, the power is exp(x) in float32; |x| is up to ln 40,000 = 10.6, off by 10.6 x 2^-24 = 6e-7.
     np.testing.assert_allclose(widening.inverse_frequencies(16, jnp.int32(64)), theta(40_000.0), rtol=1e-6)
 
 
@@ -45,7 +45,7 @@ def test_parts_of_a_users_scheme_compose(user_schemes: Path) -> None:
     multiplier = {"type": "sharp_slow_half", "pretrained_window": 16, "strength": 0.5}
     composed = compose({"type": "pi", "factor": 2}, multiplier)
     assert composed == compose(scheme("pi", factor=2), sharp) and composed.to_dict()["logit_scale"] == multiplier
-    # The frequencies of a scheme with a multiplier need none of the multiplier's parameters.
+    # The frequencies of a scheme need no parameters of its multiplier.
     frequencies = compose({"type": "sharp_slow_half", "base": 20_000.0, "factor": 4})
     assert frequencies == scheme("slow_half", base=20_000.0, factor=4) and frequencies.name == "slow_half"
     for s in (composed, compose(sharp, scheme("eabf", pretrained_window=16)), compose(sharp, sharp)):

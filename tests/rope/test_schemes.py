@@ -1,4 +1,4 @@
-"""Schemes as values: from names and back, composed, and refused."""
+"""Schemes as values: named, converted to dictionaries and back, composed, and refused."""
 
 import copy
 import dataclasses
@@ -16,7 +16,7 @@ from scheme_cases import BY_PARTS, EABF, ENTROPY_AWARE, KNOWN_TO_HF, ONLY_OURS, 
 from eabf_jax.errors import InputError
 from eabf_jax.rope import Scheme, compose, register, scheme
 
-# In float32: the roundings of what is added to 1 weigh a twelfth of it or so, beside the sum's own of 2^-24.
+# In float32, the roundings of the term added to 1 weigh about a twelfth; the sum itself is rounded by 2^-24.
 TOLERANCE = 2e-7
 
 # --- names and parameters
@@ -94,7 +94,7 @@ def test_a_composition_by_type() -> None:
     assert Scheme.from_dict({"type": "compose", "frequencies": BY_PARTS}) == Scheme.from_dict(BY_PARTS)
 
 
-# --- refusals: each names the thing, what was found, what would be right
+# --- refusals: each names the key, the value found and what is expected
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_positions_may_be_a_list() -> None:
     np.testing.assert_allclose(s.logit_scale([4095, 8191], 2), [1.0, 13 / 12], rtol=TOLERANCE)
 
 
-# --- rules of a user's own, at their first use
+# --- a user's own rules, at their first use
 
 
 def fine(head_dim, *, factor: float = 1.0):

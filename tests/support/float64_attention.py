@@ -1,4 +1,4 @@
-"""Attention in float64 NumPy, one head of one row at a time, and what is compared with it."""
+"""Attention in float64 NumPy, one head of one row at a time, and the inputs of comparisons with it."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ QKV = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def random_qkv(length: int, heads: int, kv_heads: int, head_dim: int, batch: int = 2) -> QKV:
-    """Queries, keys and values whose logits have a standard deviation of about 2."""
+    """Draws queries, keys and values whose logits have a standard deviation of about 2."""
     generator = np.random.default_rng(length)
     q, k, v = (
         generator.normal(size=(batch, length, n, head_dim)).astype(np.float32) for n in (heads, kv_heads, kv_heads)
@@ -20,7 +20,7 @@ def random_qkv(length: int, heads: int, kv_heads: int, head_dim: int, batch: int
 
 
 def random_segments(length: int, batch: int = 2) -> np.ndarray:
-    """A different packing in each row, padding (segment 0) at the end of the first."""
+    """Packs each row differently, with padding (segment 0) at the end of the first."""
     generator = np.random.default_rng(length)
     rows = []
     for _ in range(batch):
@@ -31,7 +31,7 @@ def random_segments(length: int, batch: int = 2) -> np.ndarray:
 
 
 def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray | None, d_out: np.ndarray) -> list[Any]:
-    """Output and gradients of sum(out * d_out), float64, one head of one row at a time."""
+    """Computes the output and the gradients of sum(out * d_out) in float64."""
     q, k, v, d_out = (np.asarray(x, np.float64) for x in (q, k, v, d_out))
     out, d_q, d_k, d_v = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     group = q.shape[2] // k.shape[2]

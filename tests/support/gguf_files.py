@@ -49,7 +49,7 @@ NAMES = {
 
 
 def as_gguf(state: dict[str, torch.Tensor]) -> Tensors:
-    """Names and permutes as llama.cpp's convert_hf_to_gguf.py does."""
+    """Names and permutes tensors like llama.cpp's convert_hf_to_gguf.py."""
     out: Tensors = {}
     for name, value in state.items():
         array = value.numpy()
@@ -81,7 +81,7 @@ def write(
             writer.add_float32(key, value)
         elif isinstance(value, str):
             writer.add_string(key, value)
-        elif value:  # the writer leaves empty arrays out, and asks for their type
+        elif value:  # an empty array has no type, and the writer would drop it
             writer.add_array(key, value)
     for name, array in tensors.items():
         kind = (kinds or {}).get(name)
@@ -103,7 +103,7 @@ def scaling(settings: Metadata) -> Metadata:
 
 
 def converted(directory: Path, values: Metadata, tensors: Tensors | None = None) -> Path:
-    """The tiny model with other metadata, as Hugging Face directory."""
+    """Converts the tiny model, with other metadata, to a Hugging Face directory."""
     directory.mkdir(exist_ok=True)
     path = write(directory / "m.gguf", metadata() | values, as_gguf(model()) if tensors is None else tensors)
     from_gguf(path, directory / "hf")
@@ -111,7 +111,7 @@ def converted(directory: Path, values: Metadata, tensors: Tensors | None = None)
 
 
 def merged(before: str, adds_bos: bool) -> Metadata:
-    """A tiny vocabulary: digits, pairs and triples of digits, a special and a user-defined token."""
+    """Builds a tiny vocabulary: digits, pairs and triples of digits, a special and a user-defined token."""
     pieces = ["<|a|>", *"0123456789", "12", "123", "1234", "<|u|>", "Ċ", "ĊĊ"]
     kinds = [3, *[1] * 13, 4, 1, 1]
     return {
@@ -134,7 +134,7 @@ def changed(**changes: Any) -> Callable[[Metadata, Tensors], None]:
 
 
 def assert_refused(directory: Path, spoil: Callable[[Metadata, Tensors], object], message: str) -> None:
-    """Nothing is made of the tiny model's file once it is spoilt, and one line tells why."""
+    """Asserts that converting the tiny model's file, once damaged, writes nothing and gives a one-line error."""
     values, tensors = metadata(), as_gguf(model())
     spoil(values, tensors)
     path = write(directory / "m.gguf", values, tensors)

@@ -1,4 +1,4 @@
-"""Directories of random LLaMAs as transformers writes them, and what is checked of them."""
+"""Directories of random LLaMAs as transformers writes them, and checks on them."""
 
 import shutil
 from collections.abc import Callable
@@ -20,7 +20,7 @@ SIZES = {
 
 
 def make(directory: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **settings: object) -> Path:
-    """A random LLaMA saved by transformers."""
+    """Saves a random LLaMA with transformers."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**{**SIZES, **settings})
     transformers.LlamaForCausalLM(config).to(dtype).save_pretrained(directory, max_shard_size=shard)
@@ -28,7 +28,7 @@ def make(directory: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB"
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a directory, read by the safetensors library."""
+    """Reads every tensor of a directory with the safetensors library."""
     return {name: value for path in directory.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
@@ -59,7 +59,7 @@ def shard(directory: Path, number: int = 1) -> Path:
 
 
 def assert_refused(good: Path, directory: Path, spoil: Callable[[Path], object], message: str) -> None:
-    """Nothing is made of a copy once it is spoilt, and one line tells why."""
+    """Asserts that converting a damaged copy writes nothing and gives a one-line error."""
     source = directory / "in" / "hf"
     shutil.copytree(good, source)
     spoil(source)

@@ -1,4 +1,4 @@
-"""What is checked of training runs."""
+"""Checks on training runs."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from eabf_jax.training.trainer import train
 
 
 def refuse(config, message):
-    """`train` refuses with one line."""
+    """Asserts that `train` refuses a configuration with a one-line error."""
     with pytest.raises(InputError, match=message) as error:
         train(config)
     assert "\n" not in str(error.value)

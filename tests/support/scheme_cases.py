@@ -1,4 +1,4 @@
-"""Schemes that transformers has a spelling for, schemes that it has not, and their parameters."""
+"""Schemes that transformers can and cannot express, and their parameters."""
 
 from eabf_jax.rope import compose, scheme
 
@@ -38,5 +38,5 @@ ONLY_OURS = [
     WITHOUT_A_NAME,
     compose(scheme("dynamic_ntk", factor=4, pretrained_window=512), ENTROPY_AWARE),
 ]
-# A scheme of the example in docs/schemes.md; known after --import.
+# A scheme of the example in docs/schemes.md, which --import registers.
 SHARP = {"type": "sharp_slow_half", "base": 20_000.0, "factor": 4.0, "pretrained_window": 16, "strength": 0.5}

@@ -26,7 +26,7 @@ def random_params(config: LlamaConfig, seed: int = 0) -> dict[str, Any]:
 
 
 def torch_state(params: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Our stacked [in, out] tree as transformers' state: one tensor per layer, kernels [out, in]."""
+    """Converts our stacked [in, out] tree to transformers' state: one tensor per layer, kernels [out, in]."""
     state = {
         "model.embed_tokens.weight": params["embed_tokens"]["embedding"],
         "model.norm.weight": params["norm"]["scale"],

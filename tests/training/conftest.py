@@ -33,8 +33,8 @@ from eabf_jax.training.recipe import (
 )
 
 ROOT = Path(__file__).parents[2]
-# Three layers, so that one carries the entropy-aware multiplier. Weights are drawn wide: at 0.02 every logit is nearly
-# nought, and a mistake in the model would hardly show in the loss.
+# Three layers, so that one has the entropy-aware multiplier. Weights have a wide spread: at 0.02 every logit is nearly
+# zero, and a mistake in the model would hardly change the loss.
 SHAPE = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -50,7 +50,7 @@ WINDOW, RECORDS = 64, 40
 
 
 def write_records(directory, *, records=RECORDS, longest=WINDOW, metadata=None, seed=0):
-    """Random conversations of 33 to 64 tokens, about half of whose tokens are to be learned."""
+    """Writes random conversations of 33 to 64 tokens, with loss on about half of the tokens."""
     rng = np.random.default_rng(seed)
     with DatasetWriter(directory) as writer:
         for number in range(records):
@@ -63,13 +63,13 @@ def write_records(directory, *, records=RECORDS, longest=WINDOW, metadata=None, 
 
 @pytest.fixture(scope="session")
 def model_config():
-    """The micro model as it was pretrained: 32 tokens, no scaling."""
+    """The micro model before extension: 32 tokens, no scaling."""
     return LlamaConfig.from_fields(SHAPE)
 
 
 @pytest.fixture(scope="session")
 def yarn(model_config):
-    """The micro model extended to 64 tokens by a scheme that transformers has too."""
+    """The micro model extended to 64 tokens by a scheme that transformers also has."""
     rope = scheme("yarn", factor=2.0, pretrained_window=32)
     return dataclasses.replace(model_config, max_position_embeddings=WINDOW, rope=rope)
 
@@ -83,7 +83,7 @@ def extended(model_config):
 
 @pytest.fixture(scope="session")
 def params(model_config):
-    """Its parameters, as NumPy arrays; norm scales are random too, so that leaving one out would show."""
+    """Its parameters as NumPy arrays. Norm scales are random too, so that a missing norm changes the result."""
     rng = np.random.default_rng(3)
     drawn = jax.jit(lambda: Llama(model_config, rngs=nnx.Rngs(7)).parameters())()
     return jax.tree.map_with_path(
@@ -116,7 +116,7 @@ def write_dataset():
 
 @pytest.fixture(scope="session")
 def run_config(base_model, dataset):
-    """Builds the configuration of a micro run: 40 records, batch 8, 2 epochs: 10 steps."""
+    """Builds the configuration of a micro run of 10 steps: 40 records, batch size 8, 2 epochs."""
 
     def build(output, **changes):
         parts = {
@@ -169,8 +169,8 @@ def config_file(base_model, dataset):
     return write
 
 
-# What a process does that was forked where the imports were done already. Such a process ends without what `atexit`
-# holds; the processes of one run part there.
+# The program of a process forked after the imports. Such a process would end without the functions registered
+# with `atexit`, in which the processes of a run disconnect.
 FORKED = """
 import atexit, os, sys
 for number, path in enumerate(outputs, 1):
@@ -187,7 +187,7 @@ finally:
 
 
 class Forked:
-    """A process as `subprocess.Popen` has it, without the seconds in which it imports JAX and all the rest."""
+    """A process like `subprocess.Popen`, without the seconds that importing JAX takes."""
 
     def __init__(self, context, folder, program, arguments, environment):
         self.outputs = [folder / "out", folder / "err"]
@@ -217,7 +217,7 @@ class Forked:
 
 @pytest.fixture(scope="session")
 def fork(tmp_path_factory, quick_flags):
-    """Starts a program, with arguments, in a process of its own, on CPU devices; gives what to wait for."""
+    """Starts a program with arguments in a separate process on CPU devices; returns the process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["eabf_jax.cli", "eabf_jax.training.trainer"])
     outside = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}

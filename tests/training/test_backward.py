@@ -1,4 +1,4 @@
-"""The hand-driven backward pass against `jax.grad` of a plain loss; what it keeps, and what it computes twice."""
+"""The hand-written backward pass against `jax.grad` of a plain loss, what it keeps, and what it recomputes."""
 
 import dataclasses
 import functools
@@ -78,7 +78,7 @@ def microbatches(config, *, packed, count=2):
         starts = np.diff(segments, axis=2, prepend=0) > 0
         positions = positions - np.maximum.accumulate(np.where(starts, positions, 0), axis=2)
     mask = rng.random(shape) < 0.5
-    mask[..., -1] = False  # nothing follows the last token
+    mask[..., -1] = False  # no token follows the last one
     return Microbatch(tokens, np.roll(tokens, -1, axis=2), mask, positions, segments)
 
 
@@ -93,14 +93,14 @@ def drawn(config, spread=0.3):
 
 
 def plain_loss(model, batch, params):
-    """The definition, over all microbatches at once, without any of `Pieces`."""
+    """Computes the loss by its definition, over all microbatches at once and without `Pieces`."""
     rows = jax.tree.map(lambda array: array.reshape(-1, LENGTH), batch)
     losses = token_losses(model.with_parameters(params), rows.tokens, rows.positions, rows.segment_ids)
     return jnp.where(rows.mask[:, :-1], losses, 0.0).sum()
 
 
 class ByHand:
-    """Loss and gradient sums of all microbatches: what the executors do, in a Python loop."""
+    """Sums loss and gradients over all microbatches like the executors, in a Python loop."""
 
     def __init__(self, model, remat, *, wide=False):
         pieces = Pieces(model, 7, wide=wide)
@@ -162,7 +162,7 @@ def expected_gradients(config, packed, spread=0.3):
 @pytest.mark.parametrize(
     ("changes", "packed", "backend", "remat"),
     [
-        *((GQA, True, "chunked", remat) for remat in REMAT_POLICIES if remat != "offload"),  # which is dots elsewhere
+        *((GQA, True, "chunked", remat) for remat in REMAT_POLICIES if remat != "offload"),  # dots elsewhere
         ({"tie_word_embeddings": True}, False, "chunked", "dots:1,attention:1,full"),
         ({"num_key_value_heads": 4}, False, "reference", "qkv:1,none"),
         ({"num_key_value_heads": 1, "tie_word_embeddings": True, "attention_bias": True}, True, "reference", "full"),
@@ -174,18 +174,18 @@ def test_gradients_are_those_of_the_plain_loss(model_config, changes, packed, ba
     model = Llama.abstract(config, attention=backend)
     loss, gradients = ByHand(model, remat)(microbatches(config, packed=packed), drawn(config))
     expected_loss, expected = expected_gradients(config, packed)
-    # The same float32 sums in another order, some ten roundings of 6e-8; in the gradients' sums, terms cancel.
+    # Float32 sums in another order: about ten roundings of 6e-8; terms cancel in the gradients' sums.
     np.testing.assert_allclose(loss, expected_loss, rtol=2e-6)
     assert_near(gradients, expected, 5e-5)
 
 
 @pytest.mark.parametrize("wide", [True, False])
 def test_gradients_under_bfloat16(model_config, wide, monkeypatch):
-    """Wide, a kernel's gradient leaves its product unrounded, in float32; else it is a sum of bfloat16 numbers."""
-    # Rows of one block end in a product that XLA's CPU lacks in bfloat16.
+    """If `wide`, a kernel's gradient product stays in float32; otherwise it is rounded to bfloat16 and summed."""
+    # With rows of one block, the last product is one that XLA's CPU backend lacks in bfloat16.
     monkeypatch.setattr(attention.chunked, "_CHUNK", 8)
     config = variant(model_config, **GQA)
-    # Drawn narrow: a sharp softmax would blow up what the parameters lose to bfloat16.
+    # Weights have a narrow spread, because a sharp softmax would amplify the rounding of the parameters.
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), drawn(config, 0.1))
     run = ByHand(Llama.abstract(config, attention="chunked", dtype=jnp.bfloat16), "dots", wide=wide)
     batch = microbatches(config, packed=False)
@@ -193,9 +193,9 @@ def test_gradients_under_bfloat16(model_config, wide, monkeypatch):
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
     errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs]
-    # At least one rounding of 2^-9; and at most two hundred (parameters, activations, back) that add up at random.
+    # At least one rounding of 2^-9; at most 200 (parameters, activations, gradients), which add up at random.
     assert 2**-10 < max(errors) < 200**0.5 * 2**-8
-    # The gradients of one microbatch are the products themselves.
+    # With one microbatch, the gradients are the products themselves.
     _, found = run(jax.tree.map(lambda array: array[:1], batch), params)
     narrow = [not np.any(np.asarray(leaf).view(np.uint32) & 0xFFFF) for leaf in jax.tree.leaves(found["layers"]["mlp"])]
     assert all(narrow) is not wide
@@ -217,7 +217,7 @@ def test_what_is_frozen_has_no_gradient_and_changes_none(model_config):
 
 
 def layer_shapes(model_config, backend):
-    """A layer's arguments as shapes, in bfloat16; sizes chosen so that no two kinds of array have the same."""
+    """Returns a layer's arguments as bfloat16 shapes, with different sizes for every kind of array."""
     config = variant(model_config, hidden_size=24, intermediate_size=56, **GQA)
     model = Llama.abstract(config, attention=backend, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     pieces = Pieces(model, 8)
@@ -233,7 +233,7 @@ NARROW = "bfloat16[2,20,{}]"
 KEPT = {
     "attention": ["bfloat16[2,20,4,8]", "float32[2,4,20]"],  # the output, and the log-sum-exp of each query's logits
     "qkv": ["bfloat16[2,20,4,8]", *["bfloat16[2,20,2,8]"] * 2],
-    "dots": [NARROW.format(24), *[NARROW.format(56)] * 2],  # the residual between; gate and up
+    "dots": [NARROW.format(24), *[NARROW.format(56)] * 2],  # the residual after attention; gate and up
 }
 
 
@@ -256,7 +256,7 @@ def test_a_layer_keeps_what_its_policy_names(model_config, policy, names):
 
 
 def primitives(jaxpr):
-    """How often each primitive is in a jaxpr and those inside it."""
+    """Counts each primitive in a jaxpr and those inside it."""
     found = Counter()
     for equation in jaxpr.eqns:
         found[equation.primitive.name] += 1
@@ -269,7 +269,7 @@ def primitives(jaxpr):
 
 
 def test_the_backward_pass_computes_again_only_what_was_not_kept(model_config):
-    """Counted in what is left of the traced backward pass when dead code is gone, as a compiler sees it."""
+    """Operations are counted in the traced backward pass without dead code, as a compiler sees it."""
     pieces, arguments = layer_shapes(model_config, "chunked")
     products, kernels = {}, {}
     for policy in REMAT_POLICIES:
@@ -278,16 +278,16 @@ def test_the_backward_pass_computes_again_only_what_was_not_kept(model_config):
         live, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
         found = primitives(live)
         products[policy] = found["dot_general"]
-        # The largest logit is looked for in the kernel's forward half, and nowhere else.
+        # Only the kernel's forward half computes the largest logit.
         kernels[policy] = found["reduce_max"]
     assert kernels == {"full": 1, "attention": 0, "qkv": 0, "dots": 0, "offload": 0, "none": 0}
-    backward = 2 * 7 + 5  # two for each kernel, five in the backward half of attention
+    backward = 2 * 7 + 5  # two per kernel, five in the backward half of attention
     again = {"full": 6 + 2, "attention": 6, "qkv": 3, "dots": 0, "offload": 0, "none": 0}
     assert products == {policy: backward + more for policy, more in again.items()}
 
 
 def test_chunks_of_the_loss_do_not_change_it(model_config):
-    """Also where a row is split over devices, and its parts do not divide into whole chunks."""
+    """The rows may be split over devices, into parts that are not whole chunks."""
     config = variant(model_config)
     model, batch, params = Llama.abstract(config), microbatches(config, packed=False, count=1), drawn(config)
     x = np.random.default_rng(2).normal(size=(ROWS, LENGTH, config.hidden_size)).astype(np.float32)
@@ -307,7 +307,7 @@ def test_chunks_of_the_loss_do_not_change_it(model_config):
 
 
 def avals(jaxpr):
-    """Every array of a jaxpr and of the jaxprs inside it."""
+    """Yields the arrays of a jaxpr and of the jaxprs inside it."""
     for equation in jaxpr.eqns:
         yield from (variable.aval for variable in equation.outvars)
         for value in equation.params.values():
@@ -319,7 +319,7 @@ def avals(jaxpr):
 
 @pytest.mark.parametrize(("chunk", "whole"), [(1, False), (7, False), (LENGTH - 1, False), (LENGTH, True)])
 def test_full_logits_exist_only_where_the_chunk_is_the_whole_row(model_config, chunk, whole):
-    config = dataclasses.replace(model_config, vocab_size=997)  # a size that nothing else has
+    config = dataclasses.replace(model_config, vocab_size=997)  # a size that no other array has
     model, batch = Llama.abstract(config), microbatches(config, packed=False, count=1)
     trained = head_parameters(model.parameters(), tied=False)
     x = jax.ShapeDtypeStruct((ROWS, LENGTH, config.hidden_size), jnp.float32)
@@ -327,14 +327,14 @@ def test_full_logits_exist_only_where_the_chunk_is_the_whole_row(model_config, c
     sums = jax.eval_shape(zeros, trained)
     jaxpr = jax.make_jaxpr(lambda *arguments: Pieces(model, chunk).head(*arguments))(trained, {}, x, rows, sums)
     sizes = [aval.size for aval in avals(jaxpr.jaxpr) if aval.shape[-1:] == (997,) and aval.shape[0] != 32]
-    assert max(sizes) >= ROWS * chunk * 997  # the walk does see the logits of a chunk
+    assert max(sizes) >= ROWS * chunk * 997  # the search finds the logits of a chunk
     assert (max(sizes) >= ROWS * LENGTH * 997) == whole
 
 
 def test_sums_are_float32_whatever_is_added():
     sums = add({"a": jnp.full(3, 256.0)}, {"a": jnp.full(3, 0.25, jnp.bfloat16)})
     assert sums["a"].dtype == jnp.float32
-    assert sums["a"].tolist() == [256.25] * 3  # bfloat16 would have lost it
+    assert sums["a"].tolist() == [256.25] * 3  # bfloat16 would lose the addend
 
 
 def test_mappings_with_different_leaves_are_merged():

@@ -1,4 +1,4 @@
-"""Checkpoints come back as they were saved, and what stands in their way is told in one line."""
+"""Checkpoints are restored as they were saved, and failures give a one-line error."""
 
 import errno
 
@@ -17,7 +17,7 @@ from eabf_jax.training.step import Saved
 
 
 def sharded(tree, devices):
-    """Arrays split by their first axis over some devices."""
+    """Splits arrays by their first axis over some devices."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("fsdp",))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
     return jax.tree.map(lambda leaf: jax.device_put(leaf, split), tree)
@@ -37,7 +37,7 @@ def test_what_is_saved_comes_back_on_another_mesh_and_the_newest_are_kept(tmp_pa
         assert checkpoints.latest_step() is None
         for step, saved in wanted.items():
             checkpoints.save(step, sharded(saved, 4), {"next": step})
-    (tmp_path / "run" / "checkpoints" / "7.orbax-checkpoint-tmp-1").mkdir()  # a save that was cut off
+    (tmp_path / "run" / "checkpoints" / "7.orbax-checkpoint-tmp-1").mkdir()  # an interrupted save
     assert latest_step(tmp_path / "run") == 3
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), sharded(wanted[1], 2)
@@ -81,7 +81,7 @@ def test_no_space_for_a_checkpoint_is_one_line(run_config, tmp_path, monkeypatch
 
 
 def test_a_write_that_the_system_refuses_is_one_line(config_file, fork, train_py, tmp_path):
-    """The real thing, within a user's means: files of more than 16 KiB are refused while Orbax writes."""
+    """A limit on the file size makes the system refuse files of more than 16 KiB while Orbax writes."""
     config = config_file(tmp_path / "config.yaml", tmp_path / "run")
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))\n"
     process = fork(limited + train_py, "--config_path", config)

@@ -23,7 +23,7 @@ from eabf_jax.training.trainer import extended_config, lower_train_step
 
 ROOT = Path(__file__).parents[2]
 PAPER = ("--config_path", str(ROOT / "configs/llama2_7b_eabf_16k.yaml"))
-# Small, but with heads as wide as the TPU's kernels want them, grouped, and a layer of each kind (exempt and scaled).
+# Small, but with grouped heads of the width that the TPU's kernels need, and both kinds of layer (exempt and scaled).
 SHAPE = {
     "vocab_size": 512,
     "hidden_size": 512,
@@ -34,7 +34,7 @@ SHAPE = {
     "head_dim": 128,
     "max_position_embeddings": 1024,
 }
-# By hand: q, k, v, o, gate, up, down and two norms a layer; embedding, output and the last norm.
+# By hand: q, k, v, o, gate, up, down and two norms per layer; embedding, output and last norm.
 PARAMETERS = 3 * (512 * 512 + 2 * 512 * 256 + 512 * 512 + 3 * 512 * 1024 + 2 * 512) + 2 * 512 * 512 + 512
 
 
@@ -74,7 +74,7 @@ def test_a_step_is_compiled_for_a_tpu_slice_that_is_not_there(config_path, tmp_p
         assert parts[name] == pytest.approx(size * share, abs=0.0006)
     assert found["hbm_gib_per_chip"] == pytest.approx(sum(parts.values()), abs=0.004)
     assert parts["workspace"] > 0
-    # Parameters come together for each layer and microbatch, forward and backward: 3 of 4 parts, 2 bytes a number.
+    # Each layer's parameters are gathered per microbatch, forward and backward: 3 of 4 parts, 2 bytes per number.
     layers = 2 * PARAMETERS * 3 / 4
     assert found["collective_bytes_per_chip"]["all-gather"] > 2 * layers
     assert found["versions"]["libtpu"] != "unknown"
@@ -90,7 +90,7 @@ def test_the_step_that_is_compiled_runs_the_splash_kernel(config_path):
 
 
 def test_processes_compile_at_the_same_time():
-    compile_only_devices(tpu_slice("v4-8"))  # this process holds the compiler
+    compile_only_devices(tpu_slice("v4-8"))  # this process is using the compiler
     code = (
         "import jax, jax.numpy as jnp\n"
         "from eabf_jax.parallel.topology import compile_only_devices, tpu_slice\n"
@@ -120,7 +120,7 @@ def test_processes_compile_at_the_same_time():
     ],
 )
 def test_a_step_that_the_compiler_finds_too_large_is_one_line(config_path, monkeypatch, capsys, text, told):
-    """Texts as libtpu 0.0.52 and an older one gave them."""
+    """The texts are from libtpu 0.0.52 and an older release."""
     refuse_to_compile(monkeypatch, text)
     assert run("--topology", "v4-8", "--config_path", config_path) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -138,7 +138,7 @@ def refuse_to_compile(monkeypatch, text):
 @pytest.mark.parametrize(
     ("settings", "advice"),
     [
-        # What benchmarks/results/tpu_table.json has compiled: 29.4 GiB; and at 65,536 tokens, on the next larger slice.
+        # Compiled in benchmarks/results/tpu_table.json: 29.4 GiB; at 65,536 tokens, on the next larger slice.
         (
             (),
             r"by prediction \(29\.\d GiB\): mesh.fsdp 2, mesh.context 2, compute.remat full, compute.microbatch_size 1",
@@ -156,7 +156,7 @@ def test_a_refusal_names_what_fits(monkeypatch, capsys, settings, advice):
 
 
 def test_mesh_auto_chooses_what_fits(monkeypatch, capsys, tmp_path):
-    """The mesh that the planner names is the one that is compiled, or told of without a topology."""
+    """The mesh that the planner names is compiled, or shown if there is no topology."""
     seen = []
     monkeypatch.setattr(command, "lower_train_step", lambda config, mesh: seen.append((config, mesh)))
     with pytest.raises(AttributeError):
@@ -169,7 +169,7 @@ def test_mesh_auto_chooses_what_fits(monkeypatch, capsys, tmp_path):
 
 
 def test_an_argument_that_the_program_drops_takes_no_memory():
-    """The state of float32 compute has a rest without elements, which no program takes."""
+    """With float32 compute, the master's second half is empty, and no program takes it as an argument."""
 
     def step(state, batch):
         return dataclasses.replace(state, params=state.params + batch)
@@ -203,10 +203,10 @@ def test_the_estimate_is_what_the_slowest_resource_takes():
     config = load_config([*PAPER, "--compute.remat", "full"])
     found = plan(config, extended_config(config), {"data": 1, "fsdp": 16, "context": 1, "tensor": 1}, DEVICES["v4"])
     slice_ = tpu_slice("v4-32")
-    # 2 x 16,384 tokens a chip; 6 x 6.607e9 parameters in products + 6 x 32 x 4096 x 16384 of attention, a token
+    # 2 x 16,384 tokens per chip; per token 6 x 6.607e9 parameters in products + 6 x 32 x 4096 x 16384 of attention
     flops = 2 * 16384 * (6 * (6_738_415_616 - 32000 * 4096) + 6 * 32 * 4096 * 16384)
     assert found.model_flops == pytest.approx(flops, rel=1e-12)
-    # Everything but the down projections is computed once more.
+    # Everything except the down projections is computed again.
     again = 2 * 16384 * 32 * (2 * 16384 * 4096 + 2 * 4096 * (4 * 4096 + 2 * 11008))
     assert found.recomputed_flops == pytest.approx(again, rel=1e-12)
     estimate = command.roofline(found, slice_, 3 * 45e9 * 100.0)

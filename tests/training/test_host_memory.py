@@ -16,7 +16,7 @@ from eabf_jax.training.host_memory import (
     stacked,
 )
 
-PARTS, SIZE = 12, 1024  # bytes of a part
+PARTS, SIZE = 12, 1024  # bytes per part
 
 
 @pytest.fixture(scope="module")

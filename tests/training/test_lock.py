@@ -1,4 +1,4 @@
-"""A run's directory is held by one process, and only while it lives."""
+"""One process locks a run's directory, and only while it lives."""
 
 import errno
 import fcntl
@@ -26,7 +26,7 @@ def test_a_run_is_held_by_one_process(run_config, tmp_path):
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, monkeypatch, supported):
-    """With the system's locks, and on a file system without, where what the file tells has to do."""
+    """This holds with the system's locks, and on a file system without them, where only the file's content counts."""
     (tmp_path / "config.yaml").write_text("")
     dead = subprocess.Popen(["true"])
     dead.wait()

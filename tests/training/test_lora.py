@@ -1,4 +1,4 @@
-"""Training of adapters, against torch layers written out below, one executor against the other, and whole runs."""
+"""Adapter training against torch layers written out below, one executor against the other, and whole runs."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ from eabf_jax.training.step import Program, build_model, microbatch_sharding
 from eabf_jax.training.trainer import place_batch, train
 
 STEPS, BATCH, LENGTH = 3, 8, 24
-# As in test_step: an epsilon by so much larger than the rounding of a gradient that rounding stays rounding.
+# As in test_step, epsilon is much larger than the rounding of a gradient, so rounding errors stay small.
 RECIPE = RecipeConfig(learning_rate=1e-2, batch_size=BATCH, epsilon=1e-3)
 COMPUTE = {"dtype": "float32", "attention": "reference", "remat": "none", "loss_chunk": 7, "executor": "program"}
 ALL = Lora(rank=3, alpha=4.5, targets=PROJECTIONS, train_embeddings=True, train_norms=True)
@@ -52,7 +52,7 @@ def batches(yarn):
 
 
 def whole(config, params, lora):
-    """The base model's parameters with adapters beside them, B drawn too: at zero, A would have no gradient."""
+    """Adds adapters to the base model's parameters; B is random, because A has no gradient while B is zero."""
     rng = np.random.default_rng(11)
     if lora is None:
         return params
@@ -104,7 +104,7 @@ class TorchLora(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def in_torch(yarn, params, batches, in_transformers):
-    """The same in torch, each global batch in one piece: losses, gradient norms, what was trained at the end."""
+    """Trains in torch, each global batch in one piece; returns losses, gradient norms and the trained parameters."""
     model = in_transformers(yarn, params).train()
     model.requires_grad_(False)
     layers = whole(yarn, params, ALL)["layers"]
@@ -151,23 +151,23 @@ def named(tree):
 def test_training_of_adapters_is_torchs(single, in_torch, yarn, params):
     metrics, saved, *_ = single
     losses, norms, expected = in_torch
-    # Tolerances as in test_step: two float32 implementations over some steps.
+    # Tolerances as in test_step, for two float32 implementations over a few steps.
     np.testing.assert_allclose([m["loss"] for m in metrics], losses, rtol=1e-5)
     np.testing.assert_allclose([m["gradient_norm"] for m in metrics], norms, rtol=1e-4)
-    assert max(norms) > 1  # clipping took part
+    assert max(norms) > 1  # clipping took effect
     found = named(saved.params)
     before = named(whole(yarn, params, ALL))
     assert {name.rsplit(".", 1)[0] if name[-1].isdigit() else name for name in expected} == found.keys()
     for name, tensor in expected.items():
         stem, _, number = name.rpartition(".")
         array = found[stem][int(number)] if number.isdigit() else found[name]
-        # rate x gradient's rounding / epsilon = 1e-2 x 1e-6 / 1e-3 a step, on entries of order one.
+        # Per step, rate x gradient's rounding / epsilon = 1e-2 x 1e-6 / 1e-3, on entries of order one.
         np.testing.assert_allclose(array, tensor, rtol=0, atol=3e-5, err_msg=name)
     assert min(np.abs(found[name] - before[name]).max() for name in found) > 1e-3
 
 
 def agree(found, expected):
-    """The same sums in another order, with the tolerances of the test above."""
+    """Compares sums in another order, with the tolerances of the test above."""
     for name, rtol in {"loss": 1e-5, "gradient_norm": 1e-4, "tokens": 0}.items():
         np.testing.assert_allclose([m[name] for m in found[0]], [m[name] for m in expected[0]], rtol=rtol, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-5), found[1].params, expected[1].params)
@@ -181,7 +181,7 @@ def test_neither_recomputation_nor_the_executor_changes_the_curve(tune, batches,
 
 @pytest.mark.parametrize("executor", ["program", "layerwise"])
 def test_adapters_alone_under_either_executor(tune, batches, executor):
-    """No embedding, no norm, no head is trained: the executors have nothing to do there."""
+    """Embedding, norms and head are frozen, so the executors compute no gradients for them."""
     metrics, saved, *_ = tune(batches, SOME, executor=executor, remat="full")
     expected, others, *_ = tune(batches, SOME, microbatches=4)
     agree((metrics, saved), (expected, others))
@@ -219,29 +219,29 @@ def test_the_base_is_frozen_narrow_and_has_neither_moments_nor_gradients(tune, b
     assert trained == (64 + 48 + 80) * 2 * 3
     assert sum(leaf.size for leaf in jax.tree.leaves(state.frozen)) == sum(x.size for x in jax.tree.leaves(params))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.frozen)} == {jnp.dtype("bfloat16")}
-    # Bit for bit what it was: the kernels of the second layer.
+    # The kernels of the second layer are unchanged, bit for bit.
     layers = state.frozen["layers"]
     found = layers[1]["mlp"]["up_proj"]["kernel"] if executor == "layerwise" else layers["mlp"]["up_proj"]["kernel"][1]
     np.testing.assert_array_equal(found, params["layers"]["mlp"]["up_proj"]["kernel"][1].astype(jnp.bfloat16))
 
 
 def test_gradients_of_the_base_are_not_computed(tune, batches):
-    """By the compiler's count of operations, in which a loop's body stands once."""
+    """The compiler's count of operations, which counts a loop's body once, shows it."""
 
     def flops(lora):
         *_, step = tune(batches[:1], lora, microbatches=1, loss_chunk=LENGTH)
         return step.lower().compile().cost_analysis()["flops"]
 
     tokens = BATCH * LENGTH
-    kernels = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + 32 * 96  # one layer's, and the head's
+    kernels = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + 32 * 96  # of one layer and the head
     adapters = 6 * tokens * 2 * 32
     saved = flops(None) - flops(Lora(rank=1, targets=("q_proj",)))
-    # Two operations a number and token; beside them the update of the base, which counts little.
+    # Two operations per number and token, and the update of the base, which adds little.
     assert saved == pytest.approx(2 * kernels * tokens - adapters, rel=0.2)
 
 
 def test_tied_embeddings_are_trained_as_input_and_output(tune, batches, yarn, params):
-    """Against JAX's own derivative of the model's loss."""
+    """Compares with JAX's own derivative of the model's loss."""
     tied = dataclasses.replace(yarn, tie_word_embeddings=True)
     params = {name: tree for name, tree in params.items() if name != "lm_head"}
     lora = dataclasses.replace(SOME, train_embeddings=True)
@@ -258,12 +258,12 @@ def test_tied_embeddings_are_trained_as_input_and_output(tune, batches, yarn, pa
     norm = np.sqrt(sum(np.square(np.float64(leaf)).sum() for leaf in jax.tree.leaves(gradients)))
     for executor in ("program", "layerwise"):
         (found,), saved, *_ = tune([batch], lora, config=tied, params=params, executor=executor)
-        # The same float32 sums in another order, some ten roundings of 6e-8 deep.
+        # Float32 sums in another order: about ten roundings of 6e-8.
         np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
         np.testing.assert_allclose(found["gradient_norm"], norm, rtol=1e-5)
         # The first moment after one step is (1 - beta1) of the clipped gradient.
         moment = 0.1 * gradients["embed_tokens"]["embedding"] * min(1.0, 1.0 / norm)
-        # Both are float32 sums over the tokens, in different order: rounding follows the largest terms.
+        # Both are float32 sums over the tokens in different order, whose rounding depends on the largest terms.
         largest = float(np.abs(moment).max())
         np.testing.assert_allclose(saved.optimizer["mu"]["embed_tokens"]["embedding"], moment, atol=5e-5 * largest)
 
@@ -284,7 +284,7 @@ def finished(run_config, tmp_path_factory):
 
 
 def stored(run, step=4):
-    """What the checkpoint's folder of parameters really holds, read by Orbax alone."""
+    """Reads the checkpoint's folder of parameters with Orbax alone."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore((run / "checkpoints" / str(step) / "params").absolute())
 
@@ -314,10 +314,10 @@ def test_the_merged_model_is_base_and_adapters(finished, base_model, params, ext
     expected = Llama.from_params(extended, apart, attention="reference", lora=config.lora)(tokens)
     model, tokenizer = eabf_jax.load(run, dtype="float32")
     assert tokenizer is None
-    # (W + AB) x against W x + A (B x): float32 sums in another order, through three layers and a head; logits of 10.
+    # (W + AB) x against W x + A (B x): float32 sums in another order, through three layers and a head; logits are ~10.
     np.testing.assert_allclose(model(tokens), expected, atol=2e-4)
     untouched = Llama.from_params(extended, params, attention="reference")(tokens)
-    assert np.abs(untouched - expected).max() > 0.1  # the adapters do something
+    assert np.abs(untouched - expected).max() > 0.1  # the adapters change the logits
 
 
 def test_the_export_is_the_same_in_transformers(finished, tmp_path):
@@ -331,9 +331,9 @@ def test_the_export_is_the_same_in_transformers(finished, tmp_path):
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
     for directory in (run, tmp_path / "hf"):
         model, _ = eabf_jax.load(directory, dtype="float32")
-        # As above: float32 sums in another order, through three layers and a head; logits of 10.
+        # As above: float32 sums in another order, through three layers and a head; logits are about 10.
         np.testing.assert_allclose(model(tokens), expected, atol=2e-4)
-    # A step of its own, and a dtype of its own.
+    # Step and dtype can be chosen.
     to_hf(run, tmp_path / "narrow", step=4, dtype="bfloat16")
     assert json.loads((tmp_path / "narrow/config.json").read_text())["torch_dtype"] == "bfloat16"
 
@@ -354,7 +354,7 @@ def test_a_base_that_has_moved_is_named_and_may_be_named_anew(finished, base_mod
         eabf_jax.load(run, dtype="float32", base=base_model)[0].parameters()["layers"]["mlp"]["up_proj"]["kernel"],
         eabf_jax.load(tmp_path / "hf", dtype="float32")[0].parameters()["layers"]["mlp"]["up_proj"]["kernel"],
     )
-    # The base as a Hugging Face directory is the same base.
+    # The same base in a Hugging Face directory is accepted.
     to_hf(base_model, tmp_path / "base_hf")
     to_hf(run, tmp_path / "again", base=tmp_path / "base_hf")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "hf/model.safetensors").read_bytes()
@@ -369,7 +369,7 @@ def test_another_base_is_refused(finished, run_config, base_model, params, model
     save_params(other, {**params, "norm": {"scale": params["norm"]["scale"] * 1.01}})
     with pytest.raises(InputError, match=r"is not the one that the adapters in .* were trained on: its digest is"):
         eabf_jax.load(finished[0], base=other)
-    # The same directory, whose model has been replaced between two starts of a run.
+    # The model in the directory is replaced between two starts of a run.
     mutable = tmp_path / "base"
     shutil.copytree(base_model, mutable)
     config = adapter_config(run_config, tmp_path / "run", model={"path": str(mutable)}, recipe={"steps": 1})
@@ -381,7 +381,7 @@ def test_another_base_is_refused(finished, run_config, base_model, params, model
 
 
 def test_adapters_of_an_adapted_model(finished, run_config, tmp_path):
-    """A run over a run: its base is that model, merged."""
+    """The base of a run may be another run of adapters, which is merged."""
     config = adapter_config(
         run_config, tmp_path / "second", model={"path": str(finished[0])}, recipe={"steps": 1, "objective": "pretrain"}
     )
@@ -395,7 +395,7 @@ def test_adapters_of_an_adapted_model(finished, run_config, tmp_path):
 
 @pytest.mark.parametrize("executor", ["program", "layerwise"])
 def test_a_run_that_was_cut_off_ends_with_the_same_adapters(finished, run_config, tmp_path, monkeypatch, executor):
-    """Under the executor of the run that was not, to the bit; under the other one, but for the order of sums."""
+    """The results are equal bit for bit under the same executor, and up to the order of sums under the other."""
     config = adapter_config(run_config, tmp_path / "run", compute={"executor": executor})
     save = Checkpoints.save
 
@@ -421,7 +421,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_adapters(finished, run_config
 
 
 def test_adapters_start_at_the_base_and_by_the_seed(run_config, base_model, tmp_path):
-    """At a rate that rounds away, the run leaves A as it was drawn and B at nothing."""
+    """With a learning rate that rounds to nothing, A keeps its initial values and B stays at zero."""
     drawn = []
     for number, seed in enumerate((0, 0, 1)):
         recipe = {"steps": 1, "learning_rate": 1e-30, "seed": seed}
@@ -429,7 +429,7 @@ def test_adapters_start_at_the_base_and_by_the_seed(run_config, base_model, tmp_
     name = "layers.self_attn.q_proj.lora_a"
     np.testing.assert_array_equal(drawn[0][name], drawn[1][name])
     assert np.abs(drawn[0][name] - drawn[2][name]).max() > 0.01
-    # 3 x 32 x 2 numbers: the deviation of a sample is off by 5 % or so.
+    # The standard deviation of 3 x 32 x 2 numbers is off by about 5 %.
     np.testing.assert_allclose(drawn[0][name].std(), 32**-0.5, rtol=0.2)
     assert np.abs(drawn[0]["layers.self_attn.q_proj.lora_b"]).max() < 1e-25
 

@@ -17,7 +17,7 @@ def tokens(yarn):
 
 @pytest.fixture(scope="module")
 def expected(yarn, params, tokens, in_transformers):
-    """torch's cross-entropy on transformers' logits."""
+    """Computes torch's cross-entropy on transformers' logits."""
     with torch.no_grad():
         ids = torch.from_numpy(tokens).long()
         logits = in_transformers(yarn, params)(ids).logits[:, :-1]
@@ -29,7 +29,7 @@ def test_losses_are_torchs(yarn, params, tokens, expected, dtype, off):
     model = Llama.abstract(yarn, attention="reference", dtype=dtype)
     found = jax.jit(lambda params: token_losses(model.with_parameters(params), tokens))(params)
     assert found.dtype == jnp.float32
-    # Two float32 forward passes; logits are of order ten, where a rounding is 1e-6, or in bfloat16 some hundredths.
+    # Logits are of order ten, where a rounding is 1e-6 in float32 and a few hundredths in bfloat16.
     np.testing.assert_allclose(found, expected, rtol=0, atol=off)
     assert (np.abs(np.asarray(found) - expected).max() > 1e-4) == (dtype == jnp.bfloat16)
 
@@ -40,6 +40,6 @@ def test_targets_by_hand():
     learned = np.array([[1, 1, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0, 1]], bool)
     targets, mask = next_tokens(tokens, learned, segments)
     assert targets[mask].tolist() == [6, 9, 3, 4, 7]
-    # Row 0: the first token of document 2 is learned by nobody, and padding never counts.
+    # Row 0: the first token of document 2 is no target, and padding never counts.
     assert mask.astype(int).tolist() == [[1, 0, 0, 1, 0, 0, 0], [0, 1, 1, 0, 0, 1, 0]]
     assert (targets.dtype, mask.dtype) == (np.int32, bool)

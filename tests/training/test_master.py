@@ -1,4 +1,4 @@
-"""Float32 masters in two halves: bit for bit the same numbers, and the first half the nearest."""
+"""Float32 masters in two halves, which restore every bit; the first half is the nearest bfloat16 number."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from eabf_jax.training.master import join, split, split_tree
 
-# Upper halves of float32 numbers: both zeros with the denormals, the smallest normal ones, one, a number whose
-# significand is all ones (rounding carries into the exponent), the largest ones (rounding up is infinity), some others.
+# Upper halves of float32 numbers: both zeros with the denormals, the smallest normal numbers, one, a significand of all
+# ones (rounding carries into the exponent), the largest numbers (rounding up gives infinity), and a few others.
 HIGHS = [0x0000, 0x8000, 0x007F, 0x0080, 0x3F80, 0x3FFF, 0xBFFF, 0x7F7F, 0xFF7F, 0x1234, 0xC2F7]
 
 
@@ -30,7 +30,7 @@ def test_every_number_with_these_upper_bits_comes_back(high):
     assert (params.dtype, rest.dtype) == (jnp.bfloat16, jnp.int16)
     np.testing.assert_array_equal(bits(jax.jit(join)(params, rest)), bits(master))
     nearest = bits(master.astype(ml_dtypes.bfloat16))
-    away = high + (np.arange(2**16) >= 2**15)  # a half goes away from nought, where ml_dtypes goes to the even number
+    away = high + (np.arange(2**16) >= 2**15)  # ties round away from zero; ml_dtypes rounds them to even
     tie = np.arange(2**16) == 2**15
     np.testing.assert_array_equal(bits(params)[~tie], nearest[~tie])
     np.testing.assert_array_equal(bits(params), away)
@@ -45,7 +45,7 @@ def test_any_numbers_come_back(numbers):
 
 @pytest.mark.parametrize(("dtype", "rest_dtype", "rest_size"), [("float32", "int16", 0), ("float16", "float32", 3)])
 def test_other_dtypes_keep_the_numbers_too(dtype, rest_dtype, rest_size):
-    master = np.array([1e-30, 1 / 3, -7e37], np.float32)  # of which float16 holds one
+    master = np.array([1e-30, 1 / 3, -7e37], np.float32)  # only 1/3 is in float16's range
     params, rest = split(jnp.asarray(master), dtype)
     assert (params.dtype, rest.dtype, rest.size) == (dtype, rest_dtype, rest_size)
     np.testing.assert_array_equal(join(params, rest), master)

@@ -1,4 +1,4 @@
-"""Runs of several processes on one machine, which find each other and exchange arrays over loopback."""
+"""Runs of several processes on one machine, which connect and exchange arrays over loopback."""
 
 import re
 import shutil
@@ -13,10 +13,10 @@ import yaml
 from eabf_jax.interop.loading import load_parameters
 from eabf_jax.training.trainer import train
 
-# As in test_step: with the usual epsilon, Adam makes a whole step of a gradient that is nought but for rounding.
+# As in test_step: with the usual epsilon, Adam takes a full step for a gradient that is only rounding.
 RECIPE = {"batch_size": 8, "learning_rate": 1e-2, "epsilon": 1e-3}
 STEPS = 6
-# `train.py` that notes which records it reads.
+# A `train.py` that logs the records it reads.
 COUNTED = """
 import sys
 from eabf_jax.cli import main
@@ -60,7 +60,7 @@ class Group:
             time.sleep(0.01)
 
     def ended(self):
-        """Exit status, output and error output of each."""
+        """Returns exit status, output and error output of each process."""
         try:
             told = [process.communicate(timeout=200) for process in self.processes]
         finally:
@@ -71,7 +71,7 @@ class Group:
 
 @pytest.fixture(scope="module")
 def trained(config_file, fork, train_py):
-    """Starts a training run as several processes."""
+    """Starts a training run in several processes."""
 
     def start(path, output, count, *arguments, devices=1, prefix=None, **changes):
         values = {"recipe": {**RECIPE, "steps": STEPS}, "checkpoint": {"every_steps": None}, **changes}
@@ -85,7 +85,7 @@ def trained(config_file, fork, train_py):
 
 @pytest.fixture(scope="module")
 def alone(run_config, tmp_path_factory):
-    """The same run in one process, of eight devices."""
+    """Runs the same training in one process with eight devices."""
 
     def run(**changes):
         rope = {"type": "eabf", "base": 50_000.0, "pretrained_window": 32}
@@ -107,11 +107,11 @@ def same_run(read_metrics, params):
         assert [line["step"] for line in lines] == [line["step"] for line in wanted] == list(range(1, steps + 1))
         assert [line["trained_tokens"] for line in lines] == [line["trained_tokens"] for line in wanted]
         for name in ("loss", "gradient_norm"):
-            # The same sums in another order: roundings of 1e-7 in some hundreds of sums, carried over the steps.
+            # Sums in another order: roundings of 1e-7 in hundreds of sums, carried over the steps.
             np.testing.assert_allclose([m[name] for m in lines], [m[name] for m in wanted], rtol=2e-5, err_msg=name)
         trees = (*(load_parameters(run)[1] for run in (found, expected)), params)
         for leaf, other, start in zip(*map(jax.tree.leaves, trees), strict=True):
-            # rate x gradient's rounding / epsilon = 1e-2 x 1e-6 / 1e-3 a step, on entries of order one.
+            # Per step, rate x gradient's rounding / epsilon = 1e-2 x 1e-6 / 1e-3, on entries of order one.
             np.testing.assert_allclose(leaf, other, rtol=0, atol=steps * 1e-5)
             assert np.abs(leaf - start).max() > 100 * steps * 1e-5
 
@@ -119,9 +119,9 @@ def same_run(read_metrics, params):
 
 
 def test_four_processes_stop_together_and_others_go_on(trained, whole, same_run, read_metrics, run_config, tmp_path):
-    """Four share each row and every product; a signal to one stops all; two go on, and on a copy one alone.
+    """Four processes share each row and product; a signal to one stops all. Two resume; one resumes a copy alone.
 
-    Checkpoints are read on meshes of another shape, by other numbers of processes and by the other executor.
+    They read the checkpoints on other meshes, with other numbers of processes and with the other executor.
     """
     run = tmp_path / "run"
     group = trained(tmp_path / "four.yaml", run, 4, "--mesh.context", "2", "--mesh.tensor", "2")
@@ -139,7 +139,7 @@ def test_four_processes_stop_together_and_others_go_on(trained, whole, same_run,
         for item in ("params", "optimizer"):
             written = run / "checkpoints" / step / item / f"ocdbt.process_{number}" / "d"
             assert sum(path.stat().st_size for path in written.iterdir()) > 0
-    # The first process alone reports: the others say nothing but why they stop.
+    # Only the first process reports steps; the others only say why they stop.
     assert [len(err.splitlines()) for _, _, err in ended] == [int(step) + 2, 1, 1, 1]
     assert len(read_metrics(run)) == int(step)
     shutil.copytree(run, tmp_path / "copy")
@@ -149,7 +149,7 @@ def test_four_processes_stop_together_and_others_go_on(trained, whole, same_run,
     ended = group.ended()
     assert [status for status, *_ in ended] == [0, 0], ended
     assert [out.count("finished;") for _, out, _ in ended] == [1, 0]
-    assert yaml.safe_load((run / "config.yaml").read_text())["mesh"]["context"] == 2  # as the run was begun
+    assert yaml.safe_load((run / "config.yaml").read_text())["mesh"]["context"] == 2  # as when the run began
     same_run(run, whole)
 
     written = (tmp_path / "copy" / "config.yaml").read_text()
@@ -178,7 +178,7 @@ def test_each_process_reads_its_own_rows_only(trained, alone, same_run, write_da
     ended = group.ended()
     assert [status for status, *_ in ended] == [0, 0], ended
     reads = [(tmp_path / f"reads{number}").read_text().split() for number in range(2)]
-    # Three steps of four rows at least, and what is read ahead; half an epoch is 48 rows.
+    # At least three steps of four rows, and rows read ahead; half an epoch is 48 rows.
     assert all(12 <= len(rows) == len(set(rows)) < 48 for rows in reads)
     assert not set(reads[0]) & set(reads[1])
     same_run(tmp_path / "run", alone(data=data, recipe=recipe), steps=3)
@@ -190,7 +190,7 @@ def test_what_is_missing_on_one_is_told_there_and_ends_both(trained, train_py, t
 
     began = time.monotonic()
     first, second = trained(tmp_path / "config.yaml", tmp_path / "run", 2, prefix=command).ended()
-    assert time.monotonic() - began < 100  # JAX itself would wait for five minutes
+    assert time.monotonic() - began < 100  # JAX alone would wait for five minutes
     assert (first[0], second[0]) == (2, 2)
     assert first[2] == "error: process 0 stops because 1 of 2 cannot start, and says why\n"
     assert re.fullmatch("error: nowhere is not a prepared dataset.*\n", second[2])

@@ -20,7 +20,7 @@ def test_weight_decay_spares_norms_and_biases(params):
 
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_updates_are_torchs(warmup):
-    """AdamW with two groups, gradients clipped by global norm, warm-up and cosine: torch has each of them."""
+    """Compares AdamW with two groups, clipping by global norm, warm-up and cosine decay with torch."""
     steps, peak = 9, 1e-2
     rng = np.random.default_rng(1)
     start = {
@@ -28,7 +28,7 @@ def test_updates_are_torchs(warmup):
         "scale": rng.normal(size=5).astype(np.float32),
         "bias": rng.normal(size=5).astype(np.float32),
     }
-    # Norms from 0.06 to 600: some steps are clipped at 1, some are not.
+    # Norms are 0.06 to 600, so some steps are clipped at 1.
     gradients = [
         {
             name: (rng.normal(size=leaf.shape) * 10.0 ** rng.integers(-2, 3)).astype(np.float32)
@@ -70,8 +70,8 @@ def test_updates_are_torchs(warmup):
         reference.step()
         schedule.step()
         for name, tensor in tensors.items():
-            # A parameter of order one keeps 6e-8 a step; torch divides by norm + 1e-6, and the ratio of the moments
-            # takes ten-odd roundings: 2e-6 of each step of at most the peak rate.
+            # A parameter of order one is rounded by 6e-8 per step. torch divides by norm + 1e-6, and the ratio of the
+            # moments takes a dozen roundings: 2e-6 of each step, which is at most the peak rate.
             np.testing.assert_allclose(
                 params[name],
                 tensor.detach(),
@@ -79,4 +79,4 @@ def test_updates_are_torchs(warmup):
                 atol=(step + 1) * (2e-6 * peak + 1e-7),
                 err_msg=f"{name} {step}",
             )
-    assert max(np.abs(params[name] - start[name]).max() for name in start) > peak  # it did move
+    assert max(np.abs(params[name] - start[name]).max() for name in start) > peak  # the parameters changed

@@ -20,11 +20,11 @@ from eabf_jax.training.step import build_model
 
 ROOT = Path(__file__).parents[2]
 ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
-PARAMETERS_7B = 6_738_415_616  # as Hugging Face counts them
+PARAMETERS_7B = 6_738_415_616  # as Hugging Face counts
 
 
 def llama_7b(**compute):
-    """The paper's run, and the model that it trains."""
+    """Returns the paper's run and the model that it trains."""
     config = load_config(["--config_path", str(ROOT / "configs/llama2_7b_eabf_16k.yaml")])
     settings = {"remat": "full", "optimizer_memory": "device", **compute}
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, **settings))
@@ -42,7 +42,7 @@ def test_the_state_takes_sixteen_bytes_a_parameter_with_its_gradient():
 @pytest.mark.parametrize("axis", ["fsdp", "context", "tensor"])
 def test_devices_share_the_state(axis):
     found = plan(*llama_7b(), {**ONE, axis: 4}, DEVICES["v4"])
-    # All but the scales of the norms: 65 x 4,096 numbers, of which every device has its own.
+    # Every device holds all scales of the norms, 65 x 4,096 numbers.
     share = (PARAMETERS_7B - 65 * 4096) / 4 + 65 * 4096
     assert found.parts["parameters"] == 2 * share
     assert found.parts["moments"] == 8 * share
@@ -53,7 +53,7 @@ def test_devices_share_the_state(axis):
     [("auto", "h200", 8 * 2047, {1, 2}), ("chunked", "h200", 8 * 2047, {1, 2, 4}), ("auto", "v4", 16384 - 256, {1, 2})],
 )
 def test_rows_are_split_only_where_the_attention_backend_can(attention, device, window, contexts):
-    """Into two chunks a device, which are even for cuDNN and multiples of 64 tokens for splash."""
+    """A device gets two chunks, whose length must be even for cuDNN and a multiple of 64 for splash."""
     config, model = llama_7b(attention=attention)
     config = dataclasses.replace(config, window=window)
     found = planner.mesh_plans(config, model, 4, DEVICES[device])
@@ -74,7 +74,7 @@ def test_state_in_host_memory_is_not_on_the_device():
 
 @pytest.mark.parametrize("policy", REMAT_POLICIES)
 def test_a_layer_keeps_what_the_step_keeps(policy):
-    """Against the shapes that the forward pass of a layer really returns."""
+    """Compares with the shapes that the forward pass of a layer returns."""
     config, model_config = llama_7b(attention="chunked")
     model_config = dataclasses.replace(model_config, num_key_value_heads=8)
     model = build_model(model_config, config.compute, make_mesh(MeshConfig(), jax.devices()[:1]))
@@ -89,12 +89,12 @@ def test_a_layer_keeps_what_the_step_keeps(policy):
     kept = jax.eval_shape(keep, layer, x, tokens, jax.ShapeDtypeStruct((), jnp.int32))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((x, kept)))
     found = planner._Step.of(config, model_config, ONE, 1).kept(policy)
-    # `none` also keeps small things (a number a token); the others are exact.
+    # `none` also keeps small arrays of one number per token; the others are exact.
     assert found == pytest.approx(size, rel=0.02 if policy == "none" else 0)
 
 
 def measured_peaks():
-    """The committed results of train_step.py, but where memory ran out or the allocator had no more to give."""
+    """Yields the committed results of train_step.py whose peak stayed below the memory limit."""
     for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
         report = json.loads(path.read_text())
         for entry in report.get("lengths", [report]) if report.get("benchmark") == "train_step" else ():
@@ -104,7 +104,7 @@ def measured_peaks():
 
 @pytest.mark.parametrize(("told", "entry"), list(measured_peaks()))
 def test_peaks_that_were_measured_on_gpus_are_predicted(told, entry, tmp_path):
-    """Within 3 %, or a GiB where the whole is small."""
+    """Predictions are within 3 % or 1 GiB."""
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**told, "window": entry["length"], "compute": entry["compute"]}))
     config = load_config(["--config_path", str(tmp_path / "run.yaml")])
     model = dataclasses.replace(LlamaConfig.from_fields(config.model.shape), rope=config.scheme)
@@ -114,7 +114,7 @@ def test_peaks_that_were_measured_on_gpus_are_predicted(told, entry, tmp_path):
 
 
 def test_layers_behind_the_backward_pass_keep_nothing():
-    """Of a mix, the device never holds more than at the end of the forward pass; less is kept where less is asked."""
+    """Memory peaks at the end of the forward pass, when each layer holds what its own policy keeps."""
     plans = [
         plan(*llama_7b(remat=remat), ONE, DEVICES["h200"]) for remat in ("full", "dots:1,full", "dots:31,full", "dots")
     ]
@@ -137,7 +137,7 @@ def test_auto_leaves_nothing_open_and_fits():
     assert "auto" not in (compute.remat, compute.optimizer_memory, compute.microbatch_size, compute.gather)
     assert found.fits and found.total <= DEVICES["h100"].memory
     assert found == plan(config, llama_7b()[1], ONE, DEVICES["h100"])
-    # 16 bytes a parameter are 100 GiB: on this device the optimizer's state has to lie elsewhere.
+    # At 16 bytes per parameter, 100 GiB do not fit on this device, so the optimizer's state goes to host memory.
     assert compute.optimizer_memory == "host"
 
 
@@ -173,7 +173,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_numbers_and_what_would_fit():
         check(found)
     text = str(refused.value)
     assert "needs 107." in text and "moments 50.2" in text and "it has 76.8" in text
-    # The setting named first is tried, and does fit.
+    # The first setting named fits.
     assert "what fits: compute.optimizer_memory host" in text
     host, _ = llama_7b(optimizer_memory="host")
     check(plan(host, model, ONE, DEVICES["h100"]))
@@ -184,7 +184,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_numbers_and_what_would_fit():
     [
         (16, "v4", {}, {"fsdp": 16}),  # one axis of devices is enough
         (4, "v4", {}, {"fsdp": 2, "context": 2}),  # benchmarks/results/tpu_table.json: 29.4 GiB
-        (8, "v4", {"batch_size": 2}, {"fsdp": 2, "context": 4}),  # two rows split no further
+        (8, "v4", {"batch_size": 2}, {"fsdp": 2, "context": 4}),  # two rows cannot be split further
         (8, "h100", {"objective": "pretrain"}, {"fsdp": 8}),
         (1, "h200", {}, {"fsdp": 1}),
     ],
@@ -224,8 +224,8 @@ def test_adapters_leave_the_model_without_gradients_and_moments():
     config, model = llama_7b()
     config = dataclasses.replace(config, lora=Lora(rank=8, targets=("q_proj", "v_proj"), train_norms=True))
     found = plan(config, model, {**ONE, "fsdp": 4}, DEVICES["v4"])
-    # A and B of two 4,096 x 4,096 projections in 32 layers. Four chips share the rows of A; B and the scales of the
-    # norms are on each.
+    # A and B of two 4,096 x 4,096 projections in 32 layers. Four chips share the rows of A; each has all of B and of
+    # the norms' scales.
     norms = 65 * 4096
     trained = 32 * 2 * (4096 * 8 / 4 + 8 * 4096) + norms
     assert found.parts["moments"] == 8 * trained
@@ -243,7 +243,7 @@ def test_a_refusal_names_a_shorter_window_where_devices_do_not_help():
 
 @pytest.mark.parametrize(("memory", "fits", "lacks"), [("device", 80, 79), ("host", 146, 145)])
 def test_a_checkpoint_passes_through_host_memory(memory, fits, lacks):
-    """12 bytes a parameter of 7B are 75.3 GiB, beside the 62.8 GiB of 10 bytes that wait; 5 % are left to the rest."""
+    """A checkpoint of 7B takes 75.3 GiB (12 bytes per parameter), beside 62.8 GiB of state kept in host memory."""
     for host, expected in ((fits, True), (lacks, False)):
         device = dataclasses.replace(DEVICES["h200"], host_memory=host * GIB)
         assert plan(*llama_7b(optimizer_memory=memory), ONE, device).can_checkpoint is expected

@@ -30,7 +30,7 @@ MINIMAL = {"output": "runs/x", "window": 64, "rope": {"type": "eabf", "base": 1e
 
 @pytest.fixture
 def load(tmp_path):
-    """Loads a configuration given as a mapping (or as text) and command-line arguments."""
+    """Loads a configuration from a mapping or text, and command-line arguments."""
 
     def load(values=MINIMAL, *arguments):
         path = tmp_path / "config.yaml"
@@ -70,7 +70,7 @@ def test_schedule_is_warmup_then_cosine_to_zero(steps, warmup):
         return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
     found = [float(schedule(step)) for step in range(steps + 1)]
-    # float32's cosine near pi/2 loses digits relative to the value but not to the peak: a few roundings of 6e-8.
+    # Near pi/2, float32's cosine is off by a few roundings of 6e-8 of the peak, which is more relative to the value.
     np.testing.assert_allclose(found, [expected(step) for step in range(steps + 1)], rtol=0, atol=peak * 3e-7)
     assert found[steps] == 0
     assert found[warmup] == np.float32(peak)
@@ -85,7 +85,7 @@ def test_constant_schedule_stays_at_the_peak():
 def test_every_shipped_config_loads_and_fits_its_model(path, monkeypatch):
     monkeypatch.chdir(path.parents[1])
     config = load_config(["--config_path", str(path)])
-    # The name is model_scheme_window, and _lora where adapters are trained.
+    # The name is model_scheme_window, with _lora if adapters are trained.
     assert config.output == f"runs/{path.stem}"
     window = f"_{config.window // 1024}k" if config.window >= 1024 else f"_{config.window}"
     assert path.stem.endswith(window if config.lora is None else f"{window}_lora")
@@ -158,7 +158,7 @@ def test_a_run_can_be_given_on_the_command_line_alone():
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(load):
-    # YAML 1.1 wants a point in 2e-5 and a sign in 1.0e5.
+    # YAML 1.1 requires a point in 2e-5 and a sign in 1.0e5.
     config = load("{output: x, window: 64, rope: {type: abf, base: 1.0e5}, recipe: {learning_rate: 2e-5}}")
     assert config.recipe.learning_rate == 2e-5
     assert config.scheme.to_dict()["base"] == 100_000.0
@@ -336,7 +336,7 @@ def test_a_configuration_may_be_copied_elsewhere(tmp_path, monkeypatch, name):
     copied.write_text(path.read_text())
     monkeypatch.chdir(tmp_path)
     assert load_config(["--config_path", "mine.yaml"]) == load_config(["--config_path", str(path)])
-    # What lies beside it comes first.
+    # A shape file beside it takes precedence.
     (tmp_path / "shapes").mkdir()
     for shape in SHAPES.iterdir():
         (tmp_path / "shapes" / shape.name).write_text("hidden_size: 1")
@@ -344,7 +344,7 @@ def test_a_configuration_may_be_copied_elsewhere(tmp_path, monkeypatch, name):
 
 
 def test_a_shape_that_is_nowhere_is_the_models_own(load, tmp_path):
-    """The directory that `model.path` names has one, whichever of file and command line names it."""
+    """The directory in `model.path`, set in the file or on the command line, provides the shape."""
     text = "{output: x, window: 64, rope: {type: abf, base: 1.0e5}, model: {shape: !include gone.yaml, path: %s}}"
     assert load(text % "null", "--model.path", str(tmp_path)).model == ModelConfig(path=str(tmp_path))
     assert load(text % tmp_path).model == ModelConfig(path=str(tmp_path))
@@ -379,7 +379,7 @@ def test_help_names_every_key_and_nothing_else(capsys):
     assert "--lora.targets" in text
     assert "Optional" not in text and "Union" not in text and "--mesh auto" in text
     assert "peak; paper" in text
-    # draccus would also take a file for each section; we do not.
+    # draccus would also accept a file for each section; we do not.
     assert "Config file for" not in text and "--recipe str" not in text
 
 

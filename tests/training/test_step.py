@@ -19,20 +19,20 @@ from eabf_jax.training.step import Program, build_model, microbatch_sharding
 from eabf_jax.training.trainer import place_batch
 
 STEPS, BATCH, LENGTH = 4, 8, 24
-# Adam divides by sqrt(v) + epsilon: with the usual 1e-8 a gradient that is nought but for rounding becomes a whole
-# step. This epsilon is larger than the rounding of a gradient (1e-7) by so much that rounding stays rounding.
+# Adam divides by sqrt(v) + epsilon: with the usual 1e-8, a gradient that is only rounding becomes a full step. This
+# epsilon is much larger than the rounding of a gradient (1e-7), so rounding errors stay small.
 RECIPE = RecipeConfig(learning_rate=1e-2, batch_size=BATCH, epsilon=1e-3)
 COMPUTE = {"dtype": "float32", "attention": "reference", "remat": "none", "loss_chunk": 7, "executor": "program"}
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class Compute(ComputeConfig):
-    """Hashable, to compile each choice once."""
+    """A hashable configuration, so that each choice is compiled once."""
 
 
 @pytest.fixture(scope="module")
 def batches(yarn):
-    """Rows of different lengths, with one row and one microbatch in which nothing is to be learned."""
+    """Draws rows of different lengths; one row and one microbatch have no token with a loss."""
     rng = np.random.default_rng(5)
     made = []
     for _ in range(STEPS):
@@ -87,7 +87,7 @@ def single_device(fine_tune, batches):
 
 @pytest.fixture(scope="module")
 def in_torch(yarn, params, batches, in_transformers):
-    """The same fine-tune in torch, each global batch in one piece: losses, gradient norms, final parameters."""
+    """Fine-tunes in torch, each global batch in one piece; returns losses, gradient norms and final parameters."""
     model = in_transformers(yarn, params).train()
     decayed = [tensor for name, tensor in model.named_parameters() if not name.endswith("norm.weight")]
     norms = [tensor for name, tensor in model.named_parameters() if name.endswith("norm.weight")]
@@ -119,12 +119,12 @@ def test_fine_tune_is_torchs(single_device, in_torch, batches, params):
     metrics, saved, state = single_device
     losses, gradient_norms, tensors = in_torch
     assert [m["tokens"] for m in metrics] == [batch["loss_mask"][:, 1:].sum() for batch in batches]
-    # Two float32 implementations: roundings of 1e-7 in some hundreds of sums, carried over four steps.
+    # Two float32 implementations: roundings of 1e-7 in hundreds of sums, carried over four steps.
     np.testing.assert_allclose([m["loss"] for m in metrics], losses, rtol=1e-5)
     np.testing.assert_allclose([m["gradient_norm"] for m in metrics], gradient_norms, rtol=1e-4)
-    assert max(gradient_norms) > 1  # clipping took part
+    assert max(gradient_norms) > 1  # clipping took effect
     for name, array in torch_state(saved.params).items():
-        # rate x gradient's rounding / epsilon = 1e-2 x 1e-6 / 1e-3 a step, on entries of order one.
+        # Per step, rate x gradient's rounding / epsilon = 1e-2 x 1e-6 / 1e-3, on entries of order one.
         np.testing.assert_allclose(array, tensors[name], rtol=0, atol=3e-5, err_msg=name)
     moved = jax.tree.map(lambda before, after: np.abs(before - after).max(), params, saved.params)
     assert min(jax.tree.leaves(moved)) > 1e-3
@@ -138,7 +138,7 @@ def test_norms_reported_are_those_of_the_result(single_device):
 
 
 def agree(found, expected):
-    """The same sums in another order: float32 rounding, as in `test_fine_tune_is_torchs`."""
+    """Compares sums in another order, which differ by float32 rounding, as in `test_fine_tune_is_torchs`."""
     for name in ("loss", "gradient_norm", "tokens"):
         np.testing.assert_allclose([m[name] for m in found[0]], [m[name] for m in expected[0]], rtol=1e-5, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-5), found[1].params, expected[1].params)
@@ -161,7 +161,7 @@ def test_microbatches_do_not_change_the_curve(fine_tune, batches, single_device,
     agree(fine_tune(batches, microbatches=microbatches), single_device)
 
 
-# Each policy's gradients are tested by themselves in test_backward.
+# test_backward tests the gradients of each policy.
 @pytest.mark.parametrize(
     ("executor", "remat"),
     [
@@ -194,7 +194,7 @@ def test_layer_by_layer_on_eight_devices(fine_tune, batches, single_device, size
 
 
 def test_gradients_are_accumulated_in_float32_under_bfloat16(fine_tune, batches):
-    """Eight times the same microbatches have the gradient of once; in bfloat16 the sum would lose its last bits."""
+    """Repeating the microbatches eight times keeps the gradient; a bfloat16 sum would lose its last bits."""
     rows = {name: array[2:6] for name, array in batches[0].items()}
     (once,), _, state = fine_tune([rows], dtype="bfloat16", microbatches=2)
     repeated = {name: np.tile(array, (8, 1)) for name, array in rows.items()}
@@ -202,14 +202,14 @@ def test_gradients_are_accumulated_in_float32_under_bfloat16(fine_tune, batches)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in jax.tree.leaves((state.mu, state.nu))} == {np.dtype(np.float32)}
     assert often["tokens"] == 8 * once["tokens"]
-    # Two programs may round their bfloat16 differently (some 1e-5); a sum kept in bfloat16 is off by 1e-3 and more.
+    # Two programs may round bfloat16 differently (about 1e-5); a sum kept in bfloat16 is off by 1e-3 or more.
     for name in ("loss", "gradient_norm", "parameter_norm"):
         np.testing.assert_allclose(often[name], once[name], rtol=5e-5)
 
 
 @pytest.mark.parametrize("executor", ["program", "layerwise"])
 def test_updates_too_small_for_bfloat16_are_not_lost(fine_tune, batches, params, executor):
-    """Updates of 1e-4 of a parameter, a fortieth of what bfloat16 can tell apart, make the way that float32 makes."""
+    """Updates of 1e-4 of a parameter, a fortieth of bfloat16's resolution, add up as in float32."""
 
     def way(**compute):
         metrics, saved, _ = fine_tune(batches, rate=2e-5, **compute)
@@ -217,22 +217,22 @@ def test_updates_too_small_for_bfloat16_are_not_lost(fine_tune, batches, params,
 
     (metrics, found), (wanted, expected) = way(dtype="bfloat16", executor=executor), way()
     for name in ("loss", "gradient_norm"):
-        # Roundings of 2^-9, some thirty deep and averaged over tokens.
+        # About thirty successive roundings of 2^-9, averaged over tokens.
         np.testing.assert_allclose([m[name] for m in metrics], [m[name] for m in wanted], rtol=30**0.5 * 2**-9)
     for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert 0 < np.abs(theirs).max() <= STEPS * 2.1e-5
-        # The gradients' own error; were the rest of a master dropped, nothing or a whole rounding step would be left.
+        # The gradients' own error. Without the lower bits of the masters, a change would be 0 or a whole bfloat16 step.
         assert np.linalg.norm(mine - theirs) < 0.25 * np.linalg.norm(theirs)
 
 
 def test_packed_documents_do_not_see_each_other(fine_tune, yarn, params, in_transformers):
-    """The pretraining loss of packed rows is that of each document by itself, over all its tokens but the first."""
+    """The pretraining loss of packed rows is that of each document alone, over all its tokens but the first."""
     rng = np.random.default_rng(8)
     lengths = [(9, 15), (20, 4), (24,), (1, 2, 21)]
     tokens = rng.integers(0, yarn.vocab_size, (4, LENGTH)).astype(np.int32)
     batch = {
         "tokens": tokens,
-        "loss_mask": rng.random(tokens.shape) < 0.5,  # not asked in this objective
+        "loss_mask": rng.random(tokens.shape) < 0.5,  # not used by this objective
         "positions": np.stack([np.concatenate([np.arange(n) for n in row]) for row in lengths]).astype(np.int32),
         "segment_ids": np.stack([np.repeat(np.arange(len(row)) + 1, row) for row in lengths]).astype(np.int32),
     }
@@ -256,7 +256,7 @@ def test_a_batch_without_a_token_to_learn_is_no_nan(fine_tune, batches):
 
 
 def test_a_step_by_layers_leaves_nothing_behind(fine_tune, batches):
-    fine_tune(batches[:2], executor="layerwise", remat="attention")  # what is cached is there from here on
+    fine_tune(batches[:2], executor="layerwise", remat="attention")  # from here on, everything cached exists
     before = {id(array) for array in jax.live_arrays()}
     *_, state = fine_tune(batches[:2], executor="layerwise", remat="attention")
     jax.block_until_ready(state)
@@ -267,7 +267,7 @@ def test_a_step_by_layers_leaves_nothing_behind(fine_tune, batches):
 
 
 def test_the_optimizers_state_passes_in_the_room_that_layers_leave(model_config, monkeypatch):
-    """Device memory is nowhere fuller during the backward pass, which fetches state, than when all layers are kept."""
+    """While the backward pass fetches state, device memory never exceeds its use when all layers are kept."""
     config = dataclasses.replace(model_config, num_hidden_layers=12)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     compute = Compute(**COMPUTE | {"executor": "layerwise", "optimizer_memory": "host", "remat": "offload:5,dots"})
@@ -303,7 +303,7 @@ def test_the_optimizers_state_passes_in_the_room_that_layers_leave(model_config,
 
 
 def test_gradients_lie_in_memory_once(model_config):
-    """As one program, with microbatches: beside the state and one sum of the gradients there is little."""
+    """One program with microbatches needs little memory beside the state and one sum of the gradients."""
     config = dataclasses.replace(model_config, num_hidden_layers=48, max_position_embeddings=64)
     compute = ComputeConfig(**{**COMPUTE, "remat": "full", "attention": "chunked"})
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])

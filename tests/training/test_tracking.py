@@ -16,16 +16,16 @@ def test_flops_of_llama2_7b_by_hand():
     config = load_config(["--config_path", "configs/llama2_7b_eabf_16k.yaml"])
     model = LlamaConfig.from_fields(config.model.shape)
     assert parameter_count(model) == 6_738_415_616
-    # Two for a multiplication and an addition, three for forward and backward (twice the forward), for each parameter
-    # in a matrix product: all but the 32,000 x 4,096 that are looked up.
+    # Two for multiplication and addition, times three for forward and backward (twice the forward), for each parameter
+    # in a matrix product: all except the 32,000 x 4,096 that are looked up.
     products = 6 * (6_738_415_616 - 32_000 * 4_096)
-    # Scores and weighted values: each 2 x hidden for each of the 16,384 / 2 tokens that a query sees on average.
+    # Scores and weighted values each take 2 x hidden for each of the 16,384 / 2 tokens that a query sees on average.
     attention = 3 * 32 * 2 * (2 * 4_096 * 16_384 / 2)
     assert flops_per_token(model, 16_384) == products + attention
 
 
 def test_a_frozen_model_has_no_gradients_of_its_own():
-    """Two of the six operations a parameter less, for all but the adapters."""
+    """A frozen parameter takes four operations instead of six."""
     config = load_config(["--config_path", "configs/llama2_7b_eabf_16k_lora.yaml"])
     model = LlamaConfig.from_fields(config.model.shape)
     # A and B of q, k, v and o in 32 layers, each 4,096 wide; the embedding is looked up.
@@ -44,7 +44,7 @@ def metrics(loss, **more):
 
 
 def events(run):
-    """Scalars and restarts of the TensorBoard files, in order; a TFRecord is length, checksum, bytes, checksum."""
+    """Reads scalars and restarts of TensorBoard files in order; a TFRecord is length, checksum, bytes, checksum."""
     scalars, restarts = [], []
     for path in sorted((run / "tensorboard").iterdir()):
         data = path.read_bytes()
@@ -63,7 +63,7 @@ def test_records_go_to_json_lines_and_tensorboard(tmp_path, capsys, read_metrics
         tracker.compiled()
         tracker.record(1, metrics(2.5, gradient_norm=0.5, compile_seconds=1.5))
         tracker.record(2, metrics(1.25, gradient_norm=0.25))
-        # Written at once: a run that is killed now has told everything.
+        # Records are written at once, so a run killed now loses none.
         assert len(read_metrics(tmp_path)) == 2
         assert events(tmp_path)[0][-1] == (2, "gradient_norm", 0.25)
     assert read_metrics(tmp_path) == [
@@ -107,8 +107,8 @@ def test_time_left_is_reckoned_from_the_steps_of_this_start(tmp_path, capsys, mo
         )
         tracker.record(5, metrics(1.0, mfu=0.5))
     first, second = capsys.readouterr().err.splitlines()[1:]
-    assert first.endswith("0:06:00 left")  # 60 s a step, 6 steps
-    assert second.endswith("MFU 50.0%  0:07:30 left")  # 90 s a step on average, 5 steps
+    assert first.endswith("0:06:00 left")  # 60 s per step, 6 steps
+    assert second.endswith("MFU 50.0%  0:07:30 left")  # 90 s per step on average, 5 steps
 
 
 def test_resuming_drops_what_came_after_the_checkpoint(tmp_path, read_metrics):
@@ -117,7 +117,7 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path, read_metrics):
     with Tracker(tmp_path, steps=5, start=2) as tracker:
         tracker.record(3, metrics(7.0))
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 7.0)]
-    assert events(tmp_path)[1] == [3]  # TensorBoard is told to forget steps from 3 on
+    assert events(tmp_path)[1] == [3]  # TensorBoard drops steps from 3 on
     assert not list(tmp_path.glob("*.partial*"))
 
 
@@ -131,7 +131,7 @@ def test_a_quiet_process_writes_and_shows_nothing(tmp_path, capsys):
 
 @pytest.fixture
 def on_a_full_disk(tmp_path):
-    """A tracker whose records go to the device that is always full."""
+    """Yields a tracker whose records go to a device that is always full."""
     tracker = Tracker(tmp_path, steps=100, start=0)
     tracker._file.close()
     with open("/dev/full", "a") as tracker._file:
@@ -141,7 +141,7 @@ def on_a_full_disk(tmp_path):
 
 
 def test_a_full_disk_is_told(on_a_full_disk):
-    # SummaryWriter's thread died of one unseen, and the run then waited for it for ever.
+    # SummaryWriter's thread used to die of it unnoticed, and the run waited for the thread forever.
     with pytest.raises(OSError, match="No space left"), on_a_full_disk as tracker:
         tracker.record(1, metrics(1.0))
 

@@ -58,7 +58,7 @@ def test_a_run_leaves_a_model_directory_with_its_record(finished, extended, read
     }
     assert json.loads((run / "dataset.json").read_text())["splits"]["train"]["records"] == 40
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"10"}
-    # The moments are of no use to a finished run.
+    # A finished run has no use for the moments.
     assert {path.name for path in (run / "checkpoints" / "10").iterdir() if path.is_dir()} == {"params"}
     assert load_config(["--config_path", str(run / "config.yaml")]) == config
     found, params = load_parameters(run)
@@ -67,22 +67,22 @@ def test_a_run_leaves_a_model_directory_with_its_record(finished, extended, read
     metrics = read_metrics(run)
     assert [m["step"] for m in metrics] == list(range(1, 11))
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.3
-    # Cosine from the peak; the last step's own rate is the one before nought.
+    # Cosine decay from the peak; the last step's rate is the one before zero.
     expected = [1e-2 * 0.5 * (1 + np.cos(np.pi * step / 10)) for step in range(10)]
-    # In float32; where the cosine is near -1, at least 0.024 of the peak is left of roundings of 6e-8 of it.
+    # In float32, the error is a few roundings of 6e-8 of the peak; the lowest rate is 0.024 of the peak.
     np.testing.assert_allclose([m["learning_rate"] for m in metrics], expected, rtol=1e-5)
     assert ["compile_seconds" in m for m in metrics] == [True] + [False] * 9
-    # The first step's rate is that of a step, not of the compilation before it.
+    # The first step's time does not include the compilation.
     assert metrics[0]["seconds"] < metrics[0]["compile_seconds"] + 1
     for m in metrics:
         assert m["tokens_per_second"] == pytest.approx(8 * 64 / m["seconds"])
-        assert m["mfu"] is None  # nobody publishes the peak of this CPU
+        assert m["mfu"] is None  # the peak of this CPU is unknown
 
 
 def test_a_finished_run_is_left_alone(finished, monkeypatch):
     run, config = finished
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    monkeypatch.setattr(jax.stages.Lowered, "compile", None)  # nothing is compiled
+    monkeypatch.setattr(jax.stages.Lowered, "compile", None)  # fails if anything is compiled
     assert train(config) == run
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
@@ -123,7 +123,7 @@ def test_overwriting_starts_afresh_and_leaves_other_files(run_config, tmp_path, 
 
 
 def test_overwriting_takes_nothing_that_no_run_wrote(run_config, tmp_path):
-    """Names that a run writes as well, in a directory that is somebody's own."""
+    """The directory holds other files under names that a run also writes."""
     run = tmp_path / "home"
     (run / "checkpoints").mkdir(parents=True)
     for name in ("config.yaml", "tokenizer.json"):
@@ -271,7 +271,7 @@ def test_a_damaged_model_leaves_no_run(run_config, base_model, tmp_path):
 
 
 def test_a_blow_up_stops_the_run_and_keeps_the_last_good_checkpoint(run_config, params, tmp_path, read_metrics):
-    # Warm-up starts at nought: the first step changes nothing, the second one everything.
+    # Warm-up starts at zero: the first step changes nothing, the second everything.
     config = run_config(tmp_path / "run", recipe={"learning_rate": 1e30, "warmup_steps": 3})
     refuse(config, r"not finite at step 2: .*parameter norm inf.*; stopped, checkpoint 1 in .*run is the last good one")
     assert [m["step"] for m in read_metrics(tmp_path / "run")] == [1]
@@ -289,7 +289,7 @@ def test_a_weight_that_is_not_a_number_stops_the_run(run_config, model_config, p
 
 
 def test_a_checkpoint_that_host_memory_has_no_room_for(run_config, tmp_path, monkeypatch):
-    """Refused before anything runs; without checkpoints on the way the run goes to its end."""
+    """It is refused before anything runs; without intermediate checkpoints, the run completes."""
     monkeypatch.setattr(Plan, "can_checkpoint", False)
     config = run_config(tmp_path / "run", recipe={"steps": 1})
     refuse(config, "host memory has no room for a checkpoint .* set checkpoint.every_steps null")
@@ -309,7 +309,7 @@ def test_a_damaged_checkpoint_is_named(finished, run_config, tmp_path):
 
 
 class Interrupted:
-    """Runs of `python train.py` that are cut off, and one that is not."""
+    """A run of `python train.py` that may be interrupted."""
 
     STEPS = 20
 
@@ -336,7 +336,7 @@ class Interrupted:
 
 @pytest.fixture(scope="module")
 def uninterrupted(config_file, tmp_path_factory, quick_flags):
-    """As a user starts it."""
+    """Completes a run, started as a user would start it."""
 
     def start(*arguments):
         return subprocess.Popen(
@@ -351,7 +351,7 @@ def uninterrupted(config_file, tmp_path_factory, quick_flags):
     process = whole.go()
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    # Nothing but our own lines: no library's log or warning.
+    # There are only our own lines, and no library's log or warning.
     lines = err.splitlines()
     assert lines[0] == "compiling the step ..."
     assert len(lines) == 1 + Interrupted.STEPS and all(re.match(r"step \d+/20  loss ", line) for line in lines[1:])
@@ -389,7 +389,7 @@ def test_killed_and_started_again_a_run_ends_bit_for_bit_the_same(
     process.kill()
     process.communicate()
 
-    process = cut.go()  # SIGTERM: a preempted machine
+    process = cut.go()  # SIGTERM, as on a preempted machine
     recorded = cut.recorded()
     cut.wait(process, lambda: cut.recorded() > recorded)
     process.terminate()
@@ -410,7 +410,7 @@ def test_killed_and_started_again_a_run_ends_bit_for_bit_the_same(
     assert [m["step"] for m in lines] == list(range(1, cut.STEPS + 1))
     for name in ("loss", "gradient_norm", "parameter_norm", "learning_rate", "trained_tokens"):
         assert [m[name] for m in lines] == [m[name] for m in expected]
-    # What the kills left behind is gone.
+    # Remains of the interrupted saves are gone.
     assert sorted(path.name for path in checkpoints.iterdir()) == ["19", "20"]
 
 
@@ -427,7 +427,7 @@ def test_a_finished_run_started_again_says_so_at_once(uninterrupted, read_metric
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C as in a terminal: what a shell starts in the background ignores it."""
+    """Handles Ctrl-C as in a terminal; a process that a shell starts in the background ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -443,7 +443,7 @@ def test_the_second_signal_is_not_held_back(interruptible):
 
 
 def test_a_signal_that_is_ignored_stays_so(interruptible):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and `&` have it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and `&` do
     with _preemption_flag() as flag:
         signal.raise_signal(signal.SIGINT)
         assert not flag.is_set()
@@ -458,7 +458,7 @@ def test_the_7b_step_lowers_from_shapes_alone(path):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     lowered = lower_train_step(config, make_mesh(MeshConfig(fsdp=8)))
     assert sum(array.nbytes for array in jax.live_arrays()) - arrays < 2**20
-    # In KiB. The parameters alone would be 25 GiB, their smallest kernel 500 MiB.
+    # In KiB. The parameters alone would take 25 GiB, the smallest kernel 500 MiB.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 400 * 2**10
 
     (state, batch), _ = lowered.in_avals

@@ -1,4 +1,4 @@
-"""A scheme from a user's file through the commands: training, evaluation, cached decoding, export, prediction."""
+"""A scheme from a user's file in every command: training, evaluation, cached decoding, export, prediction."""
 
 import json
 import runpy
@@ -45,7 +45,7 @@ def test_every_command_knows_an_imported_scheme(
     model, _ = load(tmp_path / "run", dtype="float32")
     assert model.config.rope == s
 
-    # Cached decoding, from within the pretrained window to beyond it, is the repeated argmax of full forwards.
+    # Cached decoding across the end of the pretrained window equals the repeated argmax of full forward passes.
     row = list(range(29))
     forward = jax.jit(lambda tokens: model(tokens))
     for _ in range(8):

@@ -1,4 +1,4 @@
-"""The table of `eabf evaluate harness`; tests/evaluation/test_harness.py runs the command beside the HF backend."""
+"""The table of `eabf evaluate harness`; tests/evaluation/test_harness.py compares the command with the HF backend."""
 
 import pytest
 from rich.console import Console
@@ -22,7 +22,7 @@ def test_table_with_the_papers_figures() -> None:
     lines = {" ".join(line.replace("│", "|").split()) for line in console.export_text().splitlines()}
     assert "| qasper | score | 10.4 ± 1.0 | 13.3 ± 1.0 |" in lines
     assert "| longbench12 | macro average | 55.4 | |" in lines
-    # As the paper has them, by method and window.
+    # The paper's figures, by method and window.
     assert "| paper, EABF | macro average | 36.3 | 39.1 |" in lines
     assert "| paper, PI | macro average | 36.2 | 28.4 |" in lines
     assert "| paper, untouched | macro average | 33.0 | |" in lines

@@ -1,4 +1,4 @@
-"""`eabf evaluate perplexity` from the command line to table, JSON and picture."""
+"""`eabf evaluate perplexity`, from the command line to table, JSON file and picture."""
 
 import dataclasses
 import json
@@ -75,7 +75,7 @@ def test_two_schemes_side_by_side(
     out = capsys.readouterr().out
     written = json.loads(figures.read_text())
     assert written["documents"] == 3
-    assert written["length"] == 40  # the shortest document's
+    assert written["length"] == 40  # of the shortest document
     documents = read_documents(str(dataset), "held_out", 40, None)
     title = "loss by position, nats per token, 3 documents of 40 tokens"
     assert (written["table"]["title"], written["table"]["header"]) == (title, ["model", "0-16", "16-40"])
@@ -85,13 +85,13 @@ def test_two_schemes_side_by_side(
         assert tokenizer is None
         losses = position_losses(model, documents)
         for band, (start, end) in zip(written["bands"][label], ((1, 16), (16, 40)), strict=True):
-            expected = losses[:, start - 1 : end - 1].mean()  # in float32, where the report's is float64
+            expected = losses[:, start - 1 : end - 1].mean()  # float32; the report has float64
             assert band["mean"] == pytest.approx(expected, rel=1e-6)
             assert f"{expected:.3f}" in out
-            assert f"{expected:.3f}" in rows[label]  # without the marks of the best
+            assert f"{expected:.3f}" in rows[label]  # without the markup of the best figure
     # Within the pretrained window the multiplier is 1, but the base differs; past it both do.
     assert written["bands"]["own"][1]["mean"] != written["bands"]["extended"][1]["mean"]
-    # Of the 39 positions that have a loss, 32 bands: what the picture shows is in the file.
+    # The file has the picture's values: 32 bands of the 39 positions with a loss.
     curve = written["curves"]["extended"]
     assert (len(curve), curve[0]["start"], curve[-1]["end"], written["pretrained_window"]) == (32, 1, 40, 16)
     sizes = [band["end"] - band["start"] for band in curve]
@@ -102,14 +102,14 @@ def test_two_schemes_side_by_side(
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", "redraw", str(figures), "--json", again[0], "--figure", again[1]])
     assert ended.value.code == 0
-    # The same table, file and picture, without a model.
+    # `redraw` gives the same table, file and picture without a model.
     assert capsys.readouterr().out.partition("figures:")[0] == out.partition("figures:")[0]
     assert json.loads(Path(again[0]).read_text()) == written
     assert Path(again[1]).read_bytes() == picture.read_bytes()
 
 
 def test_windows_and_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two documents from texts, two windows, two schemes: the figures are those of the losses, exactly paired."""
+    """With two texts, two windows and two schemes, the figures follow from the losses, paired by document."""
     lines = [
         "{}".format(json.dumps({"text": text * 6})) for text in ("One two three. ", "The history of it all. ", "a ")
     ]
@@ -134,15 +134,15 @@ def test_windows_and_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         for number, window in enumerate((8, 24)):
             found = written["windows"][label][number]
             means[label, window] = sliding_losses(model, documents, window, 3).mean(axis=1)
-            perplexity = np.exp(means[label, window].mean())  # float32: of the exponent, 4.5, a few roundings of 2e-7
+            perplexity = np.exp(means[label, window].mean())  # a few float32 roundings of 2e-7 in the exponent, 4.5
             assert (found["window"], found["stride"]) == (window, 3)
             assert found["perplexity"] == pytest.approx(perplexity, rel=1e-5)
             assert f"{perplexity:.3f}" in out
     difference = means["extended", 24] - means["own", 24]
     assert written["beside_first"]["own"][1] == {"mean": 0.0, "half_width": 0.0}
-    # The difference of two float32 means near 4.5, each off by a few roundings of 2e-7.
+    # The difference of two float32 means near 4.5, each with a few roundings of 2e-7.
     assert written["beside_first"]["extended"][1]["mean"] == pytest.approx(difference.mean(), abs=1e-6)
-    # For two documents, Student's t of 1 degree of freedom: 12.7062 x half of their difference.
+    # With two documents, the half-width is Student's t of 1 degree of freedom, 12.7062, x half of their difference.
     expected = 12.7062 * abs(difference[0] - difference[1]) / 2
     assert written["beside_first"]["extended"][1]["half_width"] == pytest.approx(expected, rel=1e-3)
     assert picture.read_text().lstrip().startswith("<?xml")

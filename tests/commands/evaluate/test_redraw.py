@@ -1,4 +1,4 @@
-"""`eabf evaluate redraw` on reports that are old or none; the tests of each evaluation redraw its own."""
+"""`eabf evaluate redraw` on old reports and other files; the tests of each evaluation redraw its reports."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_what_is_no_report_is_not_drawn(content: str, tmp_path: Path, capsys: py
 
 
 def test_an_older_report_is_read_without_its_intervals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Cells had intervals of their own, over prompts; there was no note."""
+    """In older reports, cells have their own intervals, over prompts, and there is no note."""
     cells = [
         {"length": n, "depth": d, "hits": 1, "total": 2, "low": 0, "high": 1, "loss": 1} for n in (4, 8) for d in (0, 9)
     ]

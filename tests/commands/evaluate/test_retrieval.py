@@ -1,4 +1,4 @@
-"""`eabf evaluate passkey` and `line-retrieval` from the command line to table, JSON and picture."""
+"""`eabf evaluate passkey` and `line-retrieval`, from the command line to table, JSON file and picture."""
 
 import dataclasses
 import json
@@ -51,9 +51,9 @@ def test_two_schemes_answer_the_same_prompts(task: str, tmp_path: Path, capsys: 
         else line_retrieval.prompts(tokenizer, lengths, 2, 3)
     )
     for cell, found in zip(measure(model, prompts), written["cells"]["extended"], strict=True):
-        # Rows are divided among devices alike: the same programs.
+        # Devices share rows equally, so the programs are the same.
         assert found == pytest.approx(dataclasses.asdict(cell))
-    # The answers' likelihood tells the schemes apart, even where neither finds one.
+    # The answers' likelihood differs between the schemes, even where neither finds an answer.
     own, extended = (sum(cell["loss"] for cell in written["cells"][label]) for label in ("own", "extended"))
     assert own != pytest.approx(extended, rel=1e-3)
     assert [row["total"] for row in written["by_length"]["own"]] == [4, 4] if depths else [2, 2]
@@ -62,7 +62,7 @@ def test_two_schemes_answer_the_same_prompts(task: str, tmp_path: Path, capsys: 
         run("redraw", str(figures), "--json", str(tmp_path / "again.json"), "--figure", str(tmp_path / "again.png"))
         == 0
     )
-    # The same table, file and picture, without a model.
+    # `redraw` gives the same table, file and picture without a model.
     assert capsys.readouterr().out.partition("figures:")[0] == out.partition("figures:")[0]
     assert json.loads((tmp_path / "again.json").read_text()) == written
     assert (tmp_path / "again.png").read_bytes() == picture.read_bytes()
@@ -77,7 +77,7 @@ def test_cells_are_pooled_by_length_and_by_the_pretrained_window() -> None:
     }
     pooled = short_and_long(cells, 4)
     assert {name: (share.hits, share.total) for name, share in pooled.items()} == {"short": (17, 20), "long": (6, 30)}
-    # Three cells, as clusters; a length with one cell has no interval.
+    # Three cells are three clusters; a length with one cell has no interval.
     assert pooled["long"] == clustered([(5, 10), (1, 10), (0, 10)])
     assert math.isnan(by_length(cells)[16].low)
 

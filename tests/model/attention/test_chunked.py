@@ -1,4 +1,4 @@
-"""The chunked backend, which never has all logits at once; test_attention.py compares it on more shapes."""
+"""The chunked backend, which never holds all logits at once; test_attention.py compares it on more shapes."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ chunked, reference = BACKENDS["chunked"], BACKENDS["reference"]
 def test_chunked_with_its_own_chunk_size() -> None:
     qkv = random_qkv(1100, 2, 1, 8, batch=1)
     d_out = np.random.default_rng(1).normal(size=qkv[0].shape).astype(np.float32)
-    # As in test_attention.py, over sums ten times as long.
+    # The tolerance of test_attention.py, for sums ten times as long.
     assert_near(with_gradients(chunked, qkv, None, d_out), exact(*qkv, None, d_out), 1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The cuDNN kernel: what JAX lowers to it, and a JAX that has it not; benchmarks/gpu_numerics.py runs it."""
+"""The cuDNN kernel: what JAX lowers to it, and a JAX without it; benchmarks/gpu_numerics.py runs it."""
 
 import importlib.util
 import re
@@ -29,14 +29,14 @@ def test_cudnn_lowers_to_the_fused_kernel(length: int, packed: bool) -> None:
     kernel = "fmhaScaleBiasSoftmax" if packed else "fmhaSoftmax"
     assert f"@__cudnn${kernel}(" in text
     assert f"@__cudnn${kernel}Backward(" in text
-    assert "exponential" not in text  # no softmax beside the kernel
+    assert "exponential" not in text  # no softmax outside the kernel
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 128), (9, 3, 64), (4, 1, 80)])
 def test_cudnn_lowers_one_query_to_the_fused_kernel(
     heads: int, kv_heads: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"{attention.cudnn._MODULE}.check_cudnn_version", lambda: 91_000)  # there is none to ask here
+    monkeypatch.setattr(f"{attention.cudnn._MODULE}.check_cudnn_version", lambda: 91_000)  # no cuDNN here to ask
     q = jax.ShapeDtypeStruct((2, heads, head_dim), jnp.bfloat16)
     kv = jax.ShapeDtypeStruct((2, kv_heads, 1536, head_dim), jnp.bfloat16)
     traced = jax.jit(cudnn.token).trace(q, kv, kv, jax.ShapeDtypeStruct((2,), jnp.int32))
@@ -44,7 +44,7 @@ def test_cudnn_lowers_one_query_to_the_fused_kernel(
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "@__cudnn$fmhaSoftmax(" in text
     assert "exponential" not in text
-    # The cache is read where it lies.
+    # The cache is not copied.
     assert not [line for line in text.splitlines() if "transpose" in line and "1536" in line]
 
 
@@ -58,7 +58,7 @@ def test_a_jax_without_cudnns_private_names_is_one_line_where_cudnn_runs(
     name: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name is None:
-        monkeypatch.setitem(sys.modules, PRIVATE, None)  # as if there were no such module
+        monkeypatch.setitem(sys.modules, PRIVATE, None)  # makes the import fail
     else:
         monkeypatch.delattr(f"{PRIVATE}.{name}")
     spec = importlib.util.find_spec("eabf_jax.model.attention.cudnn")

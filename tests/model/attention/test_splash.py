@@ -10,7 +10,7 @@ from eabf_jax.model.attention import BACKENDS
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_splash_is_exact_in_the_interpreter(packed: bool) -> None:
-    """The TPU kernel run by Pallas' interpreter: GQA, a head and a length that are padded to 128."""
+    """Pallas' interpreter runs the TPU kernel on grouped heads, with head size and length padded to 128."""
     qkv = random_qkv(150, 4, 2, 64, batch=1)
     segments = random_segments(150, batch=1) if packed else None
     d_out = np.random.default_rng(1).normal(size=qkv[0].shape).astype(np.float32)
