@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from eabf_jax.interop.tokenizer import Tokenizer
 
 # Nearly all the time of these tests is compilation, and each program runs once, so the compiler optimises little. It
-# does not split a program over threads either, because there are as many processes as cores. The CPU backend reads these
-# flags when it creates its devices. Two others do not see them: the TPU compiler, which would end the process at an
-# unknown flag, and the processes that tests start.
+# does not split a program over threads either, because there are as many processes as cores. The CPU backend reads
+# these flags when it creates its devices. Two others do not see them: the TPU compiler, which would end the process at
+# an unknown flag, and the processes that tests start.
 QUICK = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1"
@@ -28,8 +28,8 @@ with pytest.MonkeyPatch.context() as patch:
     patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} {QUICK}")
     jax.devices()
 
-# The garbage collector skips the millions of objects that imports leave, and looks seldom at those of tracing, which has
-# few cycles.
+# The garbage collector skips the millions of objects that imports leave, and looks seldom at those of tracing, which
+# has few cycles.
 gc.disable()
 
 
