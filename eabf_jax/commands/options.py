@@ -23,9 +23,7 @@ def _check_file(option: str, path: str | None, suffixes: Sequence[str] = ()) -> 
     if target.is_dir():
         raise InputError(f"{option} {path} is a directory; expected a file to write")
     if not target.parent.is_dir():
-        raise InputError(
-            f"{option} {path}: {target.parent} does not exist; create that directory, or name another file"
-        )
+        raise InputError(f"{option} {path}: there is no directory {target.parent}; create it, or name another file")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise InputError(f"{option} {path}: {target.parent} is not writable; name another file")
     if suffixes and target.suffix not in suffixes:

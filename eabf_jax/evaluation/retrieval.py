@@ -72,8 +72,8 @@ def _text(tokenizer: Tokenizer, wording: Wording, chat: bool) -> str:
         return text[: text.rindex(reply) + len(reply)]
     except ValueError as error:
         raise InputError(
-            "the model's chat template does not accept a reply that has already begun; --no-chat-template does "
-            "without it"
+            "the model's chat template does not accept a reply that has already begun; --no-chat-template leaves the "
+            "template out"
         ) from error
 
 

@@ -89,7 +89,7 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     """Measures every model on the same documents: means by band, or perplexities by window."""
     entries = evaluate.begin(arguments, ("length", "documents", "stride"))
     if arguments.windows and arguments.bands:
-        raise InputError("--bands and --windows are two ways to measure; give only one of them")
+        raise InputError("--bands and --windows are different measurements: give one of the two")
     configs = [entry.config for entry in entries]
     documents = _documents(arguments, entries, configs)
     edges = default_edges(documents.shape[1])
