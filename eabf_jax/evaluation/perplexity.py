@@ -155,7 +155,7 @@ def check_edges(edges: Sequence[int], length: int) -> None:
 def band_means(
     losses: Float[np.ndarray, "documents T_minus_1"], edges: Sequence[int]
 ) -> dict[tuple[int, int], Float[np.ndarray, "documents"]]:
-    """Returns each document's mean loss in each band, float64 [documents] by (start, end); edges as `band_losses`."""
+    """Returns each document's mean loss in each band, float64 [documents] by (start, end); see `band_losses`."""
     return {
         (start, end): losses[:, max(start - 1, 0) : end - 1].astype(np.float64).mean(axis=1)
         for start, end in itertools.pairwise(edges)

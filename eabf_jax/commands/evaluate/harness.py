@@ -299,7 +299,7 @@ def _write_samples(directory: Path, results: Sequence[dict[str, Any]]) -> None:
 
 
 def table(report: Report) -> Grid:
-    """Lays out the scores: one row per metric, one column per model and window, the paper's figures at the end."""
+    """Lays out the scores: one row per metric, one column per model and window, and the paper's figures below."""
     columns = list(dict.fromkeys((score.model, score.window) for score in report.scores))
     heads = (f"{label}\n{window:,}" for label, window in columns)
     grid = Grid(["task", "metric"], heads, title="tasks of lm-evaluation-harness")

@@ -215,7 +215,7 @@ def as_json(comparison: Comparison, arguments: argparse.Namespace) -> dict[str, 
 
 
 def figures(comparison: Comparison) -> dict[str, Any]:
-    """Returns the measured values as JSON values by label."""
+    """Returns the losses or perplexities as JSON values by label."""
     return {
         "documents": comparison.documents,
         "length": comparison.length,
@@ -234,7 +234,7 @@ def figures(comparison: Comparison) -> dict[str, Any]:
 
 
 def read(report: Mapping[str, Any]) -> Comparison:
-    """Restores the comparison from a result of `as_json`."""
+    """Restores the comparison from a report of `as_json`."""
 
     def rows(key: str, kind: Callable[..., Any]) -> dict[str, list[Any]]:
         # JSON has no NaN.

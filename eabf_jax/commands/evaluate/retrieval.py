@@ -215,7 +215,7 @@ def figures(retrieval: Retrieval) -> dict[str, Any]:
 
 
 def read(report: Mapping[str, Any]) -> Retrieval:
-    """Restores the result from one of `as_json`, whose sums are not needed."""
+    """Restores the result from a report of `as_json`; ignores its sums."""
     names = [field.name for field in dataclasses.fields(Cell)]
     cells = {
         label: [Cell(**{name: cell[name] for name in names}) for cell in row] for label, row in report["cells"].items()
