@@ -13,9 +13,7 @@ from eabf_jax.interop.directory import read_json_object
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
-    parser.add_argument(
-        "report", metavar="FILE", help="a file written by --json of perplexity, passkey or line-retrieval"
-    )
+    parser.add_argument("report", metavar="FILE", help="the --json file of perplexity, passkey or line-retrieval")
     parser.add_argument("--json", help="write the report to this file, with sums and intervals computed again")
     parser.add_argument("--figure", help="draw the picture in this file (.png, .svg or .pdf)")
 

@@ -37,11 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, task: Task) -> None:
         help="tokens of prompt and answer, e.g. 4096,8192,16384,32768; each prompt is as long as these allow",
     )
     if task.has_depths:
-        add(
-            "--depths",
-            default="0,25,50,75,100",
-            help="places of the key, in percent of the text (default: %(default)s)",
-        )
+        add("--depths", default="0,25,50,75,100", help="places of the key, percent of the text (default: %(default)s)")
     of = "length and depth" if task.has_depths else "length"
     add("--samples", type=int, default=task.samples, help=f"prompts for each {of} (default: {task.samples})")
     add("--seed", type=int, default=0, help="seed of the prompts, the same for every model (default: 0)")
@@ -119,10 +115,7 @@ def _prompts(
             made[key] = task.prompts(tokenizer, *grid, arguments.samples, arguments.seed, chat=arguments.chat_template)
         by_model.append(made[key])
     if len({digest for digest, _ in made}) > 1:
-        return (
-            by_model,
-            "the tokenizers differ: the answers are the same, but the amount of text is what each model's tokens allow",
-        )
+        return by_model, "the tokenizers differ: the answers are the same, but each model gets as much text as fits"
     if len(made) > 1:
         return by_model, "the chat templates differ: the answers are the same, but each model reads its own template"
     return by_model, ""
