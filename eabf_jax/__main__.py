@@ -1,4 +1,4 @@
-"""`python -m eabf_jax` is the `eabf` command."""
+"""Runs the `eabf` command as `python -m eabf_jax`."""
 
 from eabf_jax.cli import main
 

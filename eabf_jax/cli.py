@@ -1,4 +1,4 @@
-"""The `eabf` command; `train.py` and the scripts of `convert/` go through it as well."""
+"""The `eabf` command, which `train.py` and the scripts of `convert/` also use."""
 
 import argparse
 import errno
@@ -14,7 +14,7 @@ from eabf_jax.commands.options import check_outputs
 from eabf_jax.destination import no_space
 from eabf_jax.errors import InputError, unknown_name
 
-# What a wrong path on the command line ends in, wherever it is first touched.
+# Errors that a wrong path on the command line can cause.
 _PATH_ERRORS = (
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY),
@@ -22,7 +22,7 @@ _PATH_ERRORS = (
 
 
 class _Import(argparse.Action):
-    """Imports a user's schemes as soon as the option is read, so that all that follows knows them."""
+    """The action of `--import`, which imports a user's schemes at once, so that later arguments can name them."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         from eabf_jax.rope import import_schemes
@@ -31,7 +31,7 @@ class _Import(argparse.Action):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with its complaints as one line like those about any other input, and with `--import`."""
+    """A parser that has the option `--import`, and raises InputError for bad arguments."""
 
     def __init__(self, *arguments: Any, imports: bool = True, **options: Any):
         super().__init__(*arguments, **options)
@@ -43,34 +43,34 @@ class ArgumentParser(argparse.ArgumentParser):
             dest=argparse.SUPPRESS,
             default=argparse.SUPPRESS,
             metavar="FILE",
-            help="a .py file or a module that registers rotary schemes of your own; repeatable",
+            help="a .py file or module that registers your own rotary schemes; repeatable",
         )
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; `{self.prog} --help` lists what is right")
+        raise InputError(f"{message}; `{self.prog} --help` lists the options")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """The `eabf` command, by default with the process's own command line."""
+    """Runs the `eabf` command with the given arguments, or else with the process's own."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     run(lambda: _dispatch(given))
 
 
 def convert(name: str) -> NoReturn:
-    """The script of `convert/` that has this name in `commands.CONVERSIONS`."""
+    """Runs the script of `convert/` with this name in `commands.CONVERSIONS`."""
     run(lambda: _call(None, CONVERSIONS[name], f"convert.{name}", sys.argv[1:]))
 
 
 def run(command: Callable[[], None]) -> NoReturn:
-    """Runs a command to the process's exit: 0, or 2 with one line if it raises InputError for bad input."""
-    # Orbax, Grain and TFDS tell their own story at INFO; what the user needs to know is printed.
+    """Runs a command and exits: with status 0, or for bad input with status 2 and one line of error."""
+    # Orbax, Grain and TFDS log details at INFO that users do not need.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         command()
     except InputError as error:
         _fail(str(error))
     except BrokenPipeError:
-        # Who read the output has seen enough. What is left of it must not be written as Python ends.
+        # The reader closed the pipe; discard what Python would otherwise flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -78,7 +78,7 @@ def run(command: Callable[[], None]) -> NoReturn:
             _fail(f"{full[0]} on the device that holds {error.filename or 'the output'}")
         if error.errno not in _PATH_ERRORS or error.filename is None:
             raise
-        _fail(f"{error.filename}: {error.strerror}; a path that can be read, or written, is needed")
+        _fail(f"{error.filename}: {error.strerror}; a readable or writable path is needed")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -100,7 +100,7 @@ def _dispatch(given: list[str]) -> None:
 
 
 def _chosen(prog: str, description: str, kind: str, summaries: Mapping[str, str], given: list[str]) -> str:
-    """The name that the first argument gives."""
+    """Returns the name in the first argument, checked against the known ones."""
     width = max(10, *map(len, summaries))
     listed = "\n".join(f"  {name:<{width}} {summary}" for name, summary in summaries.items())
     parser = ArgumentParser(
@@ -111,7 +111,7 @@ def _chosen(prog: str, description: str, kind: str, summaries: Mapping[str, str]
         imports=False,
     )
     parser.add_argument(kind, metavar=kind.upper())
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=f"the {kind}'s own")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=f"the {kind}'s own arguments")
     name: str = getattr(parser.parse_args(given[:1]), kind)
     if name not in summaries:
         raise unknown_name(kind, name, summaries)
@@ -121,7 +121,7 @@ def _chosen(prog: str, description: str, kind: str, summaries: Mapping[str, str]
 def _call(prog: str | None, summary: str, module: str, given: list[str]) -> None:
     """Runs a command's module with its own command line."""
     command = importlib.import_module(f"eabf_jax.commands.{module}")
-    if not hasattr(command, "add_arguments"):  # all that `train` takes is a configuration, which is read elsewhere
+    if not hasattr(command, "add_arguments"):  # `train` takes only configuration keys
         _, keys = ArgumentParser(prog, add_help=False, allow_abbrev=False).parse_known_args(given)
         command.run(keys)
         return

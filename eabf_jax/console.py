@@ -19,14 +19,14 @@ class Grid(Table):
     """A table whose first columns name a row; the others hold its figures."""
 
     def __init__(self, names: Sequence[str], figures: Iterable[str], *, title: str):
-        """Declares the columns by their headers; the title stands above the table."""
+        """Creates an empty table with these column headers."""
         heads = [Column(escape(head), overflow="fold") for head in names]
         heads += [Column(escape(head), justify="right") for head in figures]
         super().__init__(*heads, title=escape(title))
         self.names = len(names)
 
     def add(self, names: Sequence[str], figures: Iterable[str], *, style: str | None = None) -> None:
-        """Adds a row: its names are literal text, its figures may contain Rich markup, and `style` is for all of it."""
+        """Adds a row in a style; names are literal text, and figures may contain Rich markup."""
         self.add_row(*map(escape, names), *figures, style=style)
 
     def plain(self) -> dict[str, Any]:
@@ -93,13 +93,12 @@ def progress_bar(
     console: Console | None = None,
     disable: bool = False,
 ) -> Progress:
-    """A progress bar: what is done, the bar, how much of it, and how long the rest takes.
+    """Builds a progress bar with four columns: the task, the bar, the amount done and the time left.
 
     Args:
-      amount: how much is done; None counts.
-      rest: the last column; None is the time left.
-      console: where it is shown; None is standard error.
-      disable: whether to show nothing.
+      amount: the column for the amount done; None shows a count.
+      rest: the last column; None shows the time left.
+      console: where the bar is shown; None means standard error.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -111,6 +110,6 @@ def progress_bar(
 
 
 def track(bar: Progress, description: str, total: float) -> Callable[[float], None]:
-    """Adds a task to a progress bar; returns what sets how much of the total has been done."""
+    """Adds a task to a progress bar; returns a function that sets the amount done."""
     task = bar.add_task(description, total=total)
     return lambda done: bar.update(task, completed=done)

@@ -1,4 +1,4 @@
-"""Where results go: to an unused name, or in place of an earlier result of ours and nothing else."""
+"""Destinations of results: an unused name, or an earlier result of eabf-jax, and nothing else."""
 
 import errno
 import json
@@ -15,10 +15,10 @@ from eabf_jax.errors import InputError
 
 
 def no_space(error: BaseException) -> tuple[str, BaseException] | None:
-    """Tells whether a write failed because the disk is full, or its quota or the file's largest size is reached.
+    """Detects a write that failed because the disk is full, or a quota or file size limit is reached.
 
     Returns:
-      The reason, and the error that tells it: this one or one that it was raised from. None for another fault.
+      The reason, and the error that gives it: this one, or one that caused it. None for any other failure.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -33,13 +33,13 @@ def no_space(error: BaseException) -> tuple[str, BaseException] | None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Gives a name to write to, which becomes `path` once the block ends without an error, and is removed otherwise.
+    """Yields a temporary path, which is renamed to `path` if the block succeeds, and removed if it fails.
 
     Args:
-      path: the file, or a directory that is not there.
+      path: a file, or a directory that does not exist yet.
 
     Yields:
-      A name beside it, with the same suffix.
+      A path in the same directory, with the same suffix.
     """
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
     try:
@@ -102,14 +102,14 @@ def check_destination(
     if target.is_symlink():
         raise InputError(f"{target} is a symbolic link to {os.readlink(target)}: name the directory itself")
     if target.exists() and not target.is_dir():
-        raise InputError(f"{target} is a file: name a directory, or something that is not there yet")
+        raise InputError(f"{target} is a file: name a directory, or a path that does not exist yet")
     check_apart(target, sources)
     target = target.absolute()  # through the parent, so that "." has a name
     above = next((parent for parent in target.parents if parent.exists()), target)
     if not above.is_dir():
-        raise InputError(f"{destination}: {above} is a file, so nothing can be made in it")
+        raise InputError(f"{destination}: {above} is a file, so nothing can be created in it")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"{destination}: nothing can be written in {above}; name another directory")
+        raise InputError(f"{destination}: {above} is not writable; name another directory")
     if mark is not None and not target.exists():
         earlier = [old for old in _set_aside(target) if mark.fault(old) is None]
         if earlier:

@@ -22,5 +22,5 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
 
 
 def one_line(error: Exception) -> str:
-    """The message of a library's error, as a part of ours: on one line, cut short."""
+    """Returns a library's error message as part of ours: on one line, cut to 200 characters."""
     return " ".join(str(error).split())[:200]

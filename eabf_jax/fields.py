@@ -1,7 +1,7 @@
-"""The one parser for mappings with types, whether they come from YAML, JSON or keyword arguments.
+"""Type checks for mappings from YAML, JSON or keyword arguments.
 
 type                takes
-`int`               a whole number, with or without a point (some writers put 32.0)
+`int`               a whole number, also written as 32.0
 `float`             a finite number, whole ones included
 `bool`              true or false, which are not numbers
 `str`               text
@@ -11,13 +11,13 @@ type                takes
 `dict`, `Any`       a mapping of any keys; anything
 a dataclass         a mapping of its fields
 a ChoiceRegistry    (draccus's) a mapping of `type` and the fields of the dataclass that has this name
-another class       an instance; or a mapping, where the class has `from_dict`
+another class       an instance, or a mapping if the class has `from_dict`
 
-Text is not a number. The exception is a number that YAML 1.1 reads as text, such as 2e-5 (it wants 2.0e-5).
+Text is not accepted as a number, except a number that YAML 1.1 reads as text, such as 2e-5 (it requires 2.0e-5).
 
-No installed library has these rules. `draccus.decode` turns true into 1 and 3 into text, and takes null for every type.
+No installed library has these rules. `draccus.decode` turns true into 1 and 3 into text, and accepts null for any type.
 pydantic, which is not a dependency, turns true and text into numbers; its strict mode refuses 32.0 and 2e-5.
-`huggingface_hub.dataclasses.strict` refuses 1 for a float and takes NaN. None of them names the nearest key.
+`huggingface_hub.dataclasses.strict` refuses 1 for a float and accepts NaN. None of them suggests the nearest key.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ _UNFIT = object()
 
 
 class Text(str):
-    """A value from the command line: read as YAML, unless text is wanted."""
+    """A value from the command line, parsed as YAML unless its type is text."""
 
 
 def check(
@@ -59,13 +59,13 @@ def check(
     """Checks a mapping against a table of types.
 
     Args:
-      types: the type of each key that it may have.
+      types: the type of each allowed key.
       subject: what messages call a key, such as "configuration key".
       prefix: the path of the mapping itself, such as "recipe.".
-      required: the keys that it must have.
+      required: the keys that must be present.
 
     Returns:
-      The values that the mapping has, each of exactly its type.
+      The given values, each converted to exactly its type.
 
     Raises:
       InputError: not a mapping, an unknown or missing key, or a value of another type.
@@ -86,12 +86,11 @@ def build(kind: type[T], values: Any, subject: str, prefix: str = "") -> T:
 
     Args:
       kind: a dataclass, or a `draccus.ChoiceRegistry` of dataclasses.
-      values: the mapping; what it leaves out gets its default.
-      subject: as for `check`.
-      prefix: as for `check`.
+      values: the mapping; missing fields get their defaults.
+      subject, prefix: as for `check`.
 
     Raises:
-      InputError: as `check`, or what the dataclass itself raises.
+      InputError: as for `check`, or as raised by the dataclass itself.
     """
     chosen: Any = kind
     choice: dict[str, Any] = {}
@@ -99,7 +98,7 @@ def build(kind: type[T], values: Any, subject: str, prefix: str = "") -> T:
         choice = {"type": Literal[tuple(sorted(chosen.get_known_choices()))]}
         told = {key: value for key, value in values.items() if key in choice}
         try:
-            # A registry may raise an error of its own for a name that it does not know.
+            # A registry may raise its own error for an unknown name.
             chosen = chosen.get_choice_class(told["type"] if isinstance(told["type"], str) else None)
         except KeyError:
             check(told, choice, subject, prefix, required=choice)
@@ -113,13 +112,13 @@ def build(kind: type[T], values: Any, subject: str, prefix: str = "") -> T:
 
 
 def types_of(kind: Any) -> dict[str, Any]:
-    """The type of each field of a dataclass."""
+    """Returns the type of each field of a dataclass."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def typed(kind: Any, value: Any, subject: str, key: str) -> Any:
-    """Checks one value, which its mapping has at the path `key`; see `check`."""
+    """Checks the value at the path `key` and returns it in exactly the type `kind`; see `check`."""
     if isinstance(value, Text):
         value = str(value)
         if kind is Any or value in ("null", "~") or _fitting(kind, value, subject, key) is _UNFIT:
@@ -135,7 +134,7 @@ def typed(kind: Any, value: Any, subject: str, key: str) -> Any:
 
 
 def _fitting(kind: Any, value: Any, subject: str, key: str) -> Any:
-    """The value as this type, or `_UNFIT`."""
+    """Returns the value in this type, or `_UNFIT`."""
     origin = get_origin(kind) or kind
     if origin in _UNIONS:
         fitting = (_fitting(one, value, subject, key) for one in get_args(kind))
@@ -158,7 +157,7 @@ def _fitting(kind: Any, value: Any, subject: str, key: str) -> Any:
 
 
 def _number(value: Any) -> int | float | None:
-    """A finite number, or None for anything else."""
+    """Returns a finite number, or None for anything else."""
     if isinstance(value, str) and _NUMBER_AS_TEXT.fullmatch(value):
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -173,12 +172,12 @@ def _number(value: Any) -> int | float | None:
 def _from_yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # ValueError: the 30th of February
+    except (yaml.YAMLError, ValueError):  # ValueError: a date such as 2025-02-30
         return text
 
 
 def _needed(kind: Any) -> str:
-    """What a type takes, in words."""
+    """Describes in words what a type accepts."""
     arguments, origin = get_args(kind), get_origin(kind)
     if origin in _UNIONS:
         return " or ".join(map(_needed, arguments))

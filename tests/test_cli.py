@@ -64,7 +64,7 @@ def test_every_kind_of_evaluation_is_listed_and_has_a_help(name, capsys):
         (("evaluate", "paskey"), "unknown evaluation 'paskey': did you mean 'passkey'"),
         ((), "required: COMMAND"),
         (("trian",), "unknown command 'trian': did you mean 'train'?"),
-        (("prepare", "--src", "a.json"), "--dst, --tokenizer; `eabf prepare --help` lists what is right"),
+        (("prepare", "--src", "a.json"), "--dst, --tokenizer; `eabf prepare --help` lists the options"),
         (("evaluate", "perplexity", "--model", "nowhere", "--data", "nowhere"), "nowhere"),
         (
             ("evaluate", "redraw", "x.json", "--jsn", "y"),

@@ -60,10 +60,10 @@ def test_root_and_home_are_never_replaced(place):
 
 def test_a_parent_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file/a/b: .*/file is a file, so nothing can be made in it"):
+    with pytest.raises(InputError, match=r"file/a/b: .*/file is a file, so nothing can be created in it"):
         replace(tmp_path / "file" / "a" / "b")
     monkeypatch.setattr(destination.os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
-    with pytest.raises(InputError, match=f"a/b: nothing can be written in {tmp_path}; name another directory"):
+    with pytest.raises(InputError, match=f"a/b: {tmp_path} is not writable; name another directory"):
         replace(tmp_path / "a" / "b")
 
 

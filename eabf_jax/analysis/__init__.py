@@ -1,1 +1,1 @@
-"""The paper's analyses and their pictures."""
+"""Pictures of evaluation results."""

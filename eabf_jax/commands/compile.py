@@ -15,10 +15,10 @@ from eabf_jax.training.compile import compile_for, predict
 from eabf_jax.training.recipe import load_config
 
 EPILOG = """\
-Without --topology: predicts the memory of the step by part, from shapes alone, and settles what is `auto`.
-With --topology: compiles the very step with the TPU compiler (pip install libtpu; no TPU is needed) and reads the
-memory from the program; --for evaluate or generate compiles the scoring of a window, or the reading of a prompt and
-the decode loop up to a window's end. `eabf train --help` lists the keys of the configuration.
+Without --topology: predicts the memory of the step by part, from shapes alone, and chooses the `auto` settings.
+With --topology: compiles the step with the TPU compiler (pip install libtpu; no TPU is needed) and reads the memory
+from the program. --for evaluate compiles the scoring of a window instead, and --for generate compiles the reading of
+a prompt and the decode loop up to a window's end. `eabf train --help` lists the keys of the configuration.
 """
 
 
@@ -39,12 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--topology", metavar="SLICE", help="TPU slice to compile for: v4-8 to v4-512, v5e-8, v5p-8, …")
     add("--device", metavar="NAME", help=f"plan for {', '.join(DEVICES)}; default: this machine")
-    add("--devices", metavar="N", type=int, help="how many of them; default: all that are available")
-    add("--json", metavar="FILE", help="write the figures here as well")
+    add("--devices", metavar="N", type=int, help="number of devices; default: this machine's, or 1 with --device")
+    add("--json", metavar="FILE", help="also write the figures to this file")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Predicts or compiles, and shows the figures."""
+    """Predicts or compiles, and prints the figures."""
     gpu_defaults()
     config = load_config(["--config_path", arguments.config_path, *arguments.configuration_keys])
     if arguments.topology is None and arguments.purpose != "train":
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.topology is None:
         figures = predict(config, arguments.device, arguments.devices)
     elif arguments.device or arguments.devices:
-        raise InputError("--topology names the devices already: leave out --device and --devices")
+        raise InputError("--topology already names the devices: leave out --device and --devices")
     elif arguments.purpose == "train":
         figures = compile_for(config, tpu_slice(arguments.topology))
     else:
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def table(figures: Mapping[str, Any]) -> Grid:
-    """The figures for people."""
+    """Lays out the figures as a table."""
     if "topology" in figures:
         where = f"{figures['topology']} ({figures['chips']} chips)"
         told, by_part, total, limit = "compiled", "hbm_gib_by_part", "hbm_gib_per_chip", "hbm_gib_available"

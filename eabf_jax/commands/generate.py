@@ -1,4 +1,4 @@
-"""`eabf generate`: continues prompts, or keeps a conversation, on the terminal."""
+"""`eabf generate`: continues prompts, or holds a conversation, on the terminal."""
 
 import argparse
 import sys
@@ -32,45 +32,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         metavar="DIR[@SCHEME]",
-        help="a Hugging Face or native directory; after @ a rotary scheme to use instead of its own, as YAML: "
+        help="a Hugging Face or native directory; @ and a rotary scheme in YAML replace the model's own: "
         "'models/tiny@{type: yarn, factor: 4, pretrained_window: 512}'",
     )
-    add("--file", action="append", default=[], help="a text to continue; repeat for more")
-    add("--chat", action="store_true", help="keep a conversation; PROMPT is the first thing said")
+    add("--file", action="append", default=[], help="a file with a text to continue; repeatable")
+    add("--chat", action="store_true", help="hold a conversation; PROMPT is the first message")
     names = ", ".join(TEMPLATES)
     add("--template", help=f"chat template: {names}, or own (default): the tokenizer's")
     add("--system", help="system prompt of the conversation")
-    add("--max-new-tokens", type=int, default=256, help="most tokens to add (default: 256)")
-    add("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token, more draws")
-    add("--top-k", type=int, default=0, help="draw from the k likeliest tokens (default: all)")
-    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that sum up to p (default: 1)")
-    add("--repetition-penalty", type=float, default=1.0, help="for tokens that the text has already (default: 1, none)")
+    add("--max-new-tokens", type=int, default=256, help="maximum number of new tokens (default: 256)")
+    add("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token, more samples")
+    add("--top-k", type=int, default=0, help="sample from the k likeliest tokens (default: all)")
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that sum up to p (default: 1)")
+    add("--repetition-penalty", type=float, default=1.0, help="for tokens already in the text (default: 1, none)")
     add(
         "--seed",
         type=int,
         default=0,
-        help="of the draws; each further prompt of a batch, or answer of a conversation, takes the next number",
+        help="random seed; each further prompt of a batch, or answer of a conversation, takes the next number",
     )
-    add("--stop", action="append", default=[], metavar="TEXT", help="end where this appears; repeatable")
-    add("--window", type=int, help="tokens that a prompt and its continuation may have (default: the model's)")
-    add(
-        "--truncate", choices=TRUNCATIONS, help="cut a prompt that is too long: out of its middle, or from its left end"
-    )
+    add("--stop", action="append", default=[], metavar="TEXT", help="stop where this text appears; repeatable")
+    add("--window", type=int, help="maximum tokens of a prompt and its continuation (default: the model's)")
+    add("--truncate", choices=TRUNCATIONS, help="shorten a prompt that is too long, in its middle or at its left end")
     add("--cache", default="model", help="keys and values in the model's dtype (model, default) or int8")
     add("--prefill-chunk", type=int, default=8192, help="tokens of a prompt read at a time (default: 8192)")
     add(
         "--rope-length",
         type=int,
-        help="the length that dynamic_ntk and dynamic_yarn follow, for speed (default: the text's own; past the "
-        "pretrained window every token then takes a whole reading)",
+        help="a fixed length for dynamic_ntk and dynamic_yarn, for speed (default: the text's own length; past the "
+        "pretrained window, the whole text is then read again for every token)",
     )
     add("--tensor", type=int, default=1, help="devices that share the model's heads (default: 1)")
     add("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
-    add("--json", help="write prompts, texts, tokens and speeds here")
+    add("--json", help="write settings, texts, tokens and speeds to this file")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Does what the command line asks for."""
+    """Continues the prompts or holds a conversation, and writes the figures."""
     gpu_memory_defaults()
     texts = None if arguments.chat else _read_prompts(arguments)
     session = _Session(arguments)
@@ -84,22 +82,22 @@ def run(arguments: argparse.Namespace) -> None:
         "device": jax.devices()[0].device_kind,
         "answers": [_as_json(answer) for answer in answers],
     }
-    if arguments.json:  # silently: standard output holds the texts alone
+    if arguments.json:  # silently, because standard output holds only the texts
         write_json(Path(arguments.json), figures)
 
 
 class _Answer(NamedTuple):
-    """What came of one prompt."""
+    """The result of one prompt."""
 
-    prompt_tokens: int  # as the model read them
-    cut_tokens: int  # of the prompt, because it was longer than the window
+    prompt_tokens: int  # after truncation
+    cut_tokens: int  # removed because the prompt was too long
     completion: Completion
     first_token_seconds: float
-    tokens_per_second: float | None  # after the first; None where there are too few to tell
+    tokens_per_second: float | None  # after the first token; None if there are fewer than two
 
 
 class _Session:
-    """A loaded model and what was asked of it."""
+    """A loaded model with the settings of the command line."""
 
     def __init__(self, arguments: argparse.Namespace):
         """Checks the command line, then loads the model."""
@@ -127,7 +125,7 @@ class _Session:
         )
 
     def fit(self, tokens: Sequence[int], name: str) -> tuple[list[int], int]:
-        """Makes room for the new tokens: the prompt, cut where that was asked for, and how many tokens it lost."""
+        """Fits a prompt and its new tokens into the window; returns the prompt and the number of tokens it lost."""
         new, how = self._arguments.max_new_tokens, self._arguments.truncate
         room = self.window - new
         excess = len(tokens) - room
@@ -140,12 +138,12 @@ class _Session:
         if how is None:
             raise InputError(
                 f"{name} has {len(tokens)} tokens: with {new} new ones it exceeds the window of {self.window} by "
-                f"{excess}; --truncate middle or left cuts it, --window takes more"
+                f"{excess}; --truncate middle or left cuts it, --window allows more"
             )
         return truncated(tokens, room, how, self.tokenizer.bos_id), excess
 
     def stream(self, prompts: Sequence[Sequence[int]], cut: Sequence[int], seed: int) -> Iterator[list[_Answer]]:
-        """Continues prompts from `fit`, a few tokens at a time; the first draws with `seed`, the next with one more."""
+        """Continues prompts from `fit`, a few tokens at a time; row i uses the random seed `seed` + i."""
         begun, first = time.perf_counter(), 0.0
         stream = self._generator.stream(
             prompts,
@@ -169,7 +167,7 @@ def _rate(tokens: int, seconds: float) -> float | None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuses what is wrong before the model is loaded."""
+    """Checks the options before the model is loaded."""
     check_positive(arguments, ("max_new_tokens", "window", "prefill_chunk", "rope_length", "tensor"))
     if arguments.dtype not in DTYPES:
         raise unknown_name("--dtype", arguments.dtype, DTYPES)
@@ -183,11 +181,11 @@ def _check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, option) is not None and not arguments.chat:
             raise InputError(f"--{option} is for conversations: add --chat, or leave it out")
     if arguments.chat and (arguments.file or len(arguments.prompt) > 1):
-        raise InputError("--chat keeps one conversation: give one PROMPT or none, and no --file")
+        raise InputError("--chat holds one conversation: give one PROMPT or none, and no --file")
 
 
 def _read_prompts(arguments: argparse.Namespace) -> list[str]:
-    """The texts to continue, at least one; those of files and of standard input lose the newline at their end."""
+    """Returns the texts to continue, at least one; removes the final newline of files and standard input."""
     texts = [_standard_input() if prompt == "-" else prompt for prompt in arguments.prompt]
     for path in arguments.file:
         with only_text(f"--file {path}"):
@@ -207,7 +205,7 @@ def _standard_input() -> str:
 
 
 def _continue_prompts(session: _Session, texts: Sequence[str]) -> list[_Answer]:
-    """Continues texts: one is printed as it comes, several when they are whole."""
+    """Continues texts; prints a single one as it grows, and several once they are complete."""
     names = ["the prompt"] if len(texts) == 1 else [f"prompt {number}" for number in range(1, len(texts) + 1)]
     fitted = [session.fit(encode_text(session.tokenizer, text), name) for text, name in zip(texts, names, strict=True)]
     prompts, cut = zip(*fitted, strict=True)
@@ -221,7 +219,7 @@ def _continue_prompts(session: _Session, texts: Sequence[str]) -> list[_Answer]:
 
 
 def _print_as_it_comes(stream: Iterator[list[_Answer]], *, strip: bool = False) -> _Answer:
-    """Prints the one text of a stream; of an answer in a conversation, without the space that begins it."""
+    """Prints the one text of a stream as it grows; `strip` drops its leading space."""
     printed = 0
     for (answer,) in stream:
         text = answer.completion.text.lstrip() if strip else answer.completion.text
@@ -232,7 +230,7 @@ def _print_as_it_comes(stream: Iterator[list[_Answer]], *, strip: bool = False) 
 
 
 def _converse(session: _Session, arguments: argparse.Namespace) -> list[_Answer]:
-    """Keeps a conversation until standard input ends."""
+    """Holds a conversation until standard input ends."""
     assert session.format is not None
     turns = [] if arguments.system is None else [Turn("system", arguments.system)]
     answers: list[_Answer] = []
@@ -243,12 +241,12 @@ def _converse(session: _Session, arguments: argparse.Namespace) -> list[_Answer]
         answers.append(answer)
         turns.append(Turn("assistant", answer.completion.text.strip()))
     if not answers:
-        raise InputError("nothing was said: give a PROMPT, or lines on standard input")
+        raise InputError("the conversation is empty: give a PROMPT, or lines on standard input")
     return answers
 
 
 def _questions(first: Sequence[str]) -> Iterator[str]:
-    """What the user says, a line at a time."""
+    """Yields the user's messages, one line each."""
     yield from first
     shown = "> " if sys.stdin.isatty() else ""
     while True:

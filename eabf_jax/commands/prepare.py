@@ -1,4 +1,4 @@
-"""`eabf prepare`: files of conversations or texts to a dataset, with a table of what each stage left."""
+"""`eabf prepare`: turns files of conversations or texts into a dataset, and shows what each stage kept."""
 
 import argparse
 import dataclasses
@@ -30,19 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FILE",
         help="files of conversations, prompts and answers, or texts (JSON, JSONL, CSV, Parquet, Arrow, .txt), "
-        "directories of such, or saved by Hugging Face datasets",
+        "directories of such files, or directories saved by Hugging Face datasets",
     )
     add(
         "--format",
-        help=f"what an entry is: {', '.join(FORMATS)}; {AUTO} goes by the keys of each file's first known entry "
-        "(default: %(default)s)",
+        help=f"form of the entries: {', '.join(FORMATS)}; {AUTO} decides by the first entry of each file whose keys it "
+        "knows (default: %(default)s)",
     )
     add("--dst", type=Path, required=True, metavar="DIR", help="directory of the dataset to write")
     add("--tokenizer", type=Path, required=True, metavar="DIR", help="a model's directory, for its tokenizer")
     add(
         "--template",
-        help=f"chat template: {', '.join(chat.TEMPLATES)}, or {chat.OWN}: the model's, where it marks with "
-        "{%% generation %%} what is to be learned (default: %(default)s)",
+        help=f"chat template: {', '.join(chat.TEMPLATES)}, or {chat.OWN}: the model's, which must mark "
+        "what is to be learned with {%% generation %%} (default: %(default)s)",
     )
     add(
         "--min-tokens",
@@ -53,26 +53,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--num-conversations",
         **number,
-        help="training records wanted; a smaller number gives the beginning of a larger set (default: all)",
+        help="number of training records; a smaller set is the beginning of a larger one (default: all)",
     )
     add(
         "--held-out",
         **number,
-        help="held-out records wanted, the same ones whatever --num-conversations is (default: %(default)s)",
+        help="number of held-out records, the same ones whatever --num-conversations is (default: %(default)s)",
     )
     add(
         "--held-out-min-tokens",
         **number,
         help="hold out only conversations with at least this many tokens, cut at --max-tokens (default: --max-tokens)",
     )
-    add("--language", help="keep this language only: en, or any for all (default: %(default)s)")
-    add("--seed", type=int, help="decides the order of the conversations (default: %(default)s)")
+    add("--language", help="keep only this language: en, or any to keep all (default: %(default)s)")
+    add("--seed", type=int, help="seed of the order of the conversations (default: %(default)s)")
     add(
         "--portion",
         default="0.0:1.0",
         metavar="START:END",
         help="use only this part of the conversations, by a hash of their ids; "
-        "0.0:0.9 and 0.9:1.0 share none, whatever the seed (default: %(default)s)",
+        "0.0:0.9 and 0.9:1.0 never overlap, whatever the seed (default: %(default)s)",
     )
     add(
         "--keep-complete",
@@ -92,7 +92,7 @@ def _portion(text: str) -> tuple[float, float]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prepares the dataset, and shows the counts."""
+    """Prepares the dataset and prints the counts."""
     given: dict[str, Any] = vars(arguments) | {"portion": _portion(arguments.portion)}
     given |= {"sources": tuple(arguments.src), "destination": arguments.dst}
     options = Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)})
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def tables(report: Report) -> Iterator[Grid]:
-    """The counts for people: the table of stages and the table of splits."""
+    """Yields the counts as tables, by stage and by split."""
     stages = Grid(["stage"], ["count"], title="Conversations")
     for name, count in report.stages():
         stages.add([name], [f"{count:,}"])

@@ -1,4 +1,4 @@
-"""`eabf train`, the same as train.py: its command line is a configuration's keys, which `training.recipe` reads."""
+"""`eabf train`, the same as train.py; `training.recipe` reads its command line."""
 
 import contextlib
 import math
@@ -11,15 +11,15 @@ from eabf_jax.training.recipe import load_config
 
 
 def run(given: list[str]) -> None:
-    """Trains, or goes on with a run; `given` is `--config_path FILE` and any `--dotted.key value`."""
+    """Trains, or resumes a run; `given` is `--config_path FILE` and any `--dotted.key value`."""
     config = load_config(given, prog="train.py")
-    # Negative: an axis takes all that are left.
+    # Negative if one axis takes all remaining devices.
     devices = -1 if config.mesh == "auto" else math.prod(config.mesh.sizes)
     rows = 1 if config.compute.microbatch_size == "auto" else config.compute.microbatch_size
     use_every_core(devices if devices > 0 else config.recipe.batch_size // rows)
     gpu_defaults()
     with connected() if config.distributed else contextlib.nullcontext():
-        from eabf_jax.training.trainer import train  # some of what it imports uses JAX
+        from eabf_jax.training.trainer import train  # late, because its imports use JAX
 
         done = train(config)
         if jax.process_index() == 0:

@@ -1,1 +1,1 @@
-"""What an extended model is worth: loss by position."""
+"""Evaluation of extended models: perplexity, retrieval and lm-evaluation-harness."""

@@ -1,4 +1,4 @@
-"""Whether evaluation or generation fits a TPU slice, read from the compiled programs."""
+"""The memory of evaluation and generation on a TPU slice, read from the compiled programs."""
 
 import math
 import time
@@ -22,7 +22,7 @@ from eabf_jax.training.compile import gib, hbm_bytes, libtpu_version, refused, s
 from eabf_jax.training.recipe import TrainConfig
 from eabf_jax.training.trainer import extended_config
 
-# Of a chip's memory, what weights and cache of generation may take; the rest is for the step itself.
+# Fraction of a chip's memory for the weights and cache of generation; the rest is for the step itself.
 _HELD = 0.85
 
 
@@ -32,8 +32,7 @@ def compile_for(purpose: Literal["evaluate", "generate"], config: TrainConfig, s
     Every group of devices that shares a model takes one row.
 
     Args:
-      purpose: which of the two.
-      config: a run, whose model, window, scheme and `compute.dtype` are taken, and `mesh.tensor` where it is above 1.
+      config: a run; its model, window, scheme, `compute.dtype` and `mesh.tensor` are used.
 
     Raises:
       InputError: it does not fit into a chip's memory; the TPU compiler is not installed.
@@ -60,13 +59,13 @@ def compile_for(purpose: Literal["evaluate", "generate"], config: TrainConfig, s
     if purpose == "generate":
         parts["cache"] = share_bytes(arguments[1].caches, places[1].caches)
     held = sum(parts.values())
-    # A layer that reads a prompt counts its own weights and cache again: little, and on the safe side.
+    # A layer that reads a prompt counts its own weights and cache twice, a small overestimate.
     parts["workspace"] = max(hbm_bytes(compiled[-1]) - held, *map(hbm_bytes, compiled[:-1]), 0.0)
     total = sum(parts.values())
     if total > memory:
         raise InputError(
-            f"to {purpose} with a window of {config.window} takes {gib(total)} GiB of the {gib(memory)} of a chip of "
-            f"{slice_.name}: use a larger slice, a larger mesh.tensor or a shorter window"
+            f"to {purpose} with a window of {config.window} takes {gib(total)} GiB; {gib(memory)} are available on a "
+            f"chip of {slice_.name}: use a larger slice, a larger mesh.tensor or a shorter window"
         )
     return {
         "for": purpose,
@@ -87,7 +86,7 @@ def compile_for(purpose: Literal["evaluate", "generate"], config: TrainConfig, s
 def _generation_mesh(
     config: LlamaConfig, dtype: str, window: int, tensor: int, devices: list[jax.Device], memory: float
 ) -> Mesh:
-    """The mesh of the fewest devices a model, at least `tensor`, that hold its weights and a row's cache."""
+    """Returns a mesh with the fewest devices per model, at least `tensor`, that hold its weights and a row's cache."""
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * window
     held = (parameter_count(config) + cache) * jnp.dtype(dtype).itemsize
     heads = math.gcd(config.num_key_value_heads, len(devices))

@@ -1,4 +1,4 @@
-"""The documents that perplexity is measured on: those of a prepared dataset, or texts."""
+"""Documents for perplexity, from a prepared dataset or from texts."""
 
 import itertools
 from collections.abc import Iterator
@@ -17,20 +17,15 @@ from eabf_jax.interop.tokenizer import Tokenizer
 
 
 def is_text(source: str) -> bool:
-    """Tells texts from a prepared dataset.
+    """Returns whether the path in `--data` is anything but a prepared dataset.
 
-    Args:
-      source: what `--data` names.
-
-    Returns:
-      Whether it is anything but a prepared dataset.
     Raises:
       InputError: it does not exist.
     """
     if not Path(source).exists():
         raise InputError(
             f"--data {source} does not exist: `eabf prepare --src FILE --dst {source} --tokenizer MODEL` makes a "
-            "dataset there; texts go there as .txt (one document), .jsonl (one a line) or another kind of docs/data.md"
+            "dataset; texts can be .txt (one document), .jsonl (one document a line) or another format in docs/data.md"
         )
     return not (Path(source) / METADATA_FILE).is_file()
 
@@ -48,14 +43,14 @@ def read_documents(
 
     Args:
       source: a dataset made by `eabf prepare`; or a file or directory that `eabf prepare --format text` reads.
-      length: tokens to cut each document to; None takes the shortest one's length.
-      limit: use the first so many; None takes all.
-      skip_shorter: whether documents of less than `length` tokens are left out rather than refused.
+      length: tokens to cut each document to; None means the shortest document's length.
+      limit: number of documents, from the first; None means all.
+      skip_shorter: whether to leave out documents shorter than `length` instead of refusing them.
 
     Returns:
       int32 [documents, length].
     Raises:
-      InputError: no such dataset or text, no document, or one shorter than the length asked for.
+      InputError: the dataset or text does not exist, holds no document, or holds one shorter than `length`.
     """
     if is_text(source):
         assert tokenizer is not None
@@ -80,7 +75,7 @@ def read_documents(
 
 
 def _texts(path: Path) -> Iterator[str]:
-    """What `eabf prepare --format text` reads from the same files, in the same order."""
+    """Yields the texts that `eabf prepare --format text` reads from the same files, in the same order."""
     form = FORMS[TEXT]
     files, _ = files_of([path])
     for file in files:

@@ -1,10 +1,10 @@
-"""The model class with which lm-evaluation-harness runs our models.
+"""The model class that lm-evaluation-harness runs our models with.
 
-`python -m eabf_jax.evaluation.harness` is the harness' own command line with the model type `eabf`. The harness finds
-no models of other packages by itself: they register themselves when their module is imported.
+`python -m eabf_jax.evaluation.harness` is the harness's own command line with the model type `eabf`, which is
+registered when this module is imported.
 
-Every request gets the tokens, the text and the sums that the harness' Hugging Face backend computes for it. The one
-addition is that prompts can be cut in the middle.
+Tokens, texts and sums of every request are those of the harness's Hugging Face backend. The only addition is that
+prompts can be shortened in the middle.
 """
 
 import sys
@@ -37,7 +37,7 @@ from eabf_jax.interop.tokenizer import load_tokenizer
 from eabf_jax.parallel.mesh import use_every_core
 from eabf_jax.parallel.rules import batch_ways
 
-# Settings of `generate_until` that change how tokens are drawn.
+# Settings of `generate_until` that change how tokens are sampled.
 _DRAWING = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
@@ -61,24 +61,24 @@ class EabfLM(TemplateLM):
         max_batch_size: int | None = None,
         device: str | None = None,
     ):
-        """Opens the model; the first request reads it.
+        """Opens the model; its weights are read at the first request.
 
         Args:
-          pretrained: a Hugging Face or native directory; after @ a rotary scheme, as YAML, to use instead of its own.
-          rope: that scheme by itself: a mapping, or YAML.
+          pretrained: a Hugging Face or native directory; @ and a rotary scheme in YAML replace the model's own.
+          rope: a scheme that replaces both: a mapping, or YAML.
           dtype: bfloat16, float16 or float32.
           batch_size: requests that each device takes at a time; `tensor` devices count as one.
-          window: most tokens of a prompt and what is generated or scored after it; None for the model's own.
-          truncate: longer prompts lose their "middle", or their "left" end as in the harness' other backends.
-          add_bos_token: whether texts begin with the tokenizer's BOS; None asks the tokenizer.
-          prefix_token_id: the context of a text that has none; None for BOS, or for EOS where there is no BOS.
+          window: maximum tokens of a prompt and its continuation; None means the model's own window.
+          truncate: longer prompts lose their "middle", or their "left" end as in the harness's other backends.
+          add_bos_token: whether texts begin with the tokenizer's BOS; None means as the tokenizer does.
+          prefix_token_id: the context of a text that has none; None means BOS, or EOS if there is no BOS.
           tensor: devices that share the model's heads.
-          max_gen_toks: most new tokens where a task sets no limit.
-          seed: of the first request whose tokens are drawn; each further request takes the next number.
-          max_batch_size, device: the harness passes them to every model; here they do nothing.
+          max_gen_toks: maximum number of new tokens if a task sets none.
+          seed: random seed of the first request of `generate_until`; each further request takes the next number.
+          max_batch_size, device: ignored; the harness passes them to every model.
 
         Raises:
-          InputError: as `load`; no tokenizer; an invalid number or name.
+          InputError: as for `load`; no tokenizer; an invalid number or name.
         """
         super().__init__()
         entry = parse_entry(pretrained)
@@ -92,7 +92,7 @@ class EabfLM(TemplateLM):
         self._add_bos = self.tokenizer.adds_bos if add_bos_token is None else bool(add_bos_token)
         self._prefix = prefix_token_id
         if self.prefix_token_id is None or self.eot_token_id is None:
-            raise InputError(f"{self._directory}: its tokenizer names no token that ends a text, which scoring needs")
+            raise InputError(f"{self._directory}: the tokenizer has no token that ends a text; scoring needs one")
         config = entry.config
         self.window: int = config.max_position_embeddings if window is None else _positive("window", window)
         self.max_gen_toks = _positive("max_gen_toks", max_gen_toks)
@@ -104,7 +104,7 @@ class EabfLM(TemplateLM):
 
     def _scoring(self) -> Scorer:
         if self._scorer is None:
-            self._generator = None  # the devices need not hold the weights twice
+            self._generator = None  # so that the devices do not hold the weights twice
             self._scorer = Scorer(load(self._directory, self._rope, self._dtype, self._mesh)[0])
         return self._scorer
 
@@ -116,12 +116,12 @@ class EabfLM(TemplateLM):
 
     @property
     def _rows(self) -> int:
-        """Requests of a batch, over all devices."""
+        """Requests per batch, over all devices."""
         return self.batch_size * batch_ways(self._mesh)
 
     @property
     def max_length(self) -> int:
-        """The window, under the harness' name."""
+        """The window, under the harness's name for it."""
         return self.window
 
     @property
@@ -138,15 +138,15 @@ class EabfLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """The name by which the harness' cache of requests tells tokenizers apart."""
+        """The name that identifies the tokenizer in the harness's cache of requests."""
         return self._directory.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Turns text into ids; the spelling of a special token, such as `<s>`, becomes that token.
+        """Encodes text; the spelling of a special token, such as `<s>`, becomes that token.
 
         Args:
-          add_special_tokens: whether BOS is put before the text; None asks the model's setting, and adds none where
-            the text begins with it.
+          add_special_tokens: False never adds BOS; True adds it if the model's setting does; None does the same unless
+            the text already begins with it.
         """
         ids = self.tokenizer.encode(string, special=True)
         if add_special_tokens is None:
@@ -155,12 +155,12 @@ class EabfLM(TemplateLM):
         return [self.tokenizer.bos_id, *ids] if opens else ids  # type: ignore[list-item]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Renders a conversation by the model's own template, without its system prompt where the template refuses it.
+        """Renders a conversation with the model's template; drops the system prompt if the template refuses it.
 
         Args:
           chat_history: messages with role and content.
-          add_generation_prompt: whether the text ends where the assistant begins to answer; else it ends with the last
-            message, for the model to go on with.
+          add_generation_prompt: whether the text ends with the opening of the assistant's answer; if not, it ends with
+            the last message, which the model continues.
 
         Raises:
           InputError: no template, or one that refuses the conversation.
@@ -186,7 +186,7 @@ class EabfLM(TemplateLM):
         """Scores continuations.
 
         Args:
-          requests: for each its key in the harness' cache, the context's tokens and the continuation's.
+          requests: each with its key in the harness's cache, the tokens of its context and of its continuation.
 
         Returns:
           For each, the sum of the continuation's log-probabilities, and whether each of its tokens is the likeliest.
@@ -204,7 +204,7 @@ class EabfLM(TemplateLM):
         return found
 
     def _fit(self, context: list[int], continuation: list[int]) -> Span:
-        """A continuation after as much of its context as there is room for."""
+        """Returns a continuation after as much of its context as the window has room for."""
         room = self.window + 1 - len(continuation)
         if room < 1:
             raise InputError(f"a continuation of {len(continuation)} tokens exceeds the window of {self.window}")
@@ -215,7 +215,7 @@ class EabfLM(TemplateLM):
         """Scores whole texts, window by window.
 
         Args:
-          requests: instances of the harness, whose argument is a text.
+          requests: the harness's instances, whose argument is a text.
 
         Returns:
           For each, the sum of its tokens' log-probabilities.
@@ -242,7 +242,7 @@ class EabfLM(TemplateLM):
         """Continues texts.
 
         Args:
-          requests: instances of the harness, whose arguments are a text and how to continue it.
+          requests: the harness's instances, whose arguments are a text and its generation settings.
 
         Returns:
           The continuations, each up to its stop string.
@@ -250,7 +250,7 @@ class EabfLM(TemplateLM):
           InputError: an unknown setting, or no room for a prompt in the window.
         """
         asked = [(self.tok_encode(context), settings, context) for context, settings in (r.args for r in requests)]
-        # By settings, and within the same settings by length.
+        # Grouped by settings and, within a group, sorted by length.
         collator = Collator(
             asked,
             sort_fn=lambda item: (-len(item[0]), item[2]),
@@ -262,7 +262,7 @@ class EabfLM(TemplateLM):
         with tqdm(total=len(asked), disable=disable_tqdm, desc="generating") as bar:
             for batch in collator.get_batched(n=self._rows):
                 settings = batch[0][1]
-                # The last batch of several is filled up, so that its size needs no program of its own.
+                # The last batch is filled up to the size of the others, so that it needs no program of its own.
                 size = before[1] if before[0] == settings else len(batch)
                 made = self._continue([tokens for tokens, *_ in batch], settings, size, self._seed + len(texts))
                 for (_, _, context), text in zip(batch, made, strict=True):
@@ -273,14 +273,14 @@ class EabfLM(TemplateLM):
         return collator.get_original(texts)
 
     def _continue(self, prompts: Sequence[list[int]], settings: Mapping[str, Any], size: int, seed: int) -> list[str]:
-        """Continues prompts of the same settings, as a batch of a given size."""
+        """Continues prompts that share their settings, in a batch that is filled up to `size`."""
         options: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), self.max_gen_toks))
         new = options.pop("max_gen_toks")
         until = handle_stop_sequences(options.pop("until"), eos=self.tokenizer.decode([self.eot_token_id]))
         sampling = _sampling(options)
         room = self.window - new
         if room < 2:
-            raise InputError(f"{new} new tokens, which the task asks for, leave no room in a window of {self.window}")
+            raise InputError(f"{new} new tokens, as the task sets them, leave no room in a window of {self.window}")
         fitted = [self._cut(prompt or [self.prefix_token_id], room) for prompt in prompts]
         stream = self._generating().stream(
             [*fitted, *fitted[-1:] * (size - len(fitted))],
@@ -304,10 +304,10 @@ class EabfLM(TemplateLM):
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:
-    """How a task wants its tokens drawn."""
+    """Converts a task's generation settings."""
     draws = options.pop("do_sample")
     if options.pop("num_beams", 1) != 1:
-        raise InputError("a task asks for num_beams; expected 1, for there is no beam search")
+        raise InputError("a task sets num_beams; expected 1, because there is no beam search")
     for name in options:
         if name not in _DRAWING:
             raise unknown_name("generation setting", name, ("do_sample", "until", "max_gen_toks", *_DRAWING))
@@ -327,7 +327,7 @@ def _positive(name: str, value: Any) -> int:
 
 
 def _mapping(rope: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    """A scheme's mapping, also from YAML."""
+    """Returns a scheme as a mapping; text is parsed as YAML."""
     try:
         values = yaml.safe_load(rope) if isinstance(rope, str) else rope
     except yaml.YAMLError:
@@ -338,7 +338,7 @@ def _mapping(rope: str | Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def main() -> None:
-    """lm-evaluation-harness' own command line, which knows the model type `eabf` here."""
+    """Runs lm-evaluation-harness's own command line, with the model type `eabf`."""
     from lm_eval.__main__ import cli_evaluate
 
     use_every_core()

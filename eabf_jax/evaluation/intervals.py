@@ -15,26 +15,23 @@ class Mean(NamedTuple):
     """A mean and its confidence interval, mean - half_width to mean + half_width."""
 
     mean: float
-    half_width: float  # NaN of a single value
+    half_width: float  # NaN for a single value
 
 
 class Share(NamedTuple):
-    """Hits of a number of trials, and the confidence interval of their share."""
+    """Hits out of a number of trials, and the confidence interval of their share."""
 
     hits: int
     total: int
-    low: float  # NaN of a single cluster, as is `high`
+    low: float  # NaN for a single cluster, as is `high`
     high: float
 
 
 def student(values: Float[np.ndarray, "documents"]) -> Mean:
-    """The mean of independent values with Student's t interval.
-
-    Args:
-      values: one a document.
+    """Computes the mean of independent values, one per document, with Student's t interval.
 
     Returns:
-      The mean and half the width of its 95 % confidence interval: t of n - 1 degrees of freedom x the standard error.
+      The mean and half the width of its 95 % confidence interval: t for n - 1 degrees of freedom x the standard error.
     """
     values, count = np.asarray(values, np.float64), len(values)
     if count < 2:
@@ -44,15 +41,15 @@ def student(values: Float[np.ndarray, "documents"]) -> Mean:
 
 
 def clustered(clusters: Sequence[tuple[int, int]]) -> Share:
-    """A share of hits with the interval of a bootstrap over clusters of trials that tend to come out alike.
+    """Computes a share of hits, with a bootstrap interval over clusters of trials that tend to have the same outcome.
 
-    Each resample draws as many clusters as there are, with replacement, and one trial from each: however many trials a
-    cluster has, it counts once. Two more clusters are among those drawn from, one all hits and one all misses; without
-    them, clusters that all came out alike would leave an interval of no width. The hits of such resamples are binomial,
-    so that their percentiles are known without drawing any.
+    Each resample draws as many clusters as there are, with replacement, and one trial from each, so a cluster counts
+    once however many trials it has. Two clusters are added to the draw, one all hits and one all misses; without them,
+    clusters with the same outcome would give an interval of zero width. The hits of such resamples are binomial, so
+    their percentiles are known without drawing.
 
     Args:
-      clusters: hits and trials of each, all of the same number of trials.
+      clusters: hits and trials of each; all have the same number of trials.
 
     Returns:
       The share with its 95 % confidence interval.
@@ -69,7 +66,7 @@ def clustered(clusters: Sequence[tuple[int, int]]) -> Share:
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """The values for JSON, which has no NaN: None in its place."""
+    """Replaces NaN and infinity by None, because JSON has neither."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }

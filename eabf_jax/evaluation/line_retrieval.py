@@ -1,4 +1,4 @@
-"""Line retrieval: a record of named lines with a number each, one of which is asked for at the end.
+"""Line retrieval: a record of named lines with a number each, then a question about one of them.
 
 Source of the task: Li et al., "How Long Can Open-Source LLMs Truly Promise on Context Length?" (LongChat, 2023).
 """
@@ -38,16 +38,16 @@ _TASK = (
 
 
 def names() -> list[str]:
-    """Every name that a line can have: an adjective and a noun."""
+    """Returns every name that a line can have: an adjective and a noun."""
     return [f"{adjective}-{noun}" for adjective in _ADJECTIVES.split() for noun in _NOUNS.split()]
 
 
 def wording(lines: Sequence[tuple[str, int]], asked: int) -> Wording:
-    """One question about a record.
+    """Words one question about a record.
 
     Args:
-      lines: name and number of each.
-      asked: index of the line to ask for.
+      lines: name and number of each line.
+      asked: index of the line in question.
     """
     record = "".join(f"line {name}: REGISTER_CONTENT is <{number}>\n" for name, number in lines)
     name, number = lines[asked]
@@ -58,19 +58,19 @@ def wording(lines: Sequence[tuple[str, int]], asked: int) -> Wording:
 def prompts(
     tokenizer: Tokenizer, lengths: Sequence[int], samples: int, seed: int, *, chat: bool = True
 ) -> list[Prompt]:
-    """The questions of a seed, at every length.
+    """Makes the questions for every length.
 
     Args:
-      tokenizer: the model's; for another one the record has the same lines, as many as fit.
-      lengths: most tokens of prompt and answer.
-      samples: questions of each length, each about a record of its own.
-      seed: of the draws. A question depends on the seed, its length and number, and on nothing else.
+      tokenizer: the model's; it decides how many lines fit, but not which lines they are.
+      lengths: maximum tokens of prompt and answer.
+      samples: questions per length, each about a record of its own.
+      seed: random seed; a question depends only on the seed, its length and its number.
       chat: as for `retrieval.encode`.
 
     Returns:
-      lengths x samples prompts, each with as many lines as may be.
+      lengths x samples prompts, each with as many lines as fit.
     Raises:
-      InputError: a length that takes more lines than there are names, or as `retrieval.fitted`.
+      InputError: a length that takes more lines than there are names, or as for `retrieval.fitted`.
     """
     known = names()
     made = []
@@ -88,10 +88,10 @@ def prompts(
 
 
 def _first(lines: Sequence[tuple[str, int]], share: float, further: int) -> Wording:
-    """The question about the first line and some further ones, at a share of which lies the one asked for."""
+    """Words the question about the first `1 + further` lines; `share` gives the place of the line in question."""
     count = 1 + further
     if count > len(lines):
         raise InputError(
-            f"that length takes more than {len(lines)} lines, and there are no more names; use a smaller one"
+            f"that length takes more than {len(lines)} lines, and there are no more names; use a shorter one"
         )
     return wording(lines[:count], int(share * count))

@@ -1,9 +1,9 @@
-"""LongBench as the paper runs it: its twelve tasks, and what it reports for them."""
+"""LongBench as the paper runs it: its twelve tasks, and the averages that it reports."""
 
 from collections.abc import Mapping
 from statistics import fmean
 
-# lm-evaluation-harness' name -> LongBench's own, which is also that of its file. The order is the paper's.
+# Name in lm-evaluation-harness -> name in LongBench, also that of its file. The order is the paper's.
 TASKS = {
     "longbench_narrativeqa": "narrativeqa",
     "longbench_qasper": "qasper",
@@ -18,7 +18,7 @@ TASKS = {
     "longbench_triviaqa": "triviaqa",
     "longbench_samsum": "samsum",
 }
-# What the twelve are called together on the command line.
+# Name of all twelve on the command line.
 GROUP = "longbench12"
 # Their metric, from 0 to 1; LongBench and the paper give it times 100.
 METRIC = "score"
@@ -26,7 +26,7 @@ METRIC = "score"
 FEW_SHOT = ("longbench_trec", "longbench_triviaqa", "longbench_samsum")
 
 # Macro averages of LLaMA-2-7B-Chat after 3,500 samples at 16,384 tokens, by window at evaluation: Zhang, Li and Liu,
-# "Extending LLMs' Context Window with 100 Samples", arXiv 2401.07004. Figures by task it has none of for these.
+# "Extending LLMs' Context Window with 100 Samples", arXiv 2401.07004. The paper has no figures by task for these.
 PAPER = {
     "PI": {4096: 36.2, 8192: 36.9, 16384: 36.3, 32768: 28.4},
     "NTK-by-parts": {4096: 35.2, 8192: 36.6, 16384: 34.7, 32768: 28.5},
@@ -39,12 +39,9 @@ SOURCE = "LLaMA-2-7B-Chat, 3,500 samples at 16k: arXiv 2401.07004"
 
 
 def macro_average(scores: Mapping[str, float]) -> float | None:
-    """Mean over the twelve tasks, each of equal weight.
+    """Returns the mean over the twelve tasks, with equal weights; None if one of them is missing.
 
     Args:
-      scores: by task, under lm-evaluation-harness' names; others are not looked at.
-
-    Returns:
-      The mean, None where one of the twelve is missing.
+      scores: by name in lm-evaluation-harness; other tasks are ignored.
     """
     return fmean(scores[task] for task in TASKS) if TASKS.keys() <= scores.keys() else None

@@ -1,4 +1,4 @@
-"""Passkey retrieval: a five-digit key in a long text about nothing, asked for at the end.
+"""Passkey retrieval: a five-digit key in a long irrelevant text, then a question about it.
 
 Source of the task: Mohtashami and Jaggi, "Landmark Attention: Random-Access Infinite Context Length for Transformers"
 (2023).
@@ -21,14 +21,13 @@ _QUESTION, _OPENING = "What is the pass key?", "The pass key is "
 
 
 def wording(key: int, depth: int, turn: int, words: int) -> Wording:
-    """One passkey question.
+    """Words one passkey question.
 
     Args:
       key: the number to find.
-      depth: where it is said, percent of the text around it: 0 is the beginning, 100 the end. It is said between two
-        sentences, the next ones from there.
-      turn: which of the ever same sentences is the text's last.
-      words: length of the text around it, which may begin in mid-sentence.
+      depth: place of the key in percent of the filler, from 0 (beginning) to 100 (end), moved to the end of a sentence.
+      turn: index of the filler's last sentence among the sentences that repeat.
+      words: length of the filler, which may begin in mid-sentence.
     """
     filler = _FILLER.split()
     sentences = [index + 1 for index, word in enumerate(filler) if word.endswith(".")]
@@ -45,20 +44,20 @@ def wording(key: int, depth: int, turn: int, words: int) -> Wording:
 def prompts(
     tokenizer: Tokenizer, lengths: Sequence[int], depths: Sequence[int], samples: int, seed: int, *, chat: bool = True
 ) -> list[Prompt]:
-    """The questions of a seed, at every length and depth.
+    """Makes the questions for every length and depth.
 
     Args:
-      tokenizer: the model's; for another one of the same kind of questions the keys are the same.
-      lengths: most tokens of prompt and answer.
-      depths: percent.
-      samples: questions of each length and depth; they differ in the key and in where the text begins.
-      seed: of the draws. A question depends on the seed, its length, depth and number, and on nothing else.
+      tokenizer: the model's; the keys do not depend on it.
+      lengths: maximum tokens of prompt and answer.
+      depths: percent, as for `wording`.
+      samples: questions per length and depth; they differ in the key and in where the filler begins.
+      seed: random seed; a question depends only on the seed, its length, depth and number.
       chat: as for `retrieval.encode`.
 
     Returns:
-      lengths x depths x samples prompts, each as long as it may be.
+      lengths x depths x samples prompts, each as long as its length allows.
     Raises:
-      InputError: as `retrieval.fitted`.
+      InputError: as for `retrieval.fitted`.
     """
     made = []
     for length in lengths:

@@ -33,7 +33,7 @@ class WindowPerplexity:
     mean: float  # loss, nats per token
     half_width: float  # of the loss's 95 % confidence interval over documents; NaN for one document
     perplexity: float  # e to the mean loss
-    low: float  # e to the ends of the loss's interval
+    low: float  # e to the bounds of the loss's interval
     high: float
 
 
@@ -44,7 +44,7 @@ def position_losses(
     batch_size: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Float[np.ndarray, "documents T_minus_1"]:
-    """Loss of every token of every document, each document read in one pass.
+    """Computes the loss of every token of every document, each document read in one pass.
 
     Args:
       documents: int32 [documents, length], all of the same length.
@@ -59,10 +59,10 @@ def position_losses(
 
 
 def window_ends(length: int, window: int, stride: int) -> list[int]:
-    """The end of each window of a document: first `window` tokens, then `stride` more each; the last step may be less.
+    """Returns the end of each window: `window` tokens, then `stride` more each; the last step may be shorter.
 
     Args:
-      length: of the document, at least the window's.
+      length: tokens of the document, at least `window`.
     """
     return [*range(window, length, stride), length]
 
@@ -76,7 +76,7 @@ def sliding_losses(
     batch_size: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Float[np.ndarray, "documents T_minus_1"]:
-    """Loss of every token of every document, read through a window that slides over it.
+    """Computes the loss of every token of every document, read through a window that slides over it.
 
     The first window is scored whole. Each further window ends `stride` tokens later, and only these new tokens are
     scored. Every token past the first window has at least window - stride tokens before it.
@@ -91,7 +91,7 @@ def sliding_losses(
     Returns:
       float32 [documents, length - 1], nats; entry t belongs to the token at position t + 1.
     Raises:
-      InputError: a window of less than 2 tokens or longer than the documents, or a stride that is not shorter than it.
+      InputError: a window of less than 2 tokens or longer than the documents, or a stride not shorter than the window.
     Source: the evaluation of "YaRN" (Peng et al., 2023, section 4.3.1), after Press et al., 2022.
     """
     length = documents.shape[1]
@@ -107,7 +107,7 @@ def _losses(
     batch_size: int,
     progress: Callable[[int], None],
 ) -> Float[np.ndarray, "documents T_minus_1"]:
-    """Losses of documents read through windows with these ends; each window scores what the one before it did not."""
+    """Computes losses through windows with these ends; each window scores the tokens that the one before did not."""
     losses = np.empty((len(documents), documents.shape[1] - 1), np.float32)
     steps = [(row, *step) for row in range(len(documents)) for step in itertools.pairwise([1, *ends])]
     spans = [
@@ -122,7 +122,7 @@ def _losses(
 
 
 def check_window(window: int, stride: int, length: int) -> None:
-    """Raises InputError, as `sliding_losses`, for a window that does not fit documents of a length."""
+    """Refuses a window or stride that does not fit documents of this length; raises as `sliding_losses` does."""
     if not 2 <= window <= length:
         raise InputError(f"window {window}: from 2 to the documents' {length} tokens are needed")
     if not 1 <= stride < window:
@@ -136,16 +136,16 @@ def band_losses(losses: Float[np.ndarray, "documents T_minus_1"], edges: Sequenc
       edges: increasing positions, 0-based; band i is edges[i] <= position < edges[i + 1].
 
     Returns:
-      One BandLoss a band; position 0, which nothing precedes, has no loss and is left out.
+      One BandLoss per band; position 0, which nothing precedes, has no loss and is left out.
     Raises:
-      InputError: edges that do not increase or reach past the documents.
+      InputError: edges that do not increase, or that reach past the documents.
     """
     check_edges(edges, losses.shape[1] + 1)
     return [BandLoss(start, end, *student(means)) for (start, end), means in band_means(losses, edges).items()]
 
 
 def check_edges(edges: Sequence[int], length: int) -> None:
-    """Raises InputError, as `band_losses`, for bands that do not fit documents of a length."""
+    """Refuses bands that do not fit documents of this length; raises as `band_losses` does."""
     if len(edges) < 2 or any(a >= b for a, b in itertools.pairwise(edges)) or edges[0] < 0:
         raise InputError(f"position bands {','.join(map(str, edges))} do not increase from 0 or more")
     if edges[-1] > length:
@@ -155,14 +155,7 @@ def check_edges(edges: Sequence[int], length: int) -> None:
 def band_means(
     losses: Float[np.ndarray, "documents T_minus_1"], edges: Sequence[int]
 ) -> dict[tuple[int, int], Float[np.ndarray, "documents"]]:
-    """Each document's mean loss in each band.
-
-    Args:
-      edges: as for `band_losses`.
-
-    Returns:
-      float64 [documents] by (start, end).
-    """
+    """Returns each document's mean loss in each band, float64 [documents] by (start, end); see `band_losses`."""
     return {
         (start, end): losses[:, max(start - 1, 0) : end - 1].astype(np.float64).mean(axis=1)
         for start, end in itertools.pairwise(edges)
@@ -170,8 +163,8 @@ def band_means(
 
 
 def window_perplexity(losses: Float[np.ndarray, "documents T_minus_1"], window: int, stride: int) -> WindowPerplexity:
-    """Perplexity over all scored tokens, from `sliding_losses` with this window and stride."""
-    # All documents are of one length, so that the mean over tokens is that over documents.
+    """Computes the perplexity over all scored tokens, from `sliding_losses` with this window and stride."""
+    # All documents have the same length, so the mean over documents is the mean over tokens.
     mean, half_width = student(losses.astype(np.float64).mean(axis=1))
     return WindowPerplexity(
         window, stride, mean, half_width, math.exp(mean), math.exp(mean - half_width), math.exp(mean + half_width)

@@ -1,6 +1,6 @@
-"""Finding one thing in a long text: prompts of an exact length, and whether a model gives the answer.
+"""Retrieval of one fact from a long text: prompts of a given length, and whether a model gives the answer.
 
-The prompt holds the beginning of the reply, up to the answer's first character. Without it, many models would first say
+The prompt holds the beginning of the reply, up to the answer's first character. Otherwise many models would first give
 a space or "the", which shows nothing about what they found. Greedy decoding gives the answer exactly if each of its
 tokens is the likeliest after the prompt and the answer's earlier tokens. One forward pass over prompt and answer shows
 this, and gives the answer's likelihood.
@@ -24,17 +24,17 @@ from eabf_jax.model.llama import Llama
 class Wording(NamedTuple):
     """A question as text."""
 
-    question: str  # all that the user says, the long text included
-    opening: str  # how the reply begins
-    answer: str  # the only right continuation of the opening
+    question: str  # the user's whole message, with the long text
+    opening: str  # the beginning of the reply
+    answer: str  # the only correct continuation of the opening
 
 
 class Prompt(NamedTuple):
     """A question as tokens."""
 
-    length: int  # most tokens that prompt and answer together may have
-    depth: int | None  # where the answer lies in the long text, percent; None where the place is random
-    tokens: list[int]  # the prompt, followed by the right answer
+    length: int  # maximum tokens of prompt and answer together
+    depth: int | None  # place of the answer in the long text, percent; None if it is random
+    tokens: list[int]  # the prompt, followed by the correct answer
     begin: int  # index of the answer's first token
 
 
@@ -53,7 +53,7 @@ def encode(tokenizer: Tokenizer, wording: Wording, *, chat: bool = True) -> list
     """Encodes a question up to the end of its answer, as the model reads them.
 
     Args:
-      chat: whether to put it into the tokenizer's chat template, where it has one.
+      chat: whether to use the tokenizer's chat template, if it has one.
 
     Raises:
       InputError: the template refuses an unfinished reply, or changes it.
@@ -62,7 +62,7 @@ def encode(tokenizer: Tokenizer, wording: Wording, *, chat: bool = True) -> list
 
 
 def _text(tokenizer: Tokenizer, wording: Wording, chat: bool) -> str:
-    """What `encode` encodes: it ends with the answer."""
+    """Returns the text that `encode` encodes, which ends with the answer."""
     question, reply = wording.question, wording.opening + wording.answer
     if not (chat and tokenizer.chat_template):
         return f"{question} {reply}"
@@ -72,8 +72,8 @@ def _text(tokenizer: Tokenizer, wording: Wording, chat: bool) -> str:
         return text[: text.rindex(reply) + len(reply)]
     except ValueError as error:
         raise InputError(
-            "the model's chat template does not take a question whose reply has been begun; --no-chat-template asks "
-            "without it"
+            "the model's chat template does not accept a reply that has already begun; --no-chat-template leaves the "
+            "template out"
         ) from error
 
 
@@ -88,14 +88,14 @@ def fitted(
 
     Args:
       worded: makes the question with a given amount of the long text; more text gives more tokens.
-      length: most tokens of the prompt and the answer.
+      length: maximum tokens of prompt and answer.
       guess: a first estimate of the amount; a close one saves steps.
       chat: as for `encode`.
 
     Returns:
       The tokens of prompt and answer, the index of the answer's first token, and the amount of text.
     Raises:
-      InputError: the question has more tokens without any of the text, or as `encode`.
+      InputError: the question is too long even without the text, or as for `encode`.
     """
     size, fits, exceeds = guess, -1, None
     tokens: list[int] = []
@@ -104,10 +104,10 @@ def fitted(
         if len(found) <= length:
             fits, tokens = size, found
         elif size == 0:
-            raise InputError(f"length {length}: the question alone has {len(found)} tokens; a greater one is needed")
+            raise InputError(f"length {length}: the question alone has {len(found)} tokens; a larger length is needed")
         else:
             exceeds = size
-        # Tokens grow in proportion to the text: the next size makes up for those that are missing or too many.
+        # Tokens grow in proportion to the text, so the next size corrects for the tokens missing or in excess.
         size += int((length - len(found)) * max(size, 1) // len(found))
         size = max(size, fits + 1) if exceeds is None else min(max(size, fits + 1), exceeds - 1)
     wording = worded(fits)
@@ -124,10 +124,9 @@ def measure(
     batch_size: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Cell]:
-    """Asks a model all questions.
+    """Measures a model on all prompts.
 
     Args:
-      prompts: at least one.
       batch_size: prompts that each device reads at a time.
       progress: called with the number of prompts done.
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, each given those before it: perplexity, retrieval and the harness start from these."""
+"""Log-probabilities of tokens given those before them, for perplexity, retrieval and the harness."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ from eabf_jax.model.parameters import parameter_count
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.parallel.rules import batch_ways, llama_on, mesh_of, moved, parameter_shardings, with_shardings
 
-# Of a device's memory, what a whole model may take; activations and logits need the rest.
+# Fraction of a device's memory that a whole model may take; activations and logits need the rest.
 _WHOLE_MODEL = 0.6
 
 
@@ -30,10 +30,10 @@ def evaluation_mesh(
     """Chooses how devices share an evaluation: each reads rows of its own, and they split the model if it is large.
 
     Args:
-      dtype: of its parameters.
+      dtype: dtype of the parameters.
       tensor: devices that share the model's heads.
-      devices: the devices; None for all.
-      memory: of each, in bytes; 0 asks this machine's.
+      devices: None means all.
+      memory: bytes on each device; 0 means those of this machine's devices.
 
     Raises:
       InputError: `tensor` does not divide the devices, or the model.
@@ -54,7 +54,7 @@ class Span(NamedTuple):
 
     tokens: Sequence[int] | np.ndarray  # all that the model reads, at least one token
     begin: int  # index of the token before the first target
-    targets: Sequence[int] | np.ndarray  # to score; all but the last stand in `tokens`, from `begin` + 1 on
+    targets: Sequence[int] | np.ndarray  # tokens to score; all but the last are also in `tokens`, from `begin` + 1 on
 
 
 class Scorer:
@@ -94,9 +94,9 @@ class Scorer:
         size = batch_size * batch_ways(self._mesh)
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            # The longest rows, which cost most, are padded to a multiple of 128 alone.
+            # The longest rows, which cost most, are padded only to a multiple of 128.
             width = min(padded_length(len(spans[batch[0]].tokens)), -(-len(spans[order[0]].tokens) // 128) * 128)
-            # Fewer sizes for the targets, a power of two or all: beside the layers, some more logits cost little.
+            # The number of targets is a power of two or the width, for few shapes; the extra logits cost little.
             most = min(1 << max(6, (max(len(spans[index].targets) for index in batch) - 1).bit_length()), width)
             tokens, targets = np.zeros((size, width), np.int32), np.zeros((size, most), np.int32)
             lengths, begins = np.ones(size, np.int32), np.zeros(size, np.int32)
@@ -112,17 +112,17 @@ class Scorer:
 
 @functools.lru_cache(maxsize=8)
 def _program(graph: Any) -> Callable[..., tuple[Array, Array]]:
-    """`token_scores` of parameters and rows; kept, so that a model of the same shape needs no new compilation."""
+    """Returns `token_scores` of parameters and rows, jitted; cached, so that models of one shape share a program."""
     # Parameters are arguments: a closure would make them constants of the program.
     return jax.jit(lambda params, *rows: token_scores(nnx.merge(graph, params), *rows))
 
 
 def lower_scoring(config: LlamaConfig, dtype: Any, mesh: Mesh, window: int) -> jax.stages.Lowered:
-    """Traces and lowers the scoring of every token of a window, a row for each part of the batch, from shapes alone.
+    """Lowers the scoring of every token of a window from shapes alone, with one row per part of the batch.
 
     Args:
-      dtype: of parameters and computation.
-      window: tokens of a row.
+      dtype: dtype of parameters and computation.
+      window: tokens per row.
     """
     model = llama_on(mesh, config, dtype=dtype, param_dtype=dtype)
     params = model.parameters()
@@ -148,17 +148,17 @@ def token_scores(
       tokens: int32 [batch, length], each row padded at its end.
       lengths: int32 [batch], tokens of each row without padding.
       begins: int32 [batch], index of the token before the first target.
-      targets: int32 [batch, scored]; what is returned for a row's padding has no meaning.
-      chunk: most targets of a row whose logits exist at a time.
+      targets: int32 [batch, scored]; results for a row's padding have no meaning.
+      chunk: maximum targets per row whose logits are in memory at a time.
 
     Returns:
       Log-probabilities of the targets, float32 [batch, scored], in nats; and whether each is the likeliest token.
     """
     rows, scored = targets.shape
-    # Padding repeats the last position: schemes that follow the length take the row's own.
+    # Padding repeats the last position, so that schemes that follow the length see the row's own.
     positions = jnp.minimum(jnp.arange(tokens.shape[1], dtype=jnp.int32), lengths[:, None] - 1)
     hidden = model.hidden_states(tokens, positions)
-    # Gathered before the chunks, as in training: each chunk would gather its logits otherwise.
+    # Gathered before the chunks, as in training; otherwise each chunk would gather its logits.
     kernel = model.constrain(model.output_kernel().astype(hidden.dtype), None, "vocab")
     pieces = -(-scored // chunk)
     targets = jnp.pad(targets, ((0, 0), (0, -scored % pieces)))
@@ -176,6 +176,6 @@ def token_scores(
 
 
 def padded_length(length: int) -> int:
-    """The length, rounded up by less than a quarter or 16: four lengths from a power of two to the next."""
+    """Rounds a length up by less than a quarter, or less than 16; there are four lengths per power of two."""
     step = max(16, (1 << (length - 1).bit_length()) // 8)
     return -(-length // step) * step

@@ -101,10 +101,10 @@ class Generator:
         attention: str = "auto",
         rope_length: int | None = None,
     ):
-        """Makes the weights of generation, in the compute dtype, from a model or from one on disk.
+        """Makes the weights of generation, in the compute dtype, from a model in memory or on disk.
 
         Args:
-          model: any Llama without adapters, whose weights are copied; or from `open_weights`, which holds no others.
+          model: a Llama without adapters, whose weights are copied, or what `open_weights` returns.
           tokenizer: for text, stop strings and the default stop tokens.
           mesh: splits heads over `tensor`, and rows over `data` and `fsdp`; None means the mesh that the model is on,
             else the default device.
@@ -573,7 +573,7 @@ def _decode(
 
 
 def _placed(mesh: Mesh | None, state: _State) -> _State:
-    """Pins a state's layout, so that the loop's first call and the later ones, on its own output, share a program."""
+    """Pins a state's layout, so that the first call of the loop and the later ones share a program."""
     if mesh is None:
         return state
     rows, everywhere = placement.row_sharding(mesh), NamedSharding(mesh, PartitionSpec())
@@ -592,11 +592,11 @@ def _marked(seen: Array | None, token: Array) -> Array | None:
 def lower_generation(
     config: LlamaConfig, dtype: Any, mesh: Mesh, window: int, prefill_chunk: int = 8192
 ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
-    """Traces and lowers generation to the end of a window, a row for each part of the batch, from shapes alone.
+    """Lowers generation to the end of a window from shapes alone, with one row per part of the batch.
 
     Args:
-      dtype: of weights, computation and cache.
-      window: tokens of a row, prompt and text together.
+      dtype: dtype of weights, computation and cache.
+      window: tokens of prompt and continuation together.
       prefill_chunk: as for `Generator`.
 
     Returns:
@@ -609,7 +609,7 @@ def lower_generation(
     rows, everywhere = placement.row_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
     def there(shapes: Any) -> Any:
-        """Shapes of row arrays, and of scalars, with their shardings."""
+        """Adds their shardings to the shapes of row arrays and scalars."""
         at = jax.tree.map(lambda x: rows if x.ndim and x.shape[0] == batch else everywhere, shapes)
         return with_shardings(shapes, at)
 

@@ -37,16 +37,13 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def truncated(tokens: Sequence[int], room: int, how: str, bos_id: int | None) -> list[int]:
-    """Cuts a prompt to a number of tokens.
+    """Cuts a prompt to `room` tokens.
 
     Args:
-      tokens: more than `room`.
+      tokens: more than `room` of them.
       room: tokens to keep, at least 2.
-      how: "middle" keeps the first and the last half, as LongBench does; "left" keeps the end.
-      bos_id: the token that begins a text; "left" keeps it where the prompt has it.
-
-    Returns:
-      The tokens left.
+      how: "middle" keeps as much of the beginning as of the end, as LongBench does; "left" keeps the end.
+      bos_id: the token that begins a text; "left" keeps it if the prompt has it.
     """
     if how == "middle":
         return [*tokens[: room // 2], *tokens[len(tokens) - (room - room // 2) :]]

@@ -90,7 +90,7 @@ TABLE: tuple[Entry, ...] = (
 
 
 def _adapters(kernel: Entry) -> tuple[Entry, Entry]:
-    """The low-rank matrices [in, rank] and [rank, out] beside a kernel; the rank is too small to be split."""
+    """Returns the low-rank matrices [in, rank] and [rank, out] of a kernel; the rank is too small to be split."""
     (wide_in, wide_out), (axis_in, axis_out) = kernel.shape, kernel.axes
     return (
         kernel._replace(leaf="lora_a", shape=(wide_in, "R"), axes=(axis_in, None)),
@@ -101,7 +101,7 @@ def _adapters(kernel: Entry) -> tuple[Entry, Entry]:
 _PROJECTIONS = tuple(entry for entry in TABLE if entry.stacked and entry.leaf == "kernel")
 PROJECTIONS = tuple(entry.path[-2] for entry in _PROJECTIONS)
 ATTENTION_PROJECTIONS = tuple(entry.path[-2] for entry in _PROJECTIONS if "self_attn" in entry.path)
-VECTORS = {entry.leaf for entry in TABLE if len(entry.shape) == 1}  # leaves that are no matrices
+VECTORS = {entry.leaf for entry in TABLE if len(entry.shape) == 1}  # leaves that are not matrices
 ADAPTERS = tuple(adapter for kernel in _PROJECTIONS for adapter in _adapters(kernel))
 _AXES = {entry.path: (("layers",) if entry.stacked else ()) + entry.axes for entry in (*TABLE, *ADAPTERS)}
 
@@ -113,7 +113,7 @@ class Parameter:
     Attributes:
       entry: its line in the table.
       unstacked: shape without the axis of layers.
-      layers: how many layers are stacked on the leading axis; None where there is no such axis.
+      layers: number of layers stacked on the leading axis; None if there is no such axis.
     """
 
     entry: Entry
@@ -141,11 +141,11 @@ class Parameter:
         return self.unstacked[::-1] if self.transposed else self.unstacked
 
     def hf_names(self) -> list[str]:
-        """The Hugging Face tensors that make up this leaf, in the order of the layers."""
+        """Returns the names of the Hugging Face tensors of this leaf, in the order of the layers."""
         return self._names(self.entry.module)
 
     def gguf_names(self) -> list[str]:
-        """The GGUF tensors that make up this leaf, in the order of the layers."""
+        """Returns the names of the GGUF tensors of this leaf, in the order of the layers."""
         return self._names(self.entry.gguf)
 
     def _names(self, module: str) -> list[str]:
@@ -180,13 +180,10 @@ def parameter_axes(path: TreePath) -> Axes:
 
 
 def optional_fields(gguf_tensors: Container[str]) -> dict[str, bool]:
-    """Reads the fields of the config that add or leave out parameters off the tensors of a GGUF file.
+    """Infers the config fields in `only_if` from a GGUF file; the first line of the table with a field decides.
 
     Args:
       gguf_tensors: names of the tensors in the file.
-
-    Returns:
-      The fields in `only_if`; each follows the first line of the table that depends on it.
     """
     conditions = [(entry, *entry.only_if) for entry in reversed(TABLE) if entry.only_if is not None]
     return {
@@ -216,23 +213,22 @@ def flatten(tree: Mapping[str, Any], prefix: TreePath = ()) -> Iterator[tuple[Tr
 
 
 def shapes(config: LlamaConfig) -> dict[TreePath, tuple[int, ...]]:
-    """Shape of every parameter of a model, by path."""
+    """Returns the shape of every parameter of a model, by path."""
     return {parameter.path: parameter.shape for parameter in parameters(config)}
 
 
 def check_shapes(
     found: Mapping[Any, tuple[int, ...]], expected: Mapping[Any, tuple[int, ...]], where: str, kind: str = "parameter"
 ) -> None:
-    """Compares the arrays that were found with those that are needed.
+    """Compares the shapes of arrays with those that are needed.
 
     Args:
-      found: shape by path or name.
-      expected: likewise.
-      where: named in the message.
-      kind: what an array is called there.
+      found, expected: shapes by path or name.
+      where: the source of the arrays, for the message.
+      kind: what the message calls an array.
 
     Raises:
-      InputError: an array is missing, too many, or of another shape.
+      InputError: an array is missing, not expected, or of another shape.
     """
 
     def named(key: Any) -> str:

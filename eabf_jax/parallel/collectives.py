@@ -46,8 +46,8 @@ class Collective(NamedTuple):
 def collectives(text: str) -> list[Collective]:
     """Lists the collectives of a program.
 
-    A loop whose condition compares a counter with a constant, as those of `jax.lax.scan` do, multiplies its body by
-    its number of iterations. Other loops count once.
+    In a loop that counts to a constant, as `jax.lax.scan` does, a collective counts once per iteration. Other loops
+    count once.
 
     Args:
       text: the optimised program, from `Compiled.as_text()`.

@@ -59,7 +59,7 @@ def _connect() -> None:
                 f"{', '.join(f'{name}={value}' for name, value in given.items())}: HOST:PORT and two numbers are needed"
             ) from error
         raise InputError(
-            f"distributed is true, but nothing tells who the other processes are: set {_ADDRESS} (HOST:PORT of process "
+            f"distributed is true, but the other processes are unknown: set {_ADDRESS} (HOST:PORT of process "
             f"0), {_COUNT} and {_INDEX}; TPU pods, SLURM, Open MPI and Kubernetes need none of them"
         ) from error
 

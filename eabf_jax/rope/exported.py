@@ -1,7 +1,7 @@
-"""A scheme as the data that the modeling file of an exported model needs: `eabf_rotary` in its config.json.
+"""The data of a scheme that the modeling file of an exported model needs: `eabf_rotary` in its config.json.
 
-That file knows a few formulas, for what has no end: frequencies that follow the length, and the entropy-aware
-multiplier. Everything else is a list or a table of numbers, so that any registered scheme can be exported.
+The modeling file has formulas for rules that hold at any length: frequencies that follow the length, and the
+entropy-aware multiplier. All other rules become numbers, so that any registered scheme can be exported.
 """
 
 import base64
@@ -20,7 +20,7 @@ from eabf_jax.rope.schemes import Rule, Scheme
 
 DATA_KEY = "eabf_rotary"
 
-# Rules that the modeling file computes by itself; it knows them by these names, and the same parameters.
+# Rules that the modeling file computes itself, under these names and with the same parameters.
 FORMULAS: Mapping[Callable[..., Any], str] = {
     rule: rule.__name__
     for rule in (
@@ -29,7 +29,7 @@ FORMULAS: Mapping[Callable[..., Any], str] = {
     )
 }
 
-# Tables are computed again for the comparison, perhaps on a device whose functions round differently.
+# Relative tolerance of the comparison, because the device that recomputes the tables may round differently.
 _SAME = 1e-5
 
 
@@ -37,11 +37,11 @@ def exported_data(s: Scheme, head_dim: int, num_layers: int, window: int) -> dic
     """Describes a scheme to the exported modeling file.
 
     Args:
-      window: tokens; tables end there, and the modeling file refuses what is longer.
+      window: length of the tables in tokens; the modeling file refuses longer texts.
 
     Returns:
-      `scheme`, the scheme by name, which the file compares with `eabf_scheme`; `frequencies` and `logit_scale`, each
-      with its `kind`: a formula and its parameters, or numbers.
+      `scheme`, the scheme as a dictionary, which the file compares with `eabf_scheme`; `frequencies` and `logit_scale`,
+      each with its `kind`, and a formula's parameters or numbers.
     """
     return {
         "scheme": s.to_dict(),
@@ -51,7 +51,7 @@ def exported_data(s: Scheme, head_dim: int, num_layers: int, window: int) -> dic
 
 
 def check_exported(found: Any, s: Scheme, head_dim: int, num_layers: int, window: int) -> None:
-    """Refuses exported data that are not those of the scheme, which would give other logits in transformers.
+    """Refuses exported data that differ from the scheme's, because transformers would compute other logits.
 
     Args:
       found: `eabf_rotary` of a config.json.

@@ -2,13 +2,13 @@
 
 A rule takes the head size, then `length` if its frequencies follow the current length, then its own parameters by
 keyword, which are the scheme's parameters in a config file. It returns the inverse frequencies in radians per token,
-float32 [head_dim // 2], and the rotation scale: the factor on cos and sin, 1.0 but for YaRN. Values known before
+float32 [head_dim // 2], and the rotation scale: the factor on cos and sin, 1.0 except for YaRN. Values known before
 tracing are computed in float64 and rounded once to float32. Every rule raises InputError for an odd head size, or one
 below 2 (4 for the NTK-aware rules).
 
 Arguments and notation, the same in every rule:
   head_dim: d, the size of an attention head, even.
-  length: L, the current length in tokens, may be a traced integer; frequencies are plain for None and up to c.
+  length: L, the current length in tokens, may be a traced integer; None, like any length up to c, changes nothing.
   base: b; 10,000 in LLaMA-2, larger in adjusted-base-frequency (ABF) models.
   factor: s, the target window over the pretrained window.
   pretrained_window: c, in tokens.

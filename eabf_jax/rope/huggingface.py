@@ -1,4 +1,4 @@
-"""Rotary schemes in Hugging Face's config.json; how each is spelled is told beside its name in `named.py`."""
+"""Rotary schemes in Hugging Face's config.json; `named.py` has the spelling of each."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +24,7 @@ def from_hf(config: Mapping[str, Any]) -> Scheme:
 
     Args:
       config: the whole config.json; `dynamic` needs its `max_position_embeddings`, and `yarn` and `llama3` fall back on
-        it where they name no `original_max_position_embeddings`.
+        it if there is no `original_max_position_embeddings`.
 
     Raises:
       InputError: a kind of scaling or a setting that no scheme here can represent, or a missing or invalid value.
@@ -43,9 +43,9 @@ def from_hf(config: Mapping[str, Any]) -> Scheme:
         raise InputError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(readers)}")
     bases = (section.get("rope_theta"), config.get("rope_theta"), LLAMA2_BASE)
     hf = entries()[readers[kind]].hf
-    assert hf is not None and hf.read is not None  # as of every reader
+    assert hf is not None and hf.read is not None  # `hf_readers` lists no others
     base = next(base for base in bases if base is not None)
-    # By composition, because it finds the first name of what it is: of yarn without its factor, ntk_by_parts.
+    # `compose` finds the name of the result: YaRN with attention factor 1.0 becomes ntk_by_parts.
     return compose(scheme(readers[kind], base=base, **hf.read(config, section)))
 
 
@@ -55,7 +55,7 @@ def to_hf(s: Scheme, head_dim: int | None = None, spelling: str = "rope_scaling"
     What transformers can express becomes its own keys: `default` and `abf` a base, `pi` linear, `dynamic_ntk` dynamic,
     `ntk_by_parts` yarn with attention factor 1.0, `yarn`, `llama3`, and `ntk` (given `head_dim`) a changed base.
     Everything else keeps its base and adds `eabf_scheme`: transformers then needs our exported model code
-    (`needs_remote_code`), and that code the data of `exported.py` beside these keys.
+    (`needs_remote_code`), and that code needs the data of `exported.py` beside these keys.
 
     Where transformers derives the scheme from `max_position_embeddings`, that key is returned too and must go into the
     file. `dynamic` takes the pretrained window from it, in every release. For yarn it is the extended window: releases
@@ -68,7 +68,7 @@ def to_hf(s: Scheme, head_dim: int | None = None, spelling: str = "rope_scaling"
       spelling: "rope_scaling" (read by every transformers release) or "rope_parameters" (5.x only).
 
     Returns:
-      Keys and values for config.json, in place of all rotary keys that it had.
+      Keys and values that replace all rotary keys in config.json.
 
     Raises:
       InputError: unknown spelling, or a head_dim that does not suit the scheme.
@@ -92,7 +92,7 @@ def to_hf(s: Scheme, head_dim: int | None = None, spelling: str = "rope_scaling"
 
 
 def needs_remote_code(keys: Mapping[str, Any]) -> bool:
-    """Tells whether a config (or what `to_hf` returned) names a scheme that transformers needs our code for."""
+    """Returns whether a config, or a result of `to_hf`, names a scheme for which transformers needs our code."""
     return keys.get(OWN_KEY) is not None
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float32, Int
 
 
 def none(positions: Int[Array, " *shape"], layer: int | Int[Array, ""]) -> Float32[Array, " *shape"]:
-    """Leaves every logit unchanged: ones."""
+    """Returns ones, which leave every logit unchanged."""
     del layer
     return jnp.ones(jnp.shape(positions), jnp.float32)
 

@@ -1,6 +1,6 @@
-"""The schemes of this package: a call of `register` for each, its spelling in Hugging Face's config.json beside it.
+"""The schemes of this package: one call of `register` for each, with its spelling in Hugging Face's config.json.
 
-Where two lines are the same mathematics, compositions and what is read from Hugging Face get the first one's name.
+If two schemes are mathematically equal, compositions and imported models get the name of the first one.
 """
 
 import math
@@ -100,10 +100,9 @@ def _read_yarn(config: _Values, section: _Values) -> dict[str, Any]:
     return {
         "factor": factor,
         "pretrained_window": window,
-        # transformers takes 0 for "not set" here.
+        # transformers takes 0 for "not set" here, and null for false in `truncate`.
         "beta_fast": section.get("beta_fast") or 32.0,
         "beta_slow": section.get("beta_slow") or 1.0,
-        # And null for false.
         "truncate": section.get("truncate", True) or False,
         "attention_factor": attention_factor,
     }

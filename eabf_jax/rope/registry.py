@@ -1,7 +1,7 @@
 """The table of rotary schemes: those of this package, of installed packages, and of a user's own file.
 
-A scheme is one function or two, and one call of `register`. An installed package names the module that makes the call
-as an entry point of the group `eabf_jax.schemes`; a file is imported with `--import FILE` or `import_schemes`.
+A scheme is one or two functions and a call of `register`. An installed package names the module with that call as an
+entry point of the group `eabf_jax.schemes`; a file is imported with `--import FILE` or `import_schemes`.
 """
 
 import importlib
@@ -29,10 +29,9 @@ class HFSpelling(NamedTuple):
 
     Attributes:
       rope_type: the kind of scaling.
-      write: takes the parameters and the head size (None: not known); returns the further keys of the section and
-        those outside of it, or None where transformers cannot express the scheme.
-      read: takes the whole config and the section; returns the parameters without the base. None where the kind is
-        another scheme's.
+      write: (parameters, head size or None) -> the other keys of the section and the keys outside it; None if
+        transformers cannot express the scheme.
+      read: (whole config, section) -> the parameters without the base; None if another scheme reads this kind.
     """
 
     rope_type: str
@@ -42,7 +41,7 @@ class HFSpelling(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """The two rules of a scheme, what its name changes or fixes in their parameters, and its spelling elsewhere."""
+    """The two rules of a scheme, the parameters that its name changes or fixes, and its spelling elsewhere."""
 
     frequencies: Callable[..., Any]
     logit_scale: Callable[..., Any]
@@ -63,7 +62,7 @@ class Entry:
 
 _entries: dict[str, Entry] = {}
 
-# Names of multipliers in a composition, beside those of the schemes that have one.
+# Multipliers that a composition can name, in addition to the schemes that have one.
 _MULTIPLIERS = {
     rule.__name__: Entry(frequency_rules.default, rule) for rule in (logit_rules.none, logit_rules.entropy_aware)
 }
@@ -78,22 +77,22 @@ def register(
     fixed: Mapping[str, Any] | None = None,
     hf: HFSpelling | None = None,
 ) -> None:
-    """Adds a rotary scheme to the table, under whose name configuration files and commands then know it.
+    """Adds a rotary scheme to the table, so that configuration files and commands know it by name.
 
     Args:
       name: the scheme's `type`, an identifier.
-      frequencies: `(head_dim, *, parameters)`, or `(head_dim, length, *, parameters)` where the frequencies follow the
+      frequencies: `(head_dim, *, parameters)`, or `(head_dim, length, *, parameters)` if the frequencies follow the
         current length; returns inverse frequencies [head_dim // 2] in radians per token, and the factor on cos and
-        sin. With `length`, a parameter `pretrained_window` is needed: up to that length, and for None, the result has
-        to be the same. `length` may be a traced integer.
+        sin. With `length`, a parameter `pretrained_window` is needed: the result must be the same for None and for all
+        lengths up to that window. `length` may be a traced integer.
       logit_scale: `(positions, layer, *, parameters)`; returns the multiplier of each query, of the shape of positions
         (0-based). Both arguments may be traced.
       defaults: defaults in place of those in the signatures.
-      fixed: parameters that are not for the user to set.
+      fixed: parameters that users cannot set.
       hf: how transformers spells the scheme, if it has it.
 
     Raises:
-      InputError: a name that is taken or no identifier, or a function of another signature.
+      InputError: a name that is taken or not an identifier, or a function with another signature.
     """
     entry = Entry(frequencies, logit_scale, dict(defaults or {}), dict(fixed or {}), hf)
     if _entries.get(name, entry) != entry or name in (*_MULTIPLIERS, "compose"):
@@ -117,10 +116,10 @@ def register(
 
 
 def entry_of(name: str) -> Entry:
-    """Looks a scheme up; packages that register schemes are imported where the name is not known without them.
+    """Looks up a scheme; imports installed packages with schemes only if the name is unknown without them.
 
     Raises:
-      InputError: unknown scheme, or as `entries`.
+      InputError: unknown scheme, or as for `entries`.
     """
     if name not in _entries and name not in entries():
         raise unknown_scheme(name)
@@ -128,7 +127,7 @@ def entry_of(name: str) -> Entry:
 
 
 def unknown_scheme(name: str) -> InputError:
-    """Builds the error for a name that no scheme has."""
+    """Builds the error for an unknown scheme."""
     unknown = unknown_name("rotary scheme", name, [*_entries, "compose"])
     return InputError(f"{unknown}; one from your own file is known after --import FILE")
 
@@ -144,13 +143,13 @@ def entries() -> Mapping[str, Entry]:
 
 
 def multipliers() -> dict[str, Entry]:
-    """Returns the table for the multiplier of a composition: schemes that have one, and multipliers by themselves."""
+    """Returns the table for the multiplier of a composition: schemes that have one, and plain multipliers."""
     own = {name: entry for name, entry in entries().items() if entry.logit_scale is not logit_rules.none}
     return {**_MULTIPLIERS, **own}
 
 
 def hf_readers() -> dict[str, str]:
-    """Returns, for each kind of scaling in a config.json, the name of the scheme that it is read as."""
+    """Returns the name of the scheme that reads each kind of scaling in a config.json."""
     return {e.hf.rope_type: name for name, e in _entries.items() if e.hf is not None and e.hf.read is not None}
 
 
@@ -158,10 +157,10 @@ def import_schemes(source: str) -> None:
     """Imports a module that registers schemes.
 
     Args:
-      source: the path of a .py file, or the name of a module, looked for in the working directory too.
+      source: the path of a .py file, or the name of a module, which may be in the working directory.
 
     Raises:
-      InputError: there is none, or whatever it raises.
+      InputError: the module does not exist, or raises an error.
     """
     path = Path(source).resolve()
     if path.suffix != ".py":
@@ -195,7 +194,7 @@ def _import(source: str, load: Callable[[], Any]) -> None:
         load()
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
-    except Exception as error:  # whatever somebody's file raises
+    except Exception as error:  # a user's file may raise anything
         raise InputError(f"{source} cannot be imported: {type(error).__name__}: {error}") from error
 
 

@@ -1,8 +1,7 @@
 """Rotary schemes by name, and their composition.
 
-A scheme is two independent choices: a frequency rule and a rule for the multiplier of the attention logits, each with
-its parameters, whose names, types and defaults are read from the rule's signature. `registry.py` has the pairs that
-have a name.
+A scheme is two independent choices: a frequency rule and a rule for the multiplier of the attention logits. The names,
+types and defaults of a rule's parameters are read from its signature. `registry.py` holds the named pairs.
 """
 
 import math
@@ -23,7 +22,7 @@ from eabf_jax.rope import logit_scale as logit_rules
 from eabf_jax.rope.frequencies import Frequencies, Length
 from eabf_jax.rope.registry import Entry, entries, entry_of, follows_length, multipliers, parameters_of_rule
 
-# The rotation scale is the same for every head size; a rule is asked for one of these sizes to learn it.
+# Head sizes with which to compute the rotation scale, which is the same for every size.
 _HEAD_DIMS = (128, *range(2, 513, 2))
 
 
@@ -51,7 +50,7 @@ class Rule:
         return self.function.__module__.startswith("eabf_jax.")
 
 
-# What the values of parameters must satisfy, by parameter name, whichever rule takes them.
+# Requirements on parameters by name, the same in every rule.
 _REQUIREMENTS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
     (("base",), lambda base: base > 1, "base must be more than 1"),
     (("factor",), lambda factor: factor > 0, "factor must be more than 0"),
@@ -84,8 +83,8 @@ _REQUIREMENTS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
 class Scheme:
     """A rotary scheme: inverse frequencies, rotation scale and logit multiplier, pure functions of static parameters.
 
-    Build one with `scheme` or `compose`. Schemes are hashable, and equal when their rules and parameters are, whatever
-    they were called: `abf` equals `default` with the same base.
+    Build one with `scheme` or `compose`. Schemes are hashable, and equal if their rules and parameters are equal,
+    whatever their names: `abf` equals `default` with the same base.
 
     Attributes:
       frequencies: the frequency rule with its parameters.
@@ -114,21 +113,21 @@ class Scheme:
           Radians per token, float32 [head_dim // 2].
 
         Raises:
-          InputError: head_dim does not suit the scheme, or a length that is no whole number.
+          InputError: head_dim does not suit the scheme, or a length that is not a whole number.
         """
         return self._rotation(head_dim, length)[0]
 
     def rotation_scale(self, length: Length = None) -> float | Float32[Array, ""]:
-        """Computes the factor that multiplies cos and sin, 1.0 but for the YaRN schemes.
+        """Computes the factor that multiplies cos and sin, 1.0 except for the YaRN schemes.
 
         Args:
           length: as for `inverse_frequencies`.
 
         Returns:
-          A float; a float32 scalar where the scheme follows the length and the length is traced.
+          A float, or a float32 scalar if the scheme follows the length and the length is traced.
 
         Raises:
-          InputError: a length that is no whole number.
+          InputError: a length that is not a whole number.
         """
         return self._rotation(_some_head_dim(self.frequencies), length)[1]
 
@@ -143,7 +142,7 @@ class Scheme:
           Multipliers, float32, shape of `positions`; exactly 1 within the pretrained window.
 
         Raises:
-          InputError: positions or a layer that are no whole numbers, or a negative layer.
+          InputError: positions or a layer that are not whole numbers, or a negative layer.
         """
         positions = positions if isinstance(positions, jax.Array) else np.asarray(positions)
         if not jnp.issubdtype(positions.dtype, jnp.integer):
@@ -169,7 +168,7 @@ class Scheme:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "Scheme":
-        """Builds the scheme that `to_dict` or a config file describes; raises as `scheme`."""
+        """Builds a scheme from the mapping of `to_dict` or a config file; raises as `scheme` does."""
         name, parameters = _split_type(values, "rotary scheme")
         return scheme(name, **parameters)
 
@@ -188,7 +187,7 @@ class Scheme:
 
 @cache
 def _try_frequencies(rule: Rule, head_dim: int) -> None:
-    """Calls a rule from outside this package as models will, before its first use, and refuses what they cannot use."""
+    """Calls a user's rule as models will, before its first use, and refuses results that they cannot use."""
     if rule.is_ours:
         return
     with _trying(f"{rule} fails for head_dim {head_dim}"), jax.ensure_compile_time_eval():
@@ -212,7 +211,7 @@ def _try_frequencies(rule: Rule, head_dim: int) -> None:
 
 @cache
 def _try_multiplier(rule: Rule) -> None:
-    """Does the same for a rule for the multiplier."""
+    """Does the same as `_try_frequencies` for a multiplier rule."""
     if rule.is_ours:
         return
     with _trying(f"{rule} fails"):
@@ -228,7 +227,7 @@ def _trying(what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except Exception as error:  # whatever somebody's function raises
+    except Exception as error:  # a user's function may raise anything
         traced = " where JAX traces its arguments (write jnp.where for if)" * isinstance(error, jax.errors.JAXTypeError)
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{what}{traced}: {reason:.300}") from error
@@ -236,7 +235,7 @@ def _trying(what: str) -> Iterator[None]:
 
 @cache
 def _some_head_dim(rule: Rule) -> int:
-    """Returns a head size that a rule takes; somebody's own may have a table of numbers for one size alone."""
+    """Returns a head size that a rule takes; a user's rule may be a table for one size only."""
     for head_dim in _HEAD_DIMS:
         with suppress(InputError):
             _try_frequencies(rule, head_dim)
@@ -245,7 +244,7 @@ def _some_head_dim(rule: Rule) -> int:
 
 
 def _check_whole(name: str, value: Any) -> None:
-    """Refuses what is neither a whole number from 0 nor an integer scalar of an array's kind."""
+    """Refuses a value that is neither a whole number from 0 nor an array that is an integer scalar."""
     if isinstance(value, jax.Array | np.ndarray):
         if not jnp.issubdtype(value.dtype, jnp.integer) or value.ndim:
             raise InputError(f"{name} is {value.dtype} of shape {list(value.shape)}; an integer scalar is needed")
@@ -276,14 +275,14 @@ def compose(frequencies: Scheme | Mapping[str, Any], logit_scale: Scheme | Mappi
     Args:
       frequencies: the scheme whose frequencies and rotation scale are taken, or that scheme as a dictionary.
       logit_scale: the scheme whose logit multiplier is taken; or a dictionary of type "entropy_aware" (or "eabf") with
-        `pretrained_window` in tokens and `unscaled_layers`; or of another scheme with the parameters of its multiplier
-        alone; None or type "none" for no multiplier.
+        `pretrained_window` in tokens and `unscaled_layers`; or a dictionary of another scheme, with only the parameters
+        of its multiplier. None or type "none" means no multiplier.
 
     Returns:
-      The scheme, under the name of the table's line that has the same two rules, if there is one.
+      The scheme, under the first name in the table with the same two rules, or else "compose".
 
     Raises:
-      InputError: as `scheme`.
+      InputError: as for `scheme`.
     """
     rotation = frequencies.frequencies if isinstance(frequencies, Scheme) else _frequency_rule(frequencies)
     multiplier = logit_scale.logit_multiplier if isinstance(logit_scale, Scheme) else _logit_rule(logit_scale)
@@ -291,7 +290,7 @@ def compose(frequencies: Scheme | Mapping[str, Any], logit_scale: Scheme | Mappi
 
 
 def scheme_names() -> tuple[str, ...]:
-    """Returns the names that `scheme` knows by its table (not "compose", whose parameters are schemes themselves)."""
+    """Returns the names in the table, without "compose", whose parameters are schemes themselves."""
     return tuple(entries())
 
 
@@ -308,7 +307,7 @@ def parameters_of(name: str) -> Mapping[str, tuple[Any, Any]]:
 
 
 def _told(rule: Rule) -> dict[str, Any]:
-    """The parameters of a rule that are written down: all but optional ones at None and switches at their default."""
+    """Returns a rule's parameters, without optional ones at None and switches at their default."""
     defaults = {name: default for name, (_, default) in parameters_of_rule(rule.function).items()}
     return {
         name: value
@@ -318,7 +317,7 @@ def _told(rule: Rule) -> dict[str, Any]:
 
 
 def _written(table: Mapping[str, Entry], part: str, rule: Rule) -> dict[str, Any]:
-    """A rule as a dictionary, by the first name in the table that has it as this part."""
+    """Returns a rule as a dictionary, under the first name in the table whose `part` it is."""
     bound = dict(rule.parameters)
     named = ((name, entry) for name, entry in table.items() if getattr(entry, part) is rule.function)
     name, fixed = next((name, entry.fixed) for name, entry in named if _agrees(entry, bound))
@@ -380,7 +379,7 @@ def _logit_rule(values: Mapping[str, Any] | None) -> Rule:
 def _part(
     owner: str, entry: Entry, rule: Callable[..., Any], given: Mapping[str, Any], also: Iterable[str] = ()
 ) -> Rule:
-    """One rule of a scheme; of its parameters, those of the other rule are only checked, where `also` has them."""
+    """Binds one rule of a scheme to its parameters; parameters in `also` that it does not take are only checked."""
     own = {*parameters_of_rule(rule), *also}
     expected = {name: known for name, known in entry.parameters.items() if name in own}
     return _bind(rule, _checked(owner, expected, given) | dict(entry.fixed))

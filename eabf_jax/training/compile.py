@@ -196,7 +196,7 @@ def _state_bytes(compiled: Any, lowered: Any) -> dict[str, float]:
 
 
 def refused(error: Exception, slice_: Slice) -> str | None:
-    """Returns what the TPU compiler says of a program that is too large; None for another error."""
+    """Returns the message for a program that the TPU compiler finds too large; None for any other error."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         return None

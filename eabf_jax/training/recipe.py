@@ -22,7 +22,7 @@ from eabf_jax.parallel.mesh import MeshConfig
 from eabf_jax.rope import Scheme, parameters_of, scheme_names
 from eabf_jax.rope.registry import unknown_scheme
 
-# Keys whose numbers have to be positive where they are given.
+# Keys whose numbers must be positive if they are set.
 _POSITIVE = (
     "window", "model.window", "recipe.epochs", "recipe.batch_size", "recipe.learning_rate", "recipe.clip_norm",
     "compute.microbatch_size", "compute.loss_chunk", "recipe.steps", "checkpoint.every_steps", "checkpoint.keep",
@@ -34,7 +34,7 @@ class RopeConfig(draccus.ChoiceRegistry):
 
     @classmethod
     def get_choice_class(cls, name: str) -> Any:
-        """The configuration of a scheme."""
+        """Returns the configuration class of a scheme."""
         choices = cls.get_known_choices()
         if isinstance(name, str) and name not in choices:
             raise unknown_scheme(name)
@@ -42,7 +42,7 @@ class RopeConfig(draccus.ChoiceRegistry):
 
     @classmethod
     def get_known_choices(cls) -> dict[str, Any]:
-        """The configuration of every scheme that is registered by now."""
+        """Returns the configuration class of every scheme registered so far."""
         choices: dict[str, Any] = super().get_known_choices()
         for name in scheme_names():
             if name not in choices:
@@ -55,7 +55,7 @@ def _rope_config(name: str) -> type:
         (key, kind) if default is dataclasses.MISSING else (key, kind, dataclasses.field(default=default))
         for key, (kind, default) in parameters_of(name).items()
     ]
-    fields.sort(key=len)  # dataclasses want the fields without a default first
+    fields.sort(key=len)  # dataclasses need the fields without a default first
     return dataclasses.make_dataclass(f"{name}_rope", fields, bases=(RopeConfig,))
 
 
@@ -73,15 +73,15 @@ class ModelConfig:
     """Where the parameters come from."""
 
     path: str | None = None  # HF directory or native checkpoint to start from; null: random initialisation of `shape`
-    # fields of LlamaConfig (HF names); not needed where `path` is a directory, with which they must agree
+    # fields of LlamaConfig (HF names); not needed if `path` is a directory, with which they must agree
     shape: dict[str, Any] | None = None
-    window: int | None = None  # tokens, to take the model for one with a smaller window, for a trial; null: its own
+    window: int | None = None  # tokens; makes the model count as one with this smaller window; null: its own
     tokenizer: str | None = None  # directory with the tokenizer to keep beside the model; null: the one in `path`
 
 
 @dataclasses.dataclass
 class DataConfig:
-    """What is trained on: a dataset written by `eabf prepare`."""
+    """The dataset to train on, written by `eabf prepare`."""
 
     directory: str = "data"  # the dataset's directory
     split: str = "train"  # its split
@@ -89,13 +89,13 @@ class DataConfig:
 
 @dataclasses.dataclass
 class RecipeConfig:
-    """What is optimised and how."""
+    """The objective, the schedule and the optimizer."""
 
-    # extend: the loss is on the assistant's tokens, one conversation a row; pretrain: on every token, rows packed
+    # extend: loss on the assistant's tokens, one conversation per row; pretrain: loss on every token, packed rows
     objective: Literal["extend", "pretrain"] = "extend"
     epochs: int = 2  # paper
     steps: int | None = None  # optimizer steps; null: epochs x floor(samples / batch_size), as in the paper
-    batch_size: int = 32  # sequences a step over all devices; paper: 32 below 3.5k samples, 128 at 3.5k
+    batch_size: int = 32  # sequences per step over all devices; paper: 32 below 3.5k samples, 128 at 3.5k
     learning_rate: float = 2e-5  # peak; paper
     warmup_steps: int = 0  # linear; paper: none below 3.5k samples, 10 at 3.5k
     schedule: Literal["cosine", "constant"] = "cosine"  # after warm-up, to zero at the last step; paper: cosine
@@ -109,24 +109,24 @@ class RecipeConfig:
 
 @dataclasses.dataclass
 class ComputeConfig:
-    """How it is computed; none of these changes what is computed."""
+    """How the step is computed; none of these settings changes what is computed."""
 
-    # of the matrix products; parameters, gradients and moments are float32
+    # dtype of the matrix products; parameters, gradients and moments are float32
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     attention: str = "auto"  # auto, reference, chunked, cudnn or splash
-    # program: the step is one program (TPU, CPU); layerwise: a program for each layer (GPU); auto: by platform
+    # program: the step is one program (TPU, CPU); layerwise: one program per layer (GPU); auto: by platform
     executor: Literal["auto", "program", "layerwise"] = "auto"
-    # what the backward pass keeps of a layer: full (nothing), attention, qkv, dots (no matrix product is computed
-    # twice), offload (the same, in host memory until then; layerwise only) or none (all there is); a mix by layers is
-    # written dots:12,qkv (the first 12 layers dots, the others qkv); auto: the fastest that fits (eabf compile tells)
+    # what each layer keeps for the backward pass: full (only its input), attention, qkv, dots (no matrix product is
+    # computed twice), offload (as dots, in host memory; layerwise only) or none (everything); dots:12,qkv mixes two
+    # (the first 12 layers dots, the others qkv); auto: the fastest that fits (eabf compile shows it)
     remat: str = "auto"
-    # where float32 master weights and AdamW moments lie: device, host (layerwise only) or auto
+    # where float32 master weights and AdamW moments are kept: device, host (layerwise only) or auto
     optimizer_memory: Literal["auto", "device", "host"] = "auto"
-    # sequences a device computes at a time; gradients are accumulated in float32
+    # sequences that a device computes at a time; gradients are accumulated in float32
     microbatch_size: int | Literal["auto"] = 1
-    loss_chunk: int = 4096  # tokens of a row whose logits exist at a time
-    # devices that share parameters bring them together for each layer anew, or (layerwise only) once a step, where
-    # memory allows; auto: once where it fits
+    loss_chunk: int = 4096  # tokens of a row whose logits are in memory at a time
+    # when devices that share parameters gather them: for each layer, or (layerwise only) once per step, which takes
+    # more memory; auto: once per step if that fits
     gather: Literal["auto", "layer", "step"] = "auto"
 
 
@@ -135,7 +135,7 @@ class CheckpointConfig:
     """When the run is saved."""
 
     every_steps: int | None = 1  # null: at the end (and when preempted) only
-    keep: int = 1  # newest checkpoints kept
+    keep: int = 1  # number of newest checkpoints to keep
 
 
 @dataclasses.dataclass
@@ -143,7 +143,7 @@ class TrainConfig:
     """One training run."""
 
     output: str  # directory of the run: model.json, tokenizer, checkpoints, metrics; itself a native model directory
-    window: int  # tokens a row; the target window
+    window: int  # tokens per row; the target window
     rope: RopeConfig
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     lora: Lora | None = None  # low-rank adapters, saved alone; null: every parameter is trained
@@ -152,9 +152,9 @@ class TrainConfig:
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     mesh: MeshConfig | Literal["auto"] = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    overwrite: bool = False  # start over: replace a run that is in the output directory, and leave other files there
-    # true in every process of a pod or cluster; where it is no TPU pod, SLURM, Open MPI or Kubernetes, each process is
-    # told by JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    overwrite: bool = False  # start over: replace the run in the output directory, but leave other files there
+    # true in every process of a pod or cluster; outside of TPU pods, SLURM, Open MPI and Kubernetes, each process needs
+    # JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID
     distributed: bool = False
 
     @property
@@ -171,10 +171,10 @@ def load_config(arguments: Sequence[str], prog: str | None = None) -> TrainConfi
       prog: the command's name in its help.
 
     Returns:
-      The configuration, every value checked by itself (not yet against the model and the data).
+      The configuration; its values are not yet checked against the model and the data.
     Raises:
       InputError: unreadable file, unknown or missing key, wrong type, unknown scheme, value out of range.
-      SystemExit: `--help` was asked for and printed.
+      SystemExit: after `--help`.
     """
     if "--help" in arguments or "-h" in arguments:
         _print_help(prog)
@@ -190,16 +190,15 @@ def load_config(arguments: Sequence[str], prog: str | None = None) -> TrainConfi
 
 
 def dump_config(config: TrainConfig) -> str:
-    """The configuration as YAML that `load_config` reads back."""
+    """Returns the configuration as YAML that `load_config` can read."""
     return draccus.dump(config)
 
 
 def config_differences(written: Path, config: TrainConfig) -> list[str]:
-    """Names the keys in which a run's configuration differs from the one that its directory was begun with.
+    """Lists the keys in which a configuration differs from the one written in a run's directory.
 
     Returns:
-      Top-level and second-level keys, without those that change how, where or when something is computed or saved, but
-      not what.
+      Keys such as "recipe.seed", without those that change only how, where or when something is computed or saved.
     Raises:
       InputError: the file is not a configuration.
     """
@@ -214,7 +213,7 @@ def config_differences(written: Path, config: TrainConfig) -> list[str]:
 
 
 def is_written_config(path: Path) -> bool:
-    """Whether a file is what `dump_config` gave, and so a run's own: it has every section, as nobody writes by hand."""
+    """Returns whether `dump_config` wrote a file, so that it marks a run; handwritten ones lack some section."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -223,13 +222,13 @@ def is_written_config(path: Path) -> bool:
 
 
 def _is_free(key: str) -> bool:
-    """Whether a run may go on with another value."""
+    """Returns whether a run can be resumed with another value of a key."""
     section = key.partition(".")[0]
     return section in ("checkpoint", "compute", "distributed", "mesh", "overwrite") and key != "compute.dtype"
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by top-level key, those of a section by `section.key`."""
+    """Flattens sections: their values get keys of the form `section.key`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= {f"{key}.{inner}": item for inner, item in value.items()} if isinstance(value, dict) else {key: value}
@@ -237,17 +236,17 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _print_help(prog: str | None) -> NoReturn:
-    """Every key with the comment beside it; draccus's option to read one section from a file is not ours."""
+    """Prints every key with its comment, without draccus's options to read a section from a file."""
     parser = draccus.argparsing.ArgumentParser(config_class=TrainConfig, prog=prog).parser
     parser.usage = "%(prog)s --config_path FILE [--import FILE] [--dotted.key VALUE ...]"
     text = "\n".join(line for line in parser.format_help().splitlines() if "Config file for" not in line)
-    # A section that may be null, or a word, is told twice, the first time without its keys.
+    # draccus lists a section that may be null or a word twice, the first time without its keys.
     print(re.sub(r"^(?:Optional|Union) \[.*\n\n?.*\n\n", "", text, flags=re.MULTILINE))
     raise SystemExit(0)
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """Pairs `--key value` and `--key=value`; of a key that is given twice, the last one counts."""
+    """Parses `--key value` and `--key=value`; the last value of a repeated key counts."""
     found: dict[str, str] = {}
     remaining = iter(arguments)
     for argument in remaining:
@@ -263,11 +262,11 @@ def _overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 class _Loader(SafeLoaderWithInclusion):
-    """YAML whose `!include FILE` means a file beside it, or else one that this package has."""
+    """A YAML loader whose `!include FILE` reads a file beside the source, or else one of this package."""
 
 
 class _Missing(str):
-    """What stands for a file that is neither: the complaint about it, should the value be needed."""
+    """The value of a missing included file: the error message, raised only if the value is needed."""
 
 
 def _read_yaml(path: Path) -> Any:
@@ -282,7 +281,7 @@ def _include(loader: Any, node: yaml.ScalarNode) -> Any:
             return _read_yaml(folder / name)
     known = ", ".join(sorted(str(path.relative_to(_PACKAGE)) for path in _PACKAGE.glob("shapes/*.yaml")))
     return _Missing(
-        f"{source} includes {name}, which is neither beside it nor one of the package's own ({known}); where "
+        f"{source} includes {name}, which is neither beside it nor one of the package's own ({known}); if "
         "model.path is a directory, model.shape can be left out"
     )
 
@@ -292,7 +291,7 @@ _PACKAGE = Path(__file__).parent
 
 
 def _settle_missing(values: dict[str, Any]) -> None:
-    """Takes the shape from the model itself where its file is missing, and complains about any other."""
+    """Drops a missing shape file if `model.path` is a directory; raises InputError for any other missing file."""
     model = values.get("model")
     if isinstance(model, dict) and isinstance(model.get("shape"), _Missing) and Path(str(model.get("path"))).is_dir():
         model["shape"] = None
@@ -345,28 +344,26 @@ def _check_values(config: TrainConfig) -> None:
 
 
 def total_steps(recipe: RecipeConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of a run.
+    """Returns the optimizer steps of a run: `recipe.steps` if that is set, else epochs x steps_per_epoch.
 
     Args:
       steps_per_epoch: floor(samples / batch_size): the last incomplete batch of an epoch is dropped.
 
-    Returns:
-      `recipe.steps` where that is set, else epochs x steps_per_epoch.
     Source: paper, section 4.1: 100 samples, batch 32, 2 epochs: 6 steps.
     """
     return recipe.steps or recipe.epochs * steps_per_epoch
 
 
 def check_window(config: TrainConfig, base: LlamaConfig) -> None:
-    """Refuses an extension that extends nothing.
+    """Refuses an extension that does not enlarge the window.
 
     Raises:
-      InputError: the window is not larger than the model's, or the scheme was told of a larger pretrained window.
+      InputError: the window is not larger than the model's, or the scheme's `pretrained_window` is larger.
     """
     if config.recipe.objective == "extend" and config.window <= base.max_position_embeddings:
         raise InputError(
             f"window {config.window} is not larger than the model's own window {base.max_position_embeddings}: "
-            "nothing to extend; model.window takes the model for one with a smaller window"
+            "nothing to extend; set model.window to make the model count as one with a smaller window"
         )
     values = config.scheme.to_dict()
     parts = [values, *(part for part in values.values() if isinstance(part, dict))]  # of a composition, two schemes

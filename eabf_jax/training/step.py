@@ -113,7 +113,7 @@ class Program:
         clip_norm: float,
         batch: Microbatch,
     ):
-        """Plans the step.
+        """Settles shapes and shardings.
 
         Args:
           compute: dtype, remat policy and loss chunk.

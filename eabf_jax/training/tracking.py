@@ -105,7 +105,7 @@ class Tracker:
 
         Args:
           step: optimizer steps taken so far.
-          metrics: numbers by name, None if unknown; must contain `loss` and `tokens_per_second`.
+          metrics: numbers by name, None if unknown; `loss` and `tokens_per_second` are needed.
         """
         left = (time.monotonic() - self._began) / (step - self._start) * (self._steps - step)
         note = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s"

@@ -26,5 +26,5 @@ def test_every_script_has_a_help_and_tells_of_bad_input_in_one_line(name, monkey
     code, shown = script("--dst", "b")
     assert (code, shown.err) == (
         2,
-        f"error: the following arguments are required: --src; `{name}.py --help` lists what is right\n",
+        f"error: the following arguments are required: --src; `{name}.py --help` lists the options\n",
     )

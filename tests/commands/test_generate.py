@@ -138,7 +138,7 @@ def test_a_file_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("a", "--seed", "-1"), "seeds: -1 is out of range"),
         (("a", "--tensor", "64"), "--tensor 64: 8 devices are available"),
         (("a", "--template", "vicuna"), "--template is for conversations: add --chat"),
-        (("a", "b", "--chat"), "--chat keeps one conversation"),
+        (("a", "b", "--chat"), "--chat holds one conversation"),
         (("a", "--truncate", "right"), "invalid choice: 'right'"),
         (("--chat", "--template", "vicunna"), "unknown chat template 'vicunna'"),
         (("--file", "nowhere.txt"), "nowhere.txt: No such file"),

@@ -13,7 +13,7 @@ from eabf_jax.errors import InputError
     [
         ({"json": "."}, "--json . is a directory"),
         ({"json": "no/x.json"}, "no directory no"),
-        ({"json": "README.md"}, "README.md is there, and holds"),
+        ({"json": "README.md"}, "README.md exists and does not hold"),
         ({"figure": "x.doc"}, "expected one of .png"),
     ],
 )

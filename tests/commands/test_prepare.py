@@ -43,7 +43,7 @@ def test_help_has_the_papers_defaults(capsys):
     for default in (
         "with fewer tokens (default: 10000)",
         "turn borders (default: 16384)",
-        "be learned (default: llama-2)",
+        "{% generation %} (default: llama-2)",
     ):
         assert default in shown
 

@@ -170,7 +170,7 @@ def test_no_space_left_is_one_line_and_leaves_nothing(tmp_path, limit):
 def test_a_destination_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
     with (
-        pytest.raises(InputError, match=r"file/set: .*file is a file, so nothing can be made in it"),
+        pytest.raises(InputError, match=r"file/set: .*file is a file, so nothing can be created in it"),
         DatasetWriter(tmp_path / "file" / "set"),
     ):
         raise AssertionError("entered")

@@ -380,7 +380,7 @@ def test_bad_arguments_of_the_model(options: dict[str, Any], message: str) -> No
     [
         ({"num_beams": 4}, "num_beams; expected 1"),
         ({"top_q": 1}, "unknown generation setting 'top_q': did you mean 'top_p'"),
-        ({"max_gen_toks": WINDOW - 1}, f"{WINDOW - 1} new tokens, which the task asks for, leave no room"),
+        ({"max_gen_toks": WINDOW - 1}, f"{WINDOW - 1} new tokens, as the task sets them, leave no room"),
     ],
 )
 def test_what_a_task_may_not_ask_for(ours: EabfLM, settings: dict[str, Any], message: str) -> None:
@@ -395,16 +395,16 @@ def test_what_a_task_may_not_ask_for(ours: EabfLM, settings: dict[str, Any], mes
     [
         (("--tasks", "longbench_qaspr"), "unknown task 'longbench_qaspr': did you mean 'longbench_qasper'"),
         (("--tasks", "local_choice,xqzw"), "unknown task 'xqzw': `lm-eval ls tasks` lists all"),
-        (("--tasks", "longbench_lcc"), "task longbench_lcc: its dataset Xnhyacinth/LongBench lcc cannot be had"),
+        (("--tasks", "longbench_lcc"), "task longbench_lcc: its dataset Xnhyacinth/LongBench lcc cannot be loaded"),
         (("--tasks", "longbench_qasper"), "put LongBench's jsonl files into a directory and name it with --data, or"),
-        (("--tasks", "mmlu_anatomy"), "its dataset cais/mmlu anatomy cannot be had"),
-        (("--tasks", "longbench12", "--data", TASKS), "narrativeqa.jsonl: no such file, which longbench_narrativeqa"),
+        (("--tasks", "mmlu_anatomy"), "its dataset cais/mmlu anatomy cannot be loaded"),
+        (("--tasks", "longbench12", "--data", TASKS), "narrativeqa.jsonl does not exist, and longbench_narrativeqa"),
         (("--tasks", "a", "--windows", "4k"), "--windows '4k' is not a list of numbers of tokens"),
         (("--tasks", "a", "--limit", "0"), "--limit 0: a positive number"),
         (("--tasks", "a", "--num-fewshot", "-1"), "--num-fewshot -1: 0 or a positive number"),
         (("--tasks", "a", "--dtype", "int8"), "unknown --dtype 'int8'"),
         (("--tasks", "a", "--data", "nowhere"), "--data nowhere: no such directory"),
-        (("--tasks", "a", "--model", TINY), "is there twice"),
+        (("--tasks", "a", "--model", TINY), "is used twice"),
         (("--tasks", "a", "--model", "x=nowhere"), "nowhere: no such directory"),
         (("--tasks", "a", "--model", f"x={TINY}@{{type: eabff}}"), "did you mean 'eabf'"),
         (("--tasks", "a", "--json", "no/x.json"), "no directory no"),

@@ -127,5 +127,5 @@ def test_a_template_that_does_not_show_the_reply_is_refused(
     tokenizer: Tokenizer, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    with pytest.raises(InputError, match="--no-chat-template asks without it"):
+    with pytest.raises(InputError, match="--no-chat-template leaves the template out"):
         encode(tokenizer, plain(1))

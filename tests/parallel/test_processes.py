@@ -37,7 +37,7 @@ def test_the_environment_tells_who_the_others_are(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ((None, None, None), "nothing tells who the other processes are: set JAX_COORDINATOR_ADDRESS"),
+        ((None, None, None), "but the other processes are unknown: set JAX_COORDINATOR_ADDRESS"),
         (("a:1", None, "0"), "JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID set, but not JAX_NUM_PROCESSES"),
         (("a:1", "two", "0"), "JAX_NUM_PROCESSES=two, JAX_PROCESS_ID=0: HOST:PORT and two numbers are needed"),
         (("a:1", "2", "2"), "JAX_PROCESS_ID is 2; of 2 processes .* it is one of 0 to 1"),

@@ -315,7 +315,7 @@ def test_a_required_key_that_is_missing_is_named(load, missing):
         (
             b"model: {shape: !include nowhere.yaml}\n",
             r"includes nowhere.yaml, which is neither beside it nor one of the package's own \(shapes/llama2_13b.yaml, "
-            r".*\); where model.path is a directory, model.shape can be left out",
+            r".*\); if model.path is a directory, model.shape can be left out",
         ),
         (b"model: {shape: {a: !include nowhere.yaml}}\n", "includes nowhere.yaml, which is neither"),
         (b"model: {shape: !include broken.yaml}\n", "is not YAML: maximum recursion depth"),

@@ -188,7 +188,7 @@ def test_a_pretraining_run_from_nothing_packs_and_keeps_the_tokenizer(run_config
         ({"recipe": {"seed": 2**32}}, "seed 4294967296 is out of range"),
         ({"mesh": {"fsdp": 3}}, "takes 3 devices; 8 are available"),
         ({"mesh": {"tensor": 8}}, "mesh tensor=8 does not divide the model's 2 key-value heads"),
-        ({"window": 32}, "window 32 is not larger than the model's own window 32: nothing to extend; model.window"),
+        ({"window": 32}, "window 32 is not larger than the model's own window 32: nothing to extend; set model.window"),
         ({"model": {"window": 64}}, "model.window 64 is larger than the model's own window 32"),
         ({"model": {"window": 16}}, "rope.pretrained_window 32 is larger than the model's own window 16"),
         (

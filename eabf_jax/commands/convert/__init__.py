@@ -1,4 +1,4 @@
-"""What the scripts of `convert/` share: from a directory or file to a directory."""
+"""What the scripts of `convert/` share: their options, and a summary of the result."""
 
 import argparse
 import time
@@ -9,25 +9,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, src: str, dst: str) -> None:
-    """Declares what all of them take.
-
-    Args:
-      src: what to convert, for its help.
-      dst: what to make, likewise.
-    """
+    """Declares the options that all scripts share; `src` and `dst` are help texts."""
     parser.add_argument("--src", required=True, help=src)
     parser.add_argument("--dst", required=True, help=dst)
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace what an earlier call made at --dst, and nothing else"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result at --dst, and nothing else")
 
 
 def run(convert: Callable[..., Any], arguments: argparse.Namespace) -> None:
-    """Converts, and tells how much it was.
-
-    Args:
-      convert: takes source, destination and, by name, all other options.
-    """
+    """Calls `convert` with source, destination and the other options by name; prints the size and duration."""
     options, start = vars(arguments).copy(), time.perf_counter()
     src, dst = options.pop("src"), options.pop("dst")
     done = convert(src, dst, **options)

@@ -10,7 +10,7 @@ from eabf_jax.interop.huggingface import from_hf
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     convert.add_arguments(
-        parser, src="directory with config.json and safetensors files", dst="native model directory to make"
+        parser, src="directory with config.json and safetensors files", dst="native model directory to write"
     )
 
 

@@ -10,11 +10,11 @@ from eabf_jax.interop.huggingface import to_hf
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     convert.add_arguments(
-        parser, src="native model or run directory (model.json, checkpoints/)", dst="Hugging Face directory to make"
+        parser, src="native model or run directory (model.json, checkpoints/)", dst="Hugging Face directory to write"
     )
-    parser.add_argument("--step", type=int, help="which checkpoint; the latest if not given")
-    parser.add_argument("--dtype", choices=convert.DTYPES, help="as stored if not given")
-    parser.add_argument("--base", help="of adapters: the model they belong to, if it is not where it was")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
+    parser.add_argument("--dtype", choices=convert.DTYPES, help="dtype of the weights (default: as stored)")
+    parser.add_argument("--base", help="base model of adapters, if it has moved")
 
 
 run = functools.partial(convert.run, to_hf)

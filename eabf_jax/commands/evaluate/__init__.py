@@ -1,4 +1,4 @@
-"""What the commands of `eabf evaluate` share: several models side by side, and a record of how figures were made."""
+"""What the commands of `eabf evaluate` share: options, loading of models, and reports."""
 
 import argparse
 import importlib.metadata
@@ -25,33 +25,31 @@ from eabf_jax.rope import Scheme
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares what all commands of `eabf evaluate` take."""
+    """Declares the options that all commands of `eabf evaluate` share."""
     add = parser.add_argument
     add(
         "--model",
         action="append",
         required=True,
         metavar="[LABEL=]DIR[@SCHEME]",
-        help="a Hugging Face or native directory; after @ a rotary scheme to use instead of its own, as YAML: "
-        "'yarn=models/tiny@{type: yarn, factor: 4, pretrained_window: 512}'; `window: 512` there takes the model for "
-        "one with a smaller window. Repeat for more lines",
+        help="a Hugging Face or native directory; @ and a rotary scheme in YAML replace the model's own: "
+        "'yarn=models/tiny@{type: yarn, factor: 4, pretrained_window: 512}'; `window: 512` there makes the model count "
+        "as one with that smaller window. Repeat to compare models",
     )
     add("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
     add("--batch-size", type=int, default=1, help="rows that each device reads at a time (default: 1)")
     add("--tensor", type=int, default=1, help="devices that share the model's heads (default: 1)")
-    add("--json", help="write the figures here")
+    add("--json", help="write the figures to this file")
 
 
 def begin(arguments: argparse.Namespace, positive: Sequence[str] = ()) -> list[Entry]:
-    """Sets JAX up, which has to come before it is first used, and checks the options before hours of work.
+    """Sets up JAX, before its first use, and checks the options before hours of work; returns the models.
 
     Args:
-      positive: further options that have to be positive numbers, or None.
+      positive: further options that must be positive or None.
 
-    Returns:
-      The models.
     Raises:
-      InputError: a number that is not positive, an unknown dtype or scheme, or a label that is there twice.
+      InputError: a number that is not positive, an unknown dtype or scheme, or a label used twice.
     """
     use_every_core()
     gpu_memory_defaults()
@@ -62,7 +60,7 @@ def begin(arguments: argparse.Namespace, positive: Sequence[str] = ()) -> list[E
     labels = [entry.label for entry in entries]
     for label in labels:
         if labels.count(label) > 1:
-            raise InputError(f"--model {label!r} is there twice; give each line a label of its own: LABEL=DIR")
+            raise InputError(f"--model {label!r} is used twice; give each model its own label: LABEL=DIR")
     for entry in entries:
         if entry.rope is not None:
             Scheme.from_dict(entry.rope)
@@ -70,7 +68,7 @@ def begin(arguments: argparse.Namespace, positive: Sequence[str] = ()) -> list[E
 
 
 def numbers(option: str, text: str, example: str) -> list[int]:
-    """Reads an option's whole numbers, with commas between them; the error gives the example of what would be right."""
+    """Reads an option's whole numbers, separated by commas; `example` completes the error message."""
     try:
         return [int(number) for number in text.split(",")]
     except ValueError as error:
@@ -78,7 +76,7 @@ def numbers(option: str, text: str, example: str) -> list[int]:
 
 
 def tokenizer_of(directory: str) -> Tokenizer:
-    """Loads a model's tokenizer, which its evaluation cannot do without.
+    """Loads a model's tokenizer.
 
     Raises:
       InputError: the directory has none.
@@ -101,12 +99,11 @@ def model_of(entry: Entry, arguments: argparse.Namespace) -> Llama:
 def report(
     arguments: argparse.Namespace, table: Grid, figures: Mapping[str, Any], draw: Callable[[Path], None] | None = None
 ) -> None:
-    """Shows an evaluation's table, and writes the files that were asked for.
+    """Prints an evaluation's table, and writes the files of `--json` and `--figure`.
 
     Args:
-      arguments: with `json` and, where there is something to draw, `figure`.
-      table: for people.
-      figures: for programs; the table goes along.
+      arguments: has `json`, and also `figure` if there is a picture.
+      figures: JSON values; the file holds the table as well.
       draw: draws the picture into a file.
     """
     show(table)
@@ -117,9 +114,9 @@ def report(
 
 
 def measured_on() -> dict[str, Any]:
-    """How figures were made, for whoever wants to make them again: command, date, device and versions."""
+    """Returns what is needed to reproduce figures: command, date, devices and versions."""
     packages = ("jax", "jaxlib", "flax", "numpy", "tokenizers", "sentencepiece")
-    # Not where it is installed: that says nothing to others.
+    # Without the path of the installed command, which means nothing to others.
     program = "eabf" if Path(sys.argv[0]).name in ("eabf", "__main__.py") else sys.argv[0]
     return {
         "command": shlex.join([program, *sys.argv[1:]]),

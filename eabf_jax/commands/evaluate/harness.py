@@ -1,6 +1,6 @@
 """`eabf evaluate harness`: tasks of lm-evaluation-harness for models and windows side by side.
 
-The harness itself is imported only once a task is asked for: it is an extra.
+The harness is an optional dependency, so it is imported only when the command runs.
 """
 
 import argparse
@@ -27,29 +27,29 @@ from eabf_jax.interop.directory import new_directory
 from eabf_jax.interop.loading import Entry
 from eabf_jax.interop.tokenizer import load_tokenizer
 
-# Resamples for the error of figures without a formula for it, such as perplexity.
+# Bootstrap resamples for the standard error of metrics without a formula for it, such as perplexity.
 _RESAMPLES = 1000
-# How many names like an unknown one are told.
+# Number of similar names suggested for an unknown one.
 _NEAREST = 5
 
 
 class Score(NamedTuple):
-    """One figure."""
+    """The value of one metric."""
 
     model: str  # its label
     window: int
     task: str
     metric: str
     value: float
-    standard_error: float | None  # over documents; None where the harness has no formula for it
+    standard_error: float | None  # over documents; None if the harness gives none
     documents: int | None  # None for a group of tasks
 
 
 class Report(NamedTuple):
-    """What was measured."""
+    """The scores of all models and windows."""
 
     scores: list[Score]
-    macro_averages: list[Score]  # of the twelve LongBench tasks, 0 to 100; empty where not all of them were run
+    macro_averages: list[Score]  # of the twelve LongBench tasks, 0 to 100; empty if some of them were not run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,30 +65,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--windows",
-        help="tokens that a prompt and its answer may have, e.g. 4096,8192,16384,32768: every task is run at each "
+        help="maximum tokens of a prompt and its answer, e.g. 4096,8192,16384,32768: every task runs at each "
         "(default: the model's own)",
     )
     add(
         "--truncate",
         choices=TRUNCATIONS,
         default="middle",
-        help="cut longer prompts out of their middle (default, as the paper does), or from their left end",
+        help="shorten longer prompts in their middle (default, as the paper does) or at their left end",
     )
-    add("--include-path", metavar="DIR", help="further task files (YAML), which go before the harness'")
-    add("--data", metavar="DIR", help="LongBench's own files (narrativeqa.jsonl, ...), where there is no network")
-    add("--limit", type=int, help="the first so many documents of each task (default: all)")
+    add("--include-path", metavar="DIR", help="further task files (YAML), which take precedence over the harness's")
+    add("--data", metavar="DIR", help="LongBench's own files (narrativeqa.jsonl, ...), for use without a network")
+    add("--limit", type=int, help="number of documents to use of each task, from the first (default: all)")
     add("--num-fewshot", type=int, help="examples before each question (default: the task's)")
     add(
         "--apply-chat-template",
         action="store_true",
-        help="set prompts into the model's chat template, but for LongBench's TREC, TriviaQA and SAMSum, as "
+        help="put prompts into the model's chat template, except LongBench's TREC, TriviaQA and SAMSum, as "
         "LongBench does",
     )
-    add("--output", metavar="DIR", help="write every request and answer here: model/window/task.jsonl")
+    add("--output", metavar="DIR", help="write every request and answer to model/window/task.jsonl in DIR")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs every task with every model at every window, and shows and writes the figures."""
+    """Runs every task with every model at every window; prints and writes the figures."""
     entries = common.begin(arguments, ("limit",))
     windows = _check(arguments, entries)
     _import_harness()
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace, entries: Sequence[Entry]) -> list[list[int]]:
-    """What is wrong is told before hours of work; the windows, by model."""
+    """Checks the options before hours of work; returns the windows of each model."""
     if arguments.num_fewshot is not None and arguments.num_fewshot < 0:
         raise InputError(f"--num-fewshot {arguments.num_fewshot}: 0 or a positive number is needed")
     for option in ("include_path", "data"):
@@ -127,8 +127,8 @@ def _import_harness() -> None:
             "lm-evaluation-harness is not installed: pip install 'eabf-jax[harness]', or pip install -e '.[harness]' "
             "in a clone"
         ) from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about what this command settles
-    os.environ["DISABLE_MULTIPROC"] = "1"  # it would fork a process in which JAX runs
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about settings that this command makes
+    os.environ["DISABLE_MULTIPROC"] = "1"  # otherwise it forks a process that runs JAX
 
 
 def load_tasks(names: Sequence[str], include_path: str | None, data: str | None) -> dict[str, list[Any]]:
@@ -137,12 +137,12 @@ def load_tasks(names: Sequence[str], include_path: str | None, data: str | None)
     Args:
       names: tasks, groups or tags, or patterns of them, or `longbench.GROUP`.
       include_path: directory of further task files, or None.
-      data: directory of LongBench's jsonl files to be read in place of what the tasks name, or None.
+      data: directory of LongBench's jsonl files to read in place of the tasks' datasets, or None.
 
     Returns:
-      By name, the harness' tasks and groups that it stands for.
+      The harness's tasks and groups, by the name that selects them.
     Raises:
-      InputError: no such task, packages that it needs, or a dataset that cannot be had.
+      InputError: an unknown task, a missing package, or a dataset that cannot be loaded.
     """
     manager = _task_manager(include_path)
     found: dict[str, list[Any]] = {}
@@ -166,27 +166,27 @@ def _task_manager(include_path: str | None) -> Any:
 
 
 def _load_task(manager: Any, name: str, data: str | None) -> list[Any]:
-    """The tasks that a name stands for, or the group."""
+    """Loads the tasks, or the group, that a name stands for."""
     from datasets.exceptions import DatasetsError
 
     spec: Any = name
     if data is not None and name in longbench.TASKS:
         path = Path(data) / f"{longbench.TASKS[name]}.jsonl"
         if not path.is_file():
-            raise InputError(f"{path}: no such file, which {name} needs; it is in LongBench's data.zip")
-        # Only the members of a group can have something changed.
+            raise InputError(f"{path} does not exist, and {name} needs it; it is in LongBench's data.zip")
+        # The harness takes changed settings only for members of a group.
         local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(path)}}}
         spec = {"group": f"{name} of {data}", "task": [{"task": name, **local, "process_docs": _named_as_on_the_hub}]}
     try:
         loaded = manager.load([spec])
     except ImportError as error:
-        raise InputError(f"task {name}: {error}; pip install 'eabf-jax[harness]' has what LongBench needs") from error
+        raise InputError(f"task {name}: {error}; pip install 'eabf-jax[harness]' adds what LongBench needs") from error
     except (DatasetsError, OSError) as error:
         first = "put LongBench's jsonl files into a directory and name it with --data, or "
         entry = manager.task_index[name].cfg or {}
         source = " ".join(str(entry[key]) for key in ("dataset_path", "dataset_name") if entry.get(key))
         raise InputError(
-            f"task {name}: its dataset {source or 'of one of its tasks'} cannot be had ({str(error)[:120]}): "
+            f"task {name}: its dataset {source or 'of one of its tasks'} cannot be loaded ({str(error)[:120]}): "
             f"{first if name in longbench.TASKS else ''}put a "
             "task file with dataset_path: json and dataset_kwargs: {data_files: {test: FILE}} into a directory for "
             "--include-path"
@@ -195,14 +195,14 @@ def _load_task(manager: Any, name: str, data: str | None) -> list[Any]:
 
 
 def _top(loaded: Any) -> list[Any]:
-    """Groups that no other group holds, else the tasks."""
+    """Returns the groups that are in no other group; the tasks if there are none."""
     inner = {child for children in loaded["group_map"].values() for child in children}
     outer = [group for name, group in loaded["groups"].items() if name not in inner]
     return outer or list(loaded["tasks"].values())
 
 
 def _named_as_on_the_hub(documents: Any) -> Any:
-    """LongBench's files call "input" what the harness' tasks, written for a copy on the hub, call "question"."""
+    """Renames "input" in LongBench's files to "question", which the harness's tasks expect from a copy on the hub."""
     return documents if "question" in documents.column_names else documents.rename_column("input", "question")
 
 
@@ -235,20 +235,20 @@ def _measure(
 
 
 def evaluate(model: Any, tasks: dict[str, list[Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs loaded tasks with one model, which may be any of the harness'.
+    """Runs loaded tasks with one model.
 
     Args:
-      model: an instance of the harness' LM.
-      arguments: `apply_chat_template`, `num_fewshot`, `limit` and `include_path` are looked at.
+      model: any instance of the harness's LM.
+      arguments: `apply_chat_template`, `num_fewshot`, `limit` and `include_path` are used.
 
     Returns:
-      What the harness' `simple_evaluate` says, for the tasks in a chat template and for those without one.
+      Results of the harness's `simple_evaluate`, one for tasks in a chat template and one for the others.
     """
     from lm_eval import simple_evaluate
 
     templated = [name for name in tasks if arguments.apply_chat_template and name not in longbench.FEW_SHOT]
     plain = [name for name in tasks if name not in templated]
-    with contextlib.redirect_stdout(sys.stderr):  # it tells there what it is doing
+    with contextlib.redirect_stdout(sys.stderr):  # the harness prints its progress
         return [
             simple_evaluate(
                 model=model,
@@ -266,7 +266,7 @@ def evaluate(model: Any, tasks: dict[str, list[Any]], arguments: argparse.Namesp
 
 
 def _scores(label: str, window: int, result: dict[str, Any]) -> list[Score]:
-    """The figures among what the harness says of tasks and groups."""
+    """Extracts the scores of tasks and groups from a result of the harness."""
     scores = []
     for task, figures in result["results"].items():
         documents = result["n-samples"].get(task, {}).get("effective")
@@ -274,7 +274,7 @@ def _scores(label: str, window: int, result: dict[str, Any]) -> list[Score]:
             name, _, chosen = key.partition(",")
             if not chosen or name.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            # The task's own name of the same figure says nothing more.
+            # LongBench tasks give the same figure a second time, under a name of their own.
             if task in longbench.TASKS and name != longbench.METRIC:
                 continue
             metric = name if chosen == "none" else f"{name} ({chosen})"
@@ -299,7 +299,7 @@ def _write_samples(directory: Path, results: Sequence[dict[str, Any]]) -> None:
 
 
 def table(report: Report) -> Grid:
-    """The figures for people: one row a figure, one column a model and window, the paper's below its tasks'."""
+    """Lays out the scores: one row per metric, one column per model and window, and the paper's figures below."""
     columns = list(dict.fromkeys((score.model, score.window) for score in report.scores))
     heads = (f"{label}\n{window:,}" for label, window in columns)
     grid = Grid(["task", "metric"], heads, title="tasks of lm-evaluation-harness")
@@ -325,7 +325,7 @@ def table(report: Report) -> Grid:
 
 
 def as_json(report: Report, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The figures for programs, with how they were measured."""
+    """Returns the scores as JSON values, with the settings of the measurement."""
     options = ("dtype", "truncate", "limit", "num_fewshot", "apply_chat_template")
     measured = common.measured_on()
     measured["versions"] |= {name: version(name) for name in ("lm-eval", "datasets")}

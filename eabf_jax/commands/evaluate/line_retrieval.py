@@ -1,4 +1,4 @@
-"""`eabf evaluate line-retrieval`: by length alone, for the line asked for lies anywhere."""
+"""`eabf evaluate line-retrieval`: by length only, because the place of the line is random."""
 
 import functools
 

@@ -46,27 +46,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a dataset made by `eabf prepare`; or texts, read with the models' tokenizer: a file or directory that "
         '`eabf prepare --format text` reads, such as .txt (one document) or .jsonl (one a line, under "text")',
     )
-    add("--split", default="held_out", help="of a dataset (default: held_out)")
+    add("--split", default="held_out", help="split of a dataset (default: held_out)")
     add("--length", type=int, help="cut documents to this many tokens (default: the shortest one's)")
     add("--skip-shorter", action="store_true", help="leave out documents shorter than --length")
-    add("--documents", type=int, help="use the first so many (default: all)")
+    add("--documents", type=int, help="number of documents to use, from the first (default: all)")
     add("--bands", help="edges of the position bands, e.g. 0,256,512,1024 (default: doubling from 256 to the length)")
     add(
         "--windows",
-        help="instead of bands, perplexity of windows of so many tokens that slide over the documents, e.g. 4096,8192",
+        help="measure perplexity in sliding windows of these lengths in tokens instead of bands, e.g. 4096,8192",
     )
     add("--stride", type=int, default=256, help="new tokens of each sliding window (default: 256)")
     add("--figure", help="draw loss by position, or perplexity by window, here (.png, .svg or .pdf)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Compares the models, and shows and writes what was found."""
+    """Compares the models; prints and writes the result."""
     found = compare(arguments)
     evaluate.report(arguments, table(found), as_json(found, arguments), functools.partial(draw, found))
 
 
 def default_edges(length: int) -> list[int]:
-    """Band edges 0, 256, 512, ... doubling up to the length."""
+    """Returns the band edges 0, 256, 512, ..., doubling up to the length."""
     edges = [0]
     while (following := max(256, edges[-1] * 2)) < length:
         edges.append(following)
@@ -74,12 +74,12 @@ def default_edges(length: int) -> list[int]:
 
 
 class Comparison(NamedTuple):
-    """What `compare` measured, by label: bands of one pass, or sliding windows."""
+    """The result of `compare` by label: bands of one pass, or sliding windows."""
 
     bands: dict[str, list[BandLoss]]
     curves: dict[str, list[BandLoss]]  # the same pass in bands fine enough for a picture
     windows: dict[str, list[WindowPerplexity]]
-    beside_first: dict[str, list[Mean]]  # loss less the first model's, paired by document: a band or window each
+    beside_first: dict[str, list[Mean]]  # by band or window: loss minus the first model's, paired by document
     documents: int
     length: int
     pretrained_window: int  # smallest window of the models compared: where extension begins
@@ -89,7 +89,7 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     """Measures every model on the same documents: means by band, or perplexities by window."""
     entries = evaluate.begin(arguments, ("length", "documents", "stride"))
     if arguments.windows and arguments.bands:
-        raise InputError("--bands are of one pass over a document, --windows slide over it: give one of the two")
+        raise InputError("--bands and --windows are different measurements: give one of the two")
     configs = [entry.config for entry in entries]
     documents = _documents(arguments, entries, configs)
     edges = default_edges(documents.shape[1])
@@ -99,7 +99,7 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     windows = [] if arguments.windows is None else numbers("--windows", arguments.windows, "lengths such as 4096,8192")
     for window in windows:
         check_window(window, arguments.stride, documents.shape[1])
-    # Each pass reads the documents, or the windows that slide over them.
+    # The rows of each pass: the documents, or the windows that slide over them.
     ends = [window_ends(documents.shape[1], window, arguments.stride) for window in windows]
     rows = [len(documents) * len(pass_ends) for pass_ends in ends] or [len(documents)]
     pretrained = min(config.max_position_embeddings for config in configs)
@@ -108,10 +108,10 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     with progress_bar() as progress:
         for entry in entries:
             advance = track(progress, f"evaluating {entry.label}", sum(rows))
-            # No name holds the model, so that it is gone before the next one comes.
+            # No variable holds the model, so it is freed before the next one is loaded.
             losses = _losses(model_of(entry, arguments), documents, windows, rows, arguments, advance)
             if not all(np.isfinite(part).all() for part in losses):
-                raise InputError(f"{entry.label}: the loss is not finite; expected sound weights, or --dtype float32")
+                raise InputError(f"{entry.label}: the loss is not finite; check the weights, or use --dtype float32")
             if windows:
                 comparison.windows[entry.label] = [
                     window_perplexity(part, window, arguments.stride)
@@ -137,7 +137,7 @@ def _losses(
     arguments: argparse.Namespace,
     advance: Callable[[int], None],
 ) -> list[np.ndarray]:
-    """Loss of every token: of one pass, or for each sliding window."""
+    """Returns the loss of every token: of one pass, or for each window length."""
     size, stride = arguments.batch_size, arguments.stride
     if not windows:
         return [position_losses(model, documents, batch_size=size, progress=advance)]
@@ -156,8 +156,8 @@ def _documents(
         tokenizers = [tokenizer_of(entry.directory) for entry in entries]
         if len({tokenizer_digest(tokenizer) for tokenizer in tokenizers}) > 1:
             raise InputError(
-                "the models' tokenizers differ, and losses per token can be compared within one tokenizer only: run "
-                "the command once for the models of each"
+                "the models' tokenizers differ, and losses per token are comparable only with the same tokenizer: run "
+                "the command once for each tokenizer"
             )
         tokenizer = tokenizers[0]
     documents = read_documents(
@@ -171,20 +171,20 @@ def _documents(
     for entry, config in zip(entries, configs, strict=True):
         if documents.max() >= config.vocab_size:
             raise InputError(
-                f"{arguments.data} holds token id {documents.max()}, {entry.directory} has ids below "
-                f"{config.vocab_size} only; prepare the dataset with this model's tokenizer"
+                f"{arguments.data} holds token id {documents.max()}, {entry.directory} only has ids below "
+                f"{config.vocab_size}; prepare the dataset with this model's tokenizer"
             )
     return documents
 
 
 def _fine_edges(length: int) -> list[int]:
-    """32 bands of positions, or as many as there are; at the first position, 0, there is no loss."""
+    """Returns the edges of 32 bands, or of one per position if there are fewer; position 0 has no loss."""
     edges: list[int] = np.linspace(1, length, min(32, length - 1) + 1).round().astype(int).tolist()
     return edges
 
 
 def table(comparison: Comparison) -> Grid:
-    """The comparison for people: one row a model, one column a band or a window, its best in bold."""
+    """Lays out the comparison: one row per model, one column per band or window, the best value in bold."""
     documents = f"{comparison.documents} documents of {comparison.length:,} tokens"
     if comparison.windows:
         first = next(iter(comparison.windows.values()))
@@ -210,12 +210,12 @@ def table(comparison: Comparison) -> Grid:
 
 
 def as_json(comparison: Comparison, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The comparison for programs, with what it was measured on."""
+    """Returns the comparison as JSON values, with the settings of the measurement."""
     return {"dtype": arguments.dtype, "models": list(arguments.model), **measured_on(), **figures(comparison)}
 
 
 def figures(comparison: Comparison) -> dict[str, Any]:
-    """What was measured, as JSON values by label."""
+    """Returns the losses or perplexities as JSON values by label."""
     return {
         "documents": comparison.documents,
         "length": comparison.length,
@@ -234,7 +234,7 @@ def figures(comparison: Comparison) -> dict[str, Any]:
 
 
 def read(report: Mapping[str, Any]) -> Comparison:
-    """Reads what `as_json` gave back."""
+    """Restores the comparison from a report of `as_json`."""
 
     def rows(key: str, kind: Callable[..., Any]) -> dict[str, list[Any]]:
         # JSON has no NaN.
@@ -251,7 +251,7 @@ def read(report: Mapping[str, Any]) -> Comparison:
 
 
 def draw(comparison: Comparison, path: Path) -> None:
-    """Draws what `compare` measured; the path's suffix (.png, .svg, .pdf) says which kind of picture it is."""
+    """Draws the comparison; the path's suffix (.png, .svg, .pdf) sets the format."""
     from eabf_jax.analysis.figures import loss_by_position, perplexity_by_window
 
     documents = f"{comparison.documents} documents"

@@ -13,13 +13,13 @@ from eabf_jax.interop.directory import read_json_object
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
-    parser.add_argument("report", metavar="FILE", help="what --json of perplexity, passkey or line-retrieval wrote")
-    parser.add_argument("--json", help="write it here, with sums and intervals computed again")
-    parser.add_argument("--figure", help="draw the picture here (.png, .svg or .pdf)")
+    parser.add_argument("report", metavar="FILE", help="the --json file of perplexity, passkey or line-retrieval")
+    parser.add_argument("--json", help="write the report to this file, with sums and intervals computed again")
+    parser.add_argument("--figure", help="draw the picture in this file (.png, .svg or .pdf)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Reads the report and shows it again."""
+    """Reads the report, and prints, writes and draws it again."""
     report = read_json_object(Path(arguments.report))
     command: Any = retrieval if "cells" in report else perplexity
     try:
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
         table, figures = command.table(found), command.figures(found)
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(
-            f"{arguments.report} is no report that can be drawn ({type(error).__name__}: {error}); what --json of "
-            "`eabf evaluate perplexity`, `passkey` or `line-retrieval` wrote is needed"
+            f"{arguments.report} is not a report that can be drawn ({type(error).__name__}: {error}); a file written "
+            "by --json of `eabf evaluate perplexity`, `passkey` or `line-retrieval` is needed"
         ) from error
     evaluate.report(arguments, table, {**report, **figures}, functools.partial(command.draw, found))

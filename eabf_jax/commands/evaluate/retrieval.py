@@ -21,9 +21,9 @@ from eabf_jax.interop.loading import Entry
 class Task(NamedTuple):
     """One kind of retrieval."""
 
-    name: str  # what to call it
-    has_depths: bool  # whether its prompts lie on a grid of lengths and depths
-    samples: int  # prompts of a cell where none are asked for
+    name: str
+    has_depths: bool  # whether its prompts form a grid of lengths and depths
+    samples: int  # default number of prompts per cell
     prompts: Callable[..., list[Prompt]]  # takes tokenizer, lengths, depths if it has them, samples, seed and `chat`
 
 
@@ -34,30 +34,30 @@ def add_arguments(parser: argparse.ArgumentParser, task: Task) -> None:
     add(
         "--lengths",
         required=True,
-        help="tokens of prompt and answer together, e.g. 4096,8192,16384,32768: each prompt is as long as fits",
+        help="tokens of prompt and answer, e.g. 4096,8192,16384,32768; each prompt is as long as these allow",
     )
     if task.has_depths:
-        add("--depths", default="0,25,50,75,100", help="where the key lies, percent of the text (default: %(default)s)")
+        add("--depths", default="0,25,50,75,100", help="places of the key, percent of the text (default: %(default)s)")
     of = "length and depth" if task.has_depths else "length"
-    add("--samples", type=int, default=task.samples, help=f"prompts of each {of} (default: {task.samples})")
-    add("--seed", type=int, default=0, help="of the prompts, the same for every model (default: 0)")
+    add("--samples", type=int, default=task.samples, help=f"prompts for each {of} (default: {task.samples})")
+    add("--seed", type=int, default=0, help="seed of the prompts, the same for every model (default: 0)")
     add(
         "--no-chat-template",
         dest="chat_template",
         action="store_false",
-        help="give the prompt as it is to a model whose tokenizer has a chat template",
+        help="do not put prompts into the tokenizer's chat template",
     )
     add(
         "--pretrained-window",
         type=int,
-        help="longest of the short lengths, in tokens (default: the smallest window of the models compared)",
+        help="lengths up to this many tokens count as short (default: the smallest window of the models compared)",
     )
-    kind = "a heat map a model" if task.has_depths else "accuracy by length"
+    kind = "a heat map per model" if task.has_depths else "accuracy by length"
     add("--figure", help=f"draw {kind} here (.png, .svg or .pdf)")
 
 
 def run(arguments: argparse.Namespace, task: Task) -> None:
-    """Compares the models, and shows and writes what was found."""
+    """Compares the models; prints and writes the result."""
     found = compare(arguments, task)
     if found.note:
         print(f"note: {found.note}")
@@ -65,12 +65,12 @@ def run(arguments: argparse.Namespace, task: Task) -> None:
 
 
 class Retrieval(NamedTuple):
-    """What `compare` measured."""
+    """The result of `compare`."""
 
-    task: str  # what it is called
+    task: str  # its name
     cells: dict[str, list[Cell]]  # by label
-    pretrained_window: int  # up to which a length is short
-    note: str  # what keeps the models' prompts apart; empty where they are the same
+    pretrained_window: int  # the longest length that counts as short
+    note: str  # how the models' prompts differ; empty if they are the same
 
 
 def compare(arguments: argparse.Namespace, task: Task) -> Retrieval:
@@ -80,14 +80,14 @@ def compare(arguments: argparse.Namespace, task: Task) -> Retrieval:
     if task.has_depths:
         grid.append(_ascending("--depths", arguments.depths, 0, 100))
     if arguments.seed < 0:
-        raise InputError(f"--seed {arguments.seed}: a number from 0 is needed")
+        raise InputError(f"--seed {arguments.seed}: 0 or a positive number is needed")
     window = min(entry.config.max_position_embeddings for entry in entries)
     by_model, note = _prompts(entries, arguments, task, grid)
     cells: dict[str, list[Cell]] = {}
     with progress_bar() as progress:
         for entry, prompts in zip(entries, by_model, strict=True):
             advance = track(progress, f"{task.name}, {entry.label}", len(prompts))
-            # No name holds the model, so that it is gone before the next one comes.
+            # No variable holds the model, so it is freed before the next one is loaded.
             cells[entry.label] = measure(
                 model_of(entry, arguments), prompts, batch_size=arguments.batch_size, progress=advance
             )
@@ -105,7 +105,7 @@ def _ascending(option: str, text: str, least: int, most: int | None) -> list[int
 def _prompts(
     entries: Sequence[Entry], arguments: argparse.Namespace, task: Task, grid: Sequence[list[int]]
 ) -> tuple[list[list[Prompt]], str]:
-    """Each model's prompts, made once for models that read the same, and what keeps them apart."""
+    """Returns each model's prompts, made once for models that read the same text, and a note on how they differ."""
     made: dict[tuple[str, str | None], list[Prompt]] = {}
     by_model = []
     for entry in entries:
@@ -115,19 +115,19 @@ def _prompts(
             made[key] = task.prompts(tokenizer, *grid, arguments.samples, arguments.seed, chat=arguments.chat_template)
         by_model.append(made[key])
     if len({digest for digest, _ in made}) > 1:
-        return by_model, "the tokenizers differ: the same answers, in as much text as fits each model's own tokens"
+        return by_model, "the tokenizers differ: the answers are the same, but each model gets as much text as fits"
     if len(made) > 1:
-        return by_model, "the chat templates differ: the same answers, each asked for in the model's own"
+        return by_model, "the chat templates differ: the answers are the same, but each model reads its own template"
     return by_model, ""
 
 
 def by_length(cells: Sequence[Cell]) -> dict[int, Share]:
-    """A model's shares of hits by length, ascending, all depths together."""
+    """Returns a model's share of hits by length, ascending, over all depths."""
     return {length: _pooled([cell for cell in cells if cell.length == length]) for length in _lengths(cells)}
 
 
 def short_and_long(cells: Sequence[Cell], pretrained_window: int) -> dict[str, Share]:
-    """A model's shares of hits up to the pretrained window, "short", and beyond, "long"; one may be missing."""
+    """Returns a model's share of hits up to the pretrained window ("short") and beyond ("long"), if there are any."""
     sets = {
         "short": [cell for cell in cells if cell.length <= pretrained_window],
         "long": [cell for cell in cells if cell.length > pretrained_window],
@@ -144,14 +144,14 @@ def _pooled(cells: Sequence[Cell]) -> Share:
 
 
 def _clusters(cell: Cell) -> list[tuple[int, int]]:
-    """Prompts that tend to be answered alike: those of a length and depth; each alone where depth is left to chance."""
+    """Returns hits and total of prompts that tend to be answered alike: one depth, or one prompt if it is random."""
     if cell.depth is not None:
         return [(cell.hits, cell.total)]
     return [(1, 1)] * cell.hits + [(0, 1)] * (cell.total - cell.hits)
 
 
 def table(retrieval: Retrieval) -> Grid:
-    """The result for people: one row a model, one column a length, and the short and the long lengths together."""
+    """Lays out the result: one row per model, one column per length, and columns for all short and all long lengths."""
     shares = {
         label: [*by_length(cells).values(), *short_and_long(cells, retrieval.pretrained_window).values()]
         for label, cells in retrieval.cells.items()
@@ -174,7 +174,7 @@ def _shown(share: Share, most: int) -> str:
 
 
 def as_json(retrieval: Retrieval, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The result for programs, with what it was measured on."""
+    """Returns the result as JSON values, with the settings of the measurement."""
     return {
         "task": retrieval.task,
         "seed": arguments.seed,
@@ -189,7 +189,7 @@ def as_json(retrieval: Retrieval, arguments: argparse.Namespace) -> dict[str, An
 
 
 def figures(retrieval: Retrieval) -> dict[str, Any]:
-    """Cells, and their sums by length and by short and long, as JSON values by label."""
+    """Returns cells, and their sums by length and by short and long, as JSON values by label."""
     window = retrieval.pretrained_window
     return {
         "pretrained_window": window,
@@ -208,7 +208,7 @@ def figures(retrieval: Retrieval) -> dict[str, Any]:
 
 
 def read(report: Mapping[str, Any]) -> Retrieval:
-    """Reads what `as_json` gave back; of the sums in it nothing is needed."""
+    """Restores the result from a report of `as_json`; ignores its sums."""
     names = [field.name for field in dataclasses.fields(Cell)]
     cells = {
         label: [Cell(**{name: cell[name] for name in names}) for cell in row] for label, row in report["cells"].items()
@@ -217,7 +217,7 @@ def read(report: Mapping[str, Any]) -> Retrieval:
 
 
 def draw(retrieval: Retrieval, path: Path) -> None:
-    """Draws what `compare` measured; the path's suffix (.png, .svg, .pdf) says which kind of picture it is."""
+    """Draws the result; the path's suffix (.png, .svg, .pdf) sets the format."""
     from eabf_jax.analysis.figures import heat_maps, share_by_length
 
     window, title = retrieval.pretrained_window, retrieval.task

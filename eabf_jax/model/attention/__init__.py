@@ -1,6 +1,6 @@
 """Causal self-attention: one protocol (`Backend`), a module for each kernel, and the registry.
 
-A new kernel is a module with a `Backend`, and a place in `BACKENDS`.
+A new kernel is a module with a `Backend`, which is listed in `BACKENDS`.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from eabf_jax.model.attention.backend import Attention, Backend, joined, named, 
 
 __all__ = ["BACKENDS", "Attention", "Backend", "ability", "joined", "named", "precision_of", "select"]
 
-# "auto" takes the first that will do.
+# "auto" takes the first one that fits.
 BACKENDS = {backend.name: backend for backend in (cudnn.BACKEND, splash.BACKEND, chunked.BACKEND, reference.BACKEND)}
 
-# What others ask of a backend, by its field.
+# What the optional abilities of a backend are for, by field, to complete error messages.
 _ABILITIES = {
     "forward": "return log-sum-exps, which prompts longer than prefill_chunk and mesh context need",
     "backward": "compute gradients from log-sum-exps, which mesh context needs",

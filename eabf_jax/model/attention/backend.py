@@ -29,14 +29,14 @@ CHECKPOINT_NAME = "attention_output"
 class Backend:
     """An attention kernel: what it computes, where it runs, and what else it can do.
 
-    The fields from `forward` on are optional abilities; None means that the backend lacks it. Whoever cannot do without
-    one asks `attention.ability`, which refuses the backend by name. A sliding window would be a further field.
+    The fields from `forward` on are optional abilities; None means that the backend lacks one. Code that needs an
+    ability gets it from `attention.ability`, which refuses a backend without it. A sliding window would be one more.
 
     Attributes:
       name: as in the configuration.
       attend: as `__call__`.
       platforms: where "auto" may choose the backend; None means anywhere.
-      limits: (dtype, head_dim) -> None, or in words what the backend takes, if these are not among it.
+      limits: (dtype, head_dim) -> None if the backend takes them, else a description of what it takes.
       chunk_multiple: with a context axis, the length of a row's chunks is a multiple of this.
       forward: (q, k, v, segment_ids, causal) -> out [B, T, N, H], log_sum_exp float32 [B, N, T]. If not causal, every
         query sees every key, and the number of keys may differ from the number of queries.

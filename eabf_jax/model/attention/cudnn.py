@@ -16,7 +16,7 @@ from eabf_jax.errors import InputError
 from eabf_jax.model.attention.backend import Backend, with_residuals
 
 _MODULE = "jax._src.cudnn.fused_attention_stablehlo"
-# The releases that have what is used of the module, as in requirements.txt.
+# Releases whose module has the names used here, as in requirements.txt.
 _JAX_VERSIONS = ">=0.10,<0.12"
 
 

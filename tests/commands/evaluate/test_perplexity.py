@@ -206,7 +206,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (("--batch-size", "0"), "--batch-size 0: a positive number"),
         (("--dtype", "float8"), "unknown --dtype 'float8'"),
         (("--model", "b=x@{type: eabff}"), "did you mean 'eabf'"),
-        (("--model", "a=y"), "--model 'a' is there twice"),
+        (("--model", "a=y"), "--model 'a' is used twice"),
     ],
 )
 def test_bad_options_are_told_first(options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,7 +222,7 @@ def test_tokens_outside_the_vocabulary_and_weights_that_are_not_numbers(
     params = Llama(smaller, rngs=nnx.Rngs(0)).parameters()
     save_params(tmp_path, params)
     assert run("--model", f"small={tmp_path}", "--data", str(dataset)) == 2
-    assert "has ids below 40 only" in capsys.readouterr().err
+    assert "only has ids below 40" in capsys.readouterr().err
     write_model_json(tmp_path, CONFIG)
     params = jax.tree.map(
         lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), Llama(CONFIG, rngs=nnx.Rngs(0)).parameters()

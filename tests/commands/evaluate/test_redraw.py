@@ -22,7 +22,7 @@ def test_what_is_no_report_is_not_drawn(content: str, tmp_path: Path, capsys: py
     (tmp_path / "report.json").write_text(content)
     assert redraw(str(tmp_path / "report.json")) == 2
     [error] = capsys.readouterr().err.strip().splitlines()
-    assert "is no report that can be drawn" in error or "JSON" in error
+    assert "is not a report that can be drawn" in error or "JSON" in error
 
 
 def test_an_older_report_is_read_without_its_intervals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,7 +116,7 @@ def test_what_keeps_prompts_apart_is_told(
         (("--lengths", "30"), "length 30: the question alone has"),
         (("--depths", "0,101"), "--depths 0,101: ascending numbers from 0 to 100"),
         (("--samples", "0"), "--samples 0: a positive number"),
-        (("--seed", "-1"), "--seed -1: a number from 0"),
+        (("--seed", "-1"), "--seed -1: 0 or a positive number"),
         (("--model", "x=nowhere"), "nowhere: no such directory"),
         (("--model", "x=y@pi"), "expected a scheme such as"),
     ],
