@@ -6,6 +6,7 @@ layout.
 """
 
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -116,7 +117,12 @@ def digest(path: Path) -> str | None:
     """Computes a digest of a Python file's code, without comments, docstrings and layout; None if it does not exist."""
     if not path.is_file():
         return None
-    return hashlib.sha256(_canonical(ast.parse(path.read_text(encoding="utf-8"))).encode()).hexdigest()[:16]
+    return _digest(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _digest(code: str) -> str:
+    return hashlib.sha256(_canonical(ast.parse(code)).encode()).hexdigest()[:16]
 
 
 def _canonical(node: Any) -> str:

@@ -345,7 +345,7 @@ def test_a_base_that_has_moved_is_named_and_may_be_named_anew(finished, base_mod
     told["adapter"]["base"] = str(tmp_path / "gone")
     (run / "model.json").write_text(json.dumps(told))
     for action in (eabf_jax.load, lambda directory: to_hf(directory, tmp_path / "hf")):
-        with pytest.raises(InputError, match=r"is not in .*gone: name its directory, .*--base DIR") as error:
+        with pytest.raises(InputError, match=r"is not in .*gone: name its directory with .*--base DIR") as error:
             action(run)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "hf").exists()
