@@ -33,6 +33,11 @@ with pytest.MonkeyPatch.context() as patch:
 gc.disable()
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Starts one worker more than there are cores, because a worker often waits for a process that its test started."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)
