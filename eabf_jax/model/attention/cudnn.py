@@ -16,7 +16,7 @@ from eabf_jax.errors import InputError
 from eabf_jax.model.attention.backend import Backend, with_residuals
 
 _MODULE = "jax._src.cudnn.fused_attention_stablehlo"
-# Releases whose module has the names used here, as in requirements.txt.
+# Releases whose module has the names used here; requirements.txt allows no others.
 _JAX_VERSIONS = ">=0.10,<0.12"
 
 
