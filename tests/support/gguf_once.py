@@ -1,4 +1,4 @@
-"""transformers' own reading of GGUF files, in a fraction of the time."""
+"""Makes transformers' reader of GGUF files faster."""
 
 import functools
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import pytest
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """The same calls of the gguf package have the same results, computed once.
+    """Caches what the gguf package returns to transformers; equal calls share a result.
 
     transformers parses a file for the configuration, for the tensors and for the tokenizer, each time with every token
     of the vocabulary, and lists the names of all tensors for each module of a model.
