@@ -357,7 +357,7 @@ def run_peers(
     Yields:
       The figures so far, by setting. At the end, the strongest setting has run with our number of microbatches per
       step, and so has the same setting with float32 parameters and moments (`autocast`). The others have run with at
-      most `--search-microbatches`.
+      most `--search-microbatches`. Where float32 state has no room for all activations, it runs with checkpointing.
     """
     ours = own.get("microbatches", options.search_microbatches)
     few = min(options.search_microbatches, ours)
@@ -370,7 +370,10 @@ def run_peers(
         winner = Setting(*best.split("/"))
         masters = winner._replace(precision="autocast")
         again = [winner] * (few < ours) + [masters] * (str(masters) not in peers)
-        yield peers | _run_peer(config, options, own, again, ours, scratch)
+        yield (peers := peers | _run_peer(config, options, own, again, ours, scratch))
+        smaller = masters._replace(checkpointing="checkpointed")
+        if "tokens_per_second" not in peers[str(masters)] and str(smaller) not in peers:
+            yield peers | _run_peer(config, options, own, [smaller], ours, scratch)
 
 
 def _run_peer(

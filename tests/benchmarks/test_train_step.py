@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -161,6 +162,24 @@ def test_the_strongest_peer_is_reckoned_on_our_microbatches(program):
     assert program.strongest(again, 32) == "b"
     assert program.strongest(again, 32, "autocast") == "d"
     assert program.strongest({"c": {"out_of_memory": True}}, 2) is None
+
+
+@pytest.mark.parametrize(("fits", "also"), [(True, []), (False, ["checkpointed"])])
+def test_float32_state_without_room_for_all_activations_is_checkpointed(program, monkeypatch, fits, also):
+    def run_peer(_config, _options, _own, tried, microbatches, _scratch):
+        asked.extend(tried)
+        ran = {str(one): peer_of(900.0, microbatches, 1.0, 0.1, one.precision) for one in tried}
+        large = tried[0].checkpointing == "kept" and tried[0].precision == "autocast"
+        return ran if fits or not large else {str(tried[0]): {"out_of_memory": True, "precision": "autocast"}}
+
+    asked: list[Any] = []
+    monkeypatch.setattr(program, "_run_peer", run_peer)
+    options, rest = program.parse([*LLAMA, "--peers", "default/eager/none/kept/bfloat16"])
+    config = program.configure(rest, options, None)
+    *_, peers = program.run_peers(config, options, {"microbatches": 2}, Path("unused"))
+    masters = [one.checkpointing for one in asked if one.precision == "autocast"]
+    assert masters == ["kept", *also]
+    assert program.strongest(peers, 2, "autocast") == f"default/eager/none/{masters[-1]}/autocast"
 
 
 def test_the_ratio_is_by_device(program):
