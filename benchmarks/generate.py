@@ -1,6 +1,6 @@
 """Measures generation on random weights, and transformers' `generate` on the same shape in the same run.
 
-python benchmarks/generate.py --shape llama2_7b --json benchmarks/results/llama2_7b_generate_h100.json
+python benchmarks/generate.py --shape llama2_7b --json benchmarks/results/llama2_7b_generate_h200.json
 python benchmarks/generate.py --shape smollm2_135m --no-peer
 
 Decode: tokens per second after the first one, median of three, for a short prompt, a long prompt and a batch, and the

@@ -1,6 +1,6 @@
 """Compares what a GPU computes with float32 references: training, prefill and decoding, under every rotary scheme.
 
-python benchmarks/gpu_numerics.py --json benchmarks/results/gpu_numerics_h100.json
+python benchmarks/gpu_numerics.py --json benchmarks/results/gpu_numerics_h200.json
 python benchmarks/gpu_numerics.py --device cpu --schemes eabf --json OUT.json
 
 Attention kernels are compared with NumPy in float64. Models of three layers are compared with the same model in float32
