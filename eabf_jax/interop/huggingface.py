@@ -1,6 +1,7 @@
 """Opens models, and converts Hugging Face directories to native ones and back, bit for bit."""
 
 import functools
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from eabf_jax.errors import InputError
 from eabf_jax.fields import check, types_of
 from eabf_jax.interop import native
 from eabf_jax.interop.adapter import Leaves, merged, read_adapter
-from eabf_jax.interop.directory import EXPORT, new_directory, read_json_object, write_json
+from eabf_jax.interop.directory import EXPORT, new_directory, read_json_object, refuse_pointer, write_json
 from eabf_jax.interop.model_card import CARD_FILE, model_card, write_origin
 from eabf_jax.interop.safetensors_stream import (
     INDEX_FILE,
@@ -36,14 +37,24 @@ MODELING_SOURCE = Path(__file__).parent / "export" / MODELING_FILE
 MAX_SHARD_BYTES = 5 * 10**9
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-TIED_NAME = "lm_head.weight"
+EMBEDDING_NAME, TIED_NAME = "model.embed_tokens.weight", "lm_head.weight"
+
+# Rotary tables and causal masks, which old releases stored beside the weights and which are computed here.
+BUFFER = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(self_)?attn\.(masked_)?bias|position_ids)$")
 
 # Keys that may change the logits or weights of transformers' LLaMA: a test of the supported values, and their name in
 # messages. docs/config_json.md lists every key.
 _NULL: tuple[Callable[[Any], bool], str] = (lambda value: value is None, "null")
 FIXED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "hidden_act": (lambda value: value in ("silu", "swish"), "'silu'"),
-    "quantization_config": (lambda value: value is None, "null (weights that are not quantised)"),
+    # `quantization` is MLX's.
+    **dict.fromkeys(
+        ("quantization_config", "quantization"),
+        (
+            lambda value: value is None,
+            "null: quantised weights are not read; use the model that was quantised, or `dequantize()` of transformers",
+        ),
+    ),
     "transformers_weights": (lambda value: value in (None, SINGLE_FILE, INDEX_FILE), f"{SINGLE_FILE!r}"),
     "is_causal": (lambda value: value is True, "true"),
     "is_encoder_decoder": (lambda value: value in (None, False), "false"),
@@ -154,6 +165,7 @@ def read_config(directory: Path | str) -> LlamaConfig:
     if not path.is_file():
         raise InputError(
             f"{directory}: neither a Hugging Face directory (config.json) nor a native one ({native.MODEL_FILE})"
+            f"{_other_format(Path(directory))}"
         )
     try:
         return config_from_hf(read_json_object(path))
@@ -293,16 +305,24 @@ def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor
     Raises:
       InputError: a shard or tensor is missing, truncated, extra or of another shape; or all weights are pickled.
     """
-    found = _headers(directory)
     expected = {name: entry for entry in parameters(config) for name in entry.hf_names()}
+    found: dict[str, StoredTensor] = {}
+    for stored, tensor in _headers(directory).items():
+        # A bare LlamaModel stores its names without the prefix; transformers adds or removes it too.
+        spellings = (stored, f"model.{stored}", stored.removeprefix("model."))
+        name = next((name for name in spellings if name in expected or name == TIED_NAME), stored)
+        if name in found:
+            raise InputError(f"{tensor.path}: tensor {name} is stored twice, once with and once without `model.`")
+        found[name] = tensor
+    if config.tie_word_embeddings and EMBEDDING_NAME not in found and TIED_NAME in found:
+        found[EMBEDDING_NAME] = found.pop(TIED_NAME)
     for name, entry in expected.items():
         if name not in found:
-            raise InputError(f"{directory}: tensor {name} is missing; expected shape {list(entry.hf_shape)}")
+            raise _missing(directory, name, entry, found)
         _check_shape(found[name], entry.hf_shape)
-    # Old files also store the rotary frequencies, which are computed here.
-    extra = [name for name in found if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+    extra = [name for name in found if name not in expected and not BUFFER.search(name)]
     if config.tie_word_embeddings and TIED_NAME in extra:
-        embedding = found["model.embed_tokens.weight"]
+        embedding = found[EMBEDDING_NAME]
         _check_shape(found[TIED_NAME], embedding.shape)
         if found[TIED_NAME].read().tobytes() != embedding.read().tobytes():
             raise InputError(
@@ -318,6 +338,18 @@ def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor
     return {name: found[name] for name in expected}
 
 
+def _missing(directory: Path, name: str, entry: Parameter, found: Mapping[str, StoredTensor]) -> InputError:
+    message = f"{directory}: tensor {name} is missing; expected shape {list(entry.hf_shape)}"
+    if other := next((stored for stored in found if stored.endswith(f".{name}")), None):
+        message += f": {other} is there, so remove the prefix {other.removesuffix(name)!r} from all names"
+    elif name == TIED_NAME:
+        message += (
+            ": the model has no output layer; save it with AutoModelForCausalLM, or set tie_word_embeddings true in "
+            "config.json if its output layer is the embedding"
+        )
+    return InputError(message)
+
+
 def _check_shape(tensor: StoredTensor, expected: tuple[int, ...]) -> None:
     if tensor.shape != expected:
         raise InputError(
@@ -326,9 +358,15 @@ def _check_shape(tensor: StoredTensor, expected: tuple[int, ...]) -> None:
 
 
 def _headers(directory: Path) -> dict[str, StoredTensor]:
-    """Reads the headers of all safetensors files in a directory; returns tensors by name."""
+    """Reads the headers of all safetensors files in a directory; returns tensors by name.
+
+    As in transformers, the index only says which files there are.
+    """
+    for name in ("quantize_config.json", "quant_config.json"):
+        if (directory / name).is_file():
+            raise InputError(f"{directory / name}: the weights are quantised; use the model that was quantised")
     if (directory / SINGLE_FILE).is_file():
-        return read_header(directory / SINGLE_FILE)
+        return _header(directory / SINGLE_FILE)
     index_path = directory / INDEX_FILE
     if not index_path.is_file():
         raise _no_weights(directory)
@@ -337,16 +375,26 @@ def _headers(directory: Path) -> dict[str, StoredTensor]:
         raise InputError(f"{index_path}: expected a weight_map from tensor names to file names")
     found: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
-        for name, tensor in read_header(_inside(directory, file, index_path)).items():
-            if weight_map.get(name) != file:
+        for name, tensor in _header(_inside(directory, file, index_path)).items():
+            if name in found:
                 raise InputError(
-                    f"{tensor.path}: tensor {name} is here, but {INDEX_FILE} has it in {weight_map.get(name)}"
+                    f"{tensor.path}: tensor {name} is in {found[name].path.name} too; expected it in one shard of "
+                    f"{INDEX_FILE}"
                 )
             found[name] = tensor
     for name, file in weight_map.items():
-        if name not in found:
-            raise InputError(f"{directory / file}: tensor {name} is missing; {INDEX_FILE} has it in this shard")
+        # If the model needs its output layer, `find_tensors` refuses.
+        if name not in found and name != TIED_NAME and not BUFFER.search(name):
+            raise InputError(
+                f"{directory / file}: tensor {name} is missing; {INDEX_FILE} has it in this shard: copy the shard and "
+                "the index again"
+            )
     return found
+
+
+def _header(path: Path) -> dict[str, StoredTensor]:
+    refuse_pointer(path)
+    return read_header(path)
 
 
 def _inside(directory: Path, file: str, index_path: Path) -> Path:
@@ -357,15 +405,22 @@ def _inside(directory: Path, file: str, index_path: Path) -> Path:
     allowed = own in path.resolve().parents or (
         path.is_symlink() and own.parent.name == "snapshots" and path.resolve().parent == blobs
     )
-    if Path(file).name != file or not allowed:
+    if not allowed:
         raise InputError(f"{index_path}: names the file {file!r}, which is outside its directory; expected a file name")
     return path
 
 
 def _no_weights(directory: Path) -> InputError:
-    pickled = sorted(path.name for pattern in PICKLED for path in directory.glob(pattern))
-    if not pickled:
-        return InputError(f"{directory}: no weights; expected {SINGLE_FILE} or {INDEX_FILE} with its shards")
+    expected = f"expected {SINGLE_FILE} or {INDEX_FILE} with its shards"
+    if others := sorted(path.name for path in directory.glob("*.safetensors")):
+        return InputError(
+            f"{directory}: {others[0]} is there, but {expected}: copy the index, or rename a file that has all weights"
+        )
+    # The weights first: training leaves other pickled files beside them.
+    pickled = [path.name for pattern in ("pytorch_model*", *PICKLED) for path in sorted(directory.glob(pattern))]
+    other = _other_format(directory)
+    if not pickled or (other and not pickled[0].startswith("pytorch_model")):
+        return InputError(f"{directory}: no weights; {expected}{other}")
     command = (
         'python -c "from transformers import AutoModelForCausalLM as M; '
         f"M.from_pretrained('{directory}').save_pretrained('{directory}-safetensors')\""
@@ -374,6 +429,16 @@ def _no_weights(directory: Path) -> InputError:
         f"{directory}: pickled weights ({pickled[0]}) are not read, because loading them can run code; "
         f"if you trust them, convert them and copy the tokenizer's files: {command}"
     )
+
+
+def _other_format(directory: Path) -> str:
+    """Returns the end of a message: how to read what a directory without a Hugging Face model holds."""
+    if found := sorted(directory.glob("*.gguf")):
+        return f": convert the GGUF file with convert/from_gguf.py --src {found[0]}"
+    if (directory / "params.json").is_file() or any(directory.glob("consolidated.*")):
+        return ": these are Meta's or Mistral's own files; get the model's Hugging Face files"
+    inner = sorted({*directory.glob("*/config.json"), *directory.glob("snapshots/*/config.json")})
+    return f": did you mean {inner[0].parent}?" if inner else ""
 
 
 def _stack(entry: Parameter, found: Mapping[str, StoredTensor], dtype: Any, layers: slice) -> np.ndarray:

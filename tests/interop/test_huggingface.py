@@ -176,7 +176,11 @@ BAD = {
         edit_config(num_hidden_layers="3"),
         "config.json: key 'num_hidden_layers' is '3'; an integer is needed",
     ),
-    "quantised": (edit_config(quantization_config={"bits": 4}), r"quantization_config is \{'bits': 4\}, expected null"),
+    "quantised": (
+        edit_config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        r"quantization_config is \{'quant_method': 'gptq', 'bits': 4\}, expected null: .*use the model that was",
+    ),
+    "quantised by MLX": (edit_config(quantization={"bits": 4}), r"quantization is \{'bits': 4\}, expected null"),
     "acausal": (edit_config(is_causal=False), r"is_causal is False, expected true"),
     "sliding window": (edit_config(sliding_window=4096), r"sliding_window is 4096, expected null"),
     "layers of two kinds": (
@@ -212,11 +216,7 @@ BAD = {
     "link leads out": (link_out, r"which is outside its directory"),
     "index has too much": (
         edit_index(lambda m: m.update({"model.more": m["model.norm.weight"]})),
-        r"tensor model.more is missing; model.safetensors.index.json has it in this shard",
-    ),
-    "index has too little": (
-        edit_index(lambda m: m.pop("model.norm.weight")),
-        r"tensor model.norm.weight is here, but model.safetensors.index.json has it in None",
+        r"tensor model.more is missing; model.safetensors.index.json has it in this shard: copy the shard",
     ),
     "index is no map": (
         lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": [1]}'),
