@@ -1,5 +1,6 @@
 """Opens models, and converts Hugging Face directories to native ones and back, bit for bit."""
 
+import dataclasses
 import functools
 import re
 import shutil
@@ -13,9 +14,10 @@ from eabf_jax import rope
 from eabf_jax.errors import InputError
 from eabf_jax.fields import check, types_of
 from eabf_jax.interop import native
-from eabf_jax.interop.adapter import Leaves, merged, read_adapter
+from eabf_jax.interop.adapter import Leaves, merged_run, read_adapter, stack
 from eabf_jax.interop.directory import EXPORT, new_directory, read_json_object, refuse_pointer, write_json
 from eabf_jax.interop.model_card import CARD_FILE, model_card, write_origin
+from eabf_jax.interop.peft import base_of, is_peft, merged_peft
 from eabf_jax.interop.safetensors_stream import (
     INDEX_FILE,
     NAMES,
@@ -25,9 +27,9 @@ from eabf_jax.interop.safetensors_stream import (
     read_header,
     write_sharded,
 )
-from eabf_jax.interop.tokenizer import copy_tokenizer_files, export_tokenizer, has_tokenizer, load_tokenizer
+from eabf_jax.interop.tokenizer import Tokenizer, copy_tokenizer_files, export_tokenizer, has_tokenizer, load_tokenizer
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.parameters import Parameter, nest, parameters, shapes
+from eabf_jax.model.parameters import Parameter, nest, parameter_axes, parameters, shapes
 from eabf_jax.rope.exported import DATA_KEY, check_exported, exported_data
 
 MODELING_FILE = "modeling_eabf_llama.py"
@@ -160,8 +162,6 @@ def write_config(directory: Path, config: LlamaConfig, dtype: str) -> None:
 def read_config(directory: Path | str) -> LlamaConfig:
     """Reads the config.json of a directory; raises InputError as `config_from_hf` does, or if there is none."""
     path = Path(directory) / "config.json"
-    if not path.is_file() and native.is_native(directory):
-        raise InputError(f"{directory}: a native model directory; expected a Hugging Face one (config.json)")
     if not path.is_file():
         raise InputError(
             f"{directory}: neither a Hugging Face directory (config.json) nor a native one ({native.MODEL_FILE})"
@@ -176,11 +176,40 @@ def read_config(directory: Path | str) -> LlamaConfig:
         raise InputError(f"{path}: {message.removeprefix('config.json: ')}") from error
 
 
+def base_directory(directory: Path | str, base: Path | str | None = None) -> Path | None:
+    """Finds the directory of the base model of a run's or PEFT's adapters; None for a whole model.
+
+    Args:
+      base: current directory of the base model; None for the one that the adapters name.
+
+    Raises:
+      InputError: there is no such directory, or `base` is given for a model without adapters.
+    """
+    run = read_adapter(directory) if native.is_native(directory) else None
+    if run is None and not is_peft(directory):
+        if base is not None:
+            raise InputError(f"{directory} is a whole model and takes no base; leave {base} out")
+        return None
+    named = base or (base_of(directory) if run is None else run.base) or "a directory that they name"
+    if not Path(named).is_dir() or Path(named).resolve() == Path(directory).resolve():
+        script = "from_hf" if run is None else "to_hf"
+        raise InputError(
+            f"{directory} holds only adapters, and their base model is not in {named}: name its directory with "
+            f"convert/{script}.py --base DIR or load(…, base=DIR)"
+        )
+    return Path(named)
+
+
+def tokenizer_directory(directory: Path | str, base: Path | str | None = None) -> Path:
+    """Returns the directory whose tokenizer a model has: its own, or that of its base for adapters without one."""
+    return (base_directory(directory, base) if not has_tokenizer(directory) else None) or Path(directory)
+
+
 def open_leaves(directory: Path | str, step: int | None = None, base: Path | str | None = None) -> Leaves:
     """Opens a model of any kind, to read its parameters one at a time.
 
     Args:
-      directory: a Hugging Face directory, a native one, or a run that holds only adapters.
+      directory: a Hugging Face directory, a native one, a run that holds only adapters, or PEFT's LoRA adapters.
       step: the checkpoint of a native directory or run; None for the latest.
       base: current directory of the adapters' base model; None if it has not moved since training.
 
@@ -190,17 +219,11 @@ def open_leaves(directory: Path | str, step: int | None = None, base: Path | str
     Raises:
       InputError: files are missing, damaged or do not fit the config, or `base` is given for a model without adapters.
     """
-    adapter = read_adapter(directory) if native.is_native(directory) else None
-    if adapter is not None:
-        at = Path(adapter.base if base is None else base)
-        if not at.is_dir():
-            raise InputError(
-                f"{directory} holds only adapters, and their base model is not in {at}: name its directory with "
-                "convert/to_hf.py --base DIR or load(…, base=DIR)"
-            )
-        return merged(directory, adapter, open_leaves(at), step)
-    if base is not None:
-        raise InputError(f"{directory} is a whole model and takes no base; leave {base} out")
+    at = base_directory(directory, base)
+    if at is not None:
+        adapter = read_adapter(directory) if native.is_native(directory) else None
+        below = open_leaves(at)
+        return merged_peft(directory, below) if adapter is None else merged_run(directory, adapter, below, step)
     if native.is_native(directory):
         config, path = native.read_model_json(directory), native.checkpoint_path(directory, step)
         stored = native.stored_arrays(path, shapes(config))
@@ -216,32 +239,73 @@ def _open_hf(directory: Path) -> Leaves:
     found = find_tensors(directory, config)
     entries = {entry.path: entry for entry in parameters(config)}
     dtypes = {name: _common([found[key] for key in entry.hf_names()]) for name, entry in entries.items()}
-    return Leaves(config, dtypes, lambda name, dtype, own: _stack(entries[name], found, dtype or dtypes[name], own))
+    return Leaves(config, dtypes, lambda name, dtype, own: stack(entries[name], found, dtype or dtypes[name], own))
 
 
-def from_hf(src: Path | str, dst: Path | str, overwrite: bool = False) -> Summary:
+def from_hf(
+    src: Path | str,
+    dst: Path | str,
+    overwrite: bool = False,
+    base: Path | str | None = None,
+    pad_embeddings: bool = False,
+) -> Summary:
     """Converts a Hugging Face directory to a native one, bit for bit.
 
     Args:
-      src: directory with config.json, safetensors files and usually a tokenizer.
+      src: directory with config.json, safetensors files and usually a tokenizer; or with PEFT's LoRA adapters, which
+        are merged into their base, in float32.
       dst: the native model directory to make; on an error, nothing is written.
+      base: as for `open_leaves`.
+      pad_embeddings: whether to append rows to the embedding and the output layer for tokens that have none.
 
     Raises:
       InputError: files are missing, damaged or do not fit the config; or `dst` is in use.
     """
     source = Path(src)
-    model = _open_hf(source)
-    if has_tokenizer(source):
-        native.check_vocabulary(load_tokenizer(source), model.config, source)
+    if native.is_native(source):
+        raise InputError(f"{source}: a native model directory; expected a Hugging Face one (config.json)")
+    model, tokens_from = open_leaves(source, base=base), tokenizer_directory(source, base)
+    if has_tokenizer(tokens_from):
+        tokenizer = load_tokenizer(tokens_from)
+        if pad_embeddings:
+            model = _padded(model, tokenizer.vocab_size)
+        check_vocabulary(tokenizer, model.config, tokens_from)
     with new_directory(dst, native.NATIVE, overwrite=overwrite, sources=[source]) as partial:
         leaves = {path: model.read(path) for path in model.dtypes}
         native.save_params(partial, nest(leaves))
-        copy_tokenizer_files(source, partial)
+        copy_tokenizer_files(tokens_from, partial)
         write_origin(source, partial)
         widest = max(model.dtypes.values(), key=lambda dtype: dtype.itemsize)
         native.write_model_json(partial, model.config, dtype=widest.name)
     count = sum(entry.layers or 1 for entry in parameters(model.config))
     return Summary(count, sum(leaf.nbytes for leaf in leaves.values()))
+
+
+def _padded(model: Leaves, rows: int) -> Leaves:
+    """Appends rows to the embedding and the output layer, each the mean of the stored ones, up to a number of rows."""
+    before = model.config.vocab_size
+    if rows <= before:
+        return model
+
+    def read(path: tuple[str, ...], dtype: Any, layers: slice) -> np.ndarray:
+        leaf, axes = model.read(path, dtype, layers), parameter_axes(path)
+        if "vocab" not in axes:
+            return leaf
+        axis = axes.index("vocab")
+        shape = [rows if name == "vocab" else size for name, size in zip(axes, leaf.shape, strict=True)]
+        wide = np.moveaxis(native.empty_leaf(tuple(shape), leaf.dtype), axis, 0)
+        wide[:before], wide[before:] = np.moveaxis(leaf, axis, 0), leaf.mean(axis, dtype=np.float64)
+        return np.moveaxis(wide, 0, axis)
+
+    return model._replace(config=dataclasses.replace(model.config, vocab_size=rows), reader=read, restore=None)
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig, directory: Path | str) -> None:
+    """Raises InputError, which names the remedy, if a tokenizer's vocabulary is larger than the embedding."""
+    try:
+        native.check_vocabulary(tokenizer, config, directory)
+    except InputError as error:
+        raise InputError(f"{error}: convert/from_hf.py --pad-embeddings appends the missing rows") from error
 
 
 def to_hf(
@@ -275,7 +339,7 @@ def to_hf(
     entries = parameters(config)
     dtypes = {name: np.dtype(dtype or own) for name, own in leaves.dtypes.items()}
     if has_tokenizer(source):
-        native.check_vocabulary(load_tokenizer(source), config, source)
+        check_vocabulary(load_tokenizer(source), config, source)
     planned = [
         PlannedTensor(name, dtypes[entry.path], entry.hf_shape) for entry in entries for name in entry.hf_names()
     ]
@@ -439,15 +503,6 @@ def _other_format(directory: Path) -> str:
         return ": these are Meta's or Mistral's own files; get the model's Hugging Face files"
     inner = sorted({*directory.glob("*/config.json"), *directory.glob("snapshots/*/config.json")})
     return f": did you mean {inner[0].parent}?" if inner else ""
-
-
-def _stack(entry: Parameter, found: Mapping[str, StoredTensor], dtype: Any, layers: slice) -> np.ndarray:
-    """Reads the tensors of one parameter, or of some of its layers, into one new array."""
-    stored = [found[name] for name in entry.hf_names()[layers]]
-    leaf = native.empty_leaf((len(stored), *entry.unstacked), dtype)
-    for target, tensor in zip(leaf, stored, strict=True):
-        target[...] = tensor.read().T if entry.transposed else tensor.read()  # no variable keeps a second tensor alive
-    return leaf[0] if entry.layers is None else leaf
 
 
 def _common(stored: list[StoredTensor]) -> np.dtype[Any]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import eabf_jax
 from eabf_jax.errors import InputError
 from eabf_jax.interop.gguf import from_gguf
+from eabf_jax.interop.huggingface import from_hf, to_hf
 from eabf_jax.interop.loading import load_parameters
 from eabf_jax.interop.tokenizer import load_tokenizer
 from eabf_jax.model.parameters import flatten, parameters
@@ -203,9 +204,38 @@ def test_pointers_in_place_of_other_files(tmp_path: Path) -> None:
 
 def test_more_rows_than_tokens(tmp_path: Path) -> None:
     """Embeddings are often padded to a multiple of 64 rows."""
-    directory = make(tmp_path / "hf")
-    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}
-    (directory / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    directory = with_tokens(make(tmp_path / "hf"), 2)
     loaded, tokenizer = eabf_jax.load(directory, dtype="float32")
     assert tokenizer is not None and tokenizer.vocab_size == 2 and loaded.config.vocab_size == 131
-    assert tensors(directory)["model.embed_tokens.weight"].shape[0] == 131
+    from_hf(directory, tmp_path / "native", pad_embeddings=True)  # nothing to do
+    assert load_parameters(tmp_path / "native")[0].vocab_size == 131
+
+
+def with_tokens(directory: Path, number: int) -> Path:
+    """Writes a tokenizer whose last token is [PAD], as a fine-tune adds it."""
+    vocabulary = {**{f"t{i}": i for i in range(number - 1)}, "[PAD]": number - 1}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"}
+    (directory / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    return directory
+
+
+@pytest.mark.parametrize(("dtype", "tied"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_more_tokens_than_rows(tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
+    """The appended rows are the mean of the others, compared in float64; the result loads in transformers."""
+    directory = with_tokens(make(tmp_path / "hf", dtype, tie_word_embeddings=tied), 133)
+    for refused in (eabf_jax.load, lambda source: from_hf(source, tmp_path / "native")):
+        with pytest.raises(InputError, match=r"133 tokens, the embedding 131 rows; .*from_hf.py --pad-embeddings app"):
+            refused(directory)
+    from_hf(directory, tmp_path / "native", pad_embeddings=True)
+    model, tokenizer = eabf_jax.load(tmp_path / "native")
+    assert tokenizer is not None and tokenizer.vocab_size == model.config.vocab_size == 133
+    to_hf(tmp_path / "native", tmp_path / "again")
+    before, after = tensors(directory), tensors(tmp_path / "again")
+    assert before.keys() == after.keys() and ("lm_head.weight" in after) != tied
+    for name, value in before.items():
+        assert torch.equal(after[name][: len(value)], value) and after[name].dtype == dtype, name
+        if len(value) == 131:
+            assert after[name].shape == (133, 32)
+            mean = value.double().mean(0).to(dtype).expand(2, -1)
+            torch.testing.assert_close(after[name][131:], mean, rtol=torch.finfo(dtype).eps, atol=0)
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").config.vocab_size == 133
