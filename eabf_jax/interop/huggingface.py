@@ -29,7 +29,7 @@ from eabf_jax.interop.safetensors_stream import (
 )
 from eabf_jax.interop.tokenizer import Tokenizer, copy_tokenizer_files, export_tokenizer, has_tokenizer, load_tokenizer
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.parameters import Parameter, nest, parameter_axes, parameters, shapes
+from eabf_jax.model.parameters import TABLE, Parameter, nest, parameter_axes, parameters, shapes
 from eabf_jax.rope.exported import DATA_KEY, check_exported, exported_data
 
 MODELING_FILE = "modeling_eabf_llama.py"
@@ -165,7 +165,7 @@ def read_config(directory: Path | str) -> LlamaConfig:
     if not path.is_file():
         raise InputError(
             f"{directory}: neither a Hugging Face directory (config.json) nor a native one ({native.MODEL_FILE})"
-            f"{_other_format(Path(directory))}"
+            f"{other_format(Path(directory))}"
         )
     try:
         return config_from_hf(read_json_object(path))
@@ -395,9 +395,11 @@ def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor
             )
         extra.remove(TIED_NAME)
     if extra:
+        optional = {name: entry.only_if for entry in TABLE if entry.only_if for name in entry.of(config).hf_names()}
+        field, value = optional.get(extra[0], (None, None))
         raise InputError(
-            f"{found[extra[0]].path}: tensor {extra[0]} is not part of this model ({len(extra)} such); "
-            "expected a LLaMA checkpoint that fits its config.json"
+            f"{found[extra[0]].path}: tensor {extra[0]} is not part of this model ({len(extra)} such); expected "
+            + (f"{field} {str(value).lower()} in config.json" if field else "a LLaMA that fits its config.json")
         )
     return {name: found[name] for name in expected}
 
@@ -476,13 +478,15 @@ def _inside(directory: Path, file: str, index_path: Path) -> Path:
 
 def _no_weights(directory: Path) -> InputError:
     expected = f"expected {SINGLE_FILE} or {INDEX_FILE} with its shards"
-    if others := sorted(path.name for path in directory.glob("*.safetensors")):
+    if others := sorted(directory.glob("*.safetensors")):
+        if not others[0].exists():
+            return InputError(f"{others[0]}: a link to {others[0].readlink()}, which is missing; download it again")
         return InputError(
-            f"{directory}: {others[0]} is there, but {expected}: copy the index, or rename a file that has all weights"
+            f"{others[0]} is there, but {expected}: copy the index, or rename a file that has all weights"
         )
     # The weights first: training leaves other pickled files beside them.
     pickled = [path.name for pattern in ("pytorch_model*", *PICKLED) for path in sorted(directory.glob(pattern))]
-    other = _other_format(directory)
+    other = other_format(directory)
     if not pickled or (other and not pickled[0].startswith("pytorch_model")):
         return InputError(f"{directory}: no weights; {expected}{other}")
     command = (
@@ -495,8 +499,12 @@ def _no_weights(directory: Path) -> InputError:
     )
 
 
-def _other_format(directory: Path) -> str:
-    """Returns the end of a message: how to read what a directory without a Hugging Face model holds."""
+def other_format(directory: Path) -> str:
+    """Returns the end of a message: how to read what is in a place without a Hugging Face model; empty if unknown."""
+    if directory.is_file():
+        return ": a file; " + (
+            "convert it with convert/from_gguf.py" if directory.suffix == ".gguf" else f"name {directory.parent}"
+        )
     if found := sorted(directory.glob("*.gguf")):
         return f": convert the GGUF file with convert/from_gguf.py --src {found[0]}"
     if (directory / "params.json").is_file() or any(directory.glob("consolidated.*")):

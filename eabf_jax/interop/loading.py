@@ -207,4 +207,4 @@ def _check_exists(directory: Path | str) -> None:
     if not isinstance(directory, str | os.PathLike):
         raise InputError(f"directory is {directory!r:.80}; the path of a model's directory is needed")
     if not Path(directory).is_dir():
-        raise InputError(f"{directory}: no such directory")
+        raise InputError(f"{directory}: no such directory{huggingface.other_format(Path(directory))}")

@@ -494,7 +494,8 @@ def _read_sentencepiece(path: Path) -> Any:
         sentencepiece.SentencePieceProcessor(model_proto=data)
         proto = MODEL_PROTO.FromString(data)
     except (OSError, RuntimeError, DecodeError) as error:
-        raise InputError(f"{path}: not a SentencePiece model: {one_line(error)}") from error
+        own = "; this is Llama 3's own file: copy its tokenizer.json" if re.match(rb"[\w+/]+={0,2} \d+\n", data) else ""
+        raise InputError(f"{path}: not a SentencePiece model: {one_line(error)}{own}") from error
     if not proto.pieces:  # an empty file parses
         raise InputError(f"{path}: not a whole SentencePiece model: it has no pieces; copy it again")
     if proto.trainer_spec.model_type not in (proto.trainer_spec.BPE, proto.trainer_spec.UNIGRAM):

@@ -145,6 +145,12 @@ def twice(directory: Path) -> None:
     save_file({**values, next(iter(load_file(first))): torch.ones(2)}, second)
 
 
+def link_to_nothing(directory: Path) -> None:
+    for path in directory.glob("model*"):
+        path.unlink()
+    (directory / "model.safetensors").symlink_to("../../blobs/0")
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no output layer": (no_output, "lm_head.weight is missing; .* save it with AutoModelForCausalLM, or set tie_word"),
     "another prefix": (
@@ -161,6 +167,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "weights of AutoGPTQ": (
         lambda directory: (directory / "quantize_config.json").write_text("{}"), "quantize_config.json: .*are quantised"
+    ),
+    "a broken link": (link_to_nothing, "model.safetensors: a link to .*blobs/0, which is missing; download it again"),
+    "a bias that config.json denies": (
+        edit_tensors(lambda values: values.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)})),
+        r"q_proj.bias is not part of this model \(1 such\); expected attention_bias true in config.json",
     ),
     "a variant": (only("model.fp16.safetensors"), "model.fp16.safetensors is there, but expected .*: copy the index"),
     "GGUF beside config.json": (only("m.Q4_0.gguf"), "no weights; .*convert/from_gguf.py --src .*m.Q4_0.gguf"),
@@ -187,6 +198,15 @@ def test_directories_of_another_kind(tmp_path: Path, file: str, message: str) ->
     (tmp_path / file).write_text("{}")
     with pytest.raises(InputError, match=message):
         eabf_jax.load(tmp_path)
+
+
+def test_a_file_in_place_of_its_directory(good: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_text("")
+    for read in (eabf_jax.load, lambda path: from_hf(path, tmp_path / "out")):
+        with pytest.raises(InputError, match=r"m.gguf: .*: a file; convert it with convert/from_gguf.py"):
+            read(tmp_path / "m.gguf")
+        with pytest.raises(InputError, match=r"safetensors: .*: a file; name .*/hf"):
+            read(shard(good))
 
 
 def test_pointers_in_place_of_other_files(tmp_path: Path) -> None:
