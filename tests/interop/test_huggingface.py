@@ -309,6 +309,8 @@ def test_the_tokenizer_of_an_extended_model_truncates_at_its_window(
         ("eos_token_id", [2, True], r"'eos_token_id' is \[2, True\]; an integer or a list of integers or null"),
         ("max_position_embeddings", None, "'max_position_embeddings' is None; an integer"),
         ("max_position_embeddings", 64.5, "'max_position_embeddings' is 64.5; an integer"),
+        ("rms_norm_eps", float("inf"), "'rms_norm_eps' is inf; a finite number"),
+        ("rope_theta", float("nan"), "'base' is nan; a finite number"),
     ],
 )
 def test_config_of_a_wrong_type(name: str, value: object, message: str) -> None:

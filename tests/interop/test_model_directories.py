@@ -1,6 +1,7 @@
 """What ordinary model directories hold besides a model's own files: compared with what transformers loads from them."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,11 @@ def old_buffers(values: dict[str, torch.Tensor]) -> None:
     values["model.layers.1.self_attn.masked_bias"] = torch.tensor(-1e4)
 
 
+def key_twice(directory: Path) -> None:
+    path = directory / "config.json"
+    path.write_text(path.read_text().replace('"vocab_size":', '"vocab_size": 5,\n  "vocab_size":'))
+
+
 def listing(name: str) -> Callable[[dict[str, str]], None]:
     return lambda weights: weights.update({name: next(iter(weights.values()))})
 
@@ -105,6 +111,7 @@ WORKS: dict[str, tuple[dict[str, object], Callable[[Path], object]]] = {
         edit_tensors(lambda values: values.update({"lm_head.weight": values.pop("model.embed_tokens.weight")})),
     ),
     "other copies of the weights": ({}, beside),
+    "a key of config.json twice": ({}, key_twice),
 }  # fmt: skip
 
 
@@ -198,6 +205,14 @@ def test_directories_of_another_kind(tmp_path: Path, file: str, message: str) ->
     (tmp_path / file).write_text("{}")
     with pytest.raises(InputError, match=message):
         eabf_jax.load(tmp_path)
+
+
+@pytest.mark.document_check
+def test_the_page_names_tests_that_exist() -> None:
+    root = Path(__file__).parents[2]
+    told = set(re.findall(r"`(test_\w+)`", (root / "docs/model_directories.md").read_text(encoding="utf-8")))
+    code = "".join(path.read_text(encoding="utf-8") for path in (root / "tests/interop").glob("test_*.py"))
+    assert told and told <= set(re.findall(r"^def (test_\w+)", code, re.MULTILINE))
 
 
 def test_a_file_in_place_of_its_directory(good: Path, tmp_path: Path) -> None:
