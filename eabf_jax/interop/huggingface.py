@@ -252,11 +252,12 @@ def from_hf(
     """Converts a Hugging Face directory to a native one, bit for bit.
 
     Args:
-      src: directory with config.json, safetensors files and usually a tokenizer; or with PEFT's LoRA adapters, which
-        are merged into their base, in float32.
+      src: directory with config.json, safetensors files and usually a tokenizer; or one with PEFT's LoRA adapters,
+        which are merged into their base.
       dst: the native model directory to make; on an error, nothing is written.
       base: as for `open_leaves`.
-      pad_embeddings: whether to append rows to the embedding and the output layer for tokens that have none.
+      pad_embeddings: whether tokens without rows in the embedding and the output layer get the mean of the others;
+        without it, they are refused.
 
     Raises:
       InputError: files are missing, damaged or do not fit the config; or `dst` is in use.
@@ -270,7 +271,7 @@ def from_hf(
         if pad_embeddings:
             model = _padded(model, tokenizer.vocab_size)
         check_vocabulary(tokenizer, model.config, tokens_from)
-    with new_directory(dst, native.NATIVE, overwrite=overwrite, sources=[source]) as partial:
+    with new_directory(dst, native.NATIVE, overwrite=overwrite, sources=[source, tokens_from]) as partial:
         leaves = {path: model.read(path) for path in model.dtypes}
         native.save_params(partial, nest(leaves))
         copy_tokenizer_files(tokens_from, partial)
