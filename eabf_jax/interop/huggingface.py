@@ -173,7 +173,9 @@ def read_config(directory: Path | str) -> LlamaConfig:
         message = str(error)
         if str(path) in message:
             raise
-        raise InputError(f"{path}: {message.removeprefix('config.json: ')}") from error
+        # Directories of GGUF files often have a config.json with little more than model_type.
+        other = other_format(path.parent) if any(path.parent.glob("*.gguf")) else ""
+        raise InputError(f"{path}: {message.removeprefix('config.json: ')}{other}") from error
 
 
 def base_directory(directory: Path | str, base: Path | str | None = None) -> Path | None:

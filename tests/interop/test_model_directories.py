@@ -215,6 +215,13 @@ def test_the_page_names_tests_that_exist() -> None:
     assert told and told <= set(re.findall(r"^def (test_\w+)", code, re.MULTILINE))
 
 
+def test_gguf_beside_a_short_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "m.gguf").write_text("")
+    with pytest.raises(InputError, match=r"'vocab_size' is missing; .*convert/from_gguf.py --src .*m.gguf"):
+        eabf_jax.load(tmp_path)
+
+
 def test_a_file_in_place_of_its_directory(good: Path, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_text("")
     for read in (eabf_jax.load, lambda path: from_hf(path, tmp_path / "out")):
