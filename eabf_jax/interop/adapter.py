@@ -9,7 +9,7 @@ import functools
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from eabf_jax.interop import native
 from eabf_jax.interop.directory import read_json_object
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora, adapters, merged_kernel
-from eabf_jax.model.parameters import parameters
+from eabf_jax.model.parameters import Parameter, parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,12 @@ class Leaves(NamedTuple):
     def by_layer(self, path: tuple[str, ...], dtype: Any = None) -> ByLayer:
         """Opens a stacked parameter, to read its layers one by one."""
         return ByLayer(functools.partial(self.read, path, dtype))
+
+    def tensors(self, entry: Parameter) -> Iterator[np.ndarray]:
+        """Yields a parameter layer by layer, in the shape of a Hugging Face or GGUF file."""
+        leaf = self.by_layer(entry.path) if entry.layers else [self.read(entry.path)]
+        for own in map(leaf.__getitem__, range(entry.layers or 1)):
+            yield own.T if entry.transposed else own
 
     def place(self, path: tuple[str, ...], dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         """Reads a parameter straight to its devices; returns when host memory no longer holds it."""
