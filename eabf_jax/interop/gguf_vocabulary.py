@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from eabf_jax.errors import InputError
 from eabf_jax.interop.directory import read_json_object
 from eabf_jax.interop.gguf_file import GgufFile
@@ -171,14 +173,23 @@ def _special(
         "unk": tokenizer.unk_id,
         "pad": config.pad_token_id if tokenizer.pad_id is None else tokenizer.pad_id,
     }
-    around = tokenizer.backend.encode("").ids
-    adds_eos = around[tokenizer.adds_bos :] == [eos]
-    if around != [found["bos"]] * tokenizer.adds_bos + [eos] * adds_eos:
-        raise _refused(directory, f"the tokenizer puts the tokens {around} around a text, expected BOS and EOS")
+    before, after = _around(tokenizer.backend)
+    if before not in ([], [found["bos"]]) or after not in ([], [eos]):
+        raise _refused(
+            directory, f"the tokenizer puts {before} before a text and {after} after it, expected only BOS and EOS"
+        )
+    adds_eos = bool(after)
     if not (directory / "tokenizer.json").is_file() and (directory / "tokenizer_config.json").is_file():
         adds_eos |= read_json_object(directory / "tokenizer_config.json").get("add_eos_token") is True
     ids = {IDS[role]: i for role, i in found.items() if i is not None}
-    return {**ids, ADD_BOS: tokenizer.adds_bos, ADD_EOS: adds_eos}
+    return {**ids, ADD_BOS: bool(before), ADD_EOS: adds_eos}
+
+
+def _around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """Returns the ids of the tokens that are put before and after each text."""
+    plain, whole = (backend.encode(_WORDS, add_special_tokens=special).ids for special in (False, True))
+    begin = next(i for i in range(len(whole) + 1) if whole[i : i + len(plain)] == plain)
+    return whole[:begin], whole[begin + len(plain) :]
 
 
 def _templates(templates: Mapping[str, str]) -> dict[str, Any]:
