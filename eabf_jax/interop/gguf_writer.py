@@ -13,6 +13,7 @@ import numpy as np
 
 from eabf_jax import __version__
 from eabf_jax.errors import InputError
+from eabf_jax.interop import native
 from eabf_jax.interop.directory import new_file
 from eabf_jax.interop.gguf import (
     ARCHITECTURE,
@@ -69,8 +70,13 @@ def to_gguf(
     if dtype is not None and dtype not in KINDS:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(KINDS)}")
     source = Path(src)
+    if step is not None and not native.is_native(source):
+        raise InputError(f"{source}: not a native model directory or a run, so it has no step {step}; leave it out")
     leaves = open_leaves(source, step, base)
     config = leaves.config
+    strange = [found.name for found in leaves.dtypes.values() if found.name not in KINDS]
+    if dtype is None and strange:
+        raise InputError(f"{source}: weights are {strange[0]}, which is not kept; choose --dtype {', '.join(KINDS)}")
     keys, factors = _model_keys(config)
     keys |= tokenizer_keys(source, config)
     entries = parameters(config)

@@ -177,9 +177,15 @@ def test_bad_arguments(tmp_path: Path) -> None:
         to_gguf(source, tmp_path / "m.gguf", dtype="q4_0")
     with pytest.raises(InputError, match=r"m\.gguf lies in the source .*hf: name another directory"):
         to_gguf(source, source / "m.gguf")
+    with pytest.raises(InputError, match="hf: not a native model directory or a run, so it has no step 3"):
+        to_gguf(source, tmp_path / "m.gguf", step=3)
+    double = make(tmp_path / "double", torch.float64)
+    with pytest.raises(InputError, match="double: weights are float64, which is not kept; choose --dtype float32, b"):
+        to_gguf(double, tmp_path / "m.gguf")
+    to_gguf(double, tmp_path / "double.gguf", dtype="float32")
     with pytest.raises(InputError, match="is a whole model and takes no base"):
         to_gguf(source, tmp_path / "m.gguf", base=source)
     set_config(source, eabf_scheme={"type": "eabf", "pretrained_window": 64})
     with pytest.raises(InputError, match=r"'eabf' multiplies the attention logits, .*: export .* convert/to_hf\.py"):
         to_gguf(source, tmp_path / "m.gguf")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["double", "double.gguf", "hf"]
