@@ -4,7 +4,7 @@ make test-llama-cpp
 python benchmarks/llama_cpp_parity.py --peer PYTHON --model assets/tiny --model DIR --json OUT.json
 
 PYTHON is the interpreter of an environment with llama-cpp-python. Each model is converted under every scheme of
-`schemes`. The tokens are those of this repository's pages, repeated, beyond the model's window.
+`schemes`. The tokens are those of this repository's pages, up to positions beyond the window.
 """
 
 import argparse
@@ -85,16 +85,17 @@ def same(ours: list[int], theirs: list[int]) -> int:
     return next((i for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)) if mine != other), len(ours))
 
 
-def measure(source: Path, python: Path, *, beyond: int, new_tokens: int) -> dict[str, Any]:
+def measure(source: Path, python: Path, *, window: int, beyond: int, new_tokens: int) -> dict[str, Any]:
     """Compares one model under every scheme.
 
     Args:
       source: a Hugging Face directory.
-      beyond: number of tokens after the model's window.
+      window: in tokens; a model with a larger one is treated as if it had been pretrained with this one.
+      beyond: number of tokens after the window.
       new_tokens: length of the greedy texts.
     """
     config, tokenizer = read_config(source), Tokenizer(source)
-    window = config.max_position_embeddings
+    window = min(window, config.max_position_embeddings)
     pages = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))]
     tokens: list[int] = []
     while len(tokens) < window + beyond:
@@ -164,14 +165,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, action="append", required=True, help="Hugging Face directory; repeatable")
     parser.add_argument("--peer", type=Path, required=True, help="a Python with llama-cpp-python")
-    parser.add_argument("--beyond", type=int, default=512, help="tokens after the model's window")
+    parser.add_argument("--window", type=int, default=2048, help="treat a larger window as this one, to save time")
+    parser.add_argument("--beyond", type=int, default=512, help="tokens after the window")
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     if not arguments.peer.is_file():
         raise InputError(f"--peer {arguments.peer}: no such file; `make test-llama-cpp` creates its environment")
     models = [
-        measure(model, arguments.peer, beyond=arguments.beyond, new_tokens=arguments.new_tokens)
+        measure(
+            model,
+            arguments.peer,
+            window=arguments.window,
+            beyond=arguments.beyond,
+            new_tokens=arguments.new_tokens,
+        )
         for model in arguments.model
     ]
     equal = all(map(agrees, models))

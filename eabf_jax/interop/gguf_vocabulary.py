@@ -104,15 +104,15 @@ def tokenizer_keys(directory: Path, config: LlamaConfig) -> dict[str, Any]:
     for begin in range(0, len(plain), _TOGETHER):
         text = tokenizer.decode(plain[begin : begin + _TOGETHER])
         probes.append(text if byte_level else text.lstrip())
-    differs = "the text"
+    reason = f"the tokenizer cuts texts by a rule that {PRE} has no name for"
     for rule in rules:
         candidate = {**keys, **rule}
         again = _read_back(directory, candidate)
         difference = next((text for text in probes if tokenizer.encode(text) != again.encode(text)), None)
         if difference is None:
             return candidate
-        differs = f"for example {difference[:40]!r}"
-    raise _refused(directory, f"the tokenizer splits texts, {differs}, in a way for which GGUF has no key")
+        reason = f"the tokenizer splits texts, for example {difference[:40]!r}, in a way that GGUF has no keys for"
+    raise _refused(directory, reason)
 
 
 def _refused(directory: Path, message: str) -> InputError:

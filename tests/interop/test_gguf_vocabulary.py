@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import sentencepiece
 import tokenizers
@@ -14,10 +13,9 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from eabf_jax.errors import InputError
-from eabf_jax.interop.gguf_file import GgufFile
+from eabf_jax.interop.gguf_file import GgufFile, read_gguf
 from eabf_jax.interop.gguf_tokenizer import read_vocabulary, write_tokenizer
 from eabf_jax.interop.gguf_vocabulary import tokenizer_keys
-from eabf_jax.interop.huggingface import read_config
 from eabf_jax.interop.tokenizer import export_tokenizer, load_tokenizer
 from eabf_jax.model.config import LlamaConfig
 
@@ -94,11 +92,15 @@ def test_byte_pair_keys_come_back(tmp_path: Path, name: str, adds_bos: bool) -> 
     assert keys == given
 
 
-def test_the_keys_of_a_real_model_are_those_of_llama_cpps_file(smollm2: Path, smollm2_gguf: Path) -> None:
-    found = tokenizer_keys(smollm2, read_config(smollm2))
-    there = {key: field.contents() for key, field in gguf.GGUFReader(smollm2_gguf).fields.items()}
+def test_the_keys_of_a_real_model_are_those_of_llama_cpps_file(tmp_path: Path, smollm2_gguf: Path) -> None:
+    file = read_gguf(smollm2_gguf)
+    vocabulary = read_vocabulary(file)
+    assert vocabulary is not None
+    write_tokenizer(tmp_path, vocabulary)
+    found = tokenizer_keys(tmp_path, config(49_152))
+    there = {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
     assert found == {key: there.get(key, False) for key in found}  # the file has no key for EOS after a text
-    assert {key for key in there if key.startswith("tokenizer.")} <= {*found, "tokenizer.ggml.add_space_prefix"}
+    assert there.keys() <= {*found, "tokenizer.ggml.add_space_prefix"}
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
@@ -139,12 +141,12 @@ BAD: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "split": (
         saved(pre_tokenizer=pre_tokenizers.Sequence([ASIDE, BYTES])),
         {},
-        "splits texts, the text, in a way for which GGUF has no key: .* serve its Hugging Face directory",
+        "cuts texts by a rule that tokenizer.ggml.pre has no name for: .* serve its Hugging Face directory",
     ),
     "normalizer": (
         saved(normalizer=normalizers.Lowercase()),
         {},
-        "splits texts, for example 'aaB', in a way for",
+        "splits texts, for example 'aaB', in a way that",
     ),
     "around": (saved(post_processor=TWICE), {}, r"puts \[0, 0\] before a text and \[\] after it, expected"),
     "ends": (saved(), {"eos_token_id": (0, 1, 2, 3)}, "4 tokens end a text, and GGUF has keys for three"),
