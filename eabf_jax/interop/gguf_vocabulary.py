@@ -188,7 +188,7 @@ def _special(
 def _around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """Returns the ids of the tokens that are put before and after each text."""
     plain, whole = (backend.encode(_WORDS, add_special_tokens=special).ids for special in (False, True))
-    begin = next(i for i in range(len(whole) + 1) if whole[i : i + len(plain)] == plain)
+    begin = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), len(whole))
     return whole[:begin], whole[begin + len(plain) :]
 
 
