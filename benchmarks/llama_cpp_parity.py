@@ -39,17 +39,20 @@ PEER = Path(__file__).with_name("llama_cpp_peer.py")
 
 # Largest difference of a logit, in standard deviations of all logits after the same token. Two float32 computations
 # differ by their rounding; another scheme makes a difference of about one (`difference_to_default`).
-LIMIT = 0.01
+LIMIT = 0.002
 
 
 def schemes(window: int, base: float, factor: float) -> dict[str, Scheme]:
     """Returns the schemes to compare, for a model with this window and base."""
+    common: dict[str, Any] = {"base": base, "factor": factor}
     return {
         "default": scheme("default", base=base),
-        "pi": scheme("pi", base=base, factor=factor),
-        "yarn": scheme("yarn", base=base, factor=factor, pretrained_window=window),
+        "pi": scheme("pi", **common),
+        "yarn": scheme("yarn", **common, pretrained_window=window),
+        "ntk_by_parts": scheme("ntk_by_parts", **common, pretrained_window=window),
+        "yarn, another ramp": scheme("yarn", **common, pretrained_window=window, beta_fast=8.0, beta_slow=2.0),
         "abf": scheme("abf", base=10 * base),
-        "llama3": scheme("llama3", base=base, factor=factor, pretrained_window=window),
+        "llama3": scheme("llama3", **common, pretrained_window=window),
     }
 
 
