@@ -168,9 +168,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, action="append", required=True, help="Hugging Face directory; repeatable")
     parser.add_argument("--peer", type=Path, required=True, help="a Python with llama-cpp-python")
-    parser.add_argument("--window", type=int, default=2048, help="treat a larger window as this one, to save time")
-    parser.add_argument("--beyond", type=int, default=512, help="tokens after the window")
-    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--window", type=int, default=512, help="treat a larger window as this one, to save time")
+    parser.add_argument("--beyond", type=int, default=256, help="tokens after the window")
+    parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     if not arguments.peer.is_file():
