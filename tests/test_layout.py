@@ -12,8 +12,9 @@ ROOT = TESTS.parent
 ELSEWHERE = {
     "__main__": "one call of cli.main: test_cli.py starts it",
     "errors": "the class of every refusal and the sentence on unknown names: each test of a refusal reads both",
-    "commands/convert/from_gguf": "a table of options: commands/test_convert.py runs all three",
+    "commands/convert/from_gguf": "a table of options: commands/test_convert.py runs all four",
     "commands/convert/from_hf": "likewise",
+    "commands/convert/to_gguf": "likewise",
     "commands/convert/to_hf": "likewise",
     "commands/evaluate/passkey": "one value, the task: commands/evaluate/test_retrieval.py runs both tasks",
     "commands/evaluate/line_retrieval": "likewise",

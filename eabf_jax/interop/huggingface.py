@@ -349,9 +349,8 @@ def to_hf(
 
     def tensors() -> Iterator[np.ndarray]:
         for entry in entries:
-            leaf = leaves.by_layer(entry.path) if entry.layers else [leaves.read(entry.path)]
-            for own in map(leaf.__getitem__, range(entry.layers or 1)):
-                yield (own.T if entry.transposed else own).astype(dtypes[entry.path], copy=False)
+            for own in leaves.tensors(entry):
+                yield own.astype(dtypes[entry.path], copy=False)
 
     card = model_card(source, Path(dst).absolute().name, config, int(native.checkpoint_path(source, step).parent.name))
     with new_directory(dst, EXPORT, overwrite=overwrite, sources=[source]) as partial:
