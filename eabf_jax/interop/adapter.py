@@ -119,6 +119,14 @@ def digest(model: Leaves) -> str:
     return found.hexdigest()[:16]
 
 
+def check_shape(tensor: StoredTensor, expected: tuple[int, ...]) -> None:
+    """Raises InputError if a stored tensor has another shape."""
+    if tensor.shape != expected:
+        raise InputError(
+            f"{tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}, expected {list(expected)}"
+        )
+
+
 def stack(entry: Parameter, found: Mapping[str, StoredTensor], dtype: Any, layers: slice) -> np.ndarray:
     """Reads the Hugging Face tensors of one parameter, or of some of its layers, into one new array.
 

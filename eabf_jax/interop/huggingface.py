@@ -14,7 +14,7 @@ from eabf_jax import rope
 from eabf_jax.errors import InputError
 from eabf_jax.fields import check, types_of
 from eabf_jax.interop import native
-from eabf_jax.interop.adapter import Leaves, merged_run, read_adapter, stack
+from eabf_jax.interop.adapter import Leaves, check_shape, merged_run, read_adapter, stack
 from eabf_jax.interop.directory import EXPORT, new_directory, read_json_object, refuse_pointer, write_json
 from eabf_jax.interop.model_card import CARD_FILE, model_card, write_origin
 from eabf_jax.interop.peft import base_of, is_peft, merged_peft
@@ -385,11 +385,11 @@ def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor
     for name, entry in expected.items():
         if name not in found:
             raise _missing(directory, name, entry, found)
-        _check_shape(found[name], entry.hf_shape)
+        check_shape(found[name], entry.hf_shape)
     extra = [name for name in found if name not in expected and not BUFFER.search(name)]
     if config.tie_word_embeddings and TIED_NAME in extra:
         embedding = found[EMBEDDING_NAME]
-        _check_shape(found[TIED_NAME], embedding.shape)
+        check_shape(found[TIED_NAME], embedding.shape)
         if found[TIED_NAME].read().tobytes() != embedding.read().tobytes():
             raise InputError(
                 f"{found[TIED_NAME].path}: {TIED_NAME} differs from the embedding, but config.json says "
@@ -416,13 +416,6 @@ def _missing(directory: Path, name: str, entry: Parameter, found: Mapping[str, S
             "config.json if its output layer is the embedding"
         )
     return InputError(message)
-
-
-def _check_shape(tensor: StoredTensor, expected: tuple[int, ...]) -> None:
-    if tensor.shape != expected:
-        raise InputError(
-            f"{tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}, expected {list(expected)}"
-        )
 
 
 def _headers(directory: Path) -> dict[str, StoredTensor]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from eabf_jax.errors import InputError
 from eabf_jax.fields import typed
-from eabf_jax.interop.adapter import Leaves, merged, stack
+from eabf_jax.interop.adapter import Leaves, check_shape, merged, stack
 from eabf_jax.interop.directory import read_json_object, refuse_pointer
 from eabf_jax.interop.safetensors_stream import StoredTensor, read_header
 from eabf_jax.model.config import LlamaConfig
@@ -200,8 +200,7 @@ def _take(stored: dict[str, StoredTensor], name: str, shape: tuple[int, ...], pa
     if name not in stored:
         raise InputError(f"{path.with_name(WEIGHTS_FILE)}: tensor {name} is missing; expected shape {list(shape)}")
     tensor = stored.pop(name)
-    if tensor.shape != shape:
-        raise InputError(f"{tensor.path}: tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    check_shape(tensor, shape)
     return tensor
 
 
