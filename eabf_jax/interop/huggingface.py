@@ -13,6 +13,15 @@ from eabf_jax.errors import InputError
 from eabf_jax.fields import check, types_of
 from eabf_jax.interop import native
 from eabf_jax.interop.adapter import Leaves, merged, read_adapter
+from eabf_jax.interop.architectures import (
+    ARCHITECTURES,
+    FEATURES,
+    OWN_TYPE,
+    PARTIAL,
+    Architecture,
+    architecture_of,
+    without_partial,
+)
 from eabf_jax.interop.directory import EXPORT, new_directory, read_json_object, write_json
 from eabf_jax.interop.model_card import CARD_FILE, model_card, write_origin
 from eabf_jax.interop.safetensors_stream import (
@@ -38,8 +47,8 @@ MAX_SHARD_BYTES = 5 * 10**9
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TIED_NAME = "lm_head.weight"
 
-# Keys that may change the logits or weights of transformers' LLaMA: a test of the supported values, and their name in
-# messages. docs/config_json.md lists every key.
+# Keys that may change the logits or weights of transformers' models: a test of the supported values, and their name in
+# messages. An architecture may have its own reading of a key. docs/config_json.md lists every key.
 _NULL: tuple[Callable[[Any], bool], str] = (lambda value: value is None, "null")
 FIXED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "hidden_act": (lambda value: value in ("silu", "swish"), "'silu'"),
@@ -60,10 +69,13 @@ FIXED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("text_config", "decoder", "generator"), _NULL),
 }
 
-_FIELDS = {name: kind for name, kind in types_of(LlamaConfig).items() if name != "rope"}
+_FIELDS = {name: kind for name, kind in types_of(LlamaConfig).items() if name not in ("rope", "model_type")}
+_SHARED = [name for name in _FIELDS if name not in FEATURES]
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# In a config.json of ours: the model_type that the model came as.
+OWN_FAMILY = "eabf_family"
 _DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}  # the other defaults are those of `LlamaConfig`
-_NULL_IS_DEFAULT = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias")
+_NULL_IS_DEFAULT = ("num_key_value_heads", "head_dim", "tie_word_embeddings", *FEATURES)
 
 
 class Summary(NamedTuple):
@@ -82,27 +94,38 @@ def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
     Raises:
       InputError: the architecture is another one, a key is missing or of the wrong type, or a value is not supported
         (`FIXED`).
-    Source: transformers, `LlamaConfig`.
+    Source: transformers, the config classes of `ARCHITECTURES`.
     """
-    kind = values.get("model_type")
-    if kind not in ("llama", "eabf_llama"):
-        raise InputError(f"config.json: model_type is {kind!r}, expected 'llama' (the LLaMA architecture)")
+    architecture = architecture_of(values)
     for name, (accepts, expected) in FIXED.items():
-        if name in values and not accepts(values[name]):
+        if name in values and name not in architecture.keys and not accepts(values[name]):
             raise InputError(f"config.json: {name} is {values[name]!r:.80}, expected {expected}")
-    absent = {name for name in _FIELDS if values.get(name) is None and (name in _NULL_IS_DEFAULT or name not in values)}
-    given = {name: values[name] for name in _FIELDS if name not in absent}
-    fields = check(_DEFAULTS | given, _FIELDS, "config.json: key", required=_SIZES)
+    given = {
+        name: values[name]
+        for name in _SHARED
+        if name in values and not (values[name] is None and name in _NULL_IS_DEFAULT)
+    }
+    defaults = {name: value for name, value in architecture.defaults.items() if name in _SHARED}
+    fields = check(_DEFAULTS | defaults | given, _FIELDS, "config.json: key", required=_SIZES)
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields.setdefault("head_dim", fields["hidden_size"] // max(fields["num_attention_heads"], 1))
-    config = LlamaConfig(**fields, rope=rope.from_hf(values))
+    features = architecture.read(values, fields["num_hidden_layers"])
+    fields |= check({k: v for k, v in features.items() if v is not None}, _FIELDS, "config.json: key")
+    kind = values["model_type"]
+    if kind == OWN_TYPE:
+        kind = values.get(OWN_FAMILY, "llama")
+        architecture_of({"model_type": kind})
+    rotary = without_partial(values) if PARTIAL in architecture.keys else values
+    if (base := architecture.defaults.get("rope_theta")) is not None:
+        rotary = {"rope_theta": base, **rotary}
+    config = LlamaConfig(**fields, model_type=kind, rope=rope.from_hf(rotary))
     if DATA_KEY in values:
         check_exported(values[DATA_KEY], config.rope, *_extent(config))
     return config
 
 
 def _extent(config: LlamaConfig) -> tuple[int, int, int]:
-    return config.head_dim, config.num_hidden_layers, config.max_position_embeddings
+    return config.rotary_dim, config.num_hidden_layers, config.max_position_embeddings
 
 
 def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
@@ -113,15 +136,18 @@ def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
     Args:
       dtype: of the stored tensors.
     """
-    rotary = rope.to_hf(config.rope, head_dim=config.head_dim)
+    rotary = rope.to_hf(config.rope, head_dim=config.rotary_dim)
     end = config.eos_token_id
-    identity: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    architecture = ARCHITECTURES[config.model_type]
+    identity: dict[str, Any] = {"architectures": [architecture.class_name], "model_type": config.model_type}
     if rope.needs_remote_code(rotary):
+        architecture = ARCHITECTURES[OWN_TYPE]
         rotary |= {DATA_KEY: exported_data(config.rope, *_extent(config))}
         module = Path(MODELING_FILE).stem
         identity = {
-            "architectures": ["EabfLlamaForCausalLM"],
-            "model_type": "eabf_llama",
+            "architectures": [architecture.class_name],
+            "model_type": OWN_TYPE,
+            OWN_FAMILY: config.model_type,
             "auto_map": {
                 "AutoConfig": f"{module}.EabfLlamaConfig",
                 "AutoModel": f"{module}.EabfLlamaModel",
@@ -130,7 +156,8 @@ def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
         }
     return {
         **identity,
-        **{name: getattr(config, name) for name in _FIELDS},
+        **{name: getattr(config, name) for name in _SHARED},
+        **architecture.write(config),
         "hidden_act": "silu",
         "eos_token_id": list(end) if isinstance(end, tuple) else end,
         "torch_dtype": dtype,  # read by every release; `dtype` from 4.56 on
@@ -264,15 +291,20 @@ def to_hf(
     dtypes = {name: np.dtype(dtype or own) for name, own in leaves.dtypes.items()}
     if has_tokenizer(source):
         native.check_vocabulary(load_tokenizer(source), config, source)
+    files = _files(config)
     planned = [
-        PlannedTensor(name, dtypes[entry.path], entry.hf_shape) for entry in entries for name in entry.hf_names()
+        PlannedTensor(name, np.result_type(*(dtypes[entry.path] for entry in parts)), _joined_shape(parts))
+        for names, parts in files
+        for name in names
     ]
 
     def tensors() -> Iterator[np.ndarray]:
-        for entry in entries:
-            leaf = leaves.by_layer(entry.path) if entry.layers else [leaves.read(entry.path)]
-            for own in map(leaf.__getitem__, range(entry.layers or 1)):
-                yield (own.T if entry.transposed else own).astype(dtypes[entry.path], copy=False)
+        for names, parts in files:
+            whole = [leaves.by_layer(entry.path) if entry.layers else [leaves.read(entry.path)] for entry in parts]
+            for layer in range(len(names)):
+                own = (leaf[layer].T if parts[0].transposed else leaf[layer] for leaf in whole)
+                found = [x.astype(dtypes[entry.path], copy=False) for x, entry in zip(own, parts, strict=True)]
+                yield found[0] if len(found) == 1 else np.concatenate(found)
 
     card = model_card(source, Path(dst).absolute().name, config, int(native.checkpoint_path(source, step).parent.name))
     with new_directory(dst, EXPORT, overwrite=overwrite, sources=[source]) as partial:
@@ -284,6 +316,43 @@ def to_hf(
     return Summary(len(planned), sum(tensor.nbytes for tensor in planned))
 
 
+def _files(config: LlamaConfig) -> list[tuple[list[str], list[Parameter]]]:
+    """Lists the tensors of an export: their names in the order of layers, and the parameters that each of them joins."""
+    own_code = rope.needs_remote_code(rope.to_hf(config.rope, head_dim=config.rotary_dim))
+    fused = {} if own_code else ARCHITECTURES[config.model_type].fused
+    whole = {part: name for name, parts in fused.items() for part in parts}
+    found: dict[str, tuple[list[str], list[Parameter]]] = {}
+    for entry in parameters(config):
+        module = entry.path[-2]
+        names = [name.replace(module, whole.get(module, module)) for name in entry.hf_names()]
+        found.setdefault(names[0], (names, []))[1].append(entry)
+    return [*found.values()]
+
+
+def _joined_shape(parts: list[Parameter]) -> tuple[int, ...]:
+    first, *rest = parts[0].hf_shape
+    return first + sum(part.hf_shape[0] for part in parts[1:]), *rest
+
+
+def _unfused(found: Mapping[str, StoredTensor], config: LlamaConfig) -> dict[str, StoredTensor]:
+    """Cuts projections that the files hold as one tensor into those of the model."""
+    fused, apart = ARCHITECTURES[config.model_type].fused, {}
+    shapes = {name: entry.hf_shape for entry in parameters(config) for name in entry.hf_names()}
+    for name, tensor in found.items():
+        module = (name.split(".") + [""])[-2]
+        parts = [name.replace(module, part) for part in fused.get(module, ())]
+        if not parts or not all(part in shapes for part in parts):
+            apart[name] = tensor
+            continue
+        first, *rest = shapes[parts[0]]
+        _check_shape(tensor, (sum(shapes[part][0] for part in parts), *rest))
+        offset = tensor.offset
+        for part in parts:
+            apart[part] = StoredTensor(part, tensor.dtype, shapes[part], tensor.path, offset)
+            offset += apart[part].nbytes
+    return apart
+
+
 def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor]:
     """Finds every tensor of a Hugging Face directory, and checks them against the config without reading them.
 
@@ -293,7 +362,7 @@ def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor
     Raises:
       InputError: a shard or tensor is missing, truncated, extra or of another shape; or all weights are pickled.
     """
-    found = _headers(directory)
+    found = _unfused(_headers(directory), config)
     expected = {name: entry for entry in parameters(config) for name in entry.hf_names()}
     for name, entry in expected.items():
         if name not in found:
