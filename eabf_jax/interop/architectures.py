@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from eabf_jax.errors import InputError, unknown_name
-from eabf_jax.fields import typed
+from eabf_jax.fields import check, typed, types_of
 from eabf_jax.model.config import LlamaConfig
 
 Values = Mapping[str, Any]  # the content of a config.json
 Fields = dict[str, Any]  # fields of LlamaConfig
 
-# model_type of models that need our own modeling file; its keys have our names.
+# model_type of models that need our own modeling file.
 OWN_TYPE = "eabf_llama"
+# Its key for the features beyond LLaMA, under which transformers does not look for them.
+OWN_KEY = "eabf_features"
 # Keys of the rotary scheme, which `rope.from_hf` reads; those of partial rotation are removed for it.
 PARTIAL = "partial_rotary_factor"
 _ROTARY_SECTIONS = ("rope_scaling", "rope_parameters")
@@ -200,6 +202,24 @@ def without_partial(values: Values) -> Values:
 
 _PARTIAL = Spelling((PARTIAL,), _read_partial, lambda config: {PARTIAL: config.partial_rotary_factor})
 
+def _write_own(config: LlamaConfig) -> dict[str, Any]:
+    plain = LlamaConfig(**_plain(config), attention_bias=config.attention_bias, mlp_bias=config.mlp_bias)
+    own = {name: getattr(config, name) for name in FEATURES if getattr(config, name) != getattr(plain, name)}
+    family = {} if config.model_type == "llama" else {"family": config.model_type}
+    return {OWN_KEY: family | own} if family | own else {}
+
+
+def _read_own(values: Values, layers: int) -> Fields:
+    found = values.get(OWN_KEY) or {}
+    types = {name: kind for name, kind in types_of(LlamaConfig).items() if name in FEATURES} | {"family": str}
+    fields = check(found, types, "config.json: key", f"{OWN_KEY}.")
+    family = fields.pop("family", "llama")
+    architecture_of({"model_type": family})
+    return {**fields, "model_type": family}
+
+
+_OWN = Spelling((OWN_KEY,), _read_own, _write_own)
+
 _BIASES = {"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 _MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131_072}
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32_768, "bos_token_id": None, "eos_token_id": None}
@@ -266,7 +286,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         },
         options={**_BIASES, "attention_out_bias": "attention_output_bias"},
     ),
-    OWN_TYPE: Architecture("EabfLlamaForCausalLM", options={name: name for name in FEATURES}),
+    OWN_TYPE: Architecture("EabfLlamaForCausalLM", options=_BIASES, spellings=(_OWN,)),
 }
 
 # Architectures that need code beyond these features: what the model lacks for them.

@@ -69,11 +69,9 @@ FIXED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("text_config", "decoder", "generator"), _NULL),
 }
 
-_FIELDS = {name: kind for name, kind in types_of(LlamaConfig).items() if name not in ("rope", "model_type")}
-_SHARED = [name for name in _FIELDS if name not in FEATURES]
+_FIELDS = {name: kind for name, kind in types_of(LlamaConfig).items() if name != "rope"}
+_SHARED = [name for name in _FIELDS if name not in (*FEATURES, "model_type")]
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# In a config.json of ours: the model_type that the model came as.
-OWN_FAMILY = "eabf_family"
 _DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}  # the other defaults are those of `LlamaConfig`
 _NULL_IS_DEFAULT = ("num_key_value_heads", "head_dim", "tie_word_embeddings", *FEATURES)
 
@@ -111,14 +109,10 @@ def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
     fields.setdefault("head_dim", fields["hidden_size"] // max(fields["num_attention_heads"], 1))
     features = architecture.read(values, fields["num_hidden_layers"])
     fields |= check({k: v for k, v in features.items() if v is not None}, _FIELDS, "config.json: key")
-    kind = values["model_type"]
-    if kind == OWN_TYPE:
-        kind = values.get(OWN_FAMILY, "llama")
-        architecture_of({"model_type": kind})
     rotary = without_partial(values) if PARTIAL in architecture.keys else values
     if (base := architecture.defaults.get("rope_theta")) is not None:
         rotary = {"rope_theta": base, **rotary}
-    config = LlamaConfig(**fields, model_type=kind, rope=rope.from_hf(rotary))
+    config = LlamaConfig(**{"model_type": values["model_type"], **fields}, rope=rope.from_hf(rotary))
     if DATA_KEY in values:
         check_exported(values[DATA_KEY], config.rope, *_extent(config))
     return config
@@ -147,7 +141,6 @@ def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
         identity = {
             "architectures": [architecture.class_name],
             "model_type": OWN_TYPE,
-            OWN_FAMILY: config.model_type,
             "auto_map": {
                 "AutoConfig": f"{module}.EabfLlamaConfig",
                 "AutoModel": f"{module}.EabfLlamaModel",
@@ -339,7 +332,7 @@ def _unfused(found: Mapping[str, StoredTensor], config: LlamaConfig) -> dict[str
     fused, apart = ARCHITECTURES[config.model_type].fused, {}
     shapes = {name: entry.hf_shape for entry in parameters(config) for name in entry.hf_names()}
     for name, tensor in found.items():
-        module = (name.split(".") + [""])[-2]
+        module = f".{name}".split(".")[-2]
         parts = [name.replace(module, part) for part in fused.get(module, ())]
         if not parts or not all(part in shapes for part in parts):
             apart[name] = tensor
