@@ -284,7 +284,7 @@ def to_hf(
     dtypes = {name: np.dtype(dtype or own) for name, own in leaves.dtypes.items()}
     if has_tokenizer(source):
         native.check_vocabulary(load_tokenizer(source), config, source)
-    files = _files(config)
+    files = files_of(config)
     planned = [
         PlannedTensor(name, np.result_type(*(dtypes[entry.path] for entry in parts)), _joined_shape(parts))
         for names, parts in files
@@ -309,7 +309,7 @@ def to_hf(
     return Summary(len(planned), sum(tensor.nbytes for tensor in planned))
 
 
-def _files(config: LlamaConfig) -> list[tuple[list[str], list[Parameter]]]:
+def files_of(config: LlamaConfig) -> list[tuple[list[str], list[Parameter]]]:
     """Lists the tensors of an export: their names in the order of layers, and the parameters that each of them joins."""
     own_code = rope.needs_remote_code(rope.to_hf(config.rope, head_dim=config.rotary_dim))
     fused = {} if own_code else ARCHITECTURES[config.model_type].fused
