@@ -1,4 +1,4 @@
-"""Converts a Hugging Face directory to a native one: python convert/from_hf.py --src DIR --dst DIR [--overwrite]."""
+"""Converts a Hugging Face directory to a native one: python convert/from_hf.py --src DIR --dst DIR [--base DIR]."""
 
 from eabf_jax.cli import convert
 

@@ -9,7 +9,7 @@ import functools
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,10 @@ from eabf_jax.errors import InputError
 from eabf_jax.fields import check, types_of
 from eabf_jax.interop import native
 from eabf_jax.interop.directory import read_json_object
+from eabf_jax.interop.safetensors_stream import StoredTensor
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora, adapters, merged_kernel
-from eabf_jax.model.parameters import parameters
+from eabf_jax.model.parameters import Parameter, parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,20 @@ def digest(model: Leaves) -> str:
     return found.hexdigest()[:16]
 
 
-def merged(directory: Path | str, adapter: Adapter, base: Leaves, step: int | None = None) -> Leaves:
+def stack(entry: Parameter, found: Mapping[str, StoredTensor], dtype: Any, layers: slice) -> np.ndarray:
+    """Reads the Hugging Face tensors of one parameter, or of some of its layers, into one new array.
+
+    Args:
+      found: stored tensor by Hugging Face name.
+    """
+    stored = [found[name] for name in entry.hf_names()[layers]]
+    leaf = native.empty_leaf((len(stored), *entry.unstacked), dtype)
+    for target, tensor in zip(leaf, stored, strict=True):
+        target[...] = tensor.read().T if entry.transposed else tensor.read()  # no variable keeps a second tensor alive
+    return leaf[0] if entry.layers is None else leaf
+
+
+def merged_run(directory: Path | str, adapter: Adapter, base: Leaves, step: int | None = None) -> Leaves:
     """Merges the adapters of a run into their base model.
 
     Args:
@@ -136,17 +150,33 @@ def merged(directory: Path | str, adapter: Adapter, base: Leaves, step: int | No
     lora = adapter.lora
     entries = (*parameters(config), *adapters(config, lora))
     own = native.stored_arrays(path, {entry.path: entry.shape for entry in entries if lora.trains(entry.path)})
+    return merged(config, base, own, functools.partial(native.read_leaf, path), lora.scale)
 
-    adapted = {(*name[:-1], "kernel") for name in own if name[-1] == "lora_a"}
+
+def merged(
+    config: LlamaConfig,
+    base: Leaves,
+    own: Collection[tuple[str, ...]],
+    read_own: Callable[[tuple[str, ...], Any, slice], np.ndarray],
+    scale: float = 1.0,
+) -> Leaves:
+    """Merges low-rank adapters and whole parameters into a base model.
+
+    Args:
+      config: of the merged model.
+      own: the paths of what is merged: parameters of the model, which replace the base's, and `lora_a` and `lora_b`.
+      read_own: reads one of them, as `Leaves.reader` does.
+      scale: the factor on the product of `lora_a` and `lora_b`.
+    """
+    adapted = {name for name in base.dtypes if name[-1] in ("kernel", "embedding") and (*name[:-1], "lora_a") in own}
 
     def read(name: tuple[str, ...], dtype: Any, layers: slice) -> np.ndarray:
-        if name in own:
-            return native.read_leaf(path, name, dtype, layers)
+        source = read_own if name in own else base.read
         if name not in adapted:
-            return base.read(name, dtype, layers)
-        first, second = (native.read_leaf(path, (*name[:-1], leaf), None, layers) for leaf in ("lora_a", "lora_b"))
-        kernel = merged_kernel(base.read(name, None, layers), first, second, lora.scale)
+            return source(name, dtype, layers)
+        first, second = (read_own((*name[:-1], leaf), None, layers) for leaf in ("lora_a", "lora_b"))
+        kernel = merged_kernel(source(name, None, layers), first, second, scale)
         return kernel.astype(dtype or kernel.dtype, copy=False)
 
-    changed = dict.fromkeys(adapted | (own.keys() & base.dtypes.keys()), np.dtype(np.float32))
+    changed = dict.fromkeys(adapted | (set(own) & base.dtypes.keys()), np.dtype(np.float32))
     return Leaves(config, {**base.dtypes, **changed}, read)

@@ -202,6 +202,7 @@ def without_partial(values: Values) -> Values:
 
 _PARTIAL = Spelling((PARTIAL,), _read_partial, lambda config: {PARTIAL: config.partial_rotary_factor})
 
+
 def _write_own(config: LlamaConfig) -> dict[str, Any]:
     plain = LlamaConfig(**_plain(config), attention_bias=config.attention_bias, mlp_bias=config.mlp_bias)
     own = {name: getattr(config, name) for name in FEATURES if getattr(config, name) != getattr(plain, name)}
@@ -293,7 +294,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 _LACKING: Mapping[str, tuple[str, ...]] = {
     "mixture of experts": (
         *("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "granitemoe", "olmoe", "deepseek_v2", "deepseek_v3", "llama4"),
-        *("llama4_text", "gpt_oss", "dbrx", "jamba", "glm4_moe", "ernie4_5_moe", "minimax", "hunyuan_v1_moe", "mistral4"),
+        *(
+            "llama4_text",
+            "gpt_oss",
+            "dbrx",
+            "jamba",
+            "glm4_moe",
+            "ernie4_5_moe",
+            "minimax",
+            "hunyuan_v1_moe",
+            "mistral4",
+        ),
     ),
     "LayerNorm": (
         *("gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "mpt", "phi", "stablelm", "starcoder2"),

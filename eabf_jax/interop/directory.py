@@ -59,6 +59,15 @@ def new_directory(
         raise
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raises InputError if a file is not the data itself but Git LFS's pointer to it, as a clone without LFS has it."""
+    start = b"version https://git-lfs"
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(start)) == start:
+                raise InputError(f"{path}: only Git LFS's pointer to the file; run `git lfs pull` in its directory")
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 
 from eabf_jax.errors import InputError, one_line
+from eabf_jax.interop.directory import refuse_pointer
 
 DOCUMENTATION = "docs/gguf.md"
 
@@ -179,6 +180,7 @@ def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise InputError(f"{path}: a directory; expected a .gguf file")
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a .gguf file")
+    refuse_pointer(path)
     try:
         reader = _Reader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}

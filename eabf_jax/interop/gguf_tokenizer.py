@@ -72,6 +72,13 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace("{1,3}", "")
+# As in the model's own tokenizer.json, and so in transformers; llama.cpp's expression knows capitals only in ASCII.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN_SPLIT = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class Splitting(NamedTuple):
@@ -88,14 +95,32 @@ class Splitting(NamedTuple):
     adds_bos: bool = False
 
 
-# By llama.cpp's names in `tokenizer.ggml.pre`, for models of the LLaMA architecture.
+# By llama.cpp's names in `tokenizer.ggml.pre`. Each rule has all its names, whatever architecture usually has them.
 SPLITTINGS: Mapping[str, Splitting] = {
     **dict.fromkeys(
-        ("llama-bpe", "llama3", "llama-v3", "falcon3", "midm-2.0"),
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "midm-2.0", "pixtral", "falcon-h1", "lfm2", "jina-v5-nano"),
         Splitting((_LLAMA3_SPLIT,), ignores_merges=True, adds_bos=True),
     ),
-    **dict.fromkeys(("smollm", "refact", "starcoder", "minerva-7b"), Splitting((r"\p{N}", _GPT2_SPLIT))),
-    **dict.fromkeys(("gpt-2", "mellum", "trillion", "granite-docling"), Splitting((_GPT2_SPLIT,))),
+    **dict.fromkeys(("smaug-bpe", "dbrx"), Splitting((_LLAMA3_SPLIT,))),
+    "tekken": Splitting((_TEKKEN_SPLIT,), ignores_merges=True, adds_bos=True),
+    **dict.fromkeys(
+        (
+            *("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez"),
+            *("stablelm2", "hunyuan", "solar-open", "grok-2"),
+        ),
+        Splitting((_QWEN2_SPLIT,)),
+    ),
+    **dict.fromkeys(
+        ("smollm", "refact", "starcoder", "minerva-7b", "command-r", "codeshell", "exaone", "mellum2"),
+        Splitting((r"\p{N}", _GPT2_SPLIT)),
+    ),
+    **dict.fromkeys(
+        (
+            *("gpt-2", "mellum", "trillion", "granite-docling", "phi-2", "mpt", "olmo", "jais", "exaone4", "gigachat"),
+            *("a.x-4.0", "modern-bert", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de"),
+        ),
+        Splitting((_GPT2_SPLIT,)),
+    ),
     **dict.fromkeys(("default", ""), Splitting((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]"))),
 }
 

@@ -1,6 +1,8 @@
 """Opens models, and converts Hugging Face directories to native ones and back, bit for bit."""
 
+import dataclasses
 import functools
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,18 +14,11 @@ from eabf_jax import rope
 from eabf_jax.errors import InputError
 from eabf_jax.fields import check, types_of
 from eabf_jax.interop import native
-from eabf_jax.interop.adapter import Leaves, merged, read_adapter
-from eabf_jax.interop.architectures import (
-    ARCHITECTURES,
-    FEATURES,
-    OWN_TYPE,
-    PARTIAL,
-    Architecture,
-    architecture_of,
-    without_partial,
-)
-from eabf_jax.interop.directory import EXPORT, new_directory, read_json_object, write_json
+from eabf_jax.interop.adapter import Leaves, merged_run, read_adapter, stack
+from eabf_jax.interop.architectures import ARCHITECTURES, FEATURES, OWN_TYPE, PARTIAL, architecture_of, without_partial
+from eabf_jax.interop.directory import EXPORT, new_directory, read_json_object, refuse_pointer, write_json
 from eabf_jax.interop.model_card import CARD_FILE, model_card, write_origin
+from eabf_jax.interop.peft import base_of, is_peft, merged_peft
 from eabf_jax.interop.safetensors_stream import (
     INDEX_FILE,
     NAMES,
@@ -33,9 +28,9 @@ from eabf_jax.interop.safetensors_stream import (
     read_header,
     write_sharded,
 )
-from eabf_jax.interop.tokenizer import copy_tokenizer_files, export_tokenizer, has_tokenizer, load_tokenizer
+from eabf_jax.interop.tokenizer import Tokenizer, copy_tokenizer_files, export_tokenizer, has_tokenizer, load_tokenizer
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.parameters import Parameter, nest, parameters, shapes
+from eabf_jax.model.parameters import TABLE, Parameter, nest, parameter_axes, parameters, shapes
 from eabf_jax.rope.exported import DATA_KEY, check_exported, exported_data
 
 MODELING_FILE = "modeling_eabf_llama.py"
@@ -45,14 +40,24 @@ MODELING_SOURCE = Path(__file__).parent / "export" / MODELING_FILE
 MAX_SHARD_BYTES = 5 * 10**9
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-TIED_NAME = "lm_head.weight"
+EMBEDDING_NAME, TIED_NAME = "model.embed_tokens.weight", "lm_head.weight"
+
+# Rotary tables and causal masks, which old releases stored beside the weights and which are computed here.
+BUFFER = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(self_)?attn\.(masked_)?bias|position_ids)$")
 
 # Keys that may change the logits or weights of transformers' models: a test of the supported values, and their name in
 # messages. An architecture may have its own reading of a key. docs/config_json.md lists every key.
 _NULL: tuple[Callable[[Any], bool], str] = (lambda value: value is None, "null")
 FIXED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "hidden_act": (lambda value: value in ("silu", "swish"), "'silu'"),
-    "quantization_config": (lambda value: value is None, "null (weights that are not quantised)"),
+    # `quantization` is MLX's.
+    **dict.fromkeys(
+        ("quantization_config", "quantization"),
+        (
+            lambda value: value is None,
+            "null: quantised weights are not read; use the model that was quantised, or `dequantize()` of transformers",
+        ),
+    ),
     "transformers_weights": (lambda value: value in (None, SINGLE_FILE, INDEX_FILE), f"{SINGLE_FILE!r}"),
     "is_causal": (lambda value: value is True, "true"),
     "is_encoder_decoder": (lambda value: value in (None, False), "false"),
@@ -169,11 +174,10 @@ def write_config(directory: Path, config: LlamaConfig, dtype: str) -> None:
 def read_config(directory: Path | str) -> LlamaConfig:
     """Reads the config.json of a directory; raises InputError as `config_from_hf` does, or if there is none."""
     path = Path(directory) / "config.json"
-    if not path.is_file() and native.is_native(directory):
-        raise InputError(f"{directory}: a native model directory; expected a Hugging Face one (config.json)")
     if not path.is_file():
         raise InputError(
             f"{directory}: neither a Hugging Face directory (config.json) nor a native one ({native.MODEL_FILE})"
+            f"{other_format(Path(directory))}"
         )
     try:
         return config_from_hf(read_json_object(path))
@@ -181,14 +185,45 @@ def read_config(directory: Path | str) -> LlamaConfig:
         message = str(error)
         if str(path) in message:
             raise
-        raise InputError(f"{path}: {message.removeprefix('config.json: ')}") from error
+        # Directories of GGUF files often have a config.json with little more than model_type.
+        other = other_format(path.parent) if any(path.parent.glob("*.gguf")) else ""
+        raise InputError(f"{path}: {message.removeprefix('config.json: ')}{other}") from error
+
+
+def base_directory(directory: Path | str, base: Path | str | None = None) -> Path | None:
+    """Finds the directory of the base model of a run's or PEFT's adapters; None for a whole model.
+
+    Args:
+      base: current directory of the base model; None for the one that the adapters name.
+
+    Raises:
+      InputError: there is no such directory, or `base` is given for a model without adapters.
+    """
+    run = read_adapter(directory) if native.is_native(directory) else None
+    if run is None and not is_peft(directory):
+        if base is not None:
+            raise InputError(f"{directory} is a whole model and takes no base; leave {base} out")
+        return None
+    named = base or (base_of(directory) if run is None else run.base) or "a directory that they name"
+    if not Path(named).is_dir() or Path(named).resolve() == Path(directory).resolve():
+        script = "from_hf" if run is None else "to_hf"
+        raise InputError(
+            f"{directory} holds only adapters, and their base model is not in {named}: name its directory with "
+            f"convert/{script}.py --base DIR or load(…, base=DIR)"
+        )
+    return Path(named)
+
+
+def tokenizer_directory(directory: Path | str, base: Path | str | None = None) -> Path:
+    """Returns the directory whose tokenizer a model has: its own, or that of its base for adapters without one."""
+    return (base_directory(directory, base) if not has_tokenizer(directory) else None) or Path(directory)
 
 
 def open_leaves(directory: Path | str, step: int | None = None, base: Path | str | None = None) -> Leaves:
     """Opens a model of any kind, to read its parameters one at a time.
 
     Args:
-      directory: a Hugging Face directory, a native one, or a run that holds only adapters.
+      directory: a Hugging Face directory, a native one, a run that holds only adapters, or PEFT's LoRA adapters.
       step: the checkpoint of a native directory or run; None for the latest.
       base: current directory of the adapters' base model; None if it has not moved since training.
 
@@ -198,17 +233,11 @@ def open_leaves(directory: Path | str, step: int | None = None, base: Path | str
     Raises:
       InputError: files are missing, damaged or do not fit the config, or `base` is given for a model without adapters.
     """
-    adapter = read_adapter(directory) if native.is_native(directory) else None
-    if adapter is not None:
-        at = Path(adapter.base if base is None else base)
-        if not at.is_dir():
-            raise InputError(
-                f"{directory} holds only adapters, and their base model is not in {at}: name its directory with "
-                "convert/to_hf.py --base DIR or load(…, base=DIR)"
-            )
-        return merged(directory, adapter, open_leaves(at), step)
-    if base is not None:
-        raise InputError(f"{directory} is a whole model and takes no base; leave {base} out")
+    at = base_directory(directory, base)
+    if at is not None:
+        adapter = read_adapter(directory) if native.is_native(directory) else None
+        below = open_leaves(at)
+        return merged_peft(directory, below) if adapter is None else merged_run(directory, adapter, below, step)
     if native.is_native(directory):
         config, path = native.read_model_json(directory), native.checkpoint_path(directory, step)
         stored = native.stored_arrays(path, shapes(config))
@@ -224,32 +253,74 @@ def _open_hf(directory: Path) -> Leaves:
     found = find_tensors(directory, config)
     entries = {entry.path: entry for entry in parameters(config)}
     dtypes = {name: _common([found[key] for key in entry.hf_names()]) for name, entry in entries.items()}
-    return Leaves(config, dtypes, lambda name, dtype, own: _stack(entries[name], found, dtype or dtypes[name], own))
+    return Leaves(config, dtypes, lambda name, dtype, own: stack(entries[name], found, dtype or dtypes[name], own))
 
 
-def from_hf(src: Path | str, dst: Path | str, overwrite: bool = False) -> Summary:
+def from_hf(
+    src: Path | str,
+    dst: Path | str,
+    overwrite: bool = False,
+    base: Path | str | None = None,
+    pad_embeddings: bool = False,
+) -> Summary:
     """Converts a Hugging Face directory to a native one, bit for bit.
 
     Args:
-      src: directory with config.json, safetensors files and usually a tokenizer.
+      src: directory with config.json, safetensors files and usually a tokenizer; or one with PEFT's LoRA adapters,
+        which are merged into their base.
       dst: the native model directory to make; on an error, nothing is written.
+      base: as for `open_leaves`.
+      pad_embeddings: whether tokens without rows in the embedding and the output layer get the mean of the others;
+        without it, they are refused.
 
     Raises:
       InputError: files are missing, damaged or do not fit the config; or `dst` is in use.
     """
     source = Path(src)
-    model = _open_hf(source)
-    if has_tokenizer(source):
-        native.check_vocabulary(load_tokenizer(source), model.config, source)
-    with new_directory(dst, native.NATIVE, overwrite=overwrite, sources=[source]) as partial:
+    if native.is_native(source):
+        raise InputError(f"{source}: a native model directory; expected a Hugging Face one (config.json)")
+    model, tokens_from = open_leaves(source, base=base), tokenizer_directory(source, base)
+    if has_tokenizer(tokens_from):
+        tokenizer = load_tokenizer(tokens_from)
+        if pad_embeddings:
+            model = _padded(model, tokenizer.vocab_size)
+        check_vocabulary(tokenizer, model.config, tokens_from)
+    with new_directory(dst, native.NATIVE, overwrite=overwrite, sources=[source, tokens_from]) as partial:
         leaves = {path: model.read(path) for path in model.dtypes}
         native.save_params(partial, nest(leaves))
-        copy_tokenizer_files(source, partial)
+        copy_tokenizer_files(tokens_from, partial)
         write_origin(source, partial)
         widest = max(model.dtypes.values(), key=lambda dtype: dtype.itemsize)
         native.write_model_json(partial, model.config, dtype=widest.name)
     count = sum(entry.layers or 1 for entry in parameters(model.config))
     return Summary(count, sum(leaf.nbytes for leaf in leaves.values()))
+
+
+def _padded(model: Leaves, rows: int) -> Leaves:
+    """Appends rows to the embedding and the output layer, each the mean of the stored ones, up to a number of rows."""
+    before = model.config.vocab_size
+    if rows <= before:
+        return model
+
+    def read(path: tuple[str, ...], dtype: Any, layers: slice) -> np.ndarray:
+        leaf, axes = model.read(path, dtype, layers), parameter_axes(path)
+        if "vocab" not in axes:
+            return leaf
+        axis = axes.index("vocab")
+        shape = [rows if name == "vocab" else size for name, size in zip(axes, leaf.shape, strict=True)]
+        wide = np.moveaxis(native.empty_leaf(tuple(shape), leaf.dtype), axis, 0)
+        wide[:before], wide[before:] = np.moveaxis(leaf, axis, 0), leaf.mean(axis, dtype=np.float64)
+        return np.moveaxis(wide, 0, axis)
+
+    return model._replace(config=dataclasses.replace(model.config, vocab_size=rows), reader=read, restore=None)
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig, directory: Path | str) -> None:
+    """Raises InputError, which names the remedy, if a tokenizer's vocabulary is larger than the embedding."""
+    try:
+        native.check_vocabulary(tokenizer, config, directory)
+    except InputError as error:
+        raise InputError(f"{error}: convert/from_hf.py --pad-embeddings appends the missing rows") from error
 
 
 def to_hf(
@@ -283,7 +354,7 @@ def to_hf(
     entries = parameters(config)
     dtypes = {name: np.dtype(dtype or own) for name, own in leaves.dtypes.items()}
     if has_tokenizer(source):
-        native.check_vocabulary(load_tokenizer(source), config, source)
+        check_vocabulary(load_tokenizer(source), config, source)
     files = files_of(config)
     planned = [
         PlannedTensor(name, np.result_type(*(dtypes[entry.path] for entry in parts)), _joined_shape(parts))
@@ -333,7 +404,8 @@ def _unfused(found: Mapping[str, StoredTensor], config: LlamaConfig) -> dict[str
     shapes = {name: entry.hf_shape for entry in parameters(config) for name in entry.hf_names()}
     for name, tensor in found.items():
         module = f".{name}".split(".")[-2]
-        parts = [name.replace(module, part) for part in fused.get(module, ())]
+        full = f"model.{name.removeprefix('model.')}"
+        parts = [full.replace(module, part) for part in fused.get(module, ())]
         if not parts or not all(part in shapes for part in parts):
             apart[name] = tensor
             continue
@@ -355,16 +427,24 @@ def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor
     Raises:
       InputError: a shard or tensor is missing, truncated, extra or of another shape; or all weights are pickled.
     """
-    found = _unfused(_headers(directory), config)
     expected = {name: entry for entry in parameters(config) for name in entry.hf_names()}
+    found: dict[str, StoredTensor] = {}
+    for stored, tensor in _unfused(_headers(directory), config).items():
+        # A bare LlamaModel stores its names without the prefix; transformers adds or removes it too.
+        spellings = (stored, f"model.{stored}", stored.removeprefix("model."))
+        name = next((name for name in spellings if name in expected or name == TIED_NAME), stored)
+        if name in found:
+            raise InputError(f"{tensor.path}: tensor {name} is stored twice, once with and once without `model.`")
+        found[name] = tensor
+    if config.tie_word_embeddings and EMBEDDING_NAME not in found and TIED_NAME in found:
+        found[EMBEDDING_NAME] = found.pop(TIED_NAME)
     for name, entry in expected.items():
         if name not in found:
-            raise InputError(f"{directory}: tensor {name} is missing; expected shape {list(entry.hf_shape)}")
+            raise _missing(directory, name, entry, found)
         _check_shape(found[name], entry.hf_shape)
-    # Old files also store the rotary frequencies, which are computed here.
-    extra = [name for name in found if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+    extra = [name for name in found if name not in expected and not BUFFER.search(name)]
     if config.tie_word_embeddings and TIED_NAME in extra:
-        embedding = found["model.embed_tokens.weight"]
+        embedding = found[EMBEDDING_NAME]
         _check_shape(found[TIED_NAME], embedding.shape)
         if found[TIED_NAME].read().tobytes() != embedding.read().tobytes():
             raise InputError(
@@ -373,11 +453,25 @@ def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor
             )
         extra.remove(TIED_NAME)
     if extra:
+        optional = {name: entry.only_if for entry in TABLE if entry.only_if for name in entry.of(config).hf_names()}
+        field, value = optional.get(extra[0], (None, None))
         raise InputError(
-            f"{found[extra[0]].path}: tensor {extra[0]} is not part of this model ({len(extra)} such); "
-            "expected a LLaMA checkpoint that fits its config.json"
+            f"{found[extra[0]].path}: tensor {extra[0]} is not part of this model ({len(extra)} such); expected "
+            + (f"{field} {str(value).lower()} in config.json" if field else "a LLaMA that fits its config.json")
         )
     return {name: found[name] for name in expected}
+
+
+def _missing(directory: Path, name: str, entry: Parameter, found: Mapping[str, StoredTensor]) -> InputError:
+    message = f"{directory}: tensor {name} is missing; expected shape {list(entry.hf_shape)}"
+    if other := next((stored for stored in found if stored.endswith(f".{name}")), None):
+        message += f": {other} is there, so remove the prefix {other.removesuffix(name)!r} from all names"
+    elif name == TIED_NAME:
+        message += (
+            ": the model has no output layer; save it with AutoModelForCausalLM, or set tie_word_embeddings true in "
+            "config.json if its output layer is the embedding"
+        )
+    return InputError(message)
 
 
 def _check_shape(tensor: StoredTensor, expected: tuple[int, ...]) -> None:
@@ -388,9 +482,15 @@ def _check_shape(tensor: StoredTensor, expected: tuple[int, ...]) -> None:
 
 
 def _headers(directory: Path) -> dict[str, StoredTensor]:
-    """Reads the headers of all safetensors files in a directory; returns tensors by name."""
+    """Reads the headers of all safetensors files in a directory; returns tensors by name.
+
+    As in transformers, the index only says which files there are.
+    """
+    for name in ("quantize_config.json", "quant_config.json"):
+        if (directory / name).is_file():
+            raise InputError(f"{directory / name}: the weights are quantised; use the model that was quantised")
     if (directory / SINGLE_FILE).is_file():
-        return read_header(directory / SINGLE_FILE)
+        return _header(directory / SINGLE_FILE)
     index_path = directory / INDEX_FILE
     if not index_path.is_file():
         raise _no_weights(directory)
@@ -399,16 +499,26 @@ def _headers(directory: Path) -> dict[str, StoredTensor]:
         raise InputError(f"{index_path}: expected a weight_map from tensor names to file names")
     found: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
-        for name, tensor in read_header(_inside(directory, file, index_path)).items():
-            if weight_map.get(name) != file:
+        for name, tensor in _header(_inside(directory, file, index_path)).items():
+            if name in found:
                 raise InputError(
-                    f"{tensor.path}: tensor {name} is here, but {INDEX_FILE} has it in {weight_map.get(name)}"
+                    f"{tensor.path}: tensor {name} is in {found[name].path.name} too; expected it in one shard of "
+                    f"{INDEX_FILE}"
                 )
             found[name] = tensor
     for name, file in weight_map.items():
-        if name not in found:
-            raise InputError(f"{directory / file}: tensor {name} is missing; {INDEX_FILE} has it in this shard")
+        # If the model needs its output layer, `find_tensors` refuses.
+        if name not in found and name != TIED_NAME and not BUFFER.search(name):
+            raise InputError(
+                f"{directory / file}: tensor {name} is missing; {INDEX_FILE} has it in this shard: copy the shard and "
+                "the index again"
+            )
     return found
+
+
+def _header(path: Path) -> dict[str, StoredTensor]:
+    refuse_pointer(path)
+    return read_header(path)
 
 
 def _inside(directory: Path, file: str, index_path: Path) -> Path:
@@ -419,15 +529,24 @@ def _inside(directory: Path, file: str, index_path: Path) -> Path:
     allowed = own in path.resolve().parents or (
         path.is_symlink() and own.parent.name == "snapshots" and path.resolve().parent == blobs
     )
-    if Path(file).name != file or not allowed:
+    if not allowed:
         raise InputError(f"{index_path}: names the file {file!r}, which is outside its directory; expected a file name")
     return path
 
 
 def _no_weights(directory: Path) -> InputError:
-    pickled = sorted(path.name for pattern in PICKLED for path in directory.glob(pattern))
-    if not pickled:
-        return InputError(f"{directory}: no weights; expected {SINGLE_FILE} or {INDEX_FILE} with its shards")
+    expected = f"expected {SINGLE_FILE} or {INDEX_FILE} with its shards"
+    if others := sorted(directory.glob("*.safetensors")):
+        if not others[0].exists():
+            return InputError(f"{others[0]}: a link to {others[0].readlink()}, which is missing; download it again")
+        return InputError(
+            f"{others[0]} is there, but {expected}: copy the index, or rename a file that has all weights"
+        )
+    # The weights first: training leaves other pickled files beside them.
+    pickled = [path.name for pattern in ("pytorch_model*", *PICKLED) for path in sorted(directory.glob(pattern))]
+    other = other_format(directory)
+    if not pickled or (other and not pickled[0].startswith("pytorch_model")):
+        return InputError(f"{directory}: no weights; {expected}{other}")
     command = (
         'python -c "from transformers import AutoModelForCausalLM as M; '
         f"M.from_pretrained('{directory}').save_pretrained('{directory}-safetensors')\""
@@ -438,13 +557,18 @@ def _no_weights(directory: Path) -> InputError:
     )
 
 
-def _stack(entry: Parameter, found: Mapping[str, StoredTensor], dtype: Any, layers: slice) -> np.ndarray:
-    """Reads the tensors of one parameter, or of some of its layers, into one new array."""
-    stored = [found[name] for name in entry.hf_names()[layers]]
-    leaf = native.empty_leaf((len(stored), *entry.unstacked), dtype)
-    for target, tensor in zip(leaf, stored, strict=True):
-        target[...] = tensor.read().T if entry.transposed else tensor.read()  # no variable keeps a second tensor alive
-    return leaf[0] if entry.layers is None else leaf
+def other_format(directory: Path) -> str:
+    """Returns the end of a message: how to read what is in a place without a Hugging Face model; empty if unknown."""
+    if directory.is_file():
+        return ": a file; " + (
+            "convert it with convert/from_gguf.py" if directory.suffix == ".gguf" else f"name {directory.parent}"
+        )
+    if found := sorted(directory.glob("*.gguf")):
+        return f": convert the GGUF file with convert/from_gguf.py --src {found[0]}"
+    if (directory / "params.json").is_file() or any(directory.glob("consolidated.*")):
+        return ": these are Meta's or Mistral's own files; get the model's Hugging Face files"
+    inner = sorted({*directory.glob("*/config.json"), *directory.glob("snapshots/*/config.json")})
+    return f": did you mean {inner[0].parent}?" if inner else ""
 
 
 def _common(stored: list[StoredTensor]) -> np.dtype[Any]:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from eabf_jax.errors import InputError
 from eabf_jax.interop import huggingface, native
 from eabf_jax.interop.adapter import Leaves
+from eabf_jax.interop.peft import is_peft
 from eabf_jax.interop.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.decoder import WeightSource
@@ -93,9 +94,10 @@ def _open(
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     _check_exists(directory)
     leaves = huggingface.open_leaves(directory, base=base)
-    tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
+    tokens_from = huggingface.tokenizer_directory(directory, base)
+    tokenizer = load_tokenizer(tokens_from) if has_tokenizer(tokens_from) else None
     if tokenizer is not None:
-        native.check_vocabulary(tokenizer, leaves.config, directory)
+        huggingface.check_vocabulary(tokenizer, leaves.config, tokens_from)
     if rope is not None:
         scheme = rope if isinstance(rope, Scheme) else Scheme.from_dict(rope)
         leaves = leaves._replace(config=dataclasses.replace(leaves.config, rope=scheme))
@@ -167,6 +169,8 @@ def read_config(directory: Path | str) -> LlamaConfig:
       InputError: there is no such directory, or it has no valid config.
     """
     _check_exists(directory)
+    if is_peft(directory):
+        return huggingface.open_leaves(directory).config
     return (native.read_model_json if native.is_native(directory) else huggingface.read_config)(directory)
 
 
@@ -203,4 +207,4 @@ def _check_exists(directory: Path | str) -> None:
     if not isinstance(directory, str | os.PathLike):
         raise InputError(f"directory is {directory!r:.80}; the path of a model's directory is needed")
     if not Path(directory).is_dir():
-        raise InputError(f"{directory}: no such directory")
+        raise InputError(f"{directory}: no such directory{huggingface.other_format(Path(directory))}")

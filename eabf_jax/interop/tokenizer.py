@@ -16,7 +16,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from eabf_jax.destination import whole
 from eabf_jax.errors import InputError, one_line
 from eabf_jax.fields import typed
-from eabf_jax.interop.directory import read_json_object, write_json
+from eabf_jax.interop.directory import read_json_object, refuse_pointer, write_json
 
 # The generated module defines its classes at import time, which type checkers cannot see.
 MODEL_PROTO: Any = vars(sentencepiece_proto)["ModelProto"]
@@ -447,6 +447,7 @@ def _without_markup(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 def _from_json(path: Path, kind: str, values: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, str]:
     """Reads a tokenizer.json; returns the tokenizer and its class, empty for a LLaMA class that does not apply."""
+    refuse_pointer(path)
     text = _read_text(path)
     try:
         backend = tokenizers.Tokenizer.from_str(text)
@@ -487,12 +488,14 @@ def _space_decoder(strips: bool) -> decoders.Decoder:
 
 
 def _read_sentencepiece(path: Path) -> Any:
+    refuse_pointer(path)
     data = path.read_bytes()
     try:
         sentencepiece.SentencePieceProcessor(model_proto=data)
         proto = MODEL_PROTO.FromString(data)
     except (OSError, RuntimeError, DecodeError) as error:
-        raise InputError(f"{path}: not a SentencePiece model: {one_line(error)}") from error
+        own = "; this is Llama 3's own file: copy its tokenizer.json" if re.match(rb"[\w+/]+={0,2} \d+\n", data) else ""
+        raise InputError(f"{path}: not a SentencePiece model: {one_line(error)}{own}") from error
     if not proto.pieces:  # an empty file parses
         raise InputError(f"{path}: not a whole SentencePiece model: it has no pieces; copy it again")
     if proto.trainer_spec.model_type not in (proto.trainer_spec.BPE, proto.trainer_spec.UNIGRAM):

@@ -80,12 +80,18 @@ TABLE: tuple[Entry, ...] = (
     Entry("model.layers.{}.input_layernorm", "scale", "blk.{}.attn_norm", ("D",), (None,), _PRE_NORM),
     # Where norms precede, the one after attention is the MLP's.
     Entry("model.layers.{}.post_attention_layernorm", "scale", "blk.{}.ffn_norm", ("D",), (None,), _PRE_NORM),
-    Entry("model.layers.{}.post_attention_layernorm", "scale", "blk.{}.post_attention_norm", ("D",), (None,), _POST_NORM),
+    Entry(
+        "model.layers.{}.post_attention_layernorm", "scale", "blk.{}.post_attention_norm", ("D",), (None,), _POST_NORM
+    ),
     Entry("model.layers.{}.post_feedforward_layernorm", "scale", "blk.{}.post_ffw_norm", ("D",), (None,), _POST_NORM),
     Entry("model.layers.{}.self_attn.q_norm", "scale", "blk.{}.attn_q_norm", ("H",), (None,), _HEAD_NORM, rotated=True),
     Entry("model.layers.{}.self_attn.k_norm", "scale", "blk.{}.attn_k_norm", ("H",), (None,), _HEAD_NORM, rotated=True),
-    Entry("model.layers.{}.self_attn.q_norm", "scale", "blk.{}.attn_q_norm", ("NH",), (None,), _FULL_NORM, rotated=True),
-    Entry("model.layers.{}.self_attn.k_norm", "scale", "blk.{}.attn_k_norm", ("KH",), (None,), _FULL_NORM, rotated=True),
+    Entry(
+        "model.layers.{}.self_attn.q_norm", "scale", "blk.{}.attn_q_norm", ("NH",), (None,), _FULL_NORM, rotated=True
+    ),
+    Entry(
+        "model.layers.{}.self_attn.k_norm", "scale", "blk.{}.attn_k_norm", ("KH",), (None,), _FULL_NORM, rotated=True
+    ),
     Entry("model.layers.{}.self_attn.q_proj", "kernel", "blk.{}.attn_q", ("D", "NH"), ("embed", "heads"), rotated=True),
     Entry("model.layers.{}.self_attn.q_proj", "bias", "blk.{}.attn_q", ("NH",), ("heads",), _ATTN_BIAS, rotated=True),
     Entry("model.layers.{}.self_attn.k_proj", "kernel", "blk.{}.attn_k", ("D", "KH"), ("embed", "heads"), rotated=True),

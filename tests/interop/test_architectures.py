@@ -1,7 +1,6 @@
 """Every architecture against transformers: logits, files, decoding, training and adapters."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,6 @@ import transformers
 from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from weights import random_params
 
 from eabf_jax import load
 from eabf_jax.errors import InputError
@@ -185,7 +183,9 @@ def test_a_training_step_on_eight_devices_is_torchs(case: Case, sizes: dict[str,
     made = build_model(case.model.config, compute, mesh)
     step = Layerwise(made, make_optimizer(RecipeConfig(), 4), compute, mesh, clip_norm=1e9, batch=shapes)
     step.compile()
-    own = jax.tree.map(lambda x, like: jax.device_put(np.array(x), like.sharding), case.model.parameters(), step.abstract.params)
+    own = jax.tree.map(
+        lambda x, like: jax.device_put(np.array(x), like.sharding), case.model.parameters(), step.abstract.params
+    )
     _, metrics = step(step.begin(own), batch)
     case.reference.zero_grad()
     logits = case.reference(torch.from_numpy(rows[:, :-1]).long()).logits

@@ -14,6 +14,7 @@ from gguf_files import Metadata, Tensors, assert_refused, changed, config_of, co
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import pre_tokenizers
 from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from eabf_jax.interop.gguf_tokenizer import SPLITTINGS, pre_tokenizer
 from eabf_jax.interop.tokenizer import load_tokenizer
@@ -80,6 +81,33 @@ def test_splittings_are_those_of_the_libraries(texts: list[str]) -> None:
     assert cut("default", "a, 12345") == ["a", ",", "Ġ", "123", "45"]
     pattern = inspect.signature(TikTokenConverter.__init__).parameters["pattern"].default
     assert SPLITTINGS["llama3"].patterns == (pattern,)
+
+
+def test_names_of_splittings_are_those_of_transformers_and_llama_cpp() -> None:
+    """Compares each name that transformers knows; the others are in llama.cpp's groups of the same expression."""
+    shared = GGUF_PRE_TOKENIZER_SPLITS.keys() & SPLITTINGS.keys()
+    assert {"llama3", "pixtral", "smaug-bpe", "dbrx", "tekken", "qwen2", "deepseek-r1-qwen"} <= shared
+    for name in shared:
+        assert SPLITTINGS[name].patterns == (GGUF_PRE_TOKENIZER_SPLITS[name],), name
+    for name in ("stablelm2", "hunyuan", "solar-open", "grok-2"):
+        assert SPLITTINGS[name] == SPLITTINGS["qwen2"]
+    for name in ("command-r", "codeshell", "exaone", "starcoder", "refact", "minerva-7b", "mellum2"):
+        assert SPLITTINGS[name] == SPLITTINGS["smollm"]
+    for name in ("mpt", "olmo", "jais", "trillion", "exaone4", "phi-2", "gigachat", "granite-docling", "mellum"):
+        assert SPLITTINGS[name] == SPLITTINGS["gpt-2"]
+    whole = {name for name, splitting in SPLITTINGS.items() if splitting.ignores_merges}
+    assert whole == {name for name, splitting in SPLITTINGS.items() if splitting.adds_bos}
+    llama3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
+    assert whole == {*llama3, "tekken"}
+    assert cut("tekken", "HelloWorld's 12\n") == ["Hello", "World", "'s", "Ġ", "1", "2", "Ċ"]
+
+
+@pytest.mark.document_check
+def test_the_page_names_every_splitting() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "gguf.md").read_text(encoding="utf-8")
+    table = page[page.index("| `tokenizer.ggml.pre` | how text is split |") :].split("\n\n")[0]
+    rows = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert {name for row in rows for name in re.findall(r"`([^`]+)`", row)} | {""} == SPLITTINGS.keys()
 
 
 def cut(name: str, text: str) -> list[str]:

@@ -260,7 +260,7 @@ def json_directory(tmp_path: Path) -> Path:
 
 
 def test_tokenizer_json_agrees_with_transformers(json_directory: Path, texts: list[str]) -> None:
-    write(json_directory, {})
+    write(json_directory, {"config.json": {"model_type": "llama", "eos_token_id": 3}})
     # The file's padding names the pad token, but its truncation and padding themselves are ignored.
     ours = agree(json_directory, [*texts[:50], "<|im_start|>user\nthe fox<|end|><|new|>", ""])
     assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.unk_id) == (1, 0, 0, None)
@@ -399,6 +399,7 @@ def test_an_exported_tokenizer_needs_no_code_and_no_answer(
         ("tokenizer.json", b"\xff", "not valid UTF-8"),
         ("tokenizer.model", b"junk", "not a SentencePiece model"),
         ("tokenizer.model", b"", "not a whole SentencePiece model"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "Llama 3's own file: copy its tokenizer.json"),
         ("tokenizer_config.json", b"[]", "expected an object"),
         ("tokenizer_config.json", b"{", "not valid JSON"),
     ],

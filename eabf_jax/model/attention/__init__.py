@@ -91,6 +91,8 @@ def with_window(attention: Attention, window: int) -> Attention:
       InputError: a backend without this ability, or a function that is no backend.
     """
     if not isinstance(attention, Backend):
-        raise InputError(f"sliding_window {window} needs an attention backend by name; a function was given: {attention}")
+        raise InputError(
+            f"sliding_window {window} needs an attention backend by name; a function was given: {attention}"
+        )
     found: Attention = ability(attention, "windowed")(window)
     return found

@@ -21,9 +21,7 @@ _MODULE = "jax._src.cudnn.fused_attention_stablehlo"
 _JAX_VERSIONS = ">=0.10,<0.12"
 
 
-def _attend(
-    q: Array, k: Array, v: Array, segment_ids: Array | None, even: Attention | None = None
-) -> Array:
+def _attend(q: Array, k: Array, v: Array, segment_ids: Array | None, even: Attention | None = None) -> Array:
     # The kernel's backward pass rejects odd lengths. Padding comes last, so the causal mask already excludes it.
     length, pad = q.shape[1], q.shape[1] % 2
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
