@@ -472,7 +472,7 @@ def decoding(generator: Any, prompts: Any, total: int) -> Callable[[Any, Any], A
 
         def attend(q: Any, k: Any, v: Any, cache: Any) -> Any:
             q, k, v = (y[:, 0] for y in (q, k, v))
-            out, cache = placement.token_attention(None, q, k, v, cache, position, backend=setup.backend)
+            out, cache = placement.token_attention(None, {"backend": setup.backend}, q, k, v, cache, position)
             return out[:, None], cache
 
         positions = position[:, None]

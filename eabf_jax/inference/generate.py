@@ -495,8 +495,9 @@ def _read_layer(
     cache: LayerCache,
 ) -> tuple[Array, LayerCache]:
     """Reads a chunk with one layer; `place` has the chunk's first position and the layer's sliding window."""
-    options = dict(zip(("start", "window"), place, strict=True))
-    attention = functools.partial(placement.chunk_attention, setup.mesh, backend=setup.backend, **options)
+    start, window = place
+    options = {"start": start, "window": window, "backend": setup.backend}
+    attention = functools.partial(placement.chunk_attention, setup.mesh, options)
     return decoder.layer(setup.config, weights, index, x, row, cache, attention)
 
 
@@ -549,7 +550,7 @@ def _decode(
     ) -> tuple[Array, LayerCache]:
         q, k, v = (y[:, 0] for y in (q, k, v))
         options = {"backend": setup.backend, "window": window}
-        out, cache = placement.token_attention(setup.mesh, q, k, v, cache, positions, **options)
+        out, cache = placement.token_attention(setup.mesh, options, q, k, v, cache, positions)
         return out[:, None], cache
 
     def step(carry: tuple[Array, Array, _State]) -> tuple[Array, Array, _State]:

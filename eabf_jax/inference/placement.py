@@ -79,17 +79,17 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def chunk_attention(
-    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, **options: Any
+    mesh: Mesh | None, options: Mapping[str, Any], q: Array, k: Array, v: Array, cache: LayerCache
 ) -> tuple[Array, LayerCache]:
-    """Runs `attend_chunk` with its options on each device's own rows and heads."""
+    """Runs `attend_chunk` with its keyword arguments `options` on each device's own rows and heads."""
     attend = functools.partial(attend_chunk, **options)
     return _mapped(mesh, attend, cache, spec("batch", None, "heads", None))(q, k, v, cache)
 
 
 def token_attention(
-    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, positions: Array, **options: Any
+    mesh: Mesh | None, options: Mapping[str, Any], q: Array, k: Array, v: Array, cache: LayerCache, positions: Array
 ) -> tuple[Array, LayerCache]:
-    """Runs `attend_token` with its options on each device's own rows and heads."""
+    """Runs `attend_token` with its keyword arguments `options` on each device's own rows and heads."""
     attend = functools.partial(attend_token, **options)
     return _mapped(mesh, attend, cache, spec("batch", "heads", None), spec("batch"))(q, k, v, cache, positions)
 

@@ -302,7 +302,6 @@ _LACKING: Mapping[str, tuple[str, ...]] = {
             "glm4_moe",
             "ernie4_5_moe",
             "minimax",
-            "hunyuan_v1_moe",
             "mistral4",
         ),
     ),

@@ -351,7 +351,6 @@ def to_hf(
         raise InputError(f"{source}: no {native.MODEL_FILE} there; expected a native model directory or a run's")
     leaves = open_leaves(source, step, base)
     config = leaves.config
-    entries = parameters(config)
     dtypes = {name: np.dtype(dtype or own) for name, own in leaves.dtypes.items()}
     if has_tokenizer(source):
         check_vocabulary(load_tokenizer(source), config, source)
@@ -381,7 +380,7 @@ def to_hf(
 
 
 def files_of(config: LlamaConfig) -> list[tuple[list[str], list[Parameter]]]:
-    """Lists the tensors of an export: their names in the order of layers, and the parameters that each of them joins."""
+    """Lists the tensors of an export: their names in the order of layers, and the parameters that each one joins."""
     own_code = rope.needs_remote_code(rope.to_hf(config.rope, head_dim=config.rotary_dim))
     fused = {} if own_code else ARCHITECTURES[config.model_type].fused
     whole = {part: name for name, parts in fused.items() for part in parts}
@@ -409,8 +408,7 @@ def _unfused(found: Mapping[str, StoredTensor], config: LlamaConfig) -> dict[str
         if not parts or not all(part in shapes for part in parts):
             apart[name] = tensor
             continue
-        first, *rest = shapes[parts[0]]
-        _check_shape(tensor, (sum(shapes[part][0] for part in parts), *rest))
+        _check_shape(tensor, (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:]))
         offset = tensor.offset
         for part in parts:
             apart[part] = StoredTensor(part, tensor.dtype, shapes[part], tensor.path, offset)

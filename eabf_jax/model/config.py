@@ -21,7 +21,7 @@ class LlamaConfig:
       attention_bias: whether the q, k and v projections have biases.
       attention_output_bias: whether the o projection has a bias; None means as `attention_bias`.
       mlp_bias: whether the projections of the MLP have biases.
-      qk_norm: RMS norm of queries and keys before rotation: over each "head", over all heads together ("full"), or None.
+      qk_norm: RMS norm of queries and keys before rotation: over each "head", or over all heads ("full").
       post_norm: whether norms follow attention and MLP, inside the residual branch, instead of preceding them.
       partial_rotary_factor: share of each head, from its start, that is rotated.
       unrotated_layers: 0-based layers without rotary embedding.

@@ -68,30 +68,24 @@ _UNTIED = ("tie_word_embeddings", False)
 _ATTN_BIAS = ("attention_bias", True)
 _OUT_BIAS = ("attention_output_bias", True)
 _MLP_BIAS = ("mlp_bias", True)
-_HEAD_NORM = ("qk_norm", "head")
-_FULL_NORM = ("qk_norm", "full")
-_PRE_NORM = ("post_norm", False)
-_POST_NORM = ("post_norm", True)
+_PER_HEAD = ("qk_norm", "head")
+_OVERALL = ("qk_norm", "full")
+_BEFORE = ("post_norm", False)
+_AFTER = ("post_norm", True)
 
 TABLE: tuple[Entry, ...] = (
     Entry("model.embed_tokens", "embedding", "token_embd", ("V", "D"), ("vocab", "embed")),
     Entry("model.norm", "scale", "output_norm", ("D",), (None,)),
     Entry("lm_head", "kernel", "output", ("D", "V"), ("embed", "vocab"), _UNTIED),
-    Entry("model.layers.{}.input_layernorm", "scale", "blk.{}.attn_norm", ("D",), (None,), _PRE_NORM),
+    Entry("model.layers.{}.input_layernorm", "scale", "blk.{}.attn_norm", ("D",), (None,), _BEFORE),
     # Where norms precede, the one after attention is the MLP's.
-    Entry("model.layers.{}.post_attention_layernorm", "scale", "blk.{}.ffn_norm", ("D",), (None,), _PRE_NORM),
-    Entry(
-        "model.layers.{}.post_attention_layernorm", "scale", "blk.{}.post_attention_norm", ("D",), (None,), _POST_NORM
-    ),
-    Entry("model.layers.{}.post_feedforward_layernorm", "scale", "blk.{}.post_ffw_norm", ("D",), (None,), _POST_NORM),
-    Entry("model.layers.{}.self_attn.q_norm", "scale", "blk.{}.attn_q_norm", ("H",), (None,), _HEAD_NORM, rotated=True),
-    Entry("model.layers.{}.self_attn.k_norm", "scale", "blk.{}.attn_k_norm", ("H",), (None,), _HEAD_NORM, rotated=True),
-    Entry(
-        "model.layers.{}.self_attn.q_norm", "scale", "blk.{}.attn_q_norm", ("NH",), (None,), _FULL_NORM, rotated=True
-    ),
-    Entry(
-        "model.layers.{}.self_attn.k_norm", "scale", "blk.{}.attn_k_norm", ("KH",), (None,), _FULL_NORM, rotated=True
-    ),
+    Entry("model.layers.{}.post_attention_layernorm", "scale", "blk.{}.ffn_norm", ("D",), (None,), _BEFORE),
+    Entry("model.layers.{}.post_attention_layernorm", "scale", "blk.{}.post_attention_norm", ("D",), (None,), _AFTER),
+    Entry("model.layers.{}.post_feedforward_layernorm", "scale", "blk.{}.post_ffw_norm", ("D",), (None,), _AFTER),
+    Entry("model.layers.{}.self_attn.q_norm", "scale", "blk.{}.attn_q_norm", ("H",), (None,), _PER_HEAD, rotated=True),
+    Entry("model.layers.{}.self_attn.k_norm", "scale", "blk.{}.attn_k_norm", ("H",), (None,), _PER_HEAD, rotated=True),
+    Entry("model.layers.{}.self_attn.q_norm", "scale", "blk.{}.attn_q_norm", ("NH",), (None,), _OVERALL, rotated=True),
+    Entry("model.layers.{}.self_attn.k_norm", "scale", "blk.{}.attn_k_norm", ("KH",), (None,), _OVERALL, rotated=True),
     Entry("model.layers.{}.self_attn.q_proj", "kernel", "blk.{}.attn_q", ("D", "NH"), ("embed", "heads"), rotated=True),
     Entry("model.layers.{}.self_attn.q_proj", "bias", "blk.{}.attn_q", ("NH",), ("heads",), _ATTN_BIAS, rotated=True),
     Entry("model.layers.{}.self_attn.k_proj", "kernel", "blk.{}.attn_k", ("D", "KH"), ("embed", "heads"), rotated=True),

@@ -113,16 +113,19 @@ def test_logits_of_random_shapes_are_transformers(
         "head_dim": size, "rope_theta": draw(st.sampled_from([100.0, 1e6])),
     }  # fmt: skip
     features = {
-        "attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans()), "attention_out_bias": draw(st.booleans()),
+        "attention_bias": draw(st.booleans()), "attention_out_bias": draw(st.booleans()),
+        "mlp_bias": draw(st.booleans()),
         "sliding_window": draw(st.sampled_from([None, 1, 4, 100])), "use_sliding_window": draw(st.booleans()),
         "max_window_layers": draw(st.integers(0, 3)), "no_rope_layer_interval": draw(st.integers(1, 3)),
         "partial_rotary_factor": draw(st.sampled_from([0.5, 1.0])),
-        **{name: draw(st.sampled_from([0.5, 1.0, 3.0])) for name in FULL["granite"] if "mul" in name or "logits" in name},
+        **{name: draw(st.sampled_from([0.5, 1.0, 3.0])) for name in FULL["granite"] if name != "mlp_bias"},
     }  # fmt: skip
     known = transformers.AutoConfig.for_model(kind).to_dict()
     if kind == "phi3":
         known["partial_rotary_factor"] = None
     own = {name: value for name, value in features.items() if name in known}
+    if kind == "ministral" and own["sliding_window"] is None:
+        own["layer_types"] = ["full_attention"] * keys["num_hidden_layers"]  # transformers' default needs a window
     reference = in_transformers(kind, seed=1, **keys, **own)
     directory = tmp_path_factory.mktemp(kind)
     reference.save_pretrained(directory)
@@ -253,7 +256,7 @@ def test_adapters_on_every_projection_merge(case: Case) -> None:
         ({"model_type": "smollm3", "no_rope_layers": [1, 2, 0]}, "expected 3 of 0 and 1"),
         ({"model_type": "llama", "sliding_window": 8}, "sliding_window is 8, expected null"),
         ({"model_type": "llama", "partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
-        ({"model_type": "phi3", "partial_rotary_factor": 0.3}, "2 rotated dimensions|rotated dimensions"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.4}, "partial_rotary_factor 0.4: 3 rotated dimensions"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window 0 is not a positive number"),
         ({"model_type": "eabf_llama", "eabf_features": {"warp": 1}}, "unknown config.json: key 'eabf_features.warp'"),
     ],
@@ -265,5 +268,5 @@ def test_what_is_not_supported_is_one_line(change: dict[str, Any], message: str)
 
 def test_an_architecture_refuses_features_that_it_lacks() -> None:
     config = LlamaConfig(**{**SIZES, "head_dim": 8}, model_type="qwen2", attention_bias=True, qk_norm="head")
-    with pytest.raises(InputError, match="model_type 'qwen2' cannot express attention_output_bias|qk_norm"):
+    with pytest.raises(InputError, match="model_type 'qwen2' cannot express"):
         huggingface.config_to_hf(config)

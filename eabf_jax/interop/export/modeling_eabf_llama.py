@@ -6,10 +6,10 @@ This file lies beside the weights and needs only torch and transformers (4.46 or
 attention logits, each given as numbers or as one of the formulas below. `eabf_features` has what the model's
 architecture (Qwen, Mistral, ...) has beyond LLaMA.
 
-The model is transformers' LLaMA except for attention's forward pass, which multiplies the query just before it is
-compared with the keys, and for those features. If the frequencies follow the current length, the cache holds unrotated keys, and every step
-rotates all of them with the frequencies of that length. The hidden states of earlier tokens stay as they were computed,
-at an earlier length; only a forward pass without a cache recomputes them.
+The model is transformers' LLaMA except for those features, and for attention's forward pass, which multiplies the query
+just before it is compared with the keys. If the frequencies follow the current length, the cache holds unrotated keys,
+and every step rotates all of them with the frequencies of that length. The hidden states of earlier tokens stay as they
+were computed, at an earlier length; only a forward pass without a cache recomputes them.
 """
 
 import base64

@@ -15,7 +15,15 @@ from eabf_jax.model.attention.backend import Attention, Backend, joined, named, 
 from eabf_jax.model.config import LlamaConfig
 
 __all__ = [
-    *("BACKENDS", "Attention", "Backend", "ability", "joined", "named", "needs_of", "precision_of", "select"),
+    "BACKENDS",
+    "Attention",
+    "Backend",
+    "ability",
+    "joined",
+    "named",
+    "needs_of",
+    "precision_of",
+    "select",
     "with_window",
 ]
 
@@ -91,8 +99,6 @@ def with_window(attention: Attention, window: int) -> Attention:
       InputError: a backend without this ability, or a function that is no backend.
     """
     if not isinstance(attention, Backend):
-        raise InputError(
-            f"sliding_window {window} needs an attention backend by name; a function was given: {attention}"
-        )
+        raise InputError(f"sliding_window {window} needs an attention backend by name, not a function: {attention}")
     found: Attention = ability(attention, "windowed")(window)
     return found
