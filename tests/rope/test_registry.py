@@ -118,7 +118,7 @@ def whole_factor(positions, layer, *, factor: int = 1):
         (("mine", fine, fine), r"fine takes \(head_dim, .*\); \(positions, layer, \*, parameters\) is needed"),
         (
             ("mine", without_type),
-            "parameter 'factor' is of type None; .* one of float, int, bool, float . None, tuple.float, ...., is",
+            "parameter 'factor' is of type None; .* bool, float . None, tuple.float, ...., is needed",
         ),
         (("mine", of_text), "parameter 'kind' is of type str"),
         (("mine", reserved), "parameter 'window' is of type int; a name other than 'type' and 'window'"),
