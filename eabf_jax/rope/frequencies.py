@@ -201,9 +201,11 @@ def longrope(
     Source: Ding et al. 2024 (LongRoPE), section 3; transformers rope type `longrope`.
     """
     theta = _theta(head_dim, base)
-    for name, factors in (("short_factor", short_factor), ("long_factor", long_factor)):
-        if len(factors) != head_dim // 2:
-            raise InputError(f"{name} has {len(factors)} numbers; {head_dim} rotated dimensions need {head_dim // 2}")
+    if not len(short_factor) == len(long_factor) == head_dim // 2:
+        raise InputError(
+            f"LongRoPE's lists have {len(short_factor)} and {len(long_factor)} numbers; a head with {head_dim} rotated "
+            f"dimensions needs {head_dim // 2} in each"
+        )
     short, long = theta / np.array(short_factor), theta / np.array(long_factor)
     if attention_factor is None:
         attention_factor = math.sqrt(1.0 + math.log(max(factor, 1.0)) / math.log(pretrained_window))

@@ -67,6 +67,11 @@ _REQUIREMENTS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         ((name,), lambda factors: bool(factors) and min(factors) > 0, f"{name} must be numbers above 0")
         for name in ("short_factor", "long_factor")
     ),
+    (
+        ("short_factor", "long_factor"),
+        lambda short, long: len(short) == len(long),
+        "short_factor and long_factor must have the same number of values",
+    ),
     (("beta_slow",), lambda slow: slow > 0, "beta_slow must be more than 0"),
     (("beta_fast", "beta_slow"), lambda fast, slow: fast > slow, "beta_fast must be more than beta_slow"),
     (("low_freq_factor",), lambda low: low > 0, "low_freq_factor must be more than 0"),

@@ -383,12 +383,15 @@ def test_longrope_divides_each_frequency_by_its_own_number(
     assert given.rotation_scale() == given.rotation_scale(2**20) == 1.25
 
 
-@pytest.mark.parametrize("name", ["short_factor", "long_factor"])
-def test_longrope_has_a_number_for_each_frequency(name: str) -> None:
-    lists = longrope_lists(16)
-    s = scheme("longrope", factor=4, pretrained_window=64, **{**lists, name: lists[name][:-1]})
-    with pytest.raises(InputError, match=f"{name} has 7 numbers; 16 rotated dimensions need 8"):
+def test_longrope_has_a_number_for_each_frequency() -> None:
+    s = scheme("longrope", factor=4, pretrained_window=64, **longrope_lists(14))
+    with pytest.raises(InputError, match="have 7 and 7 numbers; a head with 16 rotated dimensions needs 8 in each"):
         s.inverse_frequencies(16)
+    lists = longrope_lists(16) | {"long_factor": [2.0] * 7}
+    with pytest.raises(InputError, match="must have the same number of values, found short_factor .*, long_factor "):
+        scheme("longrope", factor=4, pretrained_window=64, **lists)
+    with pytest.raises(InputError, match="have 8 and 7 numbers"):
+        frequencies.longrope(16, None, factor=4.0, short_factor=(1.0,) * 8, long_factor=(1.0,) * 7, pretrained_window=4)
 
 
 def test_longrope_lengths_in_one_program_choose_their_own_list() -> None:
