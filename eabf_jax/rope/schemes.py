@@ -61,8 +61,6 @@ _REQUIREMENTS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
     ),
     (("unscaled_layers",), lambda layers: layers >= 0, "unscaled_layers must be at least 0"),
     (("attention_factor",), lambda scale: scale is None or scale > 0, "attention_factor must be more than 0"),
-    (("beta",), lambda beta: beta is None or beta >= 0, "beta must be at least 0"),
-    (("scaling",), lambda scaling: scaling > 0, "scaling must be more than 0"),
     *(
         ((name,), lambda factors: bool(factors) and min(factors) > 0, f"{name} must be numbers above 0")
         for name in ("short_factor", "long_factor")

@@ -351,7 +351,6 @@ def yarn_config(**section: Any) -> dict[str, Any]:
         (stair_config(original_max_position_embeddings="2k"), "'original_max_position_embeddings' is '2k'; an integer"),
         (stair_config(original_max_position_embeddings=1), "pretrained_window must be at least 2 tokens"),
         (stair_config(llama_4_scaling_beta="0.1"), "'beta' is '0.1'; a finite number or null is needed"),
-        (stair_config(llama_4_scaling_beta=-1), "beta must be at least 0, found beta -1.0"),
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope type 'proportional'"),
         ({"rope_scaling": {"type": ["yarn"]}}, r"rope type \['yarn'\] is not supported"),
         ({"rope_scaling": "linear"}, "rope_scaling must be an object or null, found 'linear'"),

@@ -178,11 +178,6 @@ def test_a_composition_by_type() -> None:
         ),
         (
             "compose",
-            {"frequencies": BY_PARTS, "logit_scale": {"type": "ssmax", "scaling": 0}},
-            "logit scale 'ssmax': scaling must be more than 0, found scaling 0.0",
-        ),
-        (
-            "compose",
             {"frequencies": BY_PARTS, "logit_scale": {"type": "none", "pretrained_window": 4096}},
             "unknown logit scale 'none' parameter 'pretrained_window'",
         ),
