@@ -150,7 +150,7 @@ def test_a_composition_by_type() -> None:
         (
             "longrope",
             {"factor": 2, "pretrained_window": 8, "short_factor": [1.0]},
-            "'long_factor' is missing; a list",
+            "'long_factor' is missing; a list of finite numbers",
         ),
         ("nope", {"base": 10_000}, "unknown rope 'nope' parameter 'base'"),
         ("compose", {}, "rope 'compose' parameter 'frequencies' is missing"),
@@ -174,7 +174,7 @@ def test_a_composition_by_type() -> None:
         (
             "compose",
             {"frequencies": BY_PARTS, "logit_scale": {"type": "ssmax"}},
-            "'ssmax' parameter 'scaling' is miss",
+            "'ssmax' parameter 'scaling' is missing; a finite number",
         ),
         (
             "compose",
