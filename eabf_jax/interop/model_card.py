@@ -197,6 +197,8 @@ def _settings(values: dict[str, Any]) -> str:
     def shown(value: Any) -> str:
         if isinstance(value, dict):
             return f"({_settings(value)})"
+        if isinstance(value, list):
+            return f"[{', '.join(map(shown, value))}]"
         if isinstance(value, bool):
             return "yes" if value else "no"
         return f"{int(value) if value == int(value) else value:,}"

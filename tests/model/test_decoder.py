@@ -33,7 +33,9 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "yarn": {"factor": 4.0, "pretrained_window": WINDOW, "beta_fast": 2.0, "beta_slow": 0.5},
     "dynamic_yarn": {"pretrained_window": WINDOW, "beta_fast": 2.0, "beta_slow": 0.5},
     "eabf": {"pretrained_window": WINDOW, "unscaled_layers": 1},
+    "eabf_stair": {"pretrained_window": WINDOW},
     "llama3": {"factor": 4.0, "pretrained_window": WINDOW},
+    "longrope": {"factor": 4.0, "pretrained_window": WINDOW, "short_factor": [1.0] * 4, "long_factor": [1.0, 2, 3, 4]},
 }
 SCHEMES: dict[str, Scheme] = {name: scheme(name, **PARAMETERS.get(name, {})) for name in scheme_names()}
 SCHEMES["compose"] = compose(SCHEMES["yarn"], SCHEMES["eabf"])

@@ -20,7 +20,13 @@ from eabf_jax.rope import Scheme, compose, import_schemes, parameters_of, scheme
 
 WINDOW = 16
 ENTROPY = {"type": "entropy_aware", "pretrained_window": WINDOW, "unscaled_layers": 1}
-GIVEN = {"factor": 4.0, "pretrained_window": WINDOW}  # for the schemes with these parameters
+# For the schemes with these parameters; a head has 8 / 2 frequencies.
+GIVEN = {
+    "factor": 4.0,
+    "pretrained_window": WINDOW,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 1.5, 2.5, 4.0],
+}
 
 
 def user_schemes(directory: Path) -> Path:
@@ -46,6 +52,7 @@ def models() -> dict[str, tuple[Scheme, int]]:
         "eabf_all_layers": (compose({"type": "abf"}, all_layers), 3),
         "dynamic_yarn_one_layer": (named["dynamic_yarn"], 1),
         "dynamic_ntk_entropy": (compose(named["dynamic_ntk"], all_layers), 1),
+        "longrope_entropy_one_layer": (compose(named["longrope"], all_layers), 1),
         "widening_one_layer": (named["widening"], 1),
     }
 
