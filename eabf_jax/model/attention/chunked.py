@@ -56,8 +56,8 @@ class _Blocks:
         if self.causal:
             # Padding comes after every real query, so the causal mask already excludes it.
             q_index = i * self.q_size + jnp.arange(self.q_size)
-            of_block = (None, None) if segments is None else (_block(segments, n, self.q_size, 1) for n in (i, j))
-            mask = visible(q_index, k_index, *of_block, window=self.window)
+            of_query, of_key = (None if segments is None else _block(segments, n, self.q_size, 1) for n in (i, j))
+            mask = visible(q_index, k_index, of_query, of_key, self.window)
         else:
             mask = k_index < self.keys
         return jnp.where(mask, _dot("bkgth,bksh->bkgts", q_i, k_j), MASKED)
