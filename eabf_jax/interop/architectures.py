@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.fields import check, typed, types_of
 from eabf_jax.model.config import LlamaConfig
+from eabf_jax.rope import to_hf
 
 Values = Mapping[str, Any]  # the content of a config.json
 Fields = dict[str, Any]  # fields of LlamaConfig
@@ -230,6 +231,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("LlamaForCausalLM", options=_BIASES),
     "mistral": Architecture("MistralForCausalLM", _MISTRAL, spellings=(_window(4096),)),
     "ministral": Architecture("MinistralForCausalLM", _MISTRAL, spellings=(_layer_windows(4096, None),)),
+    "ministral3": Architecture(
+        "Ministral3ForCausalLM",
+        {
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262_144,
+            "rms_norm_eps": 1e-5,
+            "pad_token_id": 11,
+        },
+        spellings=(_window(None),),
+    ),
     "qwen2": Architecture(
         "Qwen2ForCausalLM",
         _QWEN,
@@ -317,6 +329,11 @@ _LACKING: Mapping[str, tuple[str, ...]] = {
     "state-space layers": ("mamba", "mamba2", "falcon_h1", "bamba", "zamba2", "recurrent_gemma", "lfm2"),
     "inputs other than text": ("llava", "mllama", "qwen2_vl", "qwen2_5_vl", "mistral3", "paligemma", "idefics3"),
 }
+
+
+def rotary_keys(config: LlamaConfig) -> dict[str, Any]:
+    """Returns the keys of a model's rotary scheme in its config.json, as `rope.to_hf` does."""
+    return to_hf(config.rope, head_dim=config.rotary_dim, model_type=config.model_type)
 
 
 def architecture_of(values: Values) -> Architecture:

@@ -15,7 +15,15 @@ from eabf_jax.errors import InputError
 from eabf_jax.fields import check, types_of
 from eabf_jax.interop import native
 from eabf_jax.interop.adapter import Leaves, merged_run, read_adapter, stack
-from eabf_jax.interop.architectures import ARCHITECTURES, FEATURES, OWN_TYPE, PARTIAL, architecture_of, without_partial
+from eabf_jax.interop.architectures import (
+    ARCHITECTURES,
+    FEATURES,
+    OWN_TYPE,
+    PARTIAL,
+    architecture_of,
+    rotary_keys,
+    without_partial,
+)
 from eabf_jax.interop.directory import EXPORT, new_directory, read_json_object, refuse_pointer, write_json
 from eabf_jax.interop.model_card import CARD_FILE, model_card, write_origin
 from eabf_jax.interop.peft import base_of, is_peft, merged_peft
@@ -135,7 +143,7 @@ def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
     Args:
       dtype: of the stored tensors.
     """
-    rotary = rope.to_hf(config.rope, head_dim=config.rotary_dim)
+    rotary = rotary_keys(config)
     end = config.eos_token_id
     architecture = ARCHITECTURES[config.model_type]
     identity: dict[str, Any] = {"architectures": [architecture.class_name], "model_type": config.model_type}
@@ -161,6 +169,23 @@ def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
         "torch_dtype": dtype,  # read by every release; `dtype` from 4.56 on
         **rotary,
     }
+
+
+def as_architecture(config: LlamaConfig, model_type: str) -> LlamaConfig:
+    """Returns a model as one of another architecture that computes the same without our code.
+
+    Raises:
+      InputError: an unknown architecture, or one that lacks a feature or the rotary scheme of the model.
+    """
+    architecture = architecture_of({"model_type": model_type})
+    other = dataclasses.replace(config, model_type=model_type)
+    if model_type == OWN_TYPE or rope.needs_remote_code(rotary_keys(other)):
+        raise InputError(
+            f"model_type {model_type!r} of transformers does not compute the rotary scheme {config.rope.name!r}; train "
+            "with one that it computes (ministral3 computes eabf_stair), or export without another type"
+        )
+    architecture.write(other)
+    return other
 
 
 def write_config(directory: Path, config: LlamaConfig, dtype: str) -> None:
@@ -331,6 +356,7 @@ def to_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: str | None = None,
     base: Path | str | None = None,
+    model_type: str | None = None,
 ) -> Summary:
     """Exports a native directory or a run to a Hugging Face directory; holds one layer's tensor in memory at a time.
 
@@ -342,15 +368,17 @@ def to_hf(
       step, base: as for `open_leaves`.
       max_shard_bytes: largest size of a shard's data, unless a single tensor is larger.
       dtype: the dtype to cast to; None keeps the stored ones (float32 for weights that adapters change).
+      model_type: another architecture that computes the same, so that transformers needs none of our code.
 
     Raises:
-      InputError: the checkpoint is missing, damaged or does not fit the config; or `dst` is in use.
+      InputError: the checkpoint is missing, damaged or does not fit the config; the other architecture does not
+        compute the same; or `dst` is in use.
     """
     source = Path(src)
     if not native.is_native(source):
         raise InputError(f"{source}: no {native.MODEL_FILE} there; expected a native model directory or a run's")
     leaves = open_leaves(source, step, base)
-    config = leaves.config
+    config = leaves.config if model_type is None else as_architecture(leaves.config, model_type)
     dtypes = {name: np.dtype(dtype or own) for name, own in leaves.dtypes.items()}
     if has_tokenizer(source):
         check_vocabulary(load_tokenizer(source), config, source)
@@ -381,8 +409,7 @@ def to_hf(
 
 def files_of(config: LlamaConfig) -> list[tuple[list[str], list[Parameter]]]:
     """Lists the tensors of an export: their names in the order of layers, and the parameters that each one joins."""
-    own_code = rope.needs_remote_code(rope.to_hf(config.rope, head_dim=config.rotary_dim))
-    fused = {} if own_code else ARCHITECTURES[config.model_type].fused
+    fused = {} if rope.needs_remote_code(rotary_keys(config)) else ARCHITECTURES[config.model_type].fused
     whole = {part: name for name, parts in fused.items() for part in parts}
     found: dict[str, tuple[list[str], list[Parameter]]] = {}
     for entry in parameters(config):

@@ -295,24 +295,25 @@ class Block(nnx.Module):
     """One decoder layer; holds the stacked parameters of all layers, or those of the layer that it computes."""
 
     def __init__(self, init: Initializer, path: TreePath, product: Product):
-        self.config = init.config
         self.input_layernorm = norm_of(init, (*path, "input_layernorm"))
         self.self_attn = SelfAttention(init, (*path, "self_attn"), product)
         self.post_attention_layernorm = RMSNorm(init, (*path, "post_attention_layernorm"))
         self.post_feedforward_layernorm = norm_of(init, (*path, "post_feedforward_layernorm"))
         self.mlp = SwiGLU(init, (*path, "mlp"), product)
 
-    def __call__(self, x: Array, row: Row, index: Array, attention: Attention, constrain: Constrain) -> Array:
-        tables, q_scale = layer_tables(self.config, row, index), query_scale(self.config, row, index)
+    def __call__(
+        self, config: LlamaConfig, x: Array, row: Row, index: Array, attention: Attention, constrain: Constrain
+    ) -> Array:
+        tables, q_scale = layer_tables(config, row, index), query_scale(config, row, index)
 
         def attend(x: Array) -> Array:
             return self.self_attn(x, tables, row.segment_ids, q_scale, attention, constrain)
 
         def branch(x: Array, before: RMSNorm | None, inner: Callable[[Array], Array], after: RMSNorm | None) -> Array:
             y = inner(x if before is None else before(x))
-            return add_branch(self.config, x, y if after is None else after(y))
+            return add_branch(config, x, y if after is None else after(y))
 
-        middle, after = self.post_attention_layernorm, self.config.post_norm
+        middle, after = self.post_attention_layernorm, config.post_norm
         x = checkpoint_name(branch(x, self.input_layernorm, attend, middle if after else None), "middle")
         mlp = functools.partial(self.mlp, constrain=constrain)
         x = branch(x, None if after else middle, mlp, self.post_feedforward_layernorm)
@@ -489,7 +490,7 @@ class Llama(nnx.Module):
         """
         graphdef, state = nnx.split(self.layers)
         block = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(dict(parameters))))
-        return block(x, row, index, self._attention_of(index, x.shape[1]), self.constrain)
+        return block(self.config, x, row, index, self._attention_of(index, x.shape[1]), self.constrain)
 
     def _attention_of(self, index: Array, length: int) -> Attention:
         """Returns the attention function of a layer, whose index may be traced, for rows of this length."""

@@ -16,6 +16,8 @@ OWN_KEY = "eabf_scheme"
 
 # The architecture of transformers that is LLaMA with the multiplier `llama4_temperature`, and its keys in the section.
 TEMPERATURE_MODEL = "ministral3"
+# Architectures for which transformers takes only some kinds of scaling.
+ROPE_TYPES: Mapping[str, tuple[str, ...]] = {"phi3": ("default", "longrope")}
 TEMPERATURE_KEY = "llama_4_scaling_beta"
 WINDOW_KEY = "original_max_position_embeddings"
 
@@ -44,7 +46,7 @@ def from_hf(config: Mapping[str, Any]) -> Scheme:
         raise InputError(f"config.json: rope_scaling must be an object or null, found {section!r}")
     _refuse_unrepresentable(config, section)
     kind = section.get("rope_type") or section.get("type") or "default"
-    if kind == "su":  # the name in Phi-3's first releases
+    if kind == "su" or (kind == "yarn" and config.get("model_type") == "phi3"):  # names in Phi-3's first releases
         kind = "longrope"
     readers = hf_readers()
     if not isinstance(kind, str) or kind not in readers:
@@ -93,6 +95,8 @@ def to_hf(
     section: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
     outer = {OWN_KEY: s.to_dict()}
     hf = next((e.hf for e in entries().values() if e.hf and e.frequencies is s.frequencies.function), None)
+    if hf and hf.rope_type not in ROPE_TYPES.get(model_type, (hf.rope_type,)):
+        hf = None
     spelled = hf.write(parameters, head_dim) if hf else None
     multiplier = _written_multiplier(s, spelled[0], model_type) if spelled else None
     if hf and spelled and multiplier is not None:

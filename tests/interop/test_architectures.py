@@ -14,16 +14,18 @@ import transformers
 from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from weights import random_params
 
 from eabf_jax import load
 from eabf_jax.errors import InputError
 from eabf_jax.inference import Generator
-from eabf_jax.interop import huggingface
+from eabf_jax.interop import huggingface, native
 from eabf_jax.interop.architectures import ARCHITECTURES, OWN_TYPE
 from eabf_jax.model import Llama, LlamaConfig
 from eabf_jax.model.lora import Lora
 from eabf_jax.model.parameters import PROJECTIONS, parameter_count
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.rope import scheme
 from eabf_jax.training.backward import Microbatch
 from eabf_jax.training.layerwise import Layerwise
 from eabf_jax.training.optimizer import make_optimizer
@@ -41,6 +43,9 @@ FULL: Mapping[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 5, "head_dim": 12},
     # head_dim is needed: transformers cannot build this model without it.
     "ministral": {"sliding_window": 5, "head_dim": 8, "layer_types": LAYER_TYPES},
+    "ministral3": {"sliding_window": 7, "head_dim": 12,
+                   "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "llama_4_scaling_beta": 0.3,
+                                       "original_max_position_embeddings": 8}},
     "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2, "tie_word_embeddings": True},
     "qwen3": {"head_dim": 12, "attention_bias": True, "layer_types": LAYER_TYPES, "use_sliding_window": True,
               "sliding_window": 7},
@@ -112,6 +117,8 @@ def test_logits_of_random_shapes_are_transformers(
         "tie_word_embeddings": draw(st.booleans()), "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-3])),
         "head_dim": size, "rope_theta": draw(st.sampled_from([100.0, 1e6])),
     }  # fmt: skip
+    if kind == "ministral3":
+        keys["rope_parameters"] = {**FULL[kind]["rope_parameters"], "rope_theta": keys.pop("rope_theta")}
     features = {
         "attention_bias": draw(st.booleans()), "attention_out_bias": draw(st.booleans()),
         "mlp_bias": draw(st.booleans()),
@@ -137,6 +144,8 @@ def test_absent_keys_have_transformers_values(case: Case) -> None:
     """A config.json without optional keys is the model that transformers makes of it."""
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     keys = {"model_type": case.kind, **{name: 32 * SIZES[name] for name in needed}, "num_hidden_layers": 4}
+    if case.kind == "ministral3":
+        keys["rope_parameters"] = FULL[case.kind]["rope_parameters"]  # its default has no meaning for us
     ours, theirs = huggingface.config_from_hf(keys), transformers.AutoConfig.for_model(**keys)
     for name in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
                  "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"):  # fmt: skip
@@ -270,3 +279,34 @@ def test_an_architecture_refuses_features_that_it_lacks() -> None:
     config = LlamaConfig(**{**SIZES, "head_dim": 8}, model_type="qwen2", attention_bias=True, qk_norm="head")
     with pytest.raises(InputError, match="model_type 'qwen2' cannot express"):
         huggingface.config_to_hf(config)
+
+
+def test_eabf_stair_is_served_by_ministral3_without_our_code(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        **{**SIZES, "head_dim": 8}, rope=scheme("eabf_stair", base=50_000.0, pretrained_window=8), rms_norm_eps=1e-5
+    )
+    native.save_params(tmp_path / "native", random_params(config))
+    native.write_model_json(tmp_path / "native", config)
+    huggingface.to_hf(tmp_path / "native", tmp_path / "hf", model_type="ministral3")
+    assert [path.name for path in (tmp_path / "hf").glob("*.py")] == []
+    served = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+    assert type(served) is transformers.Ministral3ForCausalLM
+    model, _ = load(tmp_path / "hf", dtype="float32")
+    assert model.config.rope == config.rope
+    np.testing.assert_allclose(model(TOKENS), logits_of(served, TOKENS), atol=1e-4)
+    own, _ = load(tmp_path / "native", dtype="float32")
+    assert np.array_equal(own(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("change", "model_type", "message"),
+    [
+        ({"rope": scheme("eabf", pretrained_window=8)}, "ministral3", "does not compute the rotary scheme 'eabf'"),
+        ({"qk_norm": "head"}, "llama", "'llama' cannot express qk_norm 'head'"),
+        ({}, "gemma", "norms with an offset of 1"),
+    ],
+)
+def test_another_architecture_must_compute_the_same(change: dict[str, Any], model_type: str, message: str) -> None:
+    config = LlamaConfig(**{**SIZES, "head_dim": 8, **change})
+    with pytest.raises(InputError, match=message):
+        huggingface.as_architecture(config, model_type)
