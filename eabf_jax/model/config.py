@@ -82,11 +82,13 @@ class LlamaConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
-        if self.rotary_dim < 2 or self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
-            told = f"head_dim {self.head_dim}"
-            if self.partial_rotary_factor != 1.0:
-                told += f" and partial_rotary_factor {self.partial_rotary_factor}: {self.rotary_dim} rotated dimensions"
-            raise InputError(f"{told}; rotary embedding needs an even number from 2 to head_dim")
+        if self.partial_rotary_factor == 1.0 and self.head_dim % 2:
+            raise InputError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even head size")
+        if self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.head_dim:
+            raise InputError(
+                f"partial_rotary_factor {self.partial_rotary_factor}: {self.rotary_dim} rotated dimensions of head_dim "
+                f"{self.head_dim}; an even number from 2 to head_dim is needed"
+            )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise InputError(f"sliding_window {self.sliding_window} is not a positive number")
         for name in ("unrotated_layers", "full_attention_layers"):

@@ -194,12 +194,12 @@ def parameter_axes(path: TreePath) -> Axes:
 
 
 def optional_fields(gguf_tensors: Container[str]) -> dict[str, bool]:
-    """Infers the config fields in `only_if` from a GGUF file; the first line of the table with a field decides.
+    """Infers from a GGUF file which biases a model has, and whether its output is tied; one tensor decides each.
 
     Args:
       gguf_tensors: names of the tensors in the file.
     """
-    conditions = [(entry, *entry.only_if) for entry in reversed(TABLE) if entry.only_if is not None]
+    conditions = [(entry, *entry.only_if) for entry in reversed(TABLE) if entry.only_if and entry.leaf != "scale"]
     return {
         field: (f"{entry.gguf.format(0)}.{_suffix(entry)}" in gguf_tensors) == value
         for entry, field, value in conditions
