@@ -67,6 +67,9 @@ def _kernel(
 
     mask = Causal((len(q_index),) * 2)
     mask.q_sequence = np.array(q_index, np.int32)
+    if window is not None:
+        # Computes the mask of a block inside the kernel.
+        mask.mask_function = lambda q_ids, k_ids: (q_ids >= k_ids) & (q_ids - window < k_ids)
     # The largest block that divides a device's queries. Block tables grow with (length / block)^2 and must fit in
     # scalar memory, and the library's default of 128 leaves the matrix unit idle.
     block = math.gcd(len(q_index) // q_shards, _BLOCK)
