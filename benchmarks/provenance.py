@@ -63,6 +63,10 @@ MEASURED: Mapping[str, tuple[str, ...]] = {
         *(f"eabf_jax/inference/{name}.py" for name in ("generate", "placement")),
         "eabf_jax/training/backward.py",
     ),
+    "llama_cpp_parity": (
+        *(f"benchmarks/llama_cpp_{name}.py" for name in ("parity", "peer")),
+        *(f"eabf_jax/interop/{name}.py" for name in ("gguf", "gguf_tokenizer", "gguf_vocabulary", "gguf_writer")),
+    ),
 }
 
 PACKAGES = (

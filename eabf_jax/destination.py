@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -99,17 +99,10 @@ def check_destination(
         a source; it is not empty, and `overwrite` is not set or its content is not recognised as ours.
     """
     target = Path(destination)
-    if target.is_symlink():
-        raise InputError(f"{target} is a symbolic link to {os.readlink(target)}: name the directory itself")
-    if target.exists() and not target.is_dir():
+    if target.is_file() and not target.is_symlink():
         raise InputError(f"{target} is a file: name a directory, or a path that does not exist yet")
-    check_apart(target, sources)
+    _check_place(target, "directory", sources)
     target = target.absolute()  # through the parent, so that "." has a name
-    above = next((parent for parent in target.parents if parent.exists()), target)
-    if not above.is_dir():
-        raise InputError(f"{destination}: {above} is a file, so nothing can be created in it")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"{destination}: {above} is not writable; name another directory")
     if mark is not None and not target.exists():
         earlier = [old for old in _set_aside(target) if mark.fault(old) is None]
         if earlier:
@@ -123,6 +116,48 @@ def check_destination(
         raise InputError(f"{destination} is not empty, and {fault}: name another directory, or remove it by hand")
     if not overwrite:
         raise InputError(f"{destination} is not empty; pass --overwrite to replace it, or name another directory")
+
+
+def check_file(
+    destination: Path | str,
+    fault: Callable[[Path], str | None],
+    *,
+    overwrite: bool = False,
+    sources: Iterable[Path | str] = (),
+) -> None:
+    """Refuses a file that a result must not be written to, by the rules of `check_destination`.
+
+    Args:
+      fault: returns why an existing file is not an earlier result of this kind, or None if it is one.
+      overwrite, sources: as for `check_destination`.
+
+    Raises:
+      InputError: as for `check_destination`, with a file and a directory exchanged.
+    """
+    target = Path(destination)
+    if target.is_dir() and not target.is_symlink():
+        raise InputError(f"{target} is a directory: name a file, or a path that does not exist yet")
+    _check_place(target, "file", sources)
+    if not target.exists():
+        return
+    reason = fault(target)
+    if reason is not None:
+        raise InputError(f"{destination} exists, and {reason}: name another file, or remove it by hand")
+    if not overwrite:
+        raise InputError(f"{destination} exists; pass --overwrite to replace it, or name another file")
+
+
+def _check_place(target: Path, kind: str, sources: Iterable[Path | str]) -> None:
+    """Refuses a destination that is a symbolic link, is not apart from its sources or cannot be created."""
+    if target.is_symlink():
+        raise InputError(f"{target} is a symbolic link to {os.readlink(target)}: name the {kind} itself")
+    check_apart(target, sources)
+    place = target.absolute()
+    above = next((parent for parent in place.parents if parent.exists()), place)
+    if not above.is_dir():
+        raise InputError(f"{target}: {above} is a file, so nothing can be created in it")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{target}: {above} is not writable; name another directory")
 
 
 def check_apart(destination: Path | str, sources: Iterable[Path | str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from eabf_jax import destination
-from eabf_jax.destination import Mark, check_destination, no_space, put_in_place, replacing, whole
+from eabf_jax.destination import Mark, check_destination, check_file, no_space, put_in_place, replacing, whole
 from eabf_jax.errors import InputError
 from eabf_jax.interop.directory import EXPORT, new_directory, write_json
 
@@ -97,6 +97,26 @@ def test_a_destination_apart_from_its_source(tmp_path, target, source, relation)
     with pytest.raises(InputError, match=f"{relation} the source .*{source}: name another"):
         replace(tmp_path / target, sources=[tmp_path / source])
     assert size(tmp_path / "x") == size(tmp_path / "x" / "inner") == "old"
+
+
+def test_a_file_is_replaced_only_if_it_is_an_earlier_result(tmp_path):
+    def refused(target, message, **options):
+        with pytest.raises(InputError, match=message):
+            check_file(target, lambda path: None if path.read_text() == "ours" else "nothing marks it", **options)
+
+    target = tmp_path / "a" / "m.gguf"
+    check_file(target, lambda path: None)
+    target.parent.mkdir()
+    refused(target.parent, "a is a directory: name a file, or a path that does not exist yet")
+    target.write_text("letter")
+    refused(target, "m.gguf exists, and nothing marks it: name another file, or remove it by hand", overwrite=True)
+    target.write_text("ours")
+    refused(target, "m.gguf exists; pass --overwrite to replace it, or name another file")
+    check_file(target, lambda path: None, overwrite=True)
+    refused(target, "m.gguf lies in the source .*a: name another directory", overwrite=True, sources=[tmp_path / "a"])
+    refused(target / "b", "m.gguf is a file, so nothing can be created in it")
+    (tmp_path / "link").symlink_to(target)
+    refused(tmp_path / "link", "link is a symbolic link to .*: name the file itself", overwrite=True)
 
 
 @pytest.mark.parametrize("there", [True, False])

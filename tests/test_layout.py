@@ -12,8 +12,9 @@ ROOT = TESTS.parent
 ELSEWHERE = {
     "__main__": "one call of cli.main: test_cli.py starts it",
     "errors": "the class of every refusal and the sentence on unknown names: each test of a refusal reads both",
-    "commands/convert/from_gguf": "a table of options: commands/test_convert.py runs all three",
+    "commands/convert/from_gguf": "a table of options: commands/test_convert.py runs all four",
     "commands/convert/from_hf": "likewise",
+    "commands/convert/to_gguf": "likewise",
     "commands/convert/to_hf": "likewise",
     "commands/evaluate/passkey": "one value, the task: commands/evaluate/test_retrieval.py runs both tasks",
     "commands/evaluate/line_retrieval": "likewise",
@@ -29,6 +30,7 @@ OF_NO_MODULE = {
     "test_makefile": "the Makefile",
     "test_readme": "pages beside the files that their figures come from",
     "end_to_end/test_main_job": "from ShareGPT to an extended model",
+    "interop/test_model_directories": "directories as users have them, through every reader of interop",
     "interop/test_smollm2": "a real model's file: converted, tokenized, run",
     "training/test_lora": "training of adapters: steps, checkpoints, export",
     "training/test_multiprocess": "runs of several processes",

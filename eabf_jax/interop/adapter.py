@@ -9,7 +9,7 @@ import functools
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +56,12 @@ class Leaves(NamedTuple):
     def by_layer(self, path: tuple[str, ...], dtype: Any = None) -> ByLayer:
         """Opens a stacked parameter, to read its layers one by one."""
         return ByLayer(functools.partial(self.read, path, dtype))
+
+    def tensors(self, entry: Parameter) -> Iterator[np.ndarray]:
+        """Yields a parameter layer by layer, in the shape of a Hugging Face or GGUF file."""
+        leaf = self.by_layer(entry.path) if entry.layers else [self.read(entry.path)]
+        for own in map(leaf.__getitem__, range(entry.layers or 1)):
+            yield own.T if entry.transposed else own
 
     def place(self, path: tuple[str, ...], dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         """Reads a parameter straight to its devices; returns when host memory no longer holds it."""

@@ -1,14 +1,23 @@
-"""Writes directories atomically, and reads and writes JSON files."""
+"""Writes directories and large files atomically, and reads and writes JSON files."""
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from eabf_jax import __version__
-from eabf_jax.destination import Mark, check_destination, file_sizes, make_partial, no_space, put_in_place, whole
+from eabf_jax.destination import (
+    Mark,
+    check_destination,
+    check_file,
+    file_sizes,
+    make_partial,
+    no_space,
+    put_in_place,
+    whole,
+)
 from eabf_jax.errors import InputError
 
 # An exported model needs its own mark, because its config.json looks like any other model's. The mark lists the files
@@ -46,14 +55,52 @@ def new_directory(
 
     check()
     partial = make_partial(destination)
-    try:
+    with _nothing_kept(destination):
+        try:
+            yield partial
+            if mark is EXPORT:
+                write_json(partial / mark.file, {"eabf_jax": __version__, "files": file_sizes(partial)})
+            check()  # again, because the block may have taken hours
+            put_in_place(partial, destination)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def new_file(
+    destination: Path | str,
+    fault: Callable[[Path], str | None],
+    *,
+    overwrite: bool = False,
+    sources: Iterable[Path | str] = (),
+) -> Iterator[Path]:
+    """Yields a temporary file to write, and renames it to the destination if the block succeeds; see `new_directory`.
+
+    Args:
+      fault, overwrite, sources: as for `check_file`.
+
+    Raises:
+      InputError: as for `check_file`, or the disk is full.
+    """
+
+    def check() -> None:
+        check_file(destination, fault, overwrite=overwrite, sources=sources)
+
+    check()
+    target = Path(destination).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _nothing_kept(destination), whole(target) as partial:
         yield partial
-        if mark is EXPORT:
-            write_json(partial / mark.file, {"eabf_jax": __version__, "files": file_sizes(partial)})
         check()  # again, because the block may have taken hours
-        put_in_place(partial, destination)
+
+
+@contextmanager
+def _nothing_kept(destination: Path | str) -> Iterator[None]:
+    """Turns the error of a full disk into InputError."""
+    try:
+        yield
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
         if full := no_space(error):
             raise InputError(f"{full[0]} on device while writing {destination}; nothing was kept") from error
         raise

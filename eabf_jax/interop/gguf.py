@@ -1,5 +1,6 @@
-"""Converts GGUF files of the LLaMA architecture to Hugging Face directories, one tensor at a time."""
+"""Converts GGUF files of the LLaMA architecture to Hugging Face directories, and names what the files hold."""
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -8,15 +9,28 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from eabf_jax.errors import InputError
+from eabf_jax import rope
+from eabf_jax.errors import InputError, one_line
 from eabf_jax.interop.directory import EXPORT, new_directory
-from eabf_jax.interop.gguf_file import COUNT, NUMBER, TEXT, GgufFile, Kind, dequantised, only, read_gguf, shortest
+from eabf_jax.interop.gguf_file import (
+    COUNT,
+    NUMBER,
+    TEXT,
+    GgufFile,
+    Kind,
+    dequantised,
+    only,
+    read_gguf,
+    shortest,
+    shown,
+)
 from eabf_jax.interop.gguf_tokenizer import Vocabulary, read_vocabulary, write_tokenizer
 from eabf_jax.interop.huggingface import MAX_SHARD_BYTES, Summary, write_config
 from eabf_jax.interop.safetensors_stream import PlannedTensor, write_sharded
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.parameters import check_shapes, optional_fields, parameters
 from eabf_jax.rope import Scheme, scheme
+from eabf_jax.rope import logit_scale as logit_rules
 
 ARCHITECTURE = "llama"
 PREFIX = f"{ARCHITECTURE}."
@@ -56,6 +70,12 @@ ROPE: Mapping[str, tuple[Kind, Any]] = {
 }
 
 _POSITIVE = Kind("a number above 0", lambda value: NUMBER.fits(value) and value > 0)
+
+# YaRN's ramp, which llama.cpp does not read from the file for this architecture.
+YARN_RAMP: Mapping[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+
+# The scheme in our own terms, which `to_gguf` adds for the way back. Other programs do not read it.
+OWN_ROPE = "eabf_jax.rope"
 
 SCALING_TYPES = ("none", "linear", "yarn")
 
@@ -171,6 +191,11 @@ def unpermuted(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
+def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes `unpermuted`."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
 def config_from_gguf(file: GgufFile, vocabulary: Vocabulary | None) -> LlamaConfig:
     """Reads the model's shape from GGUF metadata.
 
@@ -241,7 +266,79 @@ def _size(file: GgufFile, field: str, shape: Shape) -> int:
     return count
 
 
+def rotary_keys(s: Scheme, head_dim: int) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Writes a rotary scheme as llama.cpp reads it for this architecture.
+
+    A changed base, PI and YaRN have keys. Any other scheme whose frequencies do not follow the length becomes the
+    numbers by which llama.cpp divides the plain frequencies, and a factor on cos and sin.
+
+    Returns:
+      Keys below `llama.rope.` with their values, and `rope_freqs.weight`, float32 [head_dim // 2], or None without it.
+
+    Raises:
+      InputError: the scheme follows the length or has a multiplier.
+    Source: llama.cpp, `llama_context` and ggml's `rope_yarn`.
+    """
+    for has, what in (
+        (s.logit_multiplier.function is not logit_rules.none, "multiplies the attention logits"),
+        (s.depends_on_length, "follows the length of the text"),
+    ):
+        if has:
+            raise InputError(
+                f"the rotary scheme {s.name!r} {what}, which llama.cpp cannot do for this architecture: export the "
+                "model with convert/to_hf.py, and serve it with transformers"
+            )
+    written = rope.to_hf(s, head_dim, spelling="rope_parameters")
+    section = {} if rope.needs_remote_code(written) else written["rope_parameters"]
+    kind, base = section.get("rope_type"), written["rope_parameters"]["rope_theta"]
+    keys: dict[str, Any] = {"freq_base": float(base)}
+    if kind == "default":
+        return keys, None
+    if kind == "linear":
+        return {**keys, "scaling.type": "linear", "scaling.factor": float(section["factor"])}, None
+    bound = dict(s.frequencies.parameters)
+    if kind == "yarn" and all(bound[name] == value for name, value in YARN_RAMP.items()):
+        keys |= {"scaling.type": "yarn", "scaling.factor": float(bound["factor"])}
+        keys["scaling.original_context_length"] = bound["pretrained_window"]
+        own = float(s.rotation_scale()) / _yarn_magnitude(bound["factor"])
+    else:
+        own = float(s.rotation_scale())
+    if own != 1.0:
+        keys["scaling.attn_factor"] = own
+    if "scaling.type" in keys:
+        return keys, None
+    plain = scheme("default", base=base).inverse_frequencies(head_dim)
+    return keys, np.asarray(plain) / np.asarray(s.inverse_frequencies(head_dim))
+
+
+def _yarn_magnitude(factor: float) -> float:
+    """Returns YaRN's usual factor on cos and sin."""
+    return 0.1 * math.log(max(factor, 1.0)) + 1.0
+
+
+def _own_rope(file: GgufFile, told: str, head_dim: int) -> Scheme:
+    """Reads the scheme that `to_gguf` noted, and compares it with the keys that llama.cpp reads."""
+    try:
+        found = Scheme.from_dict(json.loads(told))
+        keys, factors = rotary_keys(found, head_dim)
+    except ValueError as error:
+        raise file.error(f"{OWN_ROPE} is {shown(told)}, expected a rotary scheme: {one_line(error)}") from error
+    stored = {key: file.metadata[f"{PREFIX}rope.{key}"] for key in ROPE if f"{PREFIX}rope.{key}" in file.metadata}
+    rounded = {key: float(np.float32(value)) if type(value) is float else value for key, value in keys.items()}
+    there = dequantised(file, ROTARY_FACTORS).reshape(-1) if ROTARY_FACTORS in file.tensors else None
+    same = factors is there if factors is None or there is None else np.allclose(factors, there, rtol=1e-6)
+    if stored != rounded or not same:
+        raise file.error(
+            f"{OWN_ROPE} is {shown(told)}, but the keys under {PREFIX}rope. or {ROTARY_FACTORS} are of another scheme; "
+            f"expected the same one: remove {OWN_ROPE} to read the others"
+        )
+    return found
+
+
 def _rope(file: GgufFile, head_dim: int, window: int) -> Scheme:
+    told = file.value(OWN_ROPE, TEXT, None)
+    if told is not None:
+        return _own_rope(file, told, head_dim)
     values = {key: file.value(f"{PREFIX}rope.{key}", kind, default) for key, (kind, default) in ROPE.items()}
     values |= {key: shortest(value) for key, value in values.items() if type(value) is float}
     base, kind, factor, own, whole = (
@@ -258,7 +355,7 @@ def _rope(file: GgufFile, head_dim: int, window: int) -> Scheme:
     yarn = kind == "yarn" and factor != 1.0
     # llama.cpp multiplies cos and sin by this and by attn_factor, and ignores yarn_attn_factor. Other programs store
     # there the product of both (Hugging Face's attention_factor), so one file can mean two models.
-    magnitude = 0.1 * math.log(max(factor, 1.0)) + 1.0 if yarn else 1.0
+    magnitude = _yarn_magnitude(factor) if yarn else 1.0
     if whole is not None and not _near(whole, magnitude):
         raise file.error(
             f"{PREFIX}rope.scaling.yarn_attn_factor is {whole}, expected none or {magnitude:.7g}, which follows from "

@@ -390,11 +390,9 @@ def to_hf(
     ]
 
     def tensors() -> Iterator[np.ndarray]:
-        for names, parts in files:
-            whole = [leaves.by_layer(entry.path) if entry.layers else [leaves.read(entry.path)] for entry in parts]
-            for layer in range(len(names)):
-                own = (leaf[layer].T if parts[0].transposed else leaf[layer] for leaf in whole)
-                found = [x.astype(dtypes[entry.path], copy=False) for x, entry in zip(own, parts, strict=True)]
+        for _, parts in files:
+            for joined in zip(*map(leaves.tensors, parts), strict=True):
+                found = [x.astype(dtypes[entry.path], copy=False) for x, entry in zip(joined, parts, strict=True)]
                 yield found[0] if len(found) == 1 else np.concatenate(found)
 
     card = model_card(source, Path(dst).absolute().name, config, int(native.checkpoint_path(source, step).parent.name))

@@ -145,6 +145,11 @@ class Tokenizer:
         """Returns the id of a piece of the vocabulary or of a special token; None if there is no such token."""
         return self._parsing.token_to_id(piece)
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The tokenizers library's object, with which the names of special tokens become these tokens."""
+        return self._parsing
+
     def save(self, directory: Path | str) -> None:
         """Copies the tokenizer's files into a directory, including special tokens and chat templates."""
         copy_tokenizer_files(self._directory, Path(directory))
@@ -358,7 +363,7 @@ def _build(directory: Path, settings: _Settings) -> tuple[tokenizers.Tokenizer, 
         backend.no_truncation()
         backend.no_padding()
     elif (directory / "tokenizer.model").is_file():
-        proto = _read_sentencepiece(directory / "tokenizer.model")
+        proto = read_sentencepiece(directory / "tokenizer.model")
         backend, settings = _from_sentencepiece(proto, directory, kind, settings)
         roles = {role: getattr(proto.trainer_spec, f"{role}_id") for role in ("bos", "eos", "unk")}
         defaults = {f"{role}_token": proto.pieces[i].piece for role, i in roles.items() if 0 <= i < len(proto.pieces)}
@@ -487,7 +492,8 @@ def _space_decoder(strips: bool) -> decoders.Decoder:
 # --- SentencePiece ----------------------------------------------------------------------------------------------------
 
 
-def _read_sentencepiece(path: Path) -> Any:
+def read_sentencepiece(path: Path) -> Any:
+    """Reads a tokenizer.model; raises InputError if it is not a whole BPE or Unigram model."""
     refuse_pointer(path)
     data = path.read_bytes()
     try:

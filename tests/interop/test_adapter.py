@@ -10,6 +10,8 @@ import eabf_jax
 from eabf_jax.errors import InputError
 from eabf_jax.interop import native
 from eabf_jax.interop.adapter import Adapter, digest, read_adapter
+from eabf_jax.interop.gguf import from_gguf
+from eabf_jax.interop.gguf_writer import to_gguf
 from eabf_jax.interop.huggingface import open_leaves, to_hf
 from eabf_jax.model import Llama, LlamaConfig
 from eabf_jax.model.lora import Lora, split_trained
@@ -75,6 +77,15 @@ def test_loading_is_exporting(run, tmp_path):
     to_hf(run, tmp_path / "hf")
     apart, exported = (eabf_jax.load(path, dtype="float32")[0].parameters() for path in (run, tmp_path / "hf"))
     jax.tree.map(np.testing.assert_array_equal, apart, exported)
+
+
+def test_a_gguf_file_holds_the_merged_model(run, base, tmp_path):
+    moved = base.rename(tmp_path / "moved")
+    to_hf(run, tmp_path / "hf", base=moved, step=3)
+    to_gguf(run, tmp_path / "m.gguf", base=moved, step=3)
+    from_gguf(tmp_path / "m.gguf", tmp_path / "back")
+    exported, back = (eabf_jax.load(tmp_path / name, dtype="float32")[0].parameters() for name in ("hf", "back"))
+    jax.tree.map(np.testing.assert_array_equal, exported, back)
 
 
 def test_a_digest_tells_models_apart_and_not_their_formats(base, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from eabf_jax.errors import InputError
 from eabf_jax.interop import native
+from eabf_jax.interop.directory import new_file
 from eabf_jax.interop.huggingface import from_hf, to_hf
 
 
@@ -59,3 +60,34 @@ def test_interruption_leaves_nothing(good: Path, tmp_path: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         from_hf(good, tmp_path / "native")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (OSError(errno.ENOSPC, "it is full"), InputError, r"no space left on device while writing .*m\.gguf; nothing"),
+        (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
+    ],
+)
+def test_a_file_appears_only_when_it_is_whole(
+    tmp_path: Path, error: BaseException, expected: type[BaseException], message: str
+) -> None:
+    target = tmp_path / "out" / "m.gguf"
+
+    def interrupted() -> None:
+        with new_file(target, lambda path: None) as partial:
+            partial.write_text("half")
+            raise error
+
+    with pytest.raises(expected, match=message):
+        interrupted()
+    assert list(target.parent.iterdir()) == []
+    with new_file(target, lambda path: None) as partial:
+        partial.write_text("whole")
+        assert not target.exists()
+    assert target.read_text() == "whole" and list(target.parent.iterdir()) == [target]
+    # What appears meanwhile is not replaced.
+    target.unlink()
+    with pytest.raises(InputError, match="exists, and it is a letter"), new_file(target, lambda path: "it is a letter"):
+        target.write_text("dear")
+    assert target.read_text() == "dear"

@@ -1,5 +1,6 @@
 """GGUF files compared with their source model, with transformers, and with llama.cpp's formulas."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -31,12 +32,15 @@ from gguf_files import (
     write,
 )
 from safetensors.torch import load_file
+from scheme_cases import KNOWN_TO_HF, ONLY_OURS, WITHOUT_A_NAME
 
 from eabf_jax.errors import InputError
 from eabf_jax.interop import gguf as ours
 from eabf_jax.interop import gguf_tokenizer
-from eabf_jax.interop.gguf import from_gguf
-from eabf_jax.rope import scheme
+from eabf_jax.interop.gguf import config_from_gguf, from_gguf, rotary_keys
+from eabf_jax.interop.gguf_file import read_gguf
+from eabf_jax.rope import Scheme, scheme
+from eabf_jax.rope.logit_scale import none
 
 PAGE = Path(__file__).parents[2] / "docs" / "gguf.md"
 
@@ -90,7 +94,9 @@ def test_old_name_of_the_factor(tmp_path: Path) -> None:
     assert config_of(converted(tmp_path, values)).rope == scheme("pi", base=10_000.0, factor=4.0)
 
 
-def llama_cpp_yarn(factor: float, window: float, fast: float, slow: float, own: float) -> tuple[np.ndarray, float]:
+def llama_cpp_yarn(
+    factor: float, window: float, fast: float, slow: float, own: float, base: float = 10_000.0
+) -> tuple[np.ndarray, float]:
     """Computes ggml's rope_yarn in float64, with the arguments from llama_context: frequencies and magnitude.
 
     There, freq_scale is 1 / factor and ext_factor is 1. rope_yarn multiplies cos and sin by 1 + 0.1 ln(1 / freq_scale).
@@ -98,10 +104,10 @@ def llama_cpp_yarn(factor: float, window: float, fast: float, slow: float, own: 
     the file's attn_factor.
     """
     pair = np.arange(HEAD_DIM // 2)
-    extrapolated = 10_000.0 ** (-2.0 * pair / HEAD_DIM)
+    extrapolated = base ** (-2.0 * pair / HEAD_DIM)
 
     def corrected(turns: float) -> float:
-        return HEAD_DIM * np.log(window / (turns * 2 * np.pi)) / (2 * np.log(10_000.0))
+        return HEAD_DIM * np.log(window / (turns * 2 * np.pi)) / (2 * np.log(base))
 
     low = max(0.0, np.floor(corrected(fast)))
     high = min(HEAD_DIM - 1.0, np.ceil(corrected(slow)))
@@ -179,6 +185,62 @@ def test_llama3_factors(tmp_path: Path) -> None:
         from_gguf(write(tmp_path / "n.gguf", values, tensors), tmp_path / "other")
 
 
+STATIC = [
+    *(s for s in (*KNOWN_TO_HF, *ONLY_OURS) if not s.depends_on_length and s.logit_multiplier.function is none),
+    scheme("llama3", base=500_000.0, factor=8.0, pretrained_window=512, high_freq_factor=8.0),
+    scheme("yarn", factor=4.0, pretrained_window=1024, beta_fast=8.0, beta_slow=2.0, attention_factor=1.2),
+    scheme("ntk_by_parts", base=123_456.789, factor=3.0, pretrained_window=4096),
+]
+
+
+def llama_cpp_rotation(values: Metadata, factors: np.ndarray | None) -> tuple[np.ndarray, float]:
+    """Computes what llama.cpp makes of the keys below `llama.rope.`: frequencies and magnitude, in float64."""
+    own, factor = values.get("scaling.attn_factor", 1.0), values.get("scaling.factor", 1.0)
+    if values.get("scaling.type") == "yarn":
+        window = values["scaling.original_context_length"]
+        return llama_cpp_yarn(factor, window, 32.0, 1.0, own, values["freq_base"])
+    plain = values["freq_base"] ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    return plain / factor / (1.0 if factors is None else factors), own
+
+
+@pytest.mark.parametrize("s", STATIC, ids=str)
+def test_schemes_are_written_as_llama_cpp_computes_them(tmp_path: Path, s: Scheme) -> None:
+    keys, factors = rotary_keys(s, HEAD_DIM)
+    frequencies, magnitude = llama_cpp_rotation(keys, factors)
+    # GGUF's numbers are float32.
+    np.testing.assert_allclose(frequencies, s.inverse_frequencies(HEAD_DIM), rtol=1e-6)
+    assert magnitude == pytest.approx(s.rotation_scale(), rel=1e-6)
+    values = metadata() | {f"llama.rope.{key}": value for key, value in keys.items()}
+    tensors = as_gguf(model()) | ({} if factors is None else {"rope_freqs.weight": factors})
+    noted = values | {"eabf_jax.rope": json.dumps(s.to_dict())}
+    assert config_from_gguf(read_gguf(write(tmp_path / "m.gguf", noted, tensors)), None).rope == s
+    if factors is None:  # without our note, the keys mean the same scheme
+        found = config_from_gguf(read_gguf(write(tmp_path / "n.gguf", values, tensors)), None).rope
+        np.testing.assert_allclose(found.inverse_frequencies(HEAD_DIM), frequencies, rtol=1e-6)
+        assert found.rotation_scale() == pytest.approx(magnitude, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("s", "message"),
+    [
+        (scheme("eabf", pretrained_window=4096), "'eabf' multiplies the attention logits, which llama.cpp cannot do"),
+        (WITHOUT_A_NAME, "'compose' multiplies the attention logits, .* export the model with convert/to_hf.py"),
+        (scheme("dynamic_ntk", factor=2.0, pretrained_window=512), "'dynamic_ntk' follows the length of the text"),
+        (
+            scheme("dynamic_yarn", pretrained_window=4096),
+            "'dynamic_yarn' follows the length of the text, .* serve it",
+        ),
+    ],
+)
+def test_schemes_that_llama_cpp_lacks_are_refused(s: Scheme, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        rotary_keys(s, HEAD_DIM)
+
+
+def noted(told: str, **settings: Any) -> Callable[[Metadata, Tensors], object]:
+    return lambda values, tensors: values.update({"eabf_jax.rope": told, **scaling(settings)})
+
+
 def yarn_changed(**changes: Any) -> Callable[[Metadata, Tensors], object]:
     return lambda values, tensors: values.update(scaling({"type": "yarn", "factor": 4.0, **changes}))
 
@@ -232,6 +294,15 @@ BAD: dict[str, tuple[Callable[[Metadata, Tensors], object], str]] = {
     ),
     "half a ramp": (yarn_changed(yarn_ext_factor=0.5), "yarn_ext_factor is 0.5, expected 1.0 with YaRN and 0.0"),
     "ramp without YaRN": (changed(llama__rope__scaling__yarn_ext_factor=1.0), "yarn_ext_factor is 1.0, expected 1.0 w"),
+    "a note that is no scheme": (noted("[1]"), r"eabf_jax.rope is '\[1\]', expected a rotary scheme: .* an object"),
+    "a note that is no JSON": (noted("yarn"), "eabf_jax.rope is 'yarn', expected a rotary scheme: Expecting value"),
+    "a note of another scheme": (
+        noted('{"type": "pi", "factor": 4.0}', factor=2.0),
+        "but the keys under llama.rope. or rope_freqs.weight are of another scheme; .* remove eabf_jax.rope to read",
+    ),
+    "a note without its factors": (
+        noted('{"type": "llama3", "factor": 8.0, "pretrained_window": 8192}'), "are of another scheme; expected"
+    ),
     "betas in the wrong order": (
         yarn_changed(yarn_beta_fast=1.0, yarn_beta_slow=2.0), "beta_fast must be more than beta_slow"
     ),

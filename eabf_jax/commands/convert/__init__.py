@@ -15,6 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, src: str, dst: str) -> Non
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result at --dst, and nothing else")
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Declares the options that choose the weights of a run."""
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
+    parser.add_argument("--base", help="base model of adapters, if it has moved")
+
+
 def run(convert: Callable[..., Any], arguments: argparse.Namespace) -> None:
     """Calls `convert` with source, destination and the other options by name; prints the size and duration."""
     options, start = vars(arguments).copy(), time.perf_counter()

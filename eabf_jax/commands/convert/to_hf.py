@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_arguments(
         parser, src="native model or run directory (model.json, checkpoints/)", dst="Hugging Face directory to write"
     )
-    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
+    convert.add_checkpoint(parser)
     parser.add_argument("--dtype", choices=convert.DTYPES, help="dtype of the weights (default: as stored)")
     parser.add_argument(
         "--as",
@@ -20,7 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL_TYPE",
         help="architecture to export as, if it computes the same: ministral3 for eabf_stair",
     )
-    parser.add_argument("--base", help="base model of adapters, if it has moved")
 
 
 run = functools.partial(convert.run, to_hf)
