@@ -204,9 +204,14 @@ def without_partial(values: Values) -> Values:
 _PARTIAL = Spelling((PARTIAL,), _read_partial, lambda config: {PARTIAL: config.partial_rotary_factor})
 
 
-def _write_own(config: LlamaConfig) -> dict[str, Any]:
+def beyond_llama(config: LlamaConfig) -> Fields:
+    """Returns the features of a model that LLaMA lacks, by field."""
     plain = LlamaConfig(**_plain(config), attention_bias=config.attention_bias, mlp_bias=config.mlp_bias)
-    own = {name: getattr(config, name) for name in FEATURES if getattr(config, name) != getattr(plain, name)}
+    return {name: getattr(config, name) for name in FEATURES if getattr(config, name) != getattr(plain, name)}
+
+
+def _write_own(config: LlamaConfig) -> dict[str, Any]:
+    own = beyond_llama(config)
     family = {} if config.model_type == "llama" else {"family": config.model_type}
     return {OWN_KEY: family | own} if family | own else {}
 
