@@ -2,8 +2,7 @@
 # in the releases that locks/ pins.
 PYTHON ?= python3
 BIN := .venv/bin
-# Without bytecode, which takes longer to make for every module than for those that are imported.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation --requirement
 
 .PHONY: demo demo-all test coverage test-gpu test-newest test-oldest test-transformers-4.46 test-llama-cpp locks lint venv clean FORCE
