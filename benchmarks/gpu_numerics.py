@@ -243,12 +243,13 @@ def token_case(backend: str, slots: int, kv_heads: int, head_dim: int, kind: str
 # Whole models, against float32.
 
 
-def scheme_of(name: str, window: int) -> Any:
+def scheme_of(name: str, window: int, head_dim: int) -> Any:
     """Builds a scheme by name, extended beyond a pretrained window."""
     from eabf_jax.rope import parameters_of, scheme
 
+    divisors = np.linspace(1.0, FACTOR, head_dim // 2).tolist()
     values = {"base": 10_000.0, "factor": FACTOR, "pretrained_window": window, "low_freq_factor": LOW,
-              "high_freq_factor": HIGH}  # fmt: skip
+              "high_freq_factor": HIGH, "short_factor": [1.0] * len(divisors), "long_factor": divisors}  # fmt: skip
     needed = {key for key, (_, default) in parameters_of(name).items() if default is MISSING}
     return scheme(name, **{key: values[key] for key in needed})
 
@@ -372,7 +373,7 @@ class Case:
 
         self._sizes, self._backend = sizes, backend
         self._where = {"scheme": name, "head_dim": head_dim}
-        self._config = configuration(sizes, scheme_of(name, sizes.window), head_dim)
+        self._config = configuration(sizes, scheme_of(name, sizes.window, head_dim), head_dim)
         random = np.random.default_rng(1)
 
         def draw(path: Any, leaf: Any) -> Any:
@@ -472,7 +473,7 @@ def decoding(generator: Any, prompts: Any, total: int) -> Callable[[Any, Any], A
 
         def attend(q: Any, k: Any, v: Any, cache: Any) -> Any:
             q, k, v = (y[:, 0] for y in (q, k, v))
-            out, cache = placement.token_attention(None, q, k, v, cache, position, backend=setup.backend)
+            out, cache = placement.token_attention(None, {"backend": setup.backend}, q, k, v, cache, position)
             return out[:, None], cache
 
         positions = position[:, None]

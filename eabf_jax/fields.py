@@ -44,6 +44,7 @@ _NAMES: Mapping[Any, str] = {
     NoneType: "null",
     tuple[str, ...]: "a list of names",
     tuple[int, ...]: "a list of integers",
+    tuple[float, ...]: "a list of finite numbers",
 }
 _UNIONS = (Union, UnionType)
 _UNFIT = object()

@@ -70,6 +70,10 @@ TYPES: dict[Any, list[tuple[Any, Any]]] = {
         *((2, 2), ([2, 3.0], (2, 3)), ((2,), (2,)), ([], ()), (None, None)),
         *((value, REFUSED) for value in (True, [2, True], [2, None], ["2"], "2", {2: 3})),
     ],
+    tuple[float, ...]: [
+        *(([1, 2.5], (1.0, 2.5)), ((), ()), (("2e-5",), (2e-5,))),
+        *((value, REFUSED) for value in (1.5, [math.nan], [True], ["1"], None)),
+    ],
     tuple[str, ...]: [(["a", "b"], ("a", "b")), *((value, REFUSED) for value in ("a", ["a", 1], None))],
     Literal["on", "auto"]: [("on", "on"), *((value, REFUSED) for value in ("off", True, None, ["on"]))],
     int | Literal["auto"]: [("auto", "auto"), (3, 3), *((value, REFUSED) for value in ("auot", False))],

@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--rope-length",
         type=int,
-        help="a fixed length for dynamic_ntk and dynamic_yarn, for speed (default: the text's own length; past the "
-        "pretrained window, the whole text is then read again for every token)",
+        help="a fixed length for dynamic_ntk, dynamic_yarn and longrope, for speed (default: the text's own length; "
+        "past the pretrained window, the whole text is then read again for every token)",
     )
     add("--tensor", type=int, default=1, help="devices that share the model's heads (default: 1)")
     add("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")

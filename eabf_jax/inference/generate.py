@@ -27,11 +27,11 @@ from eabf_jax.inference.sampling import Numbers, Sampling, Steps, choose, split
 from eabf_jax.inference.text import running_text
 from eabf_jax.interop.tokenizer import Tokenizer
 from eabf_jax.model import decoder
-from eabf_jax.model.attention import Backend, select
+from eabf_jax.model.attention import Backend, needs_of, select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.decoder import LayerWeights, Weights, WeightSource
 from eabf_jax.model.kv_cache import LayerCache, empty_cache, grown
-from eabf_jax.model.llama import Llama, Row, rotary_tables
+from eabf_jax.model.llama import Llama, Row, embedded, rotary_tables
 from eabf_jax.parallel.rules import batch_ways, mesh_of, with_shardings
 
 # Tokens per row that the decode loop generates before the host reads them.
@@ -124,7 +124,7 @@ class Generator:
         if isinstance(model, Llama):
             mesh, model = mesh or mesh_of(model), decoder.source_of(model)
         empty_cache(1, 1, 1, 1, model.dtype, cache)  # raises if the kind is unknown
-        backend = select(attention, model.dtype, model.config.head_dim)
+        backend = select(attention, model.dtype, model.config.head_dim, needs=needs_of(model.config))
         if mesh is not None:
             placement.check(mesh, model.config)
         self._setup = _Setup(model.config, model.dtype, backend, prefill_chunk, mesh, rope_length)
@@ -384,13 +384,14 @@ class Generator:
             start = jnp.int32(chunk.start)
             x, row = _begin(self._setup, self._weights.embedding, self._row_array(tokens[:, chunk]), start, lengths)
             for index, weights in enumerate(self._weights.layers):
-                x, caches[index] = _read_layer(setup, chunk.start, weights, jnp.int32(index), x, row, caches[index])
+                place = (chunk.start, self.config.window_of(index))
+                x, caches[index] = _read_layer(setup, place, weights, jnp.int32(index), x, row, caches[index])
             hidden = _collect(x, hidden, lengths, start)
         return hidden, tuple(caches), lengths
 
     def _reading(self, start: int) -> _Setup:
         """Returns the settings to read a chunk: past the first, the backend has to join it with the cache."""
-        needs = ("forward",) if start else ()
+        needs = (*needs_of(self.config), *(("forward",) if start else ()))
         backend = select(self._attention, self._setup.dtype, self.config.head_dim, needs=needs)
         return dataclasses.replace(self._setup, backend=backend)
 
@@ -476,18 +477,27 @@ def _begin(
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     length = lengths[:, None] if setup.rope_length is None else setup.rope_length
     row = _row(setup, positions, length)
-    return jnp.take(embedding, tokens, axis=0), row
+    return embedded(setup.config, jnp.take(embedding, tokens, axis=0), setup.dtype), row
 
 
 def _row(setup: _Setup, positions: Int[Array, "B T"], length: int | Array | None) -> Row:
-    return Row(positions, *rotary_tables(setup.config.rope, setup.config.head_dim, positions, length), None)
+    return Row(positions, *rotary_tables(setup.config.rope, setup.config.rotary_dim, positions, length), None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 6))
 def _read_layer(
-    setup: _Setup, start: int, weights: LayerWeights, index: Array, x: Array, row: Row, cache: LayerCache
+    setup: _Setup,
+    place: tuple[int, int | None],
+    weights: LayerWeights,
+    index: Array,
+    x: Array,
+    row: Row,
+    cache: LayerCache,
 ) -> tuple[Array, LayerCache]:
-    attention = functools.partial(placement.chunk_attention, setup.mesh, start=start, backend=setup.backend)
+    """Reads a chunk with one layer; `place` has the chunk's first position and the layer's sliding window."""
+    start, window = place
+    options = {"start": start, "window": window, "backend": setup.backend}
+    attention = functools.partial(placement.chunk_attention, setup.mesh, options)
     return decoder.layer(setup.config, weights, index, x, row, cache, attention)
 
 
@@ -535,9 +545,12 @@ def _decode(
 ) -> tuple[Int[Array, "B chunk"], _State]:
     """Generates up to `size` tokens per row; stops early once every row has ended."""
 
-    def attend(q: Array, k: Array, v: Array, cache: LayerCache, positions: Array) -> tuple[Array, LayerCache]:
+    def attend(
+        q: Array, k: Array, v: Array, cache: LayerCache, positions: Array, window: int | None
+    ) -> tuple[Array, LayerCache]:
         q, k, v = (y[:, 0] for y in (q, k, v))
-        out, cache = placement.token_attention(setup.mesh, q, k, v, cache, positions, backend=setup.backend)
+        options = {"backend": setup.backend, "window": window}
+        out, cache = placement.token_attention(setup.mesh, options, q, k, v, cache, positions)
         return out[:, None], cache
 
     def step(carry: tuple[Array, Array, _State]) -> tuple[Array, Array, _State]:
@@ -545,9 +558,10 @@ def _decode(
         row = _row(setup, state.position[:, None], setup.rope_length)
         # Finished rows keep overwriting one slot; their output is ignored.
         x = jnp.take(weights.embedding, jnp.maximum(state.token, 0), axis=0)[:, None]
+        x = embedded(setup.config, x, setup.dtype)
         caches = list(state.caches)
         for number, layer in enumerate(weights.layers):
-            attention = functools.partial(attend, positions=state.position)
+            attention = functools.partial(attend, positions=state.position, window=setup.config.window_of(number))
             x, caches[number] = decoder.layer(setup.config, layer, number, x, row, caches[number], attention)
         logits = decoder.next_token_logits(setup.config, weights, x[:, 0])
         token = choose(logits, state.seen, choice.keys, state.chosen, steps, choice.numbers)
@@ -603,7 +617,7 @@ def lower_generation(
       One layer that reads the last chunk of a prompt, and the decode loop of all layers.
     """
     dtype, batch, slots = jnp.dtype(dtype), batch_ways(mesh), _rounded(window)
-    backend = select("auto", dtype, config.head_dim, mesh.devices.flat[0].platform)
+    backend = select("auto", dtype, config.head_dim, mesh.devices.flat[0].platform, needs=needs_of(config))
     setup = _Setup(config, dtype, backend, prefill_chunk, mesh, None)
     steps, numbers = split(Sampling())
     rows, everywhere = placement.row_sharding(mesh), NamedSharding(mesh, PartitionSpec())
@@ -628,6 +642,6 @@ def lower_generation(
     weights = placement.weight_shapes(mesh, config, dtype)
     start = (window - 1) // prefill_chunk * prefill_chunk
     index = there(jax.eval_shape(lambda: jnp.int32(0)))
-    prefill = _read_layer.lower(setup, start, weights.layers[0], index, x, tables, cache)
+    prefill = _read_layer.lower(setup, (start, config.window_of(0)), weights.layers[0], index, x, tables, cache)
     state = state._replace(caches=(cache,) * config.num_hidden_layers)
     return prefill, _decode.lower(setup, steps, weights, state, choice, TOKENS_AT_ONCE)

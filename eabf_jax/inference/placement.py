@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from eabf_jax.errors import InputError
-from eabf_jax.model.attention import Backend
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.decoder import AXES, LAYER_AXES, PART_AXES, LayerWeights, Weights, WeightSource, weights_of
 from eabf_jax.model.kv_cache import LayerCache, attend_chunk, attend_token
@@ -80,18 +79,18 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def chunk_attention(
-    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, *, start: int, backend: Backend
+    mesh: Mesh | None, options: Mapping[str, Any], q: Array, k: Array, v: Array, cache: LayerCache
 ) -> tuple[Array, LayerCache]:
-    """Runs `attend_chunk` on each device's own rows and heads."""
-    attend = functools.partial(attend_chunk, start=start, backend=backend)
+    """Runs `attend_chunk` with its keyword arguments `options` on each device's own rows and heads."""
+    attend = functools.partial(attend_chunk, **options)
     return _mapped(mesh, attend, cache, spec("batch", None, "heads", None))(q, k, v, cache)
 
 
 def token_attention(
-    mesh: Mesh | None, q: Array, k: Array, v: Array, cache: LayerCache, positions: Array, *, backend: Backend
+    mesh: Mesh | None, options: Mapping[str, Any], q: Array, k: Array, v: Array, cache: LayerCache, positions: Array
 ) -> tuple[Array, LayerCache]:
-    """Runs `attend_token` on each device's own rows and heads."""
-    attend = functools.partial(attend_token, backend=backend)
+    """Runs `attend_token` with its keyword arguments `options` on each device's own rows and heads."""
+    attend = functools.partial(attend_token, **options)
     return _mapped(mesh, attend, cache, spec("batch", "heads", None), spec("batch"))(q, k, v, cache, positions)
 
 

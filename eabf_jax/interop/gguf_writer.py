@@ -14,6 +14,7 @@ import numpy as np
 from eabf_jax import __version__
 from eabf_jax.errors import InputError
 from eabf_jax.interop import native
+from eabf_jax.interop.architectures import beyond_llama
 from eabf_jax.interop.directory import new_file
 from eabf_jax.interop.gguf import (
     ARCHITECTURE,
@@ -77,6 +78,7 @@ def to_gguf(
     strange = [found.name for found in leaves.dtypes.values() if found.name not in KINDS]
     if dtype is None and strange:
         raise InputError(f"{source}: weights are {strange[0]}, which is not kept; choose --dtype {', '.join(KINDS)}")
+    _check_features(config)
     keys, factors = _model_keys(config)
     keys |= tokenizer_keys(tokenizer_directory(source, base), config)
     entries = parameters(config)
@@ -123,6 +125,16 @@ def to_gguf(
         writer.write_padding(file, file.tell())
         writer.close()  # before the file is renamed
     return Summary(len(planned), total)
+
+
+def _check_features(config: LlamaConfig) -> None:
+    """Refuses a model with a feature that the architecture of the file lacks."""
+    for name, value in beyond_llama(config).items():
+        if name != "attention_output_bias":  # which biases there are shows in the tensors
+            raise InputError(
+                f"GGUF files of the architecture {ARCHITECTURE!r} cannot express {name} {value!r} of this model "
+                f"({config.model_type}): convert its Hugging Face directory with llama.cpp's own converter"
+            )
 
 
 def _model_keys(config: LlamaConfig) -> tuple[dict[str, Any], np.ndarray | None]:

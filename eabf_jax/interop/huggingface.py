@@ -15,6 +15,15 @@ from eabf_jax.errors import InputError
 from eabf_jax.fields import check, types_of
 from eabf_jax.interop import native
 from eabf_jax.interop.adapter import Leaves, check_shape, merged_run, read_adapter, stack
+from eabf_jax.interop.architectures import (
+    ARCHITECTURES,
+    FEATURES,
+    OWN_TYPE,
+    PARTIAL,
+    architecture_of,
+    rotary_keys,
+    without_partial,
+)
 from eabf_jax.interop.directory import EXPORT, new_directory, read_json_object, refuse_pointer, write_json
 from eabf_jax.interop.model_card import CARD_FILE, model_card, write_origin
 from eabf_jax.interop.peft import base_of, is_peft, merged_peft
@@ -44,8 +53,8 @@ EMBEDDING_NAME, TIED_NAME = "model.embed_tokens.weight", "lm_head.weight"
 # Rotary tables and causal masks, which old releases stored beside the weights and which are computed here.
 BUFFER = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(self_)?attn\.(masked_)?bias|position_ids)$")
 
-# Keys that may change the logits or weights of transformers' LLaMA: a test of the supported values, and their name in
-# messages. docs/config_json.md lists every key.
+# Keys that may change the logits or weights of transformers' models: a test of the supported values, and their name in
+# messages. An architecture may have its own reading of a key. docs/config_json.md lists every key.
 _NULL: tuple[Callable[[Any], bool], str] = (lambda value: value is None, "null")
 FIXED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "hidden_act": (lambda value: value in ("silu", "swish"), "'silu'"),
@@ -74,9 +83,10 @@ FIXED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 _FIELDS = {name: kind for name, kind in types_of(LlamaConfig).items() if name != "rope"}
+_SHARED = [name for name in _FIELDS if name not in (*FEATURES, "model_type")]
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}  # the other defaults are those of `LlamaConfig`
-_NULL_IS_DEFAULT = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias")
+_NULL_IS_DEFAULT = ("num_key_value_heads", "head_dim", "tie_word_embeddings", *FEATURES)
 
 
 class Summary(NamedTuple):
@@ -95,27 +105,34 @@ def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
     Raises:
       InputError: the architecture is another one, a key is missing or of the wrong type, or a value is not supported
         (`FIXED`).
-    Source: transformers, `LlamaConfig`.
+    Source: transformers, the config classes of `ARCHITECTURES`.
     """
-    kind = values.get("model_type")
-    if kind not in ("llama", "eabf_llama"):
-        raise InputError(f"config.json: model_type is {kind!r}, expected 'llama' (the LLaMA architecture)")
+    architecture = architecture_of(values)
     for name, (accepts, expected) in FIXED.items():
-        if name in values and not accepts(values[name]):
+        if name in values and name not in architecture.keys and not accepts(values[name]):
             raise InputError(f"config.json: {name} is {values[name]!r:.80}, expected {expected}")
-    absent = {name for name in _FIELDS if values.get(name) is None and (name in _NULL_IS_DEFAULT or name not in values)}
-    given = {name: values[name] for name in _FIELDS if name not in absent}
-    fields = check(_DEFAULTS | given, _FIELDS, "config.json: key", required=_SIZES)
+    given = {
+        name: values[name]
+        for name in _SHARED
+        if name in values and not (values[name] is None and name in _NULL_IS_DEFAULT)
+    }
+    defaults = {name: value for name, value in architecture.defaults.items() if name in _SHARED}
+    fields = check(_DEFAULTS | defaults | given, _FIELDS, "config.json: key", required=_SIZES)
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields.setdefault("head_dim", fields["hidden_size"] // max(fields["num_attention_heads"], 1))
-    config = LlamaConfig(**fields, rope=rope.from_hf(values))
+    features = architecture.read(values, fields["num_hidden_layers"])
+    fields |= check({k: v for k, v in features.items() if v is not None}, _FIELDS, "config.json: key")
+    rotary = without_partial(values) if PARTIAL in architecture.keys else values
+    if (base := architecture.defaults.get("rope_theta")) is not None:
+        rotary = {"rope_theta": base, **rotary}
+    config = LlamaConfig(**{"model_type": values["model_type"], **fields}, rope=rope.from_hf(rotary))
     if DATA_KEY in values:
         check_exported(values[DATA_KEY], config.rope, *_extent(config))
     return config
 
 
 def _extent(config: LlamaConfig) -> tuple[int, int, int]:
-    return config.head_dim, config.num_hidden_layers, config.max_position_embeddings
+    return config.rotary_dim, config.num_hidden_layers, config.max_position_embeddings
 
 
 def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
@@ -126,15 +143,17 @@ def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
     Args:
       dtype: of the stored tensors.
     """
-    rotary = rope.to_hf(config.rope, head_dim=config.head_dim)
+    rotary = rotary_keys(config)
     end = config.eos_token_id
-    identity: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    architecture = ARCHITECTURES[config.model_type]
+    identity: dict[str, Any] = {"architectures": [architecture.class_name], "model_type": config.model_type}
     if rope.needs_remote_code(rotary):
+        architecture = ARCHITECTURES[OWN_TYPE]
         rotary |= {DATA_KEY: exported_data(config.rope, *_extent(config))}
         module = Path(MODELING_FILE).stem
         identity = {
-            "architectures": ["EabfLlamaForCausalLM"],
-            "model_type": "eabf_llama",
+            "architectures": [architecture.class_name],
+            "model_type": OWN_TYPE,
             "auto_map": {
                 "AutoConfig": f"{module}.EabfLlamaConfig",
                 "AutoModel": f"{module}.EabfLlamaModel",
@@ -143,12 +162,30 @@ def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
         }
     return {
         **identity,
-        **{name: getattr(config, name) for name in _FIELDS},
+        **{name: getattr(config, name) for name in _SHARED},
+        **architecture.write(config),
         "hidden_act": "silu",
         "eos_token_id": list(end) if isinstance(end, tuple) else end,
         "torch_dtype": dtype,  # read by every release; `dtype` from 4.56 on
         **rotary,
     }
+
+
+def as_architecture(config: LlamaConfig, model_type: str) -> LlamaConfig:
+    """Returns a model as one of another architecture that computes the same without our code.
+
+    Raises:
+      InputError: an unknown architecture, or one that lacks a feature or the rotary scheme of the model.
+    """
+    architecture = architecture_of({"model_type": model_type})
+    other = dataclasses.replace(config, model_type=model_type)
+    if model_type == OWN_TYPE or rope.needs_remote_code(rotary_keys(other)):
+        raise InputError(
+            f"model_type {model_type!r} of transformers does not compute the rotary scheme {config.rope.name!r}; train "
+            "with one that it computes (ministral3 computes eabf_stair), or export without another type"
+        )
+    architecture.write(other)
+    return other
 
 
 def write_config(directory: Path, config: LlamaConfig, dtype: str) -> None:
@@ -319,6 +356,7 @@ def to_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: str | None = None,
     base: Path | str | None = None,
+    model_type: str | None = None,
 ) -> Summary:
     """Exports a native directory or a run to a Hugging Face directory; holds one layer's tensor in memory at a time.
 
@@ -330,27 +368,32 @@ def to_hf(
       step, base: as for `open_leaves`.
       max_shard_bytes: largest size of a shard's data, unless a single tensor is larger.
       dtype: the dtype to cast to; None keeps the stored ones (float32 for weights that adapters change).
+      model_type: another architecture that computes the same, so that transformers needs none of our code.
 
     Raises:
-      InputError: the checkpoint is missing, damaged or does not fit the config; or `dst` is in use.
+      InputError: the checkpoint is missing, damaged or does not fit the config; the other architecture does not
+        compute the same; or `dst` is in use.
     """
     source = Path(src)
     if not native.is_native(source):
         raise InputError(f"{source}: no {native.MODEL_FILE} there; expected a native model directory or a run's")
     leaves = open_leaves(source, step, base)
-    config = leaves.config
-    entries = parameters(config)
+    config = leaves.config if model_type is None else as_architecture(leaves.config, model_type)
     dtypes = {name: np.dtype(dtype or own) for name, own in leaves.dtypes.items()}
     if has_tokenizer(source):
         check_vocabulary(load_tokenizer(source), config, source)
+    files = files_of(config)
     planned = [
-        PlannedTensor(name, dtypes[entry.path], entry.hf_shape) for entry in entries for name in entry.hf_names()
+        PlannedTensor(name, np.result_type(*(dtypes[entry.path] for entry in parts)), _joined_shape(parts))
+        for names, parts in files
+        for name in names
     ]
 
     def tensors() -> Iterator[np.ndarray]:
-        for entry in entries:
-            for own in leaves.tensors(entry):
-                yield own.astype(dtypes[entry.path], copy=False)
+        for _, parts in files:
+            for joined in zip(*map(leaves.tensors, parts), strict=True):
+                found = [x.astype(dtypes[entry.path], copy=False) for x, entry in zip(joined, parts, strict=True)]
+                yield found[0] if len(found) == 1 else np.concatenate(found)
 
     card = model_card(source, Path(dst).absolute().name, config, int(native.checkpoint_path(source, step).parent.name))
     with new_directory(dst, EXPORT, overwrite=overwrite, sources=[source]) as partial:
@@ -360,6 +403,42 @@ def to_hf(
         export_tokenizer(source, partial, config.max_position_embeddings)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
     return Summary(len(planned), sum(tensor.nbytes for tensor in planned))
+
+
+def files_of(config: LlamaConfig) -> list[tuple[list[str], list[Parameter]]]:
+    """Lists the tensors of an export: their names in the order of layers, and the parameters that each one joins."""
+    fused = {} if rope.needs_remote_code(rotary_keys(config)) else ARCHITECTURES[config.model_type].fused
+    whole = {part: name for name, parts in fused.items() for part in parts}
+    found: dict[str, tuple[list[str], list[Parameter]]] = {}
+    for entry in parameters(config):
+        module = entry.path[-2]
+        names = [name.replace(module, whole.get(module, module)) for name in entry.hf_names()]
+        found.setdefault(names[0], (names, []))[1].append(entry)
+    return [*found.values()]
+
+
+def _joined_shape(parts: list[Parameter]) -> tuple[int, ...]:
+    first, *rest = parts[0].hf_shape
+    return first + sum(part.hf_shape[0] for part in parts[1:]), *rest
+
+
+def _unfused(found: Mapping[str, StoredTensor], config: LlamaConfig) -> dict[str, StoredTensor]:
+    """Cuts projections that the files hold as one tensor into those of the model."""
+    fused, apart = ARCHITECTURES[config.model_type].fused, {}
+    shapes = {name: entry.hf_shape for entry in parameters(config) for name in entry.hf_names()}
+    for name, tensor in found.items():
+        module = f".{name}".split(".")[-2]
+        full = f"model.{name.removeprefix('model.')}"
+        parts = [full.replace(module, part) for part in fused.get(module, ())]
+        if not parts or not all(part in shapes for part in parts):
+            apart[name] = tensor
+            continue
+        check_shape(tensor, (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:]))
+        offset = tensor.offset
+        for part in parts:
+            apart[part] = StoredTensor(part, tensor.dtype, shapes[part], tensor.path, offset)
+            offset += apart[part].nbytes
+    return apart
 
 
 def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor]:
@@ -373,7 +452,7 @@ def find_tensors(directory: Path, config: LlamaConfig) -> dict[str, StoredTensor
     """
     expected = {name: entry for entry in parameters(config) for name in entry.hf_names()}
     found: dict[str, StoredTensor] = {}
-    for stored, tensor in _headers(directory).items():
+    for stored, tensor in _unfused(_headers(directory), config).items():
         # A bare LlamaModel stores its names without the prefix; transformers adds or removes it too.
         spellings = (stored, f"model.{stored}", stored.removeprefix("model."))
         name = next((name for name in spellings if name in expected or name == TIED_NAME), stored)

@@ -11,12 +11,13 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from eabf_jax.errors import InputError
+from eabf_jax.interop.architectures import rotary_keys
 from eabf_jax.interop.directory import read_json_object
 from eabf_jax.interop.native import CONFIG_FILE, DATASET_FILE, EVALUATION, METRICS_FILE
 from eabf_jax.interop.tokenizer import has_tokenizer
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.parameters import parameter_count
-from eabf_jax.rope import needs_remote_code, to_hf
+from eabf_jax.rope import needs_remote_code
 
 CARD_FILE = "README.md"
 
@@ -72,7 +73,7 @@ def model_card(source: Path, name: str, config: LlamaConfig, step: int) -> str:
     Raises:
       InputError: one of those files is damaged.
     """
-    own_code = needs_remote_code(to_hf(config.rope, head_dim=config.head_dim))
+    own_code = needs_remote_code(rotary_keys(config))
     facts = {
         "parameters": f"{parameter_count(config):,}",
         "context window": f"{config.max_position_embeddings:,} tokens",
@@ -83,7 +84,7 @@ def model_card(source: Path, name: str, config: LlamaConfig, step: int) -> str:
     if step and (source / CONFIG_FILE).is_file():
         told, known = _training(source, step)
         facts |= told
-    tags = ["long-context", "llama", config.rope.name, *(["custom_code"] if own_code else [])]
+    tags = ["long-context", config.model_type, config.rope.name, *(["custom_code"] if own_code else [])]
     front = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **known)
     lines = ["---", front.to_yaml(), "---", "", f"# {name}", ""]
     lines += _table(["", ""], [[fact, value] for fact, value in facts.items()])
@@ -197,6 +198,8 @@ def _settings(values: dict[str, Any]) -> str:
     def shown(value: Any) -> str:
         if isinstance(value, dict):
             return f"({_settings(value)})"
+        if isinstance(value, list):
+            return f"[{', '.join(map(shown, value))}]"
         if isinstance(value, bool):
             return "yes" if value else "no"
         return f"{int(value) if value == int(value) else value:,}"

@@ -1,4 +1,4 @@
-"""LLaMA for generation: separate weights per layer, a few large matrix products per layer, and a key-value cache.
+"""The model for generation: separate weights per layer, a few large matrix products per layer, and a key-value cache.
 
 A decode step does little but read every weight once, so no weight may be copied or cast on the way. Weights are in the
 compute dtype, and each layer has its own arrays, because a slice of the stacked tensors of `llama.py` would be a copy.
@@ -20,7 +20,7 @@ from eabf_jax.errors import InputError
 from eabf_jax.model.attention import precision_of
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.kv_cache import LayerCache
-from eabf_jax.model.llama import Llama, Row, rms_norm, rotate
+from eabf_jax.model.llama import Llama, Row, add_branch, final_norm, layer_tables, query_scale, rms_norm, rotate
 from eabf_jax.model.parameters import Axes, parameter_axes, parameters
 
 # (q, k, v, cache) -> attended values and the cache with k and v added; arrays are [B, T, heads, H].
@@ -28,19 +28,22 @@ CachedAttention = Callable[[Array, Array, Array, LayerCache], tuple[Array, Layer
 
 
 class LayerWeights(NamedTuple):
-    """The weights of one layer. Biases are None where the model has none."""
+    """The weights of one layer. Norms and biases are None where the model has none."""
 
-    input_norm: Array  # [D]
+    input_norm: Array | None  # [D]
     # [D, K * (G + 2) * H]: per key-value head its queries, key and value, so that a mesh can split by head.
     qkv: Array
     qkv_bias: Array | None  # [K * (G + 2) * H]
+    q_norm: Array | None  # [H] or [N * H]
+    k_norm: Array | None  # [H] or [K * H]
     output: Array  # [D, N * H]
     output_bias: Array | None  # [D]
-    mlp_norm: Array  # [D]
+    middle_norm: Array  # [D], before the MLP or after attention
     gate_up: Array  # [D, 2, F]
     gate_up_bias: Array | None  # [2, F]
     down: Array  # [D, F]
     down_bias: Array | None  # [D]
+    last_norm: Array | None  # [D], after the MLP
 
 
 class Weights(NamedTuple):
@@ -75,13 +78,16 @@ _FORMS: dict[str, tuple[_Form, tuple[str, ...]]] = {
     "input_norm": (_AS_IS, ("input_layernorm.scale",)),
     "qkv": (_BY_HEAD, ("self_attn.q_proj.kernel", "self_attn.k_proj.kernel", "self_attn.v_proj.kernel")),
     "qkv_bias": (_BY_HEAD, ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")),
+    "q_norm": (_AS_IS, ("self_attn.q_norm.scale",)),
+    "k_norm": (_AS_IS, ("self_attn.k_norm.scale",)),
     "output": (_TRANSPOSED, ("self_attn.o_proj.kernel",)),
     "output_bias": (_AS_IS, ("self_attn.o_proj.bias",)),
-    "mlp_norm": (_AS_IS, ("post_attention_layernorm.scale",)),
+    "middle_norm": (_AS_IS, ("post_attention_layernorm.scale",)),
     "gate_up": (_SIDE_BY_SIDE, ("mlp.gate_proj.kernel", "mlp.up_proj.kernel")),
     "gate_up_bias": (_SIDE_BY_SIDE, ("mlp.gate_proj.bias", "mlp.up_proj.bias")),
     "down": (_TRANSPOSED, ("mlp.down_proj.kernel",)),
     "down_bias": (_AS_IS, ("mlp.down_proj.bias",)),
+    "last_norm": (_AS_IS, ("post_feedforward_layernorm.scale",)),
 }
 
 # Logical axes of the parameters that make up an array in `LayerWeights`, of that array, and of the others in `Weights`.
@@ -185,19 +191,30 @@ def layer(
     Returns:
       Hidden states after the layer, and the cache with the new tokens added.
     """
-    eps, groups = config.rms_norm_eps, config.num_attention_heads // config.num_key_value_heads
-    qkv = _project(rms_norm(x, weights.input_norm, eps), weights.qkv, weights.qkv_bias)
+    groups = config.num_attention_heads // config.num_key_value_heads
+
+    def normed(x: Array, scale: Array | None) -> Array:
+        return x if scale is None else rms_norm(x, scale, config.rms_norm_eps)
+
+    def heads(x: Array, scale: Array | None) -> Array:
+        """[B, T, ..., H] -> [B, T, heads, H], normed as the model does."""
+        if config.qk_norm == "full":
+            x = normed(x.reshape(*x.shape[:2], -1), scale)
+        x = x.reshape(*x.shape[:2], -1, config.head_dim)
+        return normed(x, scale) if config.qk_norm == "head" else x
+
+    before, after = (None, weights.middle_norm) if config.post_norm else (weights.middle_norm, None)
+    qkv = _project(normed(x, weights.input_norm), weights.qkv, weights.qkv_bias)
     qkv = qkv.reshape(*x.shape[:2], config.num_key_value_heads, groups + 2, config.head_dim)
-    q = qkv[..., :groups, :].reshape(*x.shape[:2], config.num_attention_heads, config.head_dim)
-    k, v = qkv[..., groups, :], qkv[..., groups + 1, :]
-    q_scale = config.rope.logit_scale(row.positions, index) * config.head_dim**-0.5
-    q = (rotate(q, row.cos, row.sin) * q_scale[:, :, None, None]).astype(x.dtype)
-    k = rotate(k, row.cos, row.sin).astype(x.dtype)
-    out, cache = attention(q, k, v, cache)
-    x = x + _contract(out.reshape(*x.shape[:2], -1), weights.output, weights.output_bias)
-    gate_up = _project(rms_norm(x, weights.mlp_norm, eps), weights.gate_up, weights.gate_up_bias)
-    x = x + _contract(jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], weights.down, weights.down_bias)
-    return x, cache
+    q, k, v = heads(qkv[..., :groups, :], weights.q_norm), heads(qkv[..., groups, :], weights.k_norm), qkv[..., -1, :]
+    tables = layer_tables(config, row, index)
+    q = (rotate(q, *tables) * query_scale(config, row, index)[:, :, None, None]).astype(x.dtype)
+    out, cache = attention(q, rotate(k, *tables).astype(x.dtype), v, cache)
+    out = _contract(out.reshape(*x.shape[:2], -1), weights.output, weights.output_bias)
+    x = add_branch(config, x, normed(out, after))
+    gate_up = _project(normed(x, before), weights.gate_up, weights.gate_up_bias)
+    out = _contract(jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], weights.down, weights.down_bias)
+    return add_branch(config, x, normed(out, weights.last_norm)), cache
 
 
 def next_token_logits(config: LlamaConfig, weights: Weights, x: Float[Array, "B D"]) -> Float[Array, "B V"]:
@@ -209,7 +226,7 @@ def next_token_logits(config: LlamaConfig, weights: Weights, x: Float[Array, "B 
     Returns:
       float32 [batch, vocab_size].
     """
-    hidden = rms_norm(x, weights.norm, config.rms_norm_eps)
+    hidden = final_norm(config, weights.norm, x)
     equation, kernel = ("bd,vd->bv", weights.embedding) if weights.head is None else ("bd,dv->bv", weights.head)
     return jnp.einsum(
         equation, hidden, kernel, precision=precision_of(hidden.dtype), preferred_element_type=jnp.float32

@@ -13,7 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from eabf_jax.errors import unknown_name
-from eabf_jax.model.attention import Backend, ability, joined, precision_of
+from eabf_jax.model.attention import Backend, ability, joined, precision_of, with_window
 from eabf_jax.model.attention.backend import MASKED
 
 # Dtypes by name; None is the model's compute dtype. Any other 8-bit dtype would need scales, as int8 does.
@@ -82,6 +82,7 @@ def attend_chunk(
     *,
     start: int,
     backend: Backend,
+    window: int | None = None,
 ) -> tuple[Float[Array, "B T N H"], LayerCache]:
     """Attends causally within a chunk of new tokens and to all earlier tokens, and stores the chunk.
 
@@ -95,18 +96,26 @@ def attend_chunk(
       cache: holds the earlier tokens.
       start: position of the chunk's first token in every row, known before tracing.
       backend: computes the attention.
+      window: the last tokens that a query sees, its own included; None means all.
 
     Returns:
       The attended values, in the dtype of v, and the cache with the chunk added.
     Raises:
-      InputError: a start past 0, and a backend that returns no log-sum-exps.
+      InputError: a start past 0, and a backend that returns no log-sum-exps; or a window, and a backend without any.
     """
-    if start == 0:
+    if window is not None and start + q.shape[1] > window:
+        # Rows before the chunk stand in for the queries of the cached tokens that the window reaches; cut off below.
+        seen = min(start, window - 1)
+        before = (_cached(cache, name, slice(start - seen, start), v.dtype) for name in ("k", "v"))
+        keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(before, (k, v), strict=True))
+        q = jnp.pad(q, ((0, 0), (seen, 0), (0, 0), (0, 0)))
+        out = with_window(backend, window)(q, keys, values, None)[:, seen:]
+    elif start == 0:
         out = backend(q, k, v)
     else:
         forward = ability(backend, "forward")
         own, own_lse = forward(q, k, v, None, True)
-        keys, values = (_cached(cache, name, start, v.dtype) for name in ("k", "v"))
+        keys, values = (_cached(cache, name, slice(start), v.dtype) for name in ("k", "v"))
         out, _ = joined(own, own_lse, *forward(q, keys, values, None, False))
     places = (0, 0, start, 0)
     (new_k, k_scale), (new_v, v_scale) = (_quantized(x.swapaxes(1, 2), cache.k.dtype) for x in (k, v))
@@ -127,6 +136,7 @@ def attend_token(
     positions: Int[Array, "B"],
     *,
     backend: Backend,
+    window: int | None = None,
 ) -> tuple[Float[Array, "B N H"], LayerCache]:
     """Stores one new token per row and attends to it and all earlier tokens.
 
@@ -141,6 +151,7 @@ def attend_token(
       cache: holds the earlier tokens.
       positions: 0-based position of each row's token, less than the number of slots.
       backend: computes the attention.
+      window: the last tokens that a query sees, its own included; None means all.
 
     Returns:
       The attended values, in the dtype of v, and the cache with the tokens added.
@@ -156,7 +167,9 @@ def attend_token(
         # Without this constraint, the TPU compiler picks another cache layout inside the decode loop to suit the
         # one-slot writes; it then copies the caches on entry and exit and holds both copies.
         cache = cache._replace(k=_as_it_lies(cache.k), v=_as_it_lies(cache.v))
-    if backend.token is not None and cache.k_scale is None and cache.k.shape[2] > _FEW_SLOTS:
+    if window is not None and cache.k.shape[2] <= window:
+        window = None
+    if backend.token is not None and cache.k_scale is None and cache.k.shape[2] > _FEW_SLOTS and window is None:
         return backend.token(q, cache.k, cache.v, positions + 1), cache
     keys, values = (x.astype(v.dtype) for x in (cache.k, cache.v))
     grouped = q.reshape(q.shape[0], keys.shape[1], -1, q.shape[-1])
@@ -164,7 +177,8 @@ def attend_token(
     logits = jnp.einsum("bkgh,bksh->bkgs", grouped, keys, preferred_element_type=jnp.float32, precision=precision)
     if cache.k_scale is not None:
         logits *= cache.k_scale[:, :, None]
-    seen = jnp.arange(keys.shape[2]) <= positions[:, None, None, None]
+    slots, last = jnp.arange(keys.shape[2]), positions[:, None, None, None]
+    seen = slots <= last if window is None else (slots <= last) & (slots > last - window)
     weights = jax.nn.softmax(jnp.where(seen, logits, MASKED), axis=-1)
     if cache.v_scale is not None:
         weights *= cache.v_scale[:, :, None]
@@ -195,9 +209,9 @@ def _put(stored: Array, new: Array, positions: Array) -> Array:
     return stored.at[rows, heads, positions[:, None]].set(new, unique_indices=True)
 
 
-def _cached(cache: LayerCache, name: str, slots: int, dtype: jnp.dtype) -> Array:
-    """Returns the keys or values of the first slots in the kernels' layout, [B, slots, K, H]."""
-    taken, scale = getattr(cache, name)[:, :, :slots], getattr(cache, f"{name}_scale")
+def _cached(cache: LayerCache, name: str, slots: slice, dtype: jnp.dtype) -> Array:
+    """Returns the keys or values of some slots in the kernels' layout, [B, slots, K, H]."""
+    taken, scale = getattr(cache, name)[:, :, slots], getattr(cache, f"{name}_scale")
     if scale is not None:
-        taken = taken.astype(jnp.float32) * scale[:, :, :slots, None]
+        taken = taken.astype(jnp.float32) * scale[:, :, slots, None]
     return taken.astype(dtype).swapaxes(1, 2)

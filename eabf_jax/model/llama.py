@@ -1,10 +1,13 @@
-"""The LLaMA model: RMSNorm, rotary attention with the scheme's logit multiplier, SwiGLU, and one scan over layers.
+"""The model: RMSNorm, rotary attention with the scheme's logit multiplier, SwiGLU, and one scan over layers.
+
+It is LLaMA, and every architecture that `LlamaConfig` describes by features of LLaMA's decoder.
 
 Dimensions: B batch, T length, D hidden_size, F intermediate_size, N query heads, K key-value heads, H head_dim,
 V vocabulary, L layers. Module names are Hugging Face's; kernels are [in, out]; the tensors of all layers are stacked
 on a leading axis L, so that one traced block serves every layer and compile time does not grow with depth.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
@@ -16,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from eabf_jax.errors import InputError
-from eabf_jax.model.attention import Attention, precision_of, select
+from eabf_jax.model.attention import Attention, needs_of, precision_of, select, with_window
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora, adapters
 from eabf_jax.model.parameters import TreePath, check_shapes, flatten, parameters
@@ -96,20 +99,51 @@ def segment_lengths(positions: Array, segment_ids: Array | None) -> Array:
 
 
 def rotate(x: Float[Array, "B T heads H"], cos: Array, sin: Array) -> Float[Array, "B T heads H"]:
-    """Applies rotary embedding in float32, pairing each head's first half with its second half.
+    """Applies rotary embedding in float32, pairing the first half of each head's rotated part with its second half.
 
     Args:
       x: queries or keys.
-      cos: float32 [batch, length, head_dim // 2].
-      sin: float32 [batch, length, head_dim // 2].
+      cos: float32 [batch, length, rotary_dim // 2]; the dimensions from rotary_dim on are not rotated.
+      sin: float32, the shape of cos.
 
     Returns:
       float32, the shape of x.
     Source: transformers, `apply_rotary_pos_emb` (halves, not interleaved pairs).
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    half = cos.shape[-1]
+    first, second, *rest = jnp.split(x.astype(jnp.float32), (half, 2 * half)[: x.shape[-1] // half], axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin, *rest), axis=-1)
+
+
+def layer_tables(config: LlamaConfig, row: Row, index: int | Int[Array, ""]) -> tuple[Array, Array]:
+    """Returns the cosines and sines of a layer, which may be traced; those of an unrotated layer change nothing."""
+    if not config.unrotated_layers:
+        return row.cos, row.sin
+    rotated = ~jnp.isin(index, jnp.array(config.unrotated_layers))
+    return jnp.where(rotated, row.cos, 1.0), jnp.where(rotated, row.sin, 0.0)
+
+
+def query_scale(config: LlamaConfig, row: Row, index: int | Int[Array, ""]) -> Float[Array, "B T"]:
+    """Returns the factor on a layer's queries: that of the attention logits and the scheme's multiplier."""
+    return config.rope.logit_scale(row.positions, index) * config.attention_scale
+
+
+def embedded(config: LlamaConfig, x: Float[Array, "... D"], dtype: Any) -> Float[Array, "... D"]:
+    """Turns token vectors into the hidden states before the first layer, in the compute dtype."""
+    return (x if config.embedding_multiplier == 1.0 else x * config.embedding_multiplier).astype(dtype)
+
+
+def add_branch(config: LlamaConfig, x: Float[Array, "... D"], y: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Adds the output of attention or MLP to the hidden states."""
+    return x + (y if config.residual_multiplier == 1.0 else y * config.residual_multiplier)
+
+
+def final_norm(config: LlamaConfig, scale: Float[Array, "D"], x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Applies the norm after the last layer, and divides by `logits_scaling`, so that logits need no other factor."""
+    if config.logits_scaling != 1.0:
+        scale = scale.astype(jnp.float32) / config.logits_scaling
+    return rms_norm(x, scale, config.rms_norm_eps)
 
 
 def product(x: Array, kernel: Array, path: TreePath) -> Array:
@@ -145,6 +179,10 @@ class Initializer:
         self._rngs, self._dtype = rngs, param_dtype
         self._shapes = {entry.path: entry.shape for entry in (*parameters(config), *adapters(config, lora))}
 
+    def __contains__(self, path: TreePath) -> bool:
+        """Whether the model has a parameter with this path."""
+        return path in self._shapes
+
     def __call__(self, *path: str) -> Any:
         """Returns the parameter at a path of the tree; None if the model has no such parameter."""
         if (shape := self._shapes.get(path)) is None:
@@ -171,6 +209,11 @@ class Linear(nnx.Module):
             narrow = self.product(x, self.lora_a[...], (*self.path, "lora_a")) * self.lora_scale
             y += self.product(narrow, self.lora_b[...], (*self.path, "lora_b"))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def norm_of(init: Initializer, path: TreePath) -> "RMSNorm | None":
+    """Returns a norm; None if the model does not have it."""
+    return RMSNorm(init, path) if (*path, "scale") in init else None
 
 
 class RMSNorm(nnx.Module):
@@ -205,6 +248,8 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, init: Initializer, path: TreePath, product: Product):
         self.head_dim = init.config.head_dim
+        self.norm_all = init.config.qk_norm == "full"
+        self.q_norm, self.k_norm = norm_of(init, (*path, "q_norm")), norm_of(init, (*path, "k_norm"))
         self.q_proj = Linear(init, (*path, "q_proj"), product)
         self.k_proj = Linear(init, (*path, "k_proj"), product)
         self.v_proj = Linear(init, (*path, "v_proj"), product)
@@ -213,20 +258,23 @@ class SelfAttention(nnx.Module):
     def __call__(
         self,
         x: Array,
-        row: Row,
+        tables: tuple[Array, Array],
+        segment_ids: Array | None,
         q_scale: Array,
         attention: Attention,
         constrain: Constrain,
     ) -> Array:
-        def heads(y: Array) -> Array:
-            return constrain(y.reshape(*y.shape[:2], -1, self.head_dim), "batch", "length", "heads", None)
+        def heads(y: Array, norm: RMSNorm | None = None) -> Array:
+            y = y if norm is None or not self.norm_all else norm(y)
+            y = constrain(y.reshape(*y.shape[:2], -1, self.head_dim), "batch", "length", "heads", None)
+            return y if norm is None or self.norm_all else norm(y)
 
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k, v = heads(self.q_proj(x), self.q_norm), heads(self.k_proj(x), self.k_norm), heads(self.v_proj(x))
         # The multiplier is applied to q in float32, so that q is rounded to the compute dtype only once.
-        q = (rotate(q, row.cos, row.sin) * q_scale[:, :, None, None]).astype(x.dtype)
-        k = rotate(k, row.cos, row.sin).astype(x.dtype)
+        q = (rotate(q, *tables) * q_scale[:, :, None, None]).astype(x.dtype)
+        k = rotate(k, *tables).astype(x.dtype)
         q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
-        out = attention(q, k, v, row.segment_ids)
+        out = attention(q, k, v, segment_ids)
         return self.o_proj(out.reshape(*out.shape[:2], -1))
 
 
@@ -247,22 +295,28 @@ class Block(nnx.Module):
     """One decoder layer; holds the stacked parameters of all layers, or those of the layer that it computes."""
 
     def __init__(self, init: Initializer, path: TreePath, product: Product):
-        self.input_layernorm = RMSNorm(init, (*path, "input_layernorm"))
+        self.input_layernorm = norm_of(init, (*path, "input_layernorm"))
         self.self_attn = SelfAttention(init, (*path, "self_attn"), product)
         self.post_attention_layernorm = RMSNorm(init, (*path, "post_attention_layernorm"))
+        self.post_feedforward_layernorm = norm_of(init, (*path, "post_feedforward_layernorm"))
         self.mlp = SwiGLU(init, (*path, "mlp"), product)
 
     def __call__(
-        self,
-        x: Array,
-        row: Row,
-        q_scale: Array,
-        attention: Attention,
-        constrain: Constrain,
+        self, config: LlamaConfig, x: Array, row: Row, index: Array, attention: Attention, constrain: Constrain
     ) -> Array:
-        x = x + self.self_attn(self.input_layernorm(x), row, q_scale, attention, constrain)
-        x = checkpoint_name(x, "middle")
-        x = x + self.mlp(self.post_attention_layernorm(x), constrain)
+        tables, q_scale = layer_tables(config, row, index), query_scale(config, row, index)
+
+        def attend(x: Array) -> Array:
+            return self.self_attn(x, tables, row.segment_ids, q_scale, attention, constrain)
+
+        def branch(x: Array, before: RMSNorm | None, inner: Callable[[Array], Array], after: RMSNorm | None) -> Array:
+            y = inner(x if before is None else before(x))
+            return add_branch(config, x, y if after is None else after(y))
+
+        middle, after = self.post_attention_layernorm, config.post_norm
+        x = checkpoint_name(branch(x, self.input_layernorm, attend, middle if after else None), "middle")
+        mlp = functools.partial(self.mlp, constrain=constrain)
+        x = branch(x, None if after else middle, mlp, self.post_feedforward_layernorm)
         return constrain(x, "batch", "length", None)
 
 
@@ -274,7 +328,7 @@ class Embedding(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A LLaMA-architecture causal language model."""
+    """A causal language model of the LLaMA family."""
 
     def __init__(
         self,
@@ -284,6 +338,7 @@ class Llama(nnx.Module):
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
         attention: str | Attention = "auto",
+        windowed: Attention | None = None,
         constrain: Constrain = unconstrained,
         product: Product = product,
         lora: Lora | None = None,
@@ -296,6 +351,7 @@ class Llama(nnx.Module):
           dtype: compute dtype of the matrix products; norms, angles, softmax and logits are float32.
           param_dtype: dtype of the parameters.
           attention: a backend's name, "auto", or a function with the signature of `attention.Backend`.
+          windowed: the function for layers with a sliding window; None for that of `attention`'s backend.
           constrain: called with each large activation and its logical axes, to set its layout on a mesh.
           product: multiplies activations by the layers' kernels and adapters.
           lora: adds adapters to the projections that it names.
@@ -307,7 +363,11 @@ class Llama(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.constrain = constrain
         self.lora = lora
-        self.attention = select(attention, self.dtype, config.head_dim) if isinstance(attention, str) else attention
+        if isinstance(attention, str):
+            attention = select(attention, self.dtype, config.head_dim, needs=needs_of(config))
+        self.attention, self.windowed = attention, windowed
+        if config.sliding_window is not None and windowed is None:
+            self.windowed = with_window(attention, config.sliding_window)
         init = Initializer(config, rngs=rngs, param_dtype=param_dtype, lora=lora)
         self.embed_tokens = Embedding(init, ("embed_tokens",))
         self.layers = Block(init, ("layers",), product)
@@ -371,7 +431,7 @@ class Llama(nnx.Module):
           segment_ids: integers [batch, length]; tokens see only their own segment. None means one segment per row.
 
         Returns:
-          Final normed hidden states [batch, length, hidden_size], in the compute dtype.
+          Final normed hidden states [batch, length, hidden_size], divided by `logits_scaling`, in the compute dtype.
 
         Raises:
           InputError: an argument has the wrong shape or dtype, or (outside of `jax.jit`) a value is out of range.
@@ -389,7 +449,7 @@ class Llama(nnx.Module):
 
         x = self.embed(self.embed_tokens.embedding[...], tokens)
         x, _ = jax.lax.scan(layer, x, (stacked, jnp.arange(self.config.num_hidden_layers)))
-        return self.norm(x)
+        return final_norm(self.config, self.norm.scale[...], x)
 
     def row(
         self,
@@ -410,11 +470,11 @@ class Llama(nnx.Module):
             )
         rope = self.config.rope
         length = segment_lengths(positions, segment_ids) if rope.depends_on_length else None
-        return Row(positions, *rotary_tables(rope, self.config.head_dim, positions, length), segment_ids)
+        return Row(positions, *rotary_tables(rope, self.config.rotary_dim, positions, length), segment_ids)
 
     def embed(self, embedding: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Returns the hidden states before the first layer, in the compute dtype."""
-        x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
+        x = embedded(self.config, jnp.take(embedding, tokens, axis=0), self.dtype)
         return self.constrain(x, "batch", "length", None)
 
     def layer(self, parameters: Mapping[str, Any], index: Array, x: Float[Array, "B T D"], row: Row) -> Array:
@@ -430,8 +490,17 @@ class Llama(nnx.Module):
         """
         graphdef, state = nnx.split(self.layers)
         block = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(dict(parameters))))
-        q_scale = self.config.rope.logit_scale(row.positions, index) * self.config.head_dim**-0.5
-        return block(x, row, q_scale, self.attention, self.constrain)
+        return block(self.config, x, row, index, self._attention_of(index, x.shape[1]), self.constrain)
+
+    def _attention_of(self, index: Array, length: int) -> Attention:
+        """Returns the attention function of a layer, whose index may be traced, for rows of this length."""
+        config, full, windowed = self.config, self.attention, self.windowed
+        if windowed is None or config.sliding_window is None or length <= config.sliding_window:
+            return full
+        if not config.full_attention_layers:
+            return windowed
+        is_full = jnp.isin(index, jnp.array(config.full_attention_layers))
+        return lambda q, k, v, segments: jax.lax.cond(is_full, full, windowed, q, k, v, segments)
 
     def output_kernel(self) -> Float[Array, "D V"]:
         """Returns the [hidden_size, vocab_size] matrix from hidden states to logits, in the parameters' dtype."""

@@ -1,4 +1,4 @@
-"""Every parameter of a LLaMA model in one table: its names here, at Hugging Face and in GGUF, its shape, its axes.
+"""Every parameter of a model in one table: its names here, at Hugging Face and in GGUF, its shape, its axes.
 
 All other code takes the parameters from here: the modules of `llama.py`, the joined weights of `decoder.py`, adapters,
 sharding, the planner and the counts of parameters, conversion and checkpoints.
@@ -26,7 +26,8 @@ class Entry(NamedTuple):
       gguf: the module in GGUF's tensor names.
       shape: sizes in the letters of `llama.py`, and R for the rank of adapters; without the axis of layers.
       axes: the logical axis of each dimension, which `parallel.rules` maps to mesh axes; None is never split.
-      only_if: a field of the config and the value at which a model has the parameter; None if every model has it.
+      only_if: a field of the config and the value at which a model has the parameter; None if every model has it. Two
+        lines may describe the same parameter under different conditions, with the same axes.
       rotated: whether the last dimension is one of heads to which rotary embedding is applied.
     """
 
@@ -35,7 +36,7 @@ class Entry(NamedTuple):
     gguf: str
     shape: tuple[str, ...]
     axes: Axes
-    only_if: tuple[str, bool] | None = None
+    only_if: tuple[str, Any] | None = None
     rotated: bool = False
 
     @property
@@ -56,6 +57,7 @@ class Entry(NamedTuple):
             "F": config.intermediate_size,
             "NH": config.num_attention_heads * config.head_dim,
             "KH": config.num_key_value_heads * config.head_dim,
+            "H": config.head_dim,
             "R": rank,
         }
         layers = config.num_hidden_layers if self.stacked else None
@@ -64,14 +66,26 @@ class Entry(NamedTuple):
 
 _UNTIED = ("tie_word_embeddings", False)
 _ATTN_BIAS = ("attention_bias", True)
+_OUT_BIAS = ("attention_output_bias", True)
 _MLP_BIAS = ("mlp_bias", True)
+_PER_HEAD = ("qk_norm", "head")
+_OVERALL = ("qk_norm", "full")
+_BEFORE = ("post_norm", False)
+_AFTER = ("post_norm", True)
 
 TABLE: tuple[Entry, ...] = (
     Entry("model.embed_tokens", "embedding", "token_embd", ("V", "D"), ("vocab", "embed")),
     Entry("model.norm", "scale", "output_norm", ("D",), (None,)),
     Entry("lm_head", "kernel", "output", ("D", "V"), ("embed", "vocab"), _UNTIED),
-    Entry("model.layers.{}.input_layernorm", "scale", "blk.{}.attn_norm", ("D",), (None,)),
-    Entry("model.layers.{}.post_attention_layernorm", "scale", "blk.{}.ffn_norm", ("D",), (None,)),
+    Entry("model.layers.{}.input_layernorm", "scale", "blk.{}.attn_norm", ("D",), (None,), _BEFORE),
+    # Where norms precede, the one after attention is the MLP's.
+    Entry("model.layers.{}.post_attention_layernorm", "scale", "blk.{}.ffn_norm", ("D",), (None,), _BEFORE),
+    Entry("model.layers.{}.post_attention_layernorm", "scale", "blk.{}.post_attention_norm", ("D",), (None,), _AFTER),
+    Entry("model.layers.{}.post_feedforward_layernorm", "scale", "blk.{}.post_ffw_norm", ("D",), (None,), _AFTER),
+    Entry("model.layers.{}.self_attn.q_norm", "scale", "blk.{}.attn_q_norm", ("H",), (None,), _PER_HEAD, rotated=True),
+    Entry("model.layers.{}.self_attn.k_norm", "scale", "blk.{}.attn_k_norm", ("H",), (None,), _PER_HEAD, rotated=True),
+    Entry("model.layers.{}.self_attn.q_norm", "scale", "blk.{}.attn_q_norm", ("NH",), (None,), _OVERALL, rotated=True),
+    Entry("model.layers.{}.self_attn.k_norm", "scale", "blk.{}.attn_k_norm", ("KH",), (None,), _OVERALL, rotated=True),
     Entry("model.layers.{}.self_attn.q_proj", "kernel", "blk.{}.attn_q", ("D", "NH"), ("embed", "heads"), rotated=True),
     Entry("model.layers.{}.self_attn.q_proj", "bias", "blk.{}.attn_q", ("NH",), ("heads",), _ATTN_BIAS, rotated=True),
     Entry("model.layers.{}.self_attn.k_proj", "kernel", "blk.{}.attn_k", ("D", "KH"), ("embed", "heads"), rotated=True),
@@ -79,7 +93,7 @@ TABLE: tuple[Entry, ...] = (
     Entry("model.layers.{}.self_attn.v_proj", "kernel", "blk.{}.attn_v", ("D", "KH"), ("embed", "heads")),
     Entry("model.layers.{}.self_attn.v_proj", "bias", "blk.{}.attn_v", ("KH",), ("heads",), _ATTN_BIAS),
     Entry("model.layers.{}.self_attn.o_proj", "kernel", "blk.{}.attn_output", ("NH", "D"), ("heads", "embed")),
-    Entry("model.layers.{}.self_attn.o_proj", "bias", "blk.{}.attn_output", ("D",), (None,), _ATTN_BIAS),
+    Entry("model.layers.{}.self_attn.o_proj", "bias", "blk.{}.attn_output", ("D",), (None,), _OUT_BIAS),
     Entry("model.layers.{}.mlp.gate_proj", "kernel", "blk.{}.ffn_gate", ("D", "F"), ("embed", "mlp")),
     Entry("model.layers.{}.mlp.gate_proj", "bias", "blk.{}.ffn_gate", ("F",), ("mlp",), _MLP_BIAS),
     Entry("model.layers.{}.mlp.up_proj", "kernel", "blk.{}.ffn_up", ("D", "F"), ("embed", "mlp")),
@@ -180,12 +194,12 @@ def parameter_axes(path: TreePath) -> Axes:
 
 
 def optional_fields(gguf_tensors: Container[str]) -> dict[str, bool]:
-    """Infers the config fields in `only_if` from a GGUF file; the first line of the table with a field decides.
+    """Infers from a GGUF file which biases a model has, and whether its output is tied; one tensor decides each.
 
     Args:
       gguf_tensors: names of the tensors in the file.
     """
-    conditions = [(entry, *entry.only_if) for entry in reversed(TABLE) if entry.only_if is not None]
+    conditions = [(entry, *entry.only_if) for entry in reversed(TABLE) if entry.only_if and entry.leaf != "scale"]
     return {
         field: (f"{entry.gguf.format(0)}.{_suffix(entry)}" in gguf_tensors) == value
         for entry, field, value in conditions

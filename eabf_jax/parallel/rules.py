@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from eabf_jax.errors import InputError
-from eabf_jax.model.attention import Attention, select
+from eabf_jax.model.attention import Attention, needs_of, select, with_window
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Constrain, Llama, Product, product, unconstrained
 from eabf_jax.model.parameters import parameter_axes
@@ -255,11 +255,21 @@ def llama_on(
     """
     if isinstance(attention, str):
         platform = mesh.devices.flat[0].platform
-        attention = select(attention, jnp.dtype(dtype), config.head_dim, platform)
+        attention = select(attention, jnp.dtype(dtype), config.head_dim, platform, needs=needs_of(config))
+    windowed = None
+    if config.sliding_window is not None:
+        if mesh.shape["context"] > 1:
+            raise InputError(
+                f"mesh context={mesh.shape['context']} cannot split rows for the model's sliding_window "
+                f"{config.sliding_window}; give these devices to fsdp or tensor"
+            )
+        windowed = with_window(attention, config.sliding_window)
+        windowed = sharded_attention(mesh, windowed, config.num_key_value_heads)
     return Llama.abstract(
         config,
         dtype=jnp.dtype(dtype),
         attention=sharded_attention(mesh, attention, config.num_key_value_heads),
+        windowed=windowed,
         constrain=activation_constraint(mesh),
         product=layer_product(mesh, whole=whole),
         **options,

@@ -2,12 +2,12 @@
 
 A rule takes the head size, then `length` if its frequencies follow the current length, then its own parameters by
 keyword, which are the scheme's parameters in a config file. It returns the inverse frequencies in radians per token,
-float32 [head_dim // 2], and the rotation scale: the factor on cos and sin, 1.0 except for YaRN. Values known before
-tracing are computed in float64 and rounded once to float32. Every rule raises InputError for an odd head size, or one
-below 2 (4 for the NTK-aware rules).
+float32 [head_dim // 2], and the rotation scale: the factor on cos and sin, 1.0 except for YaRN and LongRoPE. Values
+known before tracing are computed in float64 and rounded once to float32. Every rule raises InputError for an odd head
+size, or one below 2 (4 for the NTK-aware rules).
 
 Arguments and notation, the same in every rule:
-  head_dim: d, the size of an attention head, even.
+  head_dim: d, the size of an attention head, or of the part of it that is rotated; even.
   length: L, the current length in tokens, may be a traced integer; None, like any length up to c, changes nothing.
   base: b; 10,000 in LLaMA-2, larger in adjusted-base-frequency (ABF) models.
   factor: s, the target window over the pretrained window.
@@ -177,6 +177,50 @@ def llama3(
     turns = pretrained_window * theta / (2.0 * math.pi)
     kept = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
     return _rounded(theta * kept + theta / factor * (1.0 - kept)), 1.0
+
+
+def longrope(
+    head_dim: int,
+    length: Length,
+    *,
+    base: float = LLAMA2_BASE,
+    factor: float,
+    short_factor: tuple[float, ...],
+    long_factor: tuple[float, ...],
+    pretrained_window: int,
+    attention_factor: float | None = None,
+) -> tuple[Frequencies, float]:
+    """Computes the frequencies of LongRoPE, theta_j divided by the j-th number of one of two lists.
+
+    Args:
+      factor: s, only for the default of `attention_factor`.
+      short_factor: d/2 numbers for lengths up to c.
+      long_factor: d/2 numbers for greater lengths.
+      attention_factor: factor on cos and sin; None means sqrt(1 + ln s / ln c), or 1 if s is less than 1.
+
+    Source: Ding et al. 2024 (LongRoPE), section 3; transformers rope type `longrope`.
+    """
+    theta = _theta(head_dim, base)
+    if not len(short_factor) == len(long_factor) == head_dim // 2:
+        raise InputError(
+            f"LongRoPE's lists have {len(short_factor)} and {len(long_factor)} numbers; a head with {head_dim} rotated "
+            f"dimensions needs {head_dim // 2} in each"
+        )
+    short, long = theta / np.array(short_factor), theta / np.array(long_factor)
+    if attention_factor is None:
+        attention_factor = math.sqrt(1.0 + math.log(max(factor, 1.0)) / math.log(pretrained_window))
+    if _is_static(length):
+        return _rounded(long if (length or 0) > pretrained_window else short), attention_factor
+    return jnp.where(jnp.asarray(length) > pretrained_window, _rounded(long), _rounded(short)), attention_factor
+
+
+def nope(head_dim: int) -> tuple[Frequencies, float]:
+    """Returns zeros, with which nothing is rotated.
+
+    Source: Kazemnejad et al. 2023 (no positional encoding).
+    """
+    _check_head_dim(head_dim, at_least=2)
+    return jnp.zeros(head_dim // 2, jnp.float32), 1.0
 
 
 def _theta(head_dim: int, base: float) -> Float64[np.ndarray, " head_dim//2"]:

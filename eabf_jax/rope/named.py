@@ -33,7 +33,7 @@ def _number(name: str, value: Any) -> Any:
 
 
 def _window(config: _Values, section: _Values) -> Any:
-    """Returns the pretrained window of yarn and llama3, looked up where and in the order that transformers does."""
+    """Returns the pretrained window of yarn, longrope and llama3, from the first place where transformers finds it."""
     for place in (config, section):
         if place.get("original_max_position_embeddings") is not None:
             return place["original_max_position_embeddings"]
@@ -85,11 +85,17 @@ def _write_yarn(parameters: _Values, head_dim: int | None) -> _HFKeys:
     return section, {"max_position_embeddings": round(parameters["factor"] * parameters["pretrained_window"])}
 
 
-def _read_yarn(config: _Values, section: _Values) -> dict[str, Any]:
+def _read_extension(config: _Values, section: _Values) -> tuple[Any, Any]:
+    """Returns the pretrained window and the factor of yarn and longrope."""
     window = _number("original_max_position_embeddings", _window(config, section))
     factor = section.get("factor")
     if factor is None:
         factor = _number("max_position_embeddings", _needed(config, "max_position_embeddings")) / window
+    return window, factor
+
+
+def _read_yarn(config: _Values, section: _Values) -> dict[str, Any]:
+    window, factor = _read_extension(config, section)
     attention_factor = section.get("attention_factor")
     mscale, mscale_all_dim = section.get("mscale"), section.get("mscale_all_dim")
     if attention_factor is None and mscale and mscale_all_dim:
@@ -113,6 +119,14 @@ register("yarn", frequency_rules.yarn, hf=HFSpelling("yarn", _write_yarn, _read_
 register("dynamic_yarn", frequency_rules.dynamic_yarn)
 register("abf", frequency_rules.default, defaults={"base": ABF_BASE})
 register("eabf", frequency_rules.default, logit_rules.entropy_aware, defaults={"base": ABF_BASE})
+register(
+    "eabf_stair",
+    frequency_rules.default,
+    logit_rules.llama4_temperature,
+    defaults={"base": ABF_BASE},
+    fixed={"beta": None, "one_based": False},
+)
+register("nope", frequency_rules.nope)
 
 
 _LLAMA3_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
@@ -129,3 +143,30 @@ def _read_llama3(config: _Values, section: _Values) -> dict[str, Any]:
 
 
 register("llama3", frequency_rules.llama3, hf=HFSpelling("llama3", _write_llama3, _read_llama3))
+
+
+_LONGROPE_LISTS = ("short_factor", "long_factor")
+
+
+def _write_longrope(parameters: _Values, head_dim: int | None) -> _HFKeys:
+    window = parameters["pretrained_window"]
+    section = {"factor": parameters["factor"], "original_max_position_embeddings": window}
+    section |= {name: list(parameters[name]) for name in _LONGROPE_LISTS}
+    if parameters["attention_factor"] is not None:
+        section["attention_factor"] = parameters["attention_factor"]
+    # transformers 4.51 reads only the outer window, and takes the factor from the two outer keys.
+    longest = round(parameters["factor"] * window)
+    return section, {"max_position_embeddings": longest, "original_max_position_embeddings": window}
+
+
+def _read_longrope(config: _Values, section: _Values) -> dict[str, Any]:
+    window, factor = _read_extension(config, section)
+    return {
+        "factor": factor,
+        "pretrained_window": window,
+        "attention_factor": section.get("attention_factor"),
+        **{name: _needed(section, name) for name in _LONGROPE_LISTS},
+    }
+
+
+register("longrope", frequency_rules.longrope, hf=HFSpelling("longrope", _write_longrope, _read_longrope))

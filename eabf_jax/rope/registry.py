@@ -21,7 +21,7 @@ from eabf_jax.rope import frequencies as frequency_rules
 from eabf_jax.rope import logit_scale as logit_rules
 
 ENTRY_POINTS = "eabf_jax.schemes"
-PARAMETER_TYPES = (float, int, bool, float | None)
+PARAMETER_TYPES = (float, int, bool, float | None, tuple[float, ...])
 
 
 class HFSpelling(NamedTuple):
@@ -64,8 +64,12 @@ _entries: dict[str, Entry] = {}
 
 # Multipliers that a composition can name, in addition to the schemes that have one.
 _MULTIPLIERS = {
-    rule.__name__: Entry(frequency_rules.default, rule) for rule in (logit_rules.none, logit_rules.entropy_aware)
-}
+    rule.__name__: Entry(frequency_rules.default, rule)
+    for rule in (
+        *(logit_rules.none, logit_rules.entropy_aware),
+        *(logit_rules.smooth_temperature, logit_rules.llama4_temperature, logit_rules.ssmax),
+    )
+} | {"logn": Entry(frequency_rules.default, logit_rules.entropy_aware, fixed={"unscaled_layers": 0})}
 
 
 def register(
@@ -231,7 +235,7 @@ def _check_rule(name: str, rule: Callable[..., Any], arguments: tuple[str, ...],
         raise InputError(f"{owner} takes ({', '.join(map(str, found))}); {right} is needed")
     for parameter, (kind, _) in parameters.items():
         if kind not in PARAMETER_TYPES or parameter in ("type", "window"):
-            kinds = ", ".join(getattr(known, "__name__", str(known)) for known in PARAMETER_TYPES)
+            kinds = ", ".join(known.__name__ if isinstance(known, type) else str(known) for known in PARAMETER_TYPES)
             raise InputError(
                 f"{owner}: parameter {parameter!r} is of type {getattr(kind, '__name__', kind)}; a name other than "
                 f"'type' and 'window', annotated with one of {kinds}, is needed"

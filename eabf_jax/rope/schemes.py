@@ -54,9 +54,22 @@ class Rule:
 _REQUIREMENTS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
     (("base",), lambda base: base > 1, "base must be more than 1"),
     (("factor",), lambda factor: factor > 0, "factor must be more than 0"),
-    (("pretrained_window",), lambda window: window >= 2, "pretrained_window must be at least 2 tokens"),
+    (
+        ("pretrained_window",),
+        lambda window: 2 <= window < 2**31,
+        "pretrained_window must be at least 2 tokens and less than 2^31",
+    ),
     (("unscaled_layers",), lambda layers: layers >= 0, "unscaled_layers must be at least 0"),
     (("attention_factor",), lambda scale: scale is None or scale > 0, "attention_factor must be more than 0"),
+    *(
+        ((name,), lambda factors: bool(factors) and min(factors) > 0, f"{name} must be numbers above 0")
+        for name in ("short_factor", "long_factor")
+    ),
+    (
+        ("short_factor", "long_factor"),
+        lambda short, long: len(short) == len(long),
+        "short_factor and long_factor must have the same number of values",
+    ),
     (("beta_slow",), lambda slow: slow > 0, "beta_slow must be more than 0"),
     (("beta_fast", "beta_slow"), lambda fast, slow: fast > slow, "beta_fast must be more than beta_slow"),
     (("low_freq_factor",), lambda low: low > 0, "low_freq_factor must be more than 0"),
@@ -118,7 +131,7 @@ class Scheme:
         return self._rotation(head_dim, length)[0]
 
     def rotation_scale(self, length: Length = None) -> float | Float32[Array, ""]:
-        """Computes the factor that multiplies cos and sin, 1.0 except for the YaRN schemes.
+        """Computes the factor that multiplies cos and sin, 1.0 except for YaRN and LongRoPE.
 
         Args:
           length: as for `inverse_frequencies`.
@@ -139,7 +152,7 @@ class Scheme:
           layer: 0-based layer index; may be a traced integer.
 
         Returns:
-          Multipliers, float32, shape of `positions`; exactly 1 within the pretrained window.
+          Multipliers, float32, shape of `positions`; exactly 1 within the pretrained window, except for `ssmax`.
 
         Raises:
           InputError: positions or a layer that are not whole numbers, or a negative layer.
@@ -235,10 +248,12 @@ def _trying(what: str) -> Iterator[None]:
 
 @cache
 def _some_head_dim(rule: Rule) -> int:
-    """Returns a head size that a rule takes; a user's rule may be a table for one size only."""
+    """Returns a head size that a rule takes; LongRoPE's lists and a user's table are for one size only."""
     for head_dim in _HEAD_DIMS:
         with suppress(InputError):
             _try_frequencies(rule, head_dim)
+            if rule.is_ours:
+                rule(head_dim, *([None] if follows_length(rule.function) else []))
             return head_dim
     return _HEAD_DIMS[0]
 
@@ -274,9 +289,8 @@ def compose(frequencies: Scheme | Mapping[str, Any], logit_scale: Scheme | Mappi
 
     Args:
       frequencies: the scheme whose frequencies and rotation scale are taken, or that scheme as a dictionary.
-      logit_scale: the scheme whose logit multiplier is taken; or a dictionary of type "entropy_aware" (or "eabf") with
-        `pretrained_window` in tokens and `unscaled_layers`; or a dictionary of another scheme, with only the parameters
-        of its multiplier. None or type "none" means no multiplier.
+      logit_scale: the scheme whose logit multiplier is taken; or a dictionary of a rule in `logit_scale.py` or of
+        another scheme, with only the parameters of its multiplier. None or type "none" means no multiplier.
 
     Returns:
       The scheme, under the first name in the table with the same two rules, or else "compose".
@@ -298,7 +312,7 @@ def parameters_of(name: str) -> Mapping[str, tuple[Any, Any]]:
     """Describes the parameters of a named scheme.
 
     Returns:
-      For each parameter its type (`float`, `int` or `float | None`) and its default, `dataclasses.MISSING` for none.
+      For each parameter its type (one of `registry.PARAMETER_TYPES`) and its default, `dataclasses.MISSING` for none.
 
     Raises:
       InputError: unknown scheme.
@@ -307,10 +321,10 @@ def parameters_of(name: str) -> Mapping[str, tuple[Any, Any]]:
 
 
 def _told(rule: Rule) -> dict[str, Any]:
-    """Returns a rule's parameters, without optional ones at None and switches at their default."""
+    """Returns a rule's parameters as plain values, without optional ones at None and switches at their default."""
     defaults = {name: default for name, (_, default) in parameters_of_rule(rule.function).items()}
     return {
-        name: value
+        name: list(value) if isinstance(value, tuple) else value
         for name, value in rule.parameters
         if value is not None and not (isinstance(value, bool) and value is defaults[name])
     }

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.model.attention import precision_of
-from eabf_jax.model.llama import Llama, Row, logits, rms_norm
+from eabf_jax.model.llama import Llama, Row, embedded, final_norm, logits
 from eabf_jax.parallel.fsdp import TOKEN_AXES, by_device, lookup, lookup_backward, scattered
 from eabf_jax.parallel.rules import parameter_spec, spec
 
@@ -106,7 +106,8 @@ class Pieces:
         if self._mesh is None:
             return self._model.embed(embedding, tokens)
         lies = PartitionSpec() if self._gathered else _EMBEDDING
-        return self._laid_out(lookup(self._mesh, _TOKENS, lies)(embedding, tokens).astype(self._model.dtype))
+        x = lookup(self._mesh, _TOKENS, lies)(embedding, tokens)
+        return self._laid_out(embedded(self._model.config, x, self._model.dtype))
 
     def _pullback(
         self, policy: str, trained: Tree, frozen: Tree, index: Array, x: Array, row: Row
@@ -189,8 +190,7 @@ class Pieces:
         kernel = self._model.constrain(kernel.astype(x.dtype), None, "vocab")
         precision = precision_of(x.dtype)
 
-        def norm(scale: Array, x: Array) -> Array:
-            return rms_norm(x, scale, self._model.config.rms_norm_eps)
+        norm = functools.partial(final_norm, self._model.config)
 
         def run(
             gradients: Tree, scale: Array, kernel: Array, x: Array, targets: Array, mask: Array
@@ -250,6 +250,7 @@ class Pieces:
         """Adds the derivative of `embed` to the gradients of the embedding, if it is trained."""
         if "embedding" not in gradients:
             return gradients
+        d_x = embedded(self._model.config, d_x, d_x.dtype)  # the derivative is the same multiplication
         if self._mesh is None:
             return {"embedding": gradients["embedding"].at[tokens].add(d_x.astype(jnp.float32))}
         return {"embedding": lookup_backward(self._mesh, _TOKENS, _EMBEDDING)(gradients["embedding"], tokens, d_x)}

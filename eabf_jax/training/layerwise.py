@@ -166,7 +166,9 @@ class Layerwise:
 
             def backward(gradients: Tree, d_y: Array, *inputs: Any, policy: str = policy) -> tuple[Tree, Array]:
                 d_layer, d_x = pieces.backward(policy, *(*inputs, d_y))
-                return add(gradients, d_layer), d_x
+                # The compiler would split the gradient of a norm over all heads as it splits the heads.
+                sums = jax.lax.with_sharding_constraint(add(gradients, d_layer), _shardings(masters["layers"]))
+                return sums, d_x
 
             kept = (x, row, residuals[policy])
             self._compile(("backward", policy), backward, masters["layers"], d_x, *layer, *kept, donate=(0, 1))

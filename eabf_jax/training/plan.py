@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from eabf_jax.errors import InputError
 from eabf_jax.hardware import GIB, Device
-from eabf_jax.model.attention import select
+from eabf_jax.model.attention import needs_of, select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora, adapters, split_trained
 from eabf_jax.model.parameters import nest, parameters
@@ -440,11 +440,13 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
 def mesh_plans(config: TrainConfig, model_config: LlamaConfig, devices: int, device: Device) -> Iterator[Plan]:
     """Yields a plan for every mesh that divides model, batch and window, simplest first, whatever `config.mesh` is."""
     dtype = jnp.dtype(config.compute.dtype)
-    backend = select(config.compute.attention, dtype, model_config.head_dim, device.platform)
+    needs = needs_of(model_config)
+    backend = select(config.compute.attention, dtype, model_config.head_dim, device.platform, needs=needs)
     for sizes in meshes(devices):
         # Each device holds two chunks of a row.
         chunks = 2 * sizes["context"] * backend.chunk_multiple
-        if sizes["context"] > 1 and (config.window % chunks or config.recipe.objective == "pretrain"):
+        whole_rows = config.recipe.objective == "pretrain" or model_config.sliding_window is not None
+        if sizes["context"] > 1 and (config.window % chunks or whole_rows):
             continue
         with contextlib.suppress(InputError):  # a dimension, or the batch, does not divide
             yield choose(config, model_config, sizes, device)

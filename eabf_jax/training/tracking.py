@@ -32,11 +32,14 @@ def flops_per_token(config: LlamaConfig, length: int, lora: Lora | None = None) 
 
     Returns:
       6 x (parameters in matrix products) + 6 x layers x (query heads x head_dim) x length. With adapters, frozen
-      parameters count 4 x, because they have no gradients.
+      parameters count 4 x, because they have no gradients. For a layer with a sliding window, the length is twice the
+      mean number of tokens that a query sees.
     """
     embedding = config.vocab_size * config.hidden_size
     looked_up = 0 if config.tie_word_embeddings else embedding
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
+    windows = (config.window_of(layer) for layer in range(config.num_hidden_layers))
+    lengths = (length if window is None or window >= length else window * (2 - window / length) for window in windows)
+    attention = config.num_attention_heads * config.head_dim * sum(lengths)
     whole = parameter_count(config) - looked_up
     if lora is None:
         return 6.0 * whole + 6.0 * attention

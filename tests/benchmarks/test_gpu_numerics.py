@@ -119,7 +119,8 @@ def test_a_model_is_compared_in_training_and_in_generation(program, call, monkey
 
 def test_every_scheme_is_compared_beyond_its_window(program):
     for name in scheme_names():
-        rope = program.scheme_of(name, 12)
+        rope = program.scheme_of(name, 12, 8)
+        rope.inverse_frequencies(8, 40)
         assert rope.name == name
         if name == "eabf":
             assert rope.logit_scale(jnp.arange(40), 2)[-1] > 1 and rope.logit_scale(jnp.arange(40), 1)[-1] == 1

@@ -165,8 +165,8 @@ def large_vocabulary(directory: Path) -> None:
 
 
 BAD = {
-    "other architecture": (edit_config(model_type="qwen2"), r"model_type is 'qwen2', expected 'llama'"),
-    "no architecture": (edit_config(model_type="absent"), r"model_type is None, expected 'llama'"),
+    "other architecture": (edit_config(model_type="mixtral"), r"model_type is 'mixtral', which has mixture of experts"),
+    "no architecture": (edit_config(model_type="absent"), r"model_type is None, expected one of llama"),
     "other activation": (edit_config(hidden_act="gelu"), r"hidden_act is 'gelu', expected 'silu'"),
     "missing key": (
         edit_config(hidden_size="absent"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import math
 import threading
 import weakref
@@ -310,6 +311,8 @@ def test_entries_are_labelled() -> None:
     assert parse_entry("models/a") == ("models/a", "models/a", None, None)
     assert parse_entry("x=models/a@{type: pi, factor: 4}") == ("x", "models/a", pi, None)
     assert parse_entry("x=models/a@{type: pi, factor: 4, window: 64}") == ("x", "models/a", pi, 64)
+    longrope = {"type": "longrope", "factor": 2, "short_factor": [1, 1.5], "long_factor": [2, 3]}
+    assert parse_entry(f"a@{json.dumps(longrope)}").rope == longrope
     for wrong in ("a@", "a@pi", "a@{factor: 4}", "a@{type: ["):
         with pytest.raises(InputError, match="expected a scheme such as"):
             parse_entry(wrong)

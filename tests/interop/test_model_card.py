@@ -117,6 +117,14 @@ def test_a_scheme_that_transformers_has_needs_no_code(extended, tmp_path):
     assert "| rotary scheme | yarn: " in body and "factor 4" in body
 
 
+def test_a_scheme_with_lists(extended, tmp_path):
+    lists = {"short_factor": [1.0, 1.25, 1.5, 2.0], "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    rope = scheme("longrope", factor=4.0, pretrained_window=4096, **lists)
+    write_model_json(extended, dataclasses.replace(LlamaConfig.from_fields(SHAPE), rope=rope))
+    _, body = card_of(extended, tmp_path)
+    assert "factor 4, short_factor [1, 1.25, 1.5, 2], long_factor [1, 2, 4, 8], pretrained_window 4,096 |" in body
+
+
 def test_one_of_a_kind_is_not_many(extended, tmp_path):
     run = {**RUN, "recipe": {**RUN["recipe"], "batch_size": 1}}
     (extended / "config.yaml").write_text(yaml.safe_dump(run))

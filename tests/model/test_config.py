@@ -26,6 +26,10 @@ SIZES: dict[str, Any] = {
     [
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"head_dim": 8, "partial_rotary_factor": 0.4}, "0.4: 3 rotated dimensions of head_dim 8"),
+        ({"head_dim": 8, "partial_rotary_factor": 1.5}, "1.5: 12 rotated dimensions of head_dim 8"),
+        ({"sliding_window": 0}, "sliding_window 0 is not a positive number"),
+        ({"unrotated_layers": (9,)}, "unrotated_layers names layer 9; the model has 0 to"),
         ({"num_key_value_heads": 0}, "num_key_value_heads 0 is not a positive number"),
         ({"vocab_size": -1}, "vocab_size -1 is not a positive number"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps -1e-05 is negative"),

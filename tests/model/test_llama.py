@@ -216,6 +216,24 @@ CASES: dict[str, tuple[Scheme, Frequencies, Multiplier]] = {
         lambda length: (theta(8, 10_000.0 * max(2.0 * length / WINDOW - 1.0, 1.0) ** (8 / 6)), 1.0),
         unit,
     ),
+    "longrope": (
+        scheme("longrope", factor=3.0, pretrained_window=WINDOW, short_factor=[1, 1, 1, 2], long_factor=[1, 2, 4, 7]),
+        lambda length: (
+            theta(8, 10_000.0) / (np.array([1, 2, 4, 7]) if length > WINDOW else np.array([1, 1, 1, 2])),
+            math.sqrt(1 + math.log(3) / math.log(WINDOW)),
+        ),
+        unit,
+    ),
+    "eabf_stair": (
+        scheme("eabf_stair", base=50_000.0, pretrained_window=WINDOW),
+        lambda _: (theta(8, 50_000.0), 1.0),
+        lambda _, position: 1 + math.log(1 + position // WINDOW) / math.log(WINDOW),
+    ),
+    "no rotation and scalable softmax": (
+        compose({"type": "nope"}, {"type": "ssmax", "scaling": 0.43}),
+        lambda _: (np.zeros(4), 1.0),
+        lambda _, position: 0.43 * math.log(position + 1),
+    ),
 }  # fmt: skip
 
 

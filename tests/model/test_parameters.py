@@ -71,9 +71,19 @@ def test_fields_of_the_config_are_read_off_the_tensors(change: dict[str, Any]) -
     assert dataclasses.replace(LlamaConfig(**SIZES), **found) == config
 
 
-def test_every_condition_is_a_flag_of_the_config() -> None:
+def test_every_condition_is_a_field_of_the_config() -> None:
     conditions = {entry.only_if[0] for entry in TABLE if entry.only_if is not None}
-    assert conditions == {name for name, kind in types_of(LlamaConfig).items() if kind is bool}
+    assert conditions <= types_of(LlamaConfig).keys()
+    assert conditions >= {name for name, kind in types_of(LlamaConfig).items() if kind is bool}
+
+
+def test_lines_of_the_same_parameter_have_the_same_axes_and_other_conditions() -> None:
+    by_path: dict[Any, list[Any]] = {}
+    for entry in TABLE:
+        by_path.setdefault(entry.path, []).append(entry)
+    for entries in by_path.values():
+        assert len({entry.axes for entry in entries}) == 1
+        assert len({entry.only_if for entry in entries}) == len(entries)
 
 
 def test_axes_include_that_of_stacked_layers() -> None:

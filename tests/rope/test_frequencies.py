@@ -40,7 +40,9 @@ def reference(name: str, d: int, p: Mapping[str, Any], length: int | None) -> tu
     """Computes the schemes as their papers define them, one frequency at a time in Python floats."""
     b, s, c = p.get("base", 10_000.0), p.get("factor", 1.0), p.get("pretrained_window", 0)
     ordinary = [1.0 / b ** (2 * j / d) for j in range(d // 2)]
-    if name in ("default", "abf", "eabf"):
+    if name == "nope":
+        return [0.0] * (d // 2), 1.0
+    if name in ("default", "abf", "eabf", "eabf_stair"):
         return ordinary, 1.0
     if name == "pi":
         return [theta / s for theta in ordinary], 1.0
@@ -75,12 +77,19 @@ def reference(name: str, d: int, p: Mapping[str, Any], length: int | None) -> tu
     return result, p.get("attention_factor") or scale
 
 
+def longrope_lists(d: int) -> dict[str, list[float]]:
+    indices = range(d // 2)
+    return {"short_factor": [1 + 0.013 * j for j in indices], "long_factor": [1.1 + 0.37 * j * j for j in indices]}
+
+
 def parameters(name: str, base: float, factor: float, window: int) -> dict[str, Any]:
     known = {"base": base, "factor": factor, "pretrained_window": window}
     takes = {
         "default": ("base",),
         "abf": ("base",),
         "eabf": ("base", "pretrained_window"),
+        "eabf_stair": ("base", "pretrained_window"),
+        "nope": (),
         "pi": ("base", "factor"),
         "ntk": ("base", "factor"),
     }
@@ -97,8 +106,11 @@ ALL_NAMES = (
     "dynamic_yarn",
     "abf",
     "eabf",
+    "eabf_stair",
+    "nope",
     "llama3",
 )
+# "longrope", whose parameters depend on the head size, has tests of its own.
 FOLLOWING_LENGTH = ("dynamic_ntk", "dynamic_yarn")
 
 
@@ -214,6 +226,13 @@ def hf_case(
     if name == "pi":
         s = scheme("pi", base=base, factor=factor)
         return s, transformers_rotation("linear", d, base, window, length, factor=factor), HF_TOLERANCE
+    if name == "longrope":
+        lists = longrope_lists(d)
+        s = scheme("longrope", base=base, factor=factor, pretrained_window=window, **lists)
+        theirs = transformers_rotation(
+            "longrope", d, base, 2 * window, length, factor=factor, original_max_position_embeddings=window, **lists
+        )
+        return s, theirs, HF_TOLERANCE
     if name == "dynamic_ntk":
         s = scheme("dynamic_ntk", base=base, factor=factor, pretrained_window=window)
         return s, transformers_rotation("dynamic", d, base, window, length, factor=factor), HF_TOLERANCE
@@ -229,7 +248,7 @@ def hf_case(
     return s, theirs, HF_BLEND_TOLERANCE
 
 
-HF_NAMES = ("default", "abf", "ntk", "pi", "dynamic_ntk", "ntk_by_parts", "yarn", "llama3")
+HF_NAMES = ("default", "abf", "ntk", "pi", "dynamic_ntk", "ntk_by_parts", "yarn", "llama3", "longrope")
 
 
 def assert_agrees_with_transformers(name: str, d: int, base: float, factor: float, window: int, length: int) -> None:
@@ -335,6 +354,52 @@ class EveryScheme(chex.TestCase):
             found = self.variant(lambda n, s=s: jnp.float32(1.0) * s.rotation_scale(n))(jnp.int32(3000))
             chex.assert_type(found, jnp.float32)
             chex.assert_trees_all_close(found, np.float32(reference(name, 64, p, 3000)[1]), rtol=TRACED_YARN)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    d=st.integers(1, 128).map(lambda half: 2 * half),
+    base=st.floats(1_000.0, 1e7),
+    factor=st.floats(0.1, 64.0),
+    window=st.integers(2, 131_072),
+    length=st.integers(1, 2**20),
+)
+def test_longrope_divides_each_frequency_by_its_own_number(
+    d: int, base: float, factor: float, window: int, length: int
+) -> None:
+    lists = longrope_lists(d)
+    s = scheme("longrope", base=base, factor=factor, pretrained_window=window, **lists)
+    for at in (length, window, window + 1, None):
+        divisors = lists["long_factor" if at is not None and at > window else "short_factor"]
+        expected = [base ** (-2 * j / d) / divisor for j, divisor in enumerate(divisors)]
+        found = s.inverse_frequencies(d, at)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=ONE_ULP, atol=0)
+        if at is not None:
+            np.testing.assert_array_equal(s.inverse_frequencies(d, jnp.int32(at)), found)
+        # On the logits, the factor is that of cos times that of sin.
+        assert s.rotation_scale(at) ** 2 == pytest.approx(1 + math.log(max(factor, 1)) / math.log(window), rel=1e-15)
+    given = scheme("longrope", factor=factor, pretrained_window=window, attention_factor=1.25, **lists)
+    assert given.rotation_scale() == given.rotation_scale(2**20) == 1.25
+
+
+def test_longrope_has_a_number_for_each_frequency() -> None:
+    s = scheme("longrope", factor=4, pretrained_window=64, **longrope_lists(14))
+    with pytest.raises(InputError, match="have 7 and 7 numbers; a head with 16 rotated dimensions needs 8 in each"):
+        s.inverse_frequencies(16)
+    lists = longrope_lists(16) | {"long_factor": [2.0] * 7}
+    with pytest.raises(InputError, match=r"must have the same number of values, found short_factor .*, long_factor "):
+        scheme("longrope", factor=4, pretrained_window=64, **lists)
+    with pytest.raises(InputError, match="have 8 and 7 numbers"):
+        frequencies.longrope(16, None, factor=4.0, short_factor=(1.0,) * 8, long_factor=(1.0,) * 7, pretrained_window=4)
+
+
+def test_longrope_lengths_in_one_program_choose_their_own_list() -> None:
+    s = scheme("longrope", factor=4, pretrained_window=64, **longrope_lists(16))
+    found = jax.jit(jax.vmap(lambda n: s.inverse_frequencies(16, n)))(jnp.array([1, 64, 65]))
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found, [s.inverse_frequencies(16, n) for n in (1, 64, 65)])
+    assert not np.array_equal(found[1], found[2])
 
 
 def test_lengths_spread_over_eight_devices_give_what_one_device_gives() -> None:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheme_cases import BY_PARTS, EABF, KNOWN_TO_HF, ONLY_OURS
-from transformers import LlamaConfig
+from scheme_cases import BY_PARTS, EABF, KNOWN_TO_HF, LONGROPE, ONLY_OURS
+from transformers import LlamaConfig, Ministral3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from eabf_jax.errors import InputError
-from eabf_jax.rope import Scheme, from_hf, needs_remote_code, scheme, to_hf
+from eabf_jax.rope import Scheme, compose, from_hf, needs_remote_code, scheme, to_hf
 
 
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
@@ -34,7 +34,7 @@ def test_everything_else_round_trips_through_our_own_key(s: Scheme, spelling: st
     assert needs_remote_code(keys)
     assert keys["eabf_scheme"] == s.to_dict()
     assert from_hf(json.loads(json.dumps(keys))) == s
-    base = dict(s.frequencies.parameters)["base"]
+    base = dict(s.frequencies.parameters).get("base", 10_000.0)
     assert (keys["rope_theta"] if spelling == "rope_scaling" else keys["rope_parameters"]["rope_theta"]) == base
 
 
@@ -163,9 +163,44 @@ DEEPSEEK_LIKE = {
 }
 
 
+PHI_3 = {
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "rope_scaling": {**{key: LONGROPE[key] for key in ("long_factor", "short_factor")}, "type": "su"},
+}
+
+
+MINISTRAL_3 = {
+    "max_position_embeddings": 262144,
+    "model_type": "ministral3",
+    "rope_parameters": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 16.0,
+        "llama_4_scaling_beta": 0.1,
+        "max_position_embeddings": 262144,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 16384,
+        "rope_theta": 1000000.0,
+        "type": "yarn",
+    },
+}
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
+        (PHI_3, scheme("longrope", factor=32, **LONGROPE)),
+        (
+            MINISTRAL_3,
+            compose(
+                {"type": "ntk_by_parts", "base": 1e6, "factor": 16, "pretrained_window": 16384},
+                {"type": "llama4_temperature", "beta": 0.1, "pretrained_window": 16384},
+            ),
+        ),
+        # LLaMA ignores the key.
+        ({**MINISTRAL_3, "model_type": "llama"}, scheme("ntk_by_parts", base=1e6, factor=16, pretrained_window=16384)),
         (LLAMA_3_1, scheme("llama3", base=500_000, factor=8, pretrained_window=8192)),
         (YARN_LLAMA_2, scheme("yarn", factor=16, pretrained_window=4096)),
         (QWEN_2_5_LONG, scheme("yarn", base=1e6, factor=4, pretrained_window=32_768)),
@@ -246,6 +281,10 @@ def test_mscale_becomes_the_attention_factor_that_transformers_derives() -> None
         *({"rope_type": "yarn", "factor": 0.5}, {"rope_type": "yarn", "factor": 0.5, "mscale": 2, "mscale_all_dim": 1}),
         *({"rope_type": "yarn", "factor": 4, "truncate": truncate} for truncate in (True, False, None)),
         {"rope_type": "yarn", "factor": 4, "truncate": False, "original_max_position_embeddings": 32.0},
+        *(
+            {"rope_type": "longrope", "short_factor": [1, 1.5] * 8, "long_factor": [2.5, 3] * 8, **more}
+            for more in ({}, {"factor": 0.5}, {"factor": 8}, {"factor": 8, "attention_factor": 1.25})
+        ),
     ],
     ids=str,
 )
@@ -277,6 +316,16 @@ def test_our_own_key_is_read_first() -> None:
     assert from_hf({**LLAMA_3_1, "eabf_scheme": None}).name == "llama3"
 
 
+def longrope_config(**section: Any) -> dict[str, Any]:
+    lists = {"short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0]}
+    return {"max_position_embeddings": 64, "rope_scaling": {"type": "longrope", **lists, **section}}
+
+
+def stair_config(**section: Any) -> dict[str, Any]:
+    own = {"rope_type": "default", "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 2048}
+    return {"model_type": "ministral3", "rope_parameters": {**own, **section}}
+
+
 def yarn_config(**section: Any) -> dict[str, Any]:
     return {
         "max_position_embeddings": 8192,
@@ -288,9 +337,20 @@ def yarn_config(**section: Any) -> dict[str, Any]:
     ("config", "message"),
     [
         (
-            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
-            "rope type 'longrope' is not supported; supported: default, linear, dynamic, yarn, llama3",
+            {"rope_scaling": {"type": "axial"}},
+            "rope type 'axial' is not supported; supported: default, linear, dynamic, yarn, llama3, longrope",
         ),
+        ({"max_position_embeddings": 64, "rope_scaling": {"type": "su", "short_factor": [1.0]}}, "'long_factor' is"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "'max_position_embedd"),
+        (longrope_config(short_factor=1.5), r"'short_factor' is 1.5; a list of finite numbers is needed"),
+        (longrope_config(long_factor=[1.0, "2"]), r"'long_factor' is \[1.0, '2'\]; a list of finite numbers is needed"),
+        (longrope_config(long_factor=[]), r"long_factor must be numbers above 0, found long_factor \(\)"),
+        (longrope_config(long_factor=[0, 1]), r"long_factor must be numbers above 0, found long_factor \(0.0, 1.0\)"),
+        (stair_config(llama_4_scaling_beta=None), "'llama_4_scaling_beta' is missing in rope_parameters; ministral3"),
+        (stair_config(original_max_position_embeddings=None), "'original_max_position_embeddings' is missing in rope_"),
+        (stair_config(original_max_position_embeddings="2k"), "'original_max_position_embeddings' is '2k'; an integer"),
+        (stair_config(original_max_position_embeddings=1), "pretrained_window must be at least 2 tokens"),
+        (stair_config(llama_4_scaling_beta="0.1"), "'beta' is '0.1'; a finite number or null is needed"),
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope type 'proportional'"),
         ({"rope_scaling": {"type": ["yarn"]}}, r"rope type \['yarn'\] is not supported"),
         ({"rope_scaling": "linear"}, "rope_scaling must be an object or null, found 'linear'"),
@@ -331,3 +391,50 @@ def test_configs_that_no_scheme_represents_are_refused(config: dict[str, Any], m
     with pytest.raises(InputError, match=message) as caught:
         from_hf(config)
     assert "\n" not in str(caught.value)
+
+
+TEMPERATURE = {"type": "llama4_temperature", "beta": 0.125, "pretrained_window": 64}
+
+
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    "s",
+    [
+        scheme("eabf_stair", pretrained_window=4096),
+        *(
+            compose({"type": name, "factor": 4, **more}, TEMPERATURE)
+            for name, more in (
+                *(("pi", {}), ("dynamic_ntk", {"pretrained_window": 32})),
+                *((name, {"pretrained_window": 64}) for name in ("ntk_by_parts", "yarn", "llama3")),
+                ("longrope", {**LONGROPE, "pretrained_window": 64}),
+            )
+        ),
+    ],
+    ids=repr,
+)
+def test_ministral3_needs_no_remote_code_for_a_stair(s: Scheme, spelling: str) -> None:
+    keys = {"model_type": "ministral3", **to_hf(s, spelling=spelling, model_type="ministral3")}
+    assert not needs_remote_code(keys)
+    assert from_hf(json.loads(json.dumps(keys))) == s
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved = Ministral3Config(head_dim=64, **{"max_position_embeddings": 256, **copy.deepcopy(keys)}).to_dict()
+    back = from_hf(saved)
+    assert (back, back.name) == (s, s.name)
+    assert needs_remote_code(to_hf(s, spelling=spelling))
+
+
+@pytest.mark.parametrize(
+    "s",
+    [
+        scheme("eabf", pretrained_window=64),
+        scheme("abf"),  # the architecture has no keys for the multiplier 1
+        compose({"type": "abf"}, {**TEMPERATURE, "one_based": True}),
+        compose({"type": "yarn", "factor": 4, "pretrained_window": 32}, TEMPERATURE),  # one key for both windows
+        compose({"type": "nope"}, TEMPERATURE),
+    ],
+    ids=repr,
+)
+def test_what_ministral3_cannot_express_has_our_own_key(s: Scheme) -> None:
+    keys = to_hf(s, spelling="rope_parameters", model_type="ministral3")
+    assert needs_remote_code(keys) and from_hf(keys) == s and "llama_4_scaling_beta" not in keys["rope_parameters"]

@@ -116,7 +116,10 @@ def whole_factor(positions, layer, *, factor: int = 1):
         (("mine", positional), r"positional takes \(head_dim, factor: float = 1.0\); \(head_dim, \*, parameters\) or"),
         (("mine", of_anything), r"of_anything takes \(head_dim, \*\*parameters\); \(head_dim, \*, parameters\) or"),
         (("mine", fine, fine), r"fine takes \(head_dim, .*\); \(positions, layer, \*, parameters\) is needed"),
-        (("mine", without_type), "parameter 'factor' is of type None; .* one of float, int, bool, float | None"),
+        (
+            ("mine", without_type),
+            "parameter 'factor' is of type None; .* bool, float . None, tuple.float, ...., is needed",
+        ),
         (("mine", of_text), "parameter 'kind' is of type str"),
         (("mine", reserved), "parameter 'window' is of type int; a name other than 'type' and 'window'"),
         (("mine", of_unknown_type), "of_unknown_type is no function whose signature can be read"),

@@ -146,6 +146,13 @@ def test_a_composition_by_type() -> None:
             "high_freq_factor must be more than low_freq_factor",
         ),
         ("llama3", {"factor": 8, "pretrained_window": 8192, "low_freq_factor": 0}, "low_freq_factor must be more than"),
+        ("eabf_stair", {"pretrained_window": 2**31}, r"at least 2 tokens and less than 2\^31, found"),
+        (
+            "longrope",
+            {"factor": 2, "pretrained_window": 8, "short_factor": [1.0]},
+            "'long_factor' is missing; a list of finite numbers",
+        ),
+        ("nope", {"base": 10_000}, "unknown rope 'nope' parameter 'base'"),
         ("compose", {}, "rope 'compose' parameter 'frequencies' is missing"),
         ("compose", {"frequency": {}}, "unknown rope 'compose' parameter 'frequency': did you mean 'frequencies'"),
         ("compose", {"frequencies": "pi"}, "rotary scheme: expected an object with a 'type', found 'pi'"),
@@ -163,6 +170,11 @@ def test_a_composition_by_type() -> None:
             "compose",
             {"frequencies": BY_PARTS, "logit_scale": {"type": "eabf", "pretrained_window": 1}},
             "logit scale 'eabf': pretrained_window must be at least 2 tokens",
+        ),
+        (
+            "compose",
+            {"frequencies": BY_PARTS, "logit_scale": {"type": "ssmax"}},
+            "'ssmax' parameter 'scaling' is missing; a finite number",
         ),
         (
             "compose",

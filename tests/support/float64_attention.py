@@ -30,13 +30,22 @@ def random_segments(length: int, batch: int = 2) -> np.ndarray:
     return np.stack(rows).astype(np.int32)
 
 
-def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray | None, d_out: np.ndarray) -> list[Any]:
-    """Computes the output and the gradients of sum(out * d_out) in float64."""
+def exact(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    segments: np.ndarray | None,
+    d_out: np.ndarray,
+    window: int | None = None,
+) -> list[Any]:
+    """Computes the output and the gradients of sum(out * d_out) in float64; a query sees the last `window` keys."""
     q, k, v, d_out = (np.asarray(x, np.float64) for x in (q, k, v, d_out))
     out, d_q, d_k, d_v = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     group = q.shape[2] // k.shape[2]
     for b in range(q.shape[0]):
         seen = np.tri(q.shape[1], dtype=bool)
+        if window is not None:
+            seen &= ~np.tri(q.shape[1], k=-window, dtype=bool)
         if segments is not None:
             seen &= segments[b][:, None] == segments[b][None, :]
         for n in range(q.shape[2]):

@@ -108,14 +108,15 @@ def test_every_shipped_config_loads_and_fits_its_model(path, monkeypatch):
 
 
 def test_llama2_7b_has_a_config_for_every_scheme_with_the_papers_values():
-    for name in scheme_names():
+    # LongRoPE's lists come from a search for each model and window, and `nope` extends nothing.
+    for name in {*scheme_names()} - {"longrope", "nope"}:
         (path,) = (path for path in CONFIGS if path.stem == f"llama2_7b_{name}_16k")
         config = load_config(["--config_path", str(path)])
         assert config.scheme.name == name
         assert config.window == 16_384
         recipe = config.recipe
         assert (recipe.batch_size, recipe.epochs, recipe.learning_rate, recipe.warmup_steps) == (32, 2, 2e-5, 0)
-        if name in ("abf", "eabf"):
+        if name in ("abf", "eabf", "eabf_stair"):
             assert config.scheme.to_dict()["base"] == 500_000
     assert config.mesh == MeshConfig(data=1, fsdp=-1, tensor=1)
 
@@ -157,6 +158,15 @@ def test_a_run_can_be_given_on_the_command_line_alone():
     assert config.scheme == scheme("pi", factor=2.0)
 
 
+def test_lists_on_the_command_line():
+    lists = ["--rope.short_factor", "[1, 1.25]", "--rope.long_factor=[2, 2e1]", "--rope.pretrained_window", "32"]
+    arguments = ["--output", "x", "--window", "64", "--rope.type", "longrope", "--rope.factor", "2", *lists]
+    expected = scheme("longrope", factor=2, short_factor=[1, 1.25], long_factor=[2, 20], pretrained_window=32)
+    assert load_config(arguments).scheme == expected
+    with pytest.raises(InputError, match=r"'rope.long_factor' is 2; a list of finite numbers is needed"):
+        load_config([*arguments, "--rope.long_factor", "2"])
+
+
 def test_numbers_that_yaml_reads_as_text_are_numbers(load):
     # YAML 1.1 requires a point in 2e-5 and a sign in 1.0e5.
     config = load("{output: x, window: 64, rope: {type: abf, base: 1.0e5}, recipe: {learning_rate: 2e-5}}")
@@ -169,6 +179,9 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(load):
     [
         {"type": "yarn", "factor": 4, "pretrained_window": 32},
         {"type": "llama3", "factor": 4, "pretrained_window": 32},
+        {"type": "longrope", "factor": 4, "pretrained_window": 32, "short_factor": [1, 1.5], "long_factor": [2, 3e1]},
+        {"type": "eabf_stair", "pretrained_window": 32},
+        {"type": "nope"},
         {
             "type": "compose",
             "frequencies": {"type": "ntk_by_parts", "factor": 4, "pretrained_window": 32},

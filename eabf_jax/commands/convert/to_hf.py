@@ -14,6 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     convert.add_checkpoint(parser)
     parser.add_argument("--dtype", choices=convert.DTYPES, help="dtype of the weights (default: as stored)")
+    parser.add_argument(
+        "--as",
+        dest="model_type",
+        metavar="MODEL_TYPE",
+        help="architecture to export as, if it computes the same: ministral3 for eabf_stair",
+    )
 
 
 run = functools.partial(convert.run, to_hf)

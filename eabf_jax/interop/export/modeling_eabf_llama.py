@@ -1,14 +1,15 @@
-"""LLaMA with rotary schemes that transformers lacks: entropy-aware logits, dynamic YaRN, or user-defined schemes.
+"""Models of the LLaMA family with rotary schemes that transformers lacks, such as entropy-aware logits.
 
 This file lies beside the weights and needs only torch and transformers (4.46 or later). Load the model with
 `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`. config.json has the scheme by name, as
 `eabf_scheme`, and as data, as `eabf_rotary`. This file uses the data: the frequencies and the multiplier of the
-attention logits, each given as numbers or as one of the formulas below.
+attention logits, each given as numbers or as one of the formulas below. `eabf_features` has what the model's
+architecture (Qwen, Mistral, ...) has beyond LLaMA.
 
-The model is transformers' LLaMA except for attention's forward pass, which multiplies the query just before it is
-compared with the keys. If the frequencies follow the current length, the cache holds unrotated keys, and every step
-rotates all of them with the frequencies of that length. The hidden states of earlier tokens stay as they were computed,
-at an earlier length; only a forward pass without a cache recomputes them.
+The model is transformers' LLaMA except for those features, and for attention's forward pass, which multiplies the query
+just before it is compared with the keys. If the frequencies follow the current length, the cache holds unrotated keys,
+and every step rotates all of them with the frequencies of that length. The hidden states of earlier tokens stay as they
+were computed, at an earlier length; only a forward pass without a cache recomputes them.
 """
 
 import base64
@@ -28,7 +29,9 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaForCausalLM,
+    LlamaMLP,
     LlamaModel,
+    LlamaRMSNorm,
     repeat_kv,
     rotate_half,
 )
@@ -50,9 +53,43 @@ PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 class EabfLlamaConfig(LlamaConfig):
-    """A LlamaConfig with the rotary scheme by name (`eabf_scheme`) and as data (`eabf_rotary`)."""
+    """A LlamaConfig with the rotary scheme by name (`eabf_scheme`) and as data (`eabf_rotary`), and `eabf_features`."""
 
     model_type = "eabf_llama"
+
+
+# What `eabf_features` may have, and the values of LLaMA. `family` is the model_type that the model came as.
+FEATURES = {
+    "family": "llama",
+    "attention_output_bias": None,  # as attention_bias
+    "qk_norm": None,  # "head", or "full" for all heads together
+    "post_norm": False,
+    "partial_rotary_factor": 1.0,
+    "unrotated_layers": (),
+    "sliding_window": None,
+    "full_attention_layers": (),
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": None,  # head_dim ** -0.5
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+
+
+def features(config):
+    """Returns the features of a model, by the names in FEATURES.
+
+    Raises:
+      ValueError: a feature that this file does not know.
+    """
+    given = getattr(config, "eabf_features", None) or {}
+    unknown = given.keys() - FEATURES.keys()
+    if unknown:
+        raise ValueError(f"config.json: eabf_features has {_list(unknown)}, which this modeling file does not know")
+    return {**FEATURES, **given}
+
+
+def _head_dim(config):
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _table(text, columns):
@@ -197,7 +234,7 @@ Rotation = namedtuple("Rotation", "cos sin positions multipliers lengths tables"
 
 
 class EabfRotaryEmbedding(nn.Module):
-    """Cosines, sines and multipliers of a scheme.
+    """Cosines, sines and multipliers of a scheme; `head_dim` is the rotated part of a head.
 
     Has no buffers, because transformers first builds models without memory, which would lose a buffer's values.
     """
@@ -205,7 +242,7 @@ class EabfRotaryEmbedding(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.frequencies, self.logit_scale = rules(config)
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.head_dim = int(_head_dim(config) * features(config)["partial_rotary_factor"])
         self.layers = config.num_hidden_layers
         self.follows_length = self.frequencies.func is not _fixed
 
@@ -238,6 +275,9 @@ def _refuse_packed(position_ids):
 
 
 def _rotate(x, cos, sin):
+    if cos.shape[-1] < x.shape[-1]:
+        rotated, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+        return torch.cat((_rotate(rotated, cos, sin), rest), dim=-1)
     return x * cos[:, None] + rotate_half(x) * sin[:, None]
 
 
@@ -271,6 +311,24 @@ def _positions_of_keys(positions, past, count):
     return torch.where(new, positions[:, index.clamp(0, last)], positions[:, :1] + index)
 
 
+def _within_window(mask, positions, positions_of_keys, window, dtype):
+    """Returns the mask for a sliding window: a query sees the last `window` tokens, its own included.
+
+    Args:
+      mask: attention's mask, boolean or added to the logits; None if it is only causal.
+      positions: int [batch, queries].
+      positions_of_keys: int [batch, keys].
+    """
+    distance = positions[:, None, :, None] - positions_of_keys[:, None, None, :]
+    visible = distance < window
+    if mask is None:
+        visible = visible & (distance >= 0)
+    elif mask.dtype == torch.bool:
+        return mask[..., : visible.shape[-1]] & visible
+    added = torch.zeros((), dtype=dtype, device=visible.device) if mask is None else mask[..., : visible.shape[-1]]
+    return torch.where(visible, added, torch.finfo(dtype).min)
+
+
 def _attend(attention, query, key, value, mask, arguments):
     """Calls the model's attention function as transformers does."""
     name = attention.config._attn_implementation
@@ -300,16 +358,42 @@ def _attend_before_registry(attention, query, key, value, mask, dropout, name):
         # transformers may omit a mask that would only be causal.
         causal = mask is None and query.shape[2] > 1
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        output = nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
+        output = nn.functional.scaled_dot_product_attention(
+            query, key, value, mask, dropout, causal, scale=attention.scaling
+        )
         return output.transpose(1, 2), None
-    scores = query @ key.transpose(2, 3) * attention.head_dim**-0.5
+    scores = query @ key.transpose(2, 3) * attention.scaling
     weights = (scores if mask is None else scores + mask).softmax(-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=attention.training)
     return (weights @ value).transpose(1, 2), weights
 
 
 class EabfLlamaAttention(LlamaAttention):
-    """transformers' attention, with the multiplier on the query that is compared with the keys."""
+    """transformers' attention, with the multiplier on the query that is compared with the keys, and the features."""
+
+    def equip(self, config, layer):
+        """Adds what the features need to attention as transformers built it; `layer` is its decoder layer."""
+        known, size = features(config), _head_dim(config)
+        bias = known["attention_output_bias"]
+        if bias is not None and bias != (self.o_proj.bias is not None):
+            self.o_proj = nn.Linear(self.o_proj.in_features, self.o_proj.out_features, bias=bias)
+        self.norm_all, widths = known["qk_norm"] == "full", (size, size)
+        if self.norm_all:
+            widths = self.q_proj.out_features, self.k_proj.out_features
+        norms = [LlamaRMSNorm(width, eps=config.rms_norm_eps) if known["qk_norm"] else None for width in widths]
+        self.q_norm, self.k_norm = norms
+        scale = known["attention_multiplier"]
+        self.scaling = size**-0.5 if scale is None else scale
+        self.branch = _branch(known, layer.post_attention_layernorm)
+        self.rotates = self.layer_idx not in known["unrotated_layers"]
+        self.window = None if self.layer_idx in known["full_attention_layers"] else known["sliding_window"]
+
+    def heads(self, x, norm=None):
+        """[batch, length, width] -> [batch, heads, length, head_dim], with the norm of queries or keys."""
+        x = norm(x) if norm is not None and self.norm_all else x
+        x = x.view(*x.shape[:-1], -1, self.head_dim)
+        x = norm(x) if norm is not None and not self.norm_all else x
+        return x.transpose(1, 2)
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
         _require(
@@ -319,16 +403,15 @@ class EabfLlamaAttention(LlamaAttention):
         cos, sin, positions, multipliers, lengths, tables = position_embeddings
         cache = _taken_cache(kwargs)
         cache_position = kwargs.pop("cache_position", None)
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key, value = (
-            projection(hidden_states).view(shape).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        query = _rotate(query, cos, sin)
-        if lengths is None:
+        query = self.heads(self.q_proj(hidden_states), self.q_norm)
+        key, value = self.heads(self.k_proj(hidden_states), self.k_norm), self.heads(self.v_proj(hidden_states))
+        if self.rotates:
+            query = _rotate(query, cos, sin)
+        if self.rotates and lengths is None:
             key = _rotate(key, cos, sin)
+        positions_of_keys = positions
         if cache is not None:
-            if lengths is not None:
+            if lengths is not None or self.window is not None:
                 # A copy, because a static cache updates the returned tensor in place.
                 past = torch.as_tensor(cache.get_seq_length(self.layer_idx)).clone()
             if CACHE_TAKES_KWARGS:
@@ -338,23 +421,69 @@ class EabfLlamaAttention(LlamaAttention):
             else:
                 arguments = {"kwargs": kwargs}
             key, value = cache.update(key, value, self.layer_idx, **arguments)
-        if lengths is not None:
-            if cache is not None:
-                positions = _positions_of_keys(positions, past, key.shape[2])
-            key = _rotate(key, *tables(positions, lengths, key.dtype))
+            if lengths is not None or self.window is not None:
+                positions_of_keys = _positions_of_keys(positions, past, key.shape[2])
+        if self.rotates and lengths is not None:
+            key = _rotate(key, *tables(positions_of_keys, lengths, key.dtype))
         multiplier = multipliers[self.layer_idx]
         if multiplier is not None:
             # Last, so that nothing done to the query undoes it. Positions may have one row for the whole batch.
             query = (query * multiplier[:, None, :, None].to(query.device)).to(query.dtype)
+        if self.window is not None:
+            if self.config._attn_implementation not in ("eager", "sdpa"):
+                raise ValueError("the sliding window needs attn_implementation eager or sdpa")
+            attention_mask = _within_window(attention_mask, positions, positions_of_keys, self.window, query.dtype)
         output, weights = _attend(self, query, key, value, attention_mask, kwargs)
-        output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
+        output = self.branch(self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()))
         return (output, weights) if HAS_REGISTRY else (output, weights, cache)
 
 
+class EabfLlamaMLP(LlamaMLP):
+    """transformers' MLP, with what the features do to its output."""
+
+    def forward(self, x):
+        return self.branch(super().forward(x))
+
+
+class BranchNorm(LlamaRMSNorm):
+    """A norm at the end of a residual branch, which does nothing where LLaMA's decoder layer calls it."""
+
+    def forward(self, hidden_states, at_the_end=False):
+        return super().forward(hidden_states) if at_the_end else hidden_states
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Token vectors times a factor."""
+
+    def forward(self, input):
+        return super().forward(input) * self.factor
+
+
+class ScaledLinear(nn.Linear):
+    """An output projection whose logits are divided by a number."""
+
+    def forward(self, input):
+        return super().forward(input) / self.divisor
+
+
+def _branch(known, norm):
+    """Returns the function at the end of a residual branch; it is not a module, so `norm` stays the layer's."""
+    factor, norm = known["residual_multiplier"], norm if known["post_norm"] else None
+
+    def end(output):
+        output = output if norm is None else norm(output, at_the_end=True)
+        return output if factor == 1.0 else output * factor
+
+    return end
+
+
 def _equip(model):
-    """Gives a LlamaModel its rotary scheme."""
+    """Gives a LlamaModel its rotary scheme and the features of its architecture."""
     _require(hasattr(model, "rotary_emb"), "a LlamaModel with a rotary_emb")
     model.rotary_emb = EabfRotaryEmbedding(model.config)
+    built = features(model.config)
+    if built["embedding_multiplier"] != 1.0:
+        model.embed_tokens.__class__, model.embed_tokens.factor = ScaledEmbedding, built["embedding_multiplier"]
     for layer in model.layers:
         attention = layer.self_attn
         # The replaced attention must be the one that the replacement was written for.
@@ -366,6 +495,14 @@ def _equip(model):
         strange = arguments - known - ARGUMENTS
         _require(not strange, f"attention with the arguments {_list(ARGUMENTS)}, found {_list(strange)} too")
         attention.__class__ = EabfLlamaAttention
+        if built["post_norm"]:
+            layer.input_layernorm = nn.Identity()
+            layer.post_attention_layernorm.__class__ = BranchNorm
+            width = model.config.hidden_size
+            layer.post_feedforward_layernorm = BranchNorm(width, eps=model.config.rms_norm_eps)
+        attention.equip(model.config, layer)
+        layer.mlp.__class__ = EabfLlamaMLP
+        layer.mlp.branch = _branch(built, getattr(layer, "post_feedforward_layernorm", None))
 
 
 def _list(names):
@@ -390,3 +527,6 @@ class EabfLlamaForCausalLM(LlamaForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         _equip(self.model)
+        divisor = features(config)["logits_scaling"]
+        if divisor != 1.0:
+            self.lm_head.__class__, self.lm_head.divisor = ScaledLinear, divisor

@@ -12,8 +12,20 @@ import jax.numpy as jnp
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.model.attention import chunked, cudnn, reference, splash
 from eabf_jax.model.attention.backend import Attention, Backend, joined, named, precision_of
+from eabf_jax.model.config import LlamaConfig
 
-__all__ = ["BACKENDS", "Attention", "Backend", "ability", "joined", "named", "precision_of", "select"]
+__all__ = [
+    "BACKENDS",
+    "Attention",
+    "Backend",
+    "ability",
+    "joined",
+    "named",
+    "needs_of",
+    "precision_of",
+    "select",
+    "with_window",
+]
 
 # "auto" takes the first one that fits.
 BACKENDS = {backend.name: backend for backend in (cudnn.BACKEND, splash.BACKEND, chunked.BACKEND, reference.BACKEND)}
@@ -22,6 +34,7 @@ BACKENDS = {backend.name: backend for backend in (cudnn.BACKEND, splash.BACKEND,
 _ABILITIES = {
     "forward": "return log-sum-exps, which prompts longer than prefill_chunk and mesh context need",
     "backward": "compute gradients from log-sum-exps, which mesh context needs",
+    "windowed": "attend within the model's sliding window",
 }
 
 
@@ -71,4 +84,21 @@ def ability(backend: Backend, name: str) -> Callable[..., Any]:
     if found is None:
         able = ", ".join(other.name for other in BACKENDS.values() if getattr(other, name))
         raise InputError(f"attention backend {backend.name!r} cannot {_ABILITIES[name]}: choose one of {able}")
+    return found
+
+
+def needs_of(config: LlamaConfig) -> tuple[str, ...]:
+    """Returns the abilities that a model needs of its attention backend."""
+    return () if config.sliding_window is None else ("windowed",)
+
+
+def with_window(attention: Attention, window: int) -> Attention:
+    """Returns the attention of a backend in which each query sees the last `window` keys only, its own included.
+
+    Raises:
+      InputError: a backend without this ability, or a function that is no backend.
+    """
+    if not isinstance(attention, Backend):
+        raise InputError(f"sliding_window {window} needs an attention backend by name, not a function: {attention}")
+    found: Attention = ability(attention, "windowed")(window)
     return found

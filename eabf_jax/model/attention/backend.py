@@ -30,7 +30,7 @@ class Backend:
     """An attention kernel: what it computes, where it runs, and what else it can do.
 
     The fields from `forward` on are optional abilities; None means that the backend lacks one. Code that needs an
-    ability gets it from `attention.ability`, which refuses a backend without it. A sliding window would be one more.
+    ability gets it from `attention.ability`, which refuses a backend without it.
 
     Attributes:
       name: as in the configuration.
@@ -46,6 +46,7 @@ class Backend:
         the row of every query; run(kernel, q, k, v) attends from a device's queries to the keys of the whole row.
       token: (q [B, N, H], k [B, K, S, H], v, lengths [B]) -> out [B, N, H]: one query per row, which sees the first
         `lengths` keys of a cache.
+      windowed: (window) -> the same attention in which a query sees only the last `window` keys, its own included.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Backend:
     backward: Backward | None = None
     permuted: Callable[[np.ndarray, int, NamedSharding], tuple[Any, Any, Callable[..., Array]]] | None = None
     token: Callable[[Array, Array, Array, Array], Array] | None = None
+    windowed: Callable[[int], Attention] | None = None
 
     def __call__(self, q: Array, k: Array, v: Array, segment_ids: Array | None = None) -> Array:
         """Attends causally; differentiable.

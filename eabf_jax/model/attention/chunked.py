@@ -1,13 +1,15 @@
-"""Attention block by block with an online softmax; memory is linear in T and blocks above the diagonal are skipped.
+"""Attention block by block with an online softmax; memory is linear in T, and blocks that are masked out are skipped.
 
 Source: "FlashAttention-2" (Dao, 2023), algorithms 1 and 2, in plain JAX for any device.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from eabf_jax.model.attention.backend import MASKED, Backend, precision_of, with_residuals
+from eabf_jax.model.attention.backend import MASKED, Attention, Backend, precision_of, with_residuals
 from eabf_jax.model.attention.reference import visible
 
 # Query and key block size: the fastest of 128 to 1024 on CPU, for rows of 2,048 tokens.
@@ -17,8 +19,8 @@ _CHUNK = 256
 class _Blocks:
     """Splits the chunked kernel's [T, S] logits into blocks and masks them."""
 
-    def __init__(self, length: int, keys: int, causal: bool):
-        self.length, self.keys, self.causal = length, keys, causal
+    def __init__(self, length: int, keys: int, causal: bool, window: int | None):
+        self.length, self.keys, self.causal, self.window = length, keys, causal, window
         self.q_size, self.k_size = min(_CHUNK, length), min(_CHUNK, keys)
         self.q_count, self.k_count = -(-length // self.q_size), -(-keys // self.k_size)
 
@@ -54,15 +56,31 @@ class _Blocks:
         if self.causal:
             # Padding comes after every real query, so the causal mask already excludes it.
             q_index = i * self.q_size + jnp.arange(self.q_size)
-            of_block = (None, None) if segments is None else (_block(segments, n, self.q_size, 1) for n in (i, j))
-            mask = visible(q_index, k_index, *of_block)
+            of_query, of_key = (None if segments is None else _block(segments, n, self.q_size, 1) for n in (i, j))
+            mask = visible(q_index, k_index, of_query, of_key, self.window)
         else:
             mask = k_index < self.keys
         return jnp.where(mask, _dot("bkgth,bksh->bkgts", q_i, k_j), MASKED)
 
+    def keys_of(self, i: Array) -> tuple[Array | int, Array | int]:
+        """First key block that query block i sees, and the end."""
+        if not self.causal:
+            return 0, self.k_count
+        return 0 if self.window is None else jnp.maximum(i * self.q_size - self.window + 1, 0) // self.k_size, i + 1
 
-def _forward(q: Array, k: Array, v: Array, segment_ids: Array | None, causal: bool) -> tuple[Array, Array]:
-    blocks, kv_heads = _Blocks(q.shape[1], k.shape[1], causal), k.shape[2]
+    def queries_of(self, j: Array) -> tuple[Array | int, Array | int]:
+        """First query block that sees key block j, and the end."""
+        if not self.causal:
+            return 0, self.q_count
+        if self.window is None:
+            return j, self.q_count
+        return j, jnp.minimum(((j + 1) * self.k_size + self.window - 2) // self.q_size + 1, self.q_count)
+
+
+def _forward(
+    q: Array, k: Array, v: Array, segment_ids: Array | None, causal: bool, window: int | None = None
+) -> tuple[Array, Array]:
+    blocks, kv_heads = _Blocks(q.shape[1], k.shape[1], causal, window), k.shape[2]
     q, k, v = blocks.queries(q, kv_heads), blocks.key_values(k), blocks.key_values(v)
     segments = blocks.segments(segment_ids)
 
@@ -80,8 +98,7 @@ def _forward(q: Array, k: Array, v: Array, segment_ids: Array | None, causal: bo
 
         zeros = jnp.zeros(q_i.shape, jnp.float32)
         start = (zeros[..., 0], jnp.full(q_i.shape[:-1], MASKED, jnp.float32), zeros)
-        last = i + 1 if causal else blocks.k_count
-        total, largest, weighted = jax.lax.fori_loop(0, last, key_block, start)
+        total, largest, weighted = jax.lax.fori_loop(*blocks.keys_of(i), key_block, start)
         return (weighted / total[..., None]).astype(v.dtype), largest + jnp.log(total)
 
     out, log_sum_exp = jax.lax.map(query_block, jnp.arange(blocks.q_count))
@@ -91,9 +108,17 @@ def _forward(q: Array, k: Array, v: Array, segment_ids: Array | None, causal: bo
 
 
 def _backward(
-    q: Array, k: Array, v: Array, segment_ids: Array | None, out: Array, log_sum_exp: Array, d_out: Array, causal: bool
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    out: Array,
+    log_sum_exp: Array,
+    d_out: Array,
+    causal: bool,
+    window: int | None = None,
 ) -> tuple[Array, Array, Array]:
-    blocks, kv_heads = _Blocks(q.shape[1], k.shape[1], causal), k.shape[2]
+    blocks, kv_heads = _Blocks(q.shape[1], k.shape[1], causal, window), k.shape[2]
     # Row sums of weights * d_weights, which the derivative of softmax subtracts.
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     delta, log_sum_exp = blocks.statistics(delta, kv_heads), blocks.statistics(log_sum_exp, kv_heads)
@@ -118,8 +143,7 @@ def _backward(
 
         # These sums have head_dim first: with it last, XLA would transpose the large [t, s] operand in each product.
         zeros = jnp.zeros(k_j.mT.shape, jnp.float32)
-        first = j if causal else 0
-        d_q, d_k_j, d_v_j = jax.lax.fori_loop(first, blocks.q_count, query_block, (d_q, zeros, zeros))
+        d_q, d_k_j, d_v_j = jax.lax.fori_loop(*blocks.queries_of(j), query_block, (d_q, zeros, zeros))
         return d_q, (d_k_j.mT, d_v_j.mT)
 
     d_q, (d_k, d_v) = jax.lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(blocks.k_count))
@@ -144,4 +168,11 @@ def _dot(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32, precision=precision_of(a.dtype))
 
 
-BACKEND = Backend("chunked", with_residuals(_forward, _backward), forward=_forward, backward=_backward)
+@functools.cache
+def _windowed(window: int) -> Attention:
+    return with_residuals(functools.partial(_forward, window=window), functools.partial(_backward, window=window))
+
+
+BACKEND = Backend(
+    "chunked", with_residuals(_forward, _backward), forward=_forward, backward=_backward, windowed=_windowed
+)

@@ -5,6 +5,7 @@ expose the float32 log-sum-exp. They are private, so they are imported only wher
 kernel takes a [B, 1, T, T] mask, which is meant for the short windows of packed pretraining.
 """
 
+import functools
 import importlib
 from typing import Any
 
@@ -13,19 +14,19 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from eabf_jax.errors import InputError
-from eabf_jax.model.attention.backend import Backend, with_residuals
+from eabf_jax.model.attention.backend import Attention, Backend, with_residuals
 
 _MODULE = "jax._src.cudnn.fused_attention_stablehlo"
 # Releases whose module has the names used here; requirements.txt allows no others.
 _JAX_VERSIONS = ">=0.10,<0.12"
 
 
-def _attend(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+def _attend(q: Array, k: Array, v: Array, segment_ids: Array | None, even: Attention | None = None) -> Array:
     # The kernel's backward pass rejects odd lengths. Padding comes last, so the causal mask already excludes it.
     length, pad = q.shape[1], q.shape[1] % 2
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
     ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, pad)))
-    return _attend_even(q, k, v, ids)[:, :length]
+    return (even or _attend_even)(q, k, v, ids)[:, :length]
 
 
 def _attend_token(q: Array, k: Array, v: Array, lengths: Array) -> Array:
@@ -35,19 +36,29 @@ def _attend_token(q: Array, k: Array, v: Array, lengths: Array) -> Array:
     return out[:, :, 0]
 
 
-def _forward(q: Array, k: Array, v: Array, segment_ids: Array | None, causal: bool) -> tuple[Array, Array]:
+def _forward(
+    q: Array, k: Array, v: Array, segment_ids: Array | None, causal: bool, window: int | None = None
+) -> tuple[Array, Array]:
     out, log_sum_exp = _private("_dot_product_attention_fwd_p_wrapper").bind(
-        q, k, v, *_operands(q, segment_ids), **_options(segment_ids, causal), is_training=True
+        q, k, v, *_operands(q, segment_ids), **_options(segment_ids, causal, window), is_training=True
     )
     return out, log_sum_exp
 
 
 def _backward(
-    q: Array, k: Array, v: Array, segment_ids: Array | None, out: Array, log_sum_exp: Array, d_out: Array, causal: bool
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    out: Array,
+    log_sum_exp: Array,
+    d_out: Array,
+    causal: bool,
+    window: int | None = None,
 ) -> tuple[Array, Array, Array]:
     operands = _operands(q, segment_ids)
     d_q, d_k, d_v = _private("_dot_product_attention_bwd_p_wrapper").bind(
-        q, k, v, *operands, log_sum_exp, out, d_out, **_options(segment_ids, causal)
+        q, k, v, *operands, log_sum_exp, out, d_out, **_options(segment_ids, causal, window)
     )
     return d_q, d_k, d_v
 
@@ -62,7 +73,7 @@ def _operands(q: Array, segment_ids: Array | None) -> tuple[Array, ...]:
     return bias, *(unused,) * 6
 
 
-def _options(segment_ids: Array | None, causal: bool) -> dict[str, Any]:
+def _options(segment_ids: Array | None, causal: bool, window: int | None) -> dict[str, Any]:
     masks = _private("MaskType")
     return {
         "scale": 1.0,
@@ -71,7 +82,7 @@ def _options(segment_ids: Array | None, causal: bool) -> dict[str, Any]:
         "variadic_args": (segment_ids is not None, False),  # has a bias, needs the bias gradient
         "mask_type": masks.CAUSAL if causal else masks.NO_MASK,
         "layout": _private("AttentionLayout").BTNH.value,
-        "sliding_window_length": None,
+        "sliding_window_length": window,
     }
 
 
@@ -94,6 +105,13 @@ def _limits(dtype: jnp.dtype, head_dim: int) -> str | None:
 
 _attend_even = with_residuals(_forward, _backward)
 
+
+@functools.cache
+def _windowed(window: int) -> Attention:
+    even = with_residuals(functools.partial(_forward, window=window), functools.partial(_backward, window=window))
+    return functools.partial(_attend, even=even)
+
+
 BACKEND = Backend(
     "cudnn",
     _attend,
@@ -103,4 +121,5 @@ BACKEND = Backend(
     forward=_forward,
     backward=_backward,
     token=_attend_token,
+    windowed=_windowed,
 )

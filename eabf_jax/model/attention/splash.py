@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from eabf_jax.model.attention.backend import CHECKPOINT_NAME, Backend
+from eabf_jax.model.attention.backend import CHECKPOINT_NAME, Attention, Backend
 
 # The kernel needs lengths and head sizes that are multiples of the lane count; others are padded.
 _LANES = 128
@@ -21,17 +21,25 @@ _LANES = 128
 _BLOCK = 512
 
 
-def _attend(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+def _attend(q: Array, k: Array, v: Array, segment_ids: Array | None, window: int | None = None) -> Array:
     length = q.shape[1]
-    return _run(_kernel(tuple(range(length + -length % _LANES)), q.shape[2]), q, k, v, segment_ids)
+    return _run(_kernel(tuple(range(length + -length % _LANES)), q.shape[2], window), q, k, v, segment_ids)
 
 
 @functools.cache
-def _kernel(q_index: tuple[int, ...], heads: int, *, head_shards: int = 1, q_shards: int = 1) -> Any:
+def _windowed(window: int) -> Attention:
+    return functools.partial(_attend, window=window)
+
+
+@functools.cache
+def _kernel(
+    q_index: tuple[int, ...], heads: int, window: int | None = None, *, head_shards: int = 1, q_shards: int = 1
+) -> Any:
     """Builds the kernel for causal attention of queries in any order.
 
     Args:
       q_index: each query's index in the row; a permutation of 0 ... length - 1, length a multiple of 128.
+      window: the last keys that a query sees, its own included; None means all.
       head_shards: number of devices that split the heads.
       q_shards: number of devices that split the queries; each device's share is a multiple of 128.
 
@@ -50,12 +58,18 @@ def _kernel(q_index: tuple[int, ...], heads: int, *, head_shards: int = 1, q_sha
 
         def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
             rows, columns = self.q_sequence[index[0]], range(self.shape[1])[index[1]]
-            if rows.min() >= columns[-1] or rows.max() < columns[0]:
-                return uniform(bool(rows[0] >= columns[0]), rows.size, len(columns))
-            return rows[:, None] >= np.array(columns)
+            oldest = rows - (len(q_index) if window is None else window) + 1
+            if rows.max() < columns[0] or oldest.min() > columns[-1]:
+                return uniform(False, rows.size, len(columns))
+            if rows.min() >= columns[-1] and oldest.max() <= columns[0]:
+                return uniform(True, rows.size, len(columns))
+            return (rows[:, None] >= np.array(columns)) & (oldest[:, None] <= np.array(columns))
 
     mask = Causal((len(q_index),) * 2)
     mask.q_sequence = np.array(q_index, np.int32)
+    if window is not None:
+        # Computes the mask of a block inside the kernel.
+        mask.mask_function = lambda q_ids, k_ids: (q_ids >= k_ids) & (q_ids - window < k_ids)
     # The largest block that divides a device's queries. Block tables grow with (length / block)^2 and must fit in
     # scalar memory, and the library's default of 128 leaves the matrix unit idle.
     block = math.gcd(len(q_index) // q_shards, _BLOCK)
@@ -100,4 +114,5 @@ BACKEND = Backend(
     platforms=("tpu",),
     chunk_multiple=_LANES // 2,  # a device's two chunks fill whole lanes
     permuted=_permuted,
+    windowed=_windowed,
 )

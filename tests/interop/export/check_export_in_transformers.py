@@ -107,8 +107,8 @@ def main(root: Path) -> None:
     old = tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 51)
     for directory in directories:
         config = json.loads((directory / "config.json").read_text())
-        if old and "yarn" in str(config["rope_scaling"]):
-            continue  # these releases compute YaRN's ramp from the extended window
+        if old and any(kind in str(config["rope_scaling"]) for kind in ("yarn", "longrope")):
+            continue  # these releases compute YaRN's ramp from the extended window, and keep one of LongRoPE's lists
         for attention in ("eager", "sdpa") if "eabf_scheme" in config else ("sdpa",):
             worst = check(directory, attention)
             print(f"transformers {transformers.__version__} {directory.name} {attention}: {worst:.2g}")

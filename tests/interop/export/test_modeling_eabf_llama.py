@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from eabf_jax.interop.export import modeling_eabf_llama
-from eabf_jax.rope import Scheme, import_schemes, registry, scheme, scheme_names
+from eabf_jax.rope import Scheme, import_schemes, registry, scheme, scheme_names, to_hf
 from eabf_jax.rope.exported import FORMULAS, exported_data
 from eabf_jax.rope.registry import parameters_of_rule
 
@@ -56,6 +57,27 @@ def test_the_checks_can_fail(exported: Path) -> None:
             check(exported / "eabf", "eager")
     finally:
         config.write_text(original)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_ministral3_of_transformers_computes_eabf_stair(exported: Path, cached: bool) -> None:
+    """The weights of the export, with the keys that need no remote code."""
+    directory = exported / "eabf_stair"
+    written, references = json.loads((directory / "config.json").read_text()), np.load(directory / "references.npz")
+    keys = to_hf(Scheme.from_dict(written["eabf_scheme"]), spelling="rope_parameters", model_type="ministral3")
+    shared = set(transformers.Ministral3Config().to_dict()) - {"rope_parameters", "architectures", "model_type"}
+    values = {name: value for name, value in written.items() if name in shared} | keys
+    assert written["max_position_embeddings"] > 2 * keys["rope_parameters"]["original_max_position_embeddings"]
+    model = transformers.Ministral3ForCausalLM(transformers.Ministral3Config(**values)).eval()
+    model.load_state_dict(load_file(directory / "model.safetensors"))
+    tokens = torch.tensor(references["tokens"])
+    with torch.no_grad():
+        if cached:
+            begun = model(tokens[:, :21], use_cache=True)
+            found = model(tokens[:, 21:], cache=begun.cache).logits
+        else:
+            found = model(tokens).logits
+    np.testing.assert_allclose(found, references["logits"][:, -found.shape[1] :], atol=1e-4)  # as in the checks
 
 
 def keys_of(s: Scheme, head_dim: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ python tests/interop/export/check_export_in_transformers.py DIR     # in an envi
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +21,36 @@ from eabf_jax.rope import Scheme, compose, import_schemes, parameters_of, scheme
 
 WINDOW = 16
 ENTROPY = {"type": "entropy_aware", "pretrained_window": WINDOW, "unscaled_layers": 1}
-GIVEN = {"factor": 4.0, "pretrained_window": WINDOW}  # for the schemes with these parameters
+# For the schemes with these parameters; a head has 8 / 2 frequencies.
+GIVEN = {
+    "factor": 4.0,
+    "pretrained_window": WINDOW,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 1.5, 2.5, 4.0],
+}
+
+
+# Features of the other architectures, by model_type.
+FAMILY: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 5},
+    "qwen2": {
+        "attention_bias": True,
+        "attention_output_bias": False,
+        "sliding_window": 6,
+        "full_attention_layers": (0,),
+    },
+    "qwen3": {"qk_norm": "head"},
+    "smollm3": {"unrotated_layers": (1,)},
+    "phi3": {"partial_rotary_factor": 0.5},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 2.5,
+    },
+    "olmo2": {"post_norm": True, "qk_norm": "full"},
+    "seed_oss": {"attention_output_bias": True},
+}  # fmt: skip
 
 
 def user_schemes(directory: Path) -> Path:
@@ -33,40 +63,57 @@ def user_schemes(directory: Path) -> Path:
     return path
 
 
-def models() -> dict[str, tuple[Scheme, int]]:
-    """Returns scheme and number of layers of every model: all registered schemes, and compositions."""
+def models() -> dict[str, tuple[Scheme, int, dict[str, Any]]]:
+    """Returns scheme, number of layers and features of every model.
+
+    They are all registered schemes, compositions, and the architectures with fixed and with changing frequencies.
+    """
     named = {
         name: scheme(name, **{key: value for key, value in GIVEN.items() if key in parameters_of(name)})
         for name in scheme_names()
     }
     all_layers = {**ENTROPY, "unscaled_layers": 0}
     # Cached decoding equals a full forward only with fixed frequencies or a single layer.
-    return {name: (rope, 3) for name, rope in named.items()} | {
+    composed = {
         "yarn_entropy": (compose(named["yarn"], ENTROPY), 3),
         "eabf_all_layers": (compose({"type": "abf"}, all_layers), 3),
         "dynamic_yarn_one_layer": (named["dynamic_yarn"], 1),
         "dynamic_ntk_entropy": (compose(named["dynamic_ntk"], all_layers), 1),
+        "longrope_entropy_one_layer": (compose(named["longrope"], all_layers), 1),
         "widening_one_layer": (named["widening"], 1),
     }
+    plain = {**{name: (rope, 3) for name, rope in named.items()}, **composed}
+    made = {name: (rope, layers, {}) for name, (rope, layers) in plain.items()}
+    for kind, features in FAMILY.items():
+        own = {"model_type": kind, **features}
+        made[f"{kind}_eabf"] = (compose({"type": "abf"}, ENTROPY), 3, own)
+        if kind != "smollm3":  # its only layer would not be rotated
+            first = {name: value for name, value in own.items() if name != "full_attention_layers"}
+            made[f"{kind}_dynamic"] = (composed["dynamic_ntk_entropy"][0], 1, first)
+    return made
 
 
 def write(root: Path) -> None:
     """Writes a Hugging Face directory with references.npz for each model."""
     import_schemes(str(user_schemes(root)))
     tokens = np.random.default_rng(1).integers(3, 97, (2, 48))
-    initialised: dict[int, Llama] = {}
-    for name, (rope, layers) in models().items():
+    initialised: dict[str, Llama] = {}
+    for name, (rope, layers, features) in models().items():
         config = LlamaConfig(
             vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.2, rope=rope,
+            num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.2, rope=rope, **features,
         )  # fmt: skip
-        source = root / f".{layers}_layers"
-        if layers not in initialised:
+        key = f".{layers}_layers_{config.model_type}"
+        source = root / key
+        if key not in initialised:
             drawn = jax.jit(lambda config=config: Llama(config, rngs=nnx.Rngs(0)).parameters())()
-            initialised[layers] = Llama.from_params(config, drawn)
+            if features:  # norms and biases that do something
+                noise = np.random.default_rng(2)
+                drawn = jax.tree.map(lambda x, noise=noise: x + 0.1 * noise.normal(size=x.shape).astype(x.dtype), drawn)
+            initialised[key] = Llama.from_params(config, drawn)
             source.mkdir(parents=True)
-            native.save_params(source, initialised[layers].parameters())
-        model = initialised[layers]
+            native.save_params(source, initialised[key].parameters())
+        model = initialised[key]
         model.config = config
         native.write_model_json(source, config)
         to_hf(source, root / name)

@@ -12,18 +12,20 @@ from packaging.specifiers import SpecifierSet
 
 from eabf_jax.errors import InputError
 from eabf_jax.model import attention
-from eabf_jax.model.attention import BACKENDS
+from eabf_jax.model.attention import BACKENDS, with_window
 
 cudnn = BACKENDS["cudnn"]
 
 
+@pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", [256, 201])
-def test_cudnn_lowers_to_the_fused_kernel(length: int, packed: bool) -> None:
+def test_cudnn_lowers_to_the_fused_kernel(length: int, packed: bool, window: int | None) -> None:
+    attend = cudnn if window is None else with_window(cudnn, window)
     q = jax.ShapeDtypeStruct((2, length, 4, 64), jnp.bfloat16)
     kv = jax.ShapeDtypeStruct((2, length, 2, 64), jnp.bfloat16)
     segments = jax.ShapeDtypeStruct((2, length), jnp.int32) if packed else None
-    gradient = jax.grad(lambda q, k, v, s: cudnn(q, k, v, s).astype(jnp.float32).sum(), (0, 1, 2))
+    gradient = jax.grad(lambda q, k, v, s: attend(q, k, v, s).astype(jnp.float32).sum(), (0, 1, 2))
     traced = jax.jit(gradient).trace(q, kv, kv, segments)
     assert [value.shape for value in jax.tree.leaves(traced.out_info)] == [q.shape, kv.shape, kv.shape]
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -31,6 +33,8 @@ def test_cudnn_lowers_to_the_fused_kernel(length: int, packed: bool) -> None:
     assert f"@__cudnn${kernel}(" in text
     assert f"@__cudnn${kernel}Backward(" in text
     assert "exponential" not in text  # no softmax outside the kernel
+    # cuDNN counts the query's own key, as JAX's documentation of local_window_size says.
+    assert text.count(f"sliding_window_length\\22: {window or 0},") == 2
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 128), (9, 3, 64), (4, 1, 80)])
