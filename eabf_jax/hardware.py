@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import os
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,8 @@ import jax
 from eabf_jax.errors import InputError, unknown_name
 
 GIB = 2**30
+# The environment variable with the GiB of host memory that XLA lets a process use for arrays on a GPU's host.
+PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,14 @@ class Device:
     bandwidth: float  # memory bandwidth, bytes/s
     link: float = 0.0  # bytes/s of one link to a neighbour, one way (TPU)
     host_memory: float = 128 * GIB  # bytes of its share of the host's memory; an assumption about other machines
+    pinned_memory: float = math.inf  # bytes of that share that XLA can use
 
 
 # Peaks: half of a data sheet's figure "with sparsity". H100 SXM and PCIe: NVIDIA H100 Tensor Core GPU Architecture
 # (white paper). H100 NVL: NVIDIA H100 data sheet. H200 and H200 NVL: NVIDIA H200 data sheet. A100: NVIDIA A100 data
 # sheet. TPUs: Google Cloud's pages on TPU v4, v5e, v5p and v6e; their links: "How to Scale Your Model" (Google
 # DeepMind). Memory of GPUs: 97 % of what CUDA reports, the fraction set by `mesh.gpu_memory_defaults`. Memory of TPUs:
-# what the compiler leaves to a program (v4, by the compiler's message: 30.75 of 32 GiB; others in proportion).
+# what the compiler says that it leaves to a program.
 DEVICES = {
     device.name: device
     for device in (
@@ -44,9 +48,9 @@ DEVICES = {
         Device("a100-80-pcie", ("NVIDIA A100 80GB PCIe",), "gpu", 76.8 * GIB, 312e12, 1.935e12),
         Device("a100-40", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), "gpu", 38.2 * GIB, 312e12, 1.555e12),
         Device("v4", ("TPU v4",), "tpu", 30.75 * GIB, 275e12, 1.2e12, 45e9),
-        Device("v5e", ("TPU v5 lite", "TPU v5e"), "tpu", 15.4 * GIB, 197e12, 0.819e12, 45e9),
-        Device("v5p", ("TPU v5", "TPU v5p"), "tpu", 91.8 * GIB, 459e12, 2.765e12, 90e9),
-        Device("v6e", ("TPU v6 lite", "TPU v6e"), "tpu", 30.75 * GIB, 918e12, 1.6e12, 90e9),
+        Device("v5e", ("TPU v5 lite", "TPU v5e"), "tpu", 15.75 * GIB, 197e12, 0.819e12, 45e9),
+        Device("v5p", ("TPU v5", "TPU v5p"), "tpu", 95.7 * GIB, 459e12, 2.765e12, 90e9),
+        Device("v6e", ("TPU v6 lite", "TPU v6e"), "tpu", 31.2 * GIB, 918e12, 1.638e12, 90e9),
     )
 }
 _BY_KIND = {kind: device for device in DEVICES.values() for kind in device.kinds}
@@ -93,4 +97,5 @@ def device_at_hand() -> Device:
             "1 TB/s; the MFU is null",
             *(kind, limit / GIB),
         )
-    return dataclasses.replace(found, memory=limit or found.memory, host_memory=host)
+    pinned = float(os.environ.get(PINNED_LIMIT, "inf")) * GIB / jax.local_device_count()
+    return dataclasses.replace(found, memory=limit or found.memory, host_memory=host, pinned_memory=pinned)

@@ -14,6 +14,7 @@ from eabf_jax.data import chat
 from eabf_jax.data.forms import AUTO, FORMATS
 from eabf_jax.data.prepare import Options, Report, prepare
 from eabf_jax.errors import InputError
+from eabf_jax.interop.huggingface import tokenizer_directory
 from eabf_jax.interop.tokenizer import load_tokenizer
 
 
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
     given |= {"sources": tuple(arguments.src), "destination": arguments.dst}
     options = Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)})
     options.check()
-    report = prepare(options, load_tokenizer(arguments.tokenizer))
+    report = prepare(options, load_tokenizer(tokenizer_directory(arguments.tokenizer)))
     console = Console()
     for table in tables(report):
         show(table)

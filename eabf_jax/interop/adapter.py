@@ -20,7 +20,7 @@ from eabf_jax.errors import InputError
 from eabf_jax.fields import check, types_of
 from eabf_jax.interop import native
 from eabf_jax.interop.directory import read_json_object
-from eabf_jax.interop.safetensors_stream import StoredTensor
+from eabf_jax.interop.safetensors_stream import DTYPES, NAMES, StoredTensor
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora, adapters, merged_kernel
 from eabf_jax.model.parameters import Parameter, parameters
@@ -120,7 +120,9 @@ def digest(model: Leaves) -> str:
 
 
 def check_shape(tensor: StoredTensor, expected: tuple[int, ...]) -> None:
-    """Raises InputError if a stored tensor has another shape."""
+    """Raises InputError if a stored tensor has another shape, or is not floating point."""
+    if tensor.dtype not in NAMES:
+        raise InputError(f"{tensor.path}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(DTYPES)}")
     if tensor.shape != expected:
         raise InputError(
             f"{tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}, expected {list(expected)}"

@@ -33,7 +33,7 @@ from eabf_jax.interop.gguf_tokenizer import (
     read_vocabulary,
     write_tokenizer,
 )
-from eabf_jax.interop.huggingface import check_vocabulary
+from eabf_jax.interop.native import check_vocabulary
 from eabf_jax.interop.tokenizer import PIECE_KINDS, Tokenizer, has_tokenizer, load_tokenizer, read_sentencepiece
 from eabf_jax.model.config import LlamaConfig
 

@@ -36,7 +36,7 @@ from eabf_jax.interop.safetensors_stream import (
     read_header,
     write_sharded,
 )
-from eabf_jax.interop.tokenizer import Tokenizer, copy_tokenizer_files, export_tokenizer, has_tokenizer, load_tokenizer
+from eabf_jax.interop.tokenizer import copy_tokenizer_files, export_tokenizer, has_tokenizer, load_tokenizer
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.parameters import TABLE, Parameter, nest, parameter_axes, parameters, shapes
 from eabf_jax.rope.exported import DATA_KEY, check_exported, exported_data
@@ -309,7 +309,7 @@ def from_hf(
         tokenizer = load_tokenizer(tokens_from)
         if pad_embeddings:
             model = _padded(model, tokenizer.vocab_size)
-        check_vocabulary(tokenizer, model.config, tokens_from)
+        native.check_vocabulary(tokenizer, model.config, tokens_from)
     with new_directory(dst, native.NATIVE, overwrite=overwrite, sources=[source, tokens_from]) as partial:
         leaves = {path: model.read(path) for path in model.dtypes}
         native.save_params(partial, nest(leaves))
@@ -338,14 +338,6 @@ def _padded(model: Leaves, rows: int) -> Leaves:
         return np.moveaxis(wide, 0, axis)
 
     return model._replace(config=dataclasses.replace(model.config, vocab_size=rows), reader=read, restore=None)
-
-
-def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig, directory: Path | str) -> None:
-    """Raises InputError, which names the remedy, if a tokenizer's vocabulary is larger than the embedding."""
-    try:
-        native.check_vocabulary(tokenizer, config, directory)
-    except InputError as error:
-        raise InputError(f"{error}: convert/from_hf.py --pad-embeddings appends the missing rows") from error
 
 
 def to_hf(
@@ -381,7 +373,7 @@ def to_hf(
     config = leaves.config if model_type is None else as_architecture(leaves.config, model_type)
     dtypes = {name: np.dtype(dtype or own) for name, own in leaves.dtypes.items()}
     if has_tokenizer(source):
-        check_vocabulary(load_tokenizer(source), config, source)
+        native.check_vocabulary(load_tokenizer(source), config, source)
     files = files_of(config)
     planned = [
         PlannedTensor(name, np.result_type(*(dtypes[entry.path] for entry in parts)), _joined_shape(parts))

@@ -97,7 +97,7 @@ def _open(
     tokens_from = huggingface.tokenizer_directory(directory, base)
     tokenizer = load_tokenizer(tokens_from) if has_tokenizer(tokens_from) else None
     if tokenizer is not None:
-        huggingface.check_vocabulary(tokenizer, leaves.config, tokens_from)
+        native.check_vocabulary(tokenizer, leaves.config, tokens_from)
     if rope is not None:
         scheme = rope if isinstance(rope, Scheme) else Scheme.from_dict(rope)
         leaves = leaves._replace(config=dataclasses.replace(leaves.config, rope=scheme))

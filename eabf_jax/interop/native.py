@@ -191,7 +191,8 @@ def check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig, directory: Path 
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size} rows; "
-            "expected a vocabulary no larger than the embedding"
+            "expected a vocabulary no larger than the embedding: convert/from_hf.py --pad-embeddings appends the rows "
+            "that are missing"
         )
 
 

@@ -35,6 +35,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Old checkpoints hold masks and positions of these types, beside the weights.
+_BUFFER_DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    **{f"{letter}{8 * size}": np.dtype(f"{kind}{size}") for letter, kind in ("Ii", "Uu") for size in (1, 2, 4, 8)},
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
       Tensor by name.
 
     Raises:
-      InputError: the file is missing, truncated or not safetensors, or has tensors that are not floating point.
+      InputError: the file is missing, truncated or not safetensors, or has tensors of an unknown type.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a shard of the weights there")
@@ -108,10 +113,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _stored(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
-    if entry["dtype"] not in DTYPES:
+    dtype = (DTYPES | _BUFFER_DTYPES).get(entry["dtype"])
+    if dtype is None:
         raise InputError(f"{path}: tensor {name} is {entry['dtype']}, expected one of {', '.join(DTYPES)}")
     begin, end = entry["data_offsets"]
-    tensor = StoredTensor(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), path, data_start + begin)
+    tensor = StoredTensor(name, dtype, tuple(entry["shape"]), path, data_start + begin)
     if end - begin != tensor.nbytes or begin < 0:
         raise InputError(
             f"{path}: tensor {name} of shape {list(tensor.shape)} {entry['dtype']} takes {tensor.nbytes} bytes, "

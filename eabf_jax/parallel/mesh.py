@@ -10,6 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
 from eabf_jax.errors import InputError
+from eabf_jax.hardware import PINNED_LIMIT
 
 # Slowest-varying first: devices adjacent on the last axis are also adjacent on the interconnect, if JAX knows it.
 AXES = ("data", "fsdp", "context", "tensor")
@@ -86,7 +87,7 @@ def gpu_memory_defaults() -> None:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
     # The rest of the GPU's memory is for CUDA itself, and for kernel workspaces outside the pool.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.97")
-    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(int(0.9 * host)))
+    os.environ.setdefault(PINNED_LIMIT, str(int(0.9 * host)))
 
 
 def gpu_defaults() -> None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from eabf_jax.errors import InputError
-from eabf_jax.hardware import GIB, Device
+from eabf_jax.hardware import GIB, PINNED_LIMIT, Device
 from eabf_jax.model.attention import needs_of, select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora, adapters, split_trained
@@ -64,7 +64,9 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the step fits on the device and its host; a quarter of host memory is left for data and system."""
-        return self.total <= self.device.memory and sum(self.host.values()) <= 0.75 * self.device.host_memory
+        # XLA's pool of pinned memory has gaps.
+        host = min(0.75 * self.device.host_memory, 0.85 * self.device.pinned_memory)
+        return self.total <= self.device.memory and sum(self.host.values()) <= host
 
     @property
     def roomy(self) -> bool:
@@ -75,7 +77,8 @@ class Plan:
     def can_checkpoint(self) -> bool:
         """Whether host memory has room for a checkpoint's float32 parameters and moments on their way to disk."""
         on_the_way = 3 * self.parts["gradients"]  # parameters and two moments, each as large as the gradients
-        return sum(self.host.values()) + on_the_way <= 0.95 * self.device.host_memory
+        room = min(0.95 * self.device.host_memory, self.device.pinned_memory)
+        return sum(self.host.values()) + on_the_way <= room
 
     @property
     def seconds(self) -> float:
@@ -503,7 +506,12 @@ def check(found: Plan) -> None:
         f"it has {found.device.memory / GIB:.1f}"
     )
     if found.total <= found.device.memory:
-        problem = f"the step needs {sum(found.host.values()) / GIB:.1f} GiB of host memory for each device"
+        device = found.device
+        limited = f", of which {PINNED_LIMIT} leaves XLA {device.pinned_memory / GIB:.1f}"
+        problem = (
+            f"the step needs {sum(found.host.values()) / GIB:.1f} GiB of host memory for each device; it has "
+            f"{device.host_memory / GIB:.1f}{limited if device.pinned_memory < device.host_memory else ''}"
+        )
     remedies = list(itertools.islice(_remedies(found), 3))
     advice = f"what fits: {'; or '.join(remedies)}" if remedies else "no setting of remat, mesh or window makes it fit"
     raise InputError(f"{problem}; {advice}")

@@ -24,7 +24,7 @@ from eabf_jax.errors import InputError
 from eabf_jax.hardware import Device, device_at_hand, device_of_kind
 from eabf_jax.interop.adapter import Adapter, digest, read_adapter
 from eabf_jax.interop.directory import write_json
-from eabf_jax.interop.huggingface import open_leaves
+from eabf_jax.interop.huggingface import open_leaves, tokenizer_directory
 from eabf_jax.interop.loading import load_parameters, read_config
 from eabf_jax.interop.native import (
     CHECKPOINTS,
@@ -104,8 +104,9 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
                 f"recipe.warmup_steps {recipe.warmup_steps} is not less than the run's {steps} steps: the peak "
                 "rate would never be reached"
             )
-        tokenizer = _tokenizer(config)
-        _check_vocabularies(config, base, tokenizer)
+        source = _tokenizer_source(config)
+        tokenizer = None if source is None else load_tokenizer(source)
+        _check_vocabularies(config.data.directory, base, source, tokenizer)
         step_of = prepare_step(planned, mesh, steps)
         index, count = process_batch_shard(mesh)
         batches = make_loader(
@@ -187,8 +188,9 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
 def _least_device() -> Device:
     """Returns the local device with the least memory that any process sees, so that all choose the same settings."""
     device = device_at_hand()
-    memory, host = (min(gathered(int(size) >> 20)) << 20 for size in (device.memory, device.host_memory))
-    return dataclasses.replace(device, memory=memory, host_memory=host)
+    sizes = (device.memory, device.host_memory, min(device.host_memory, device.pinned_memory))
+    memory, host, pinned = (min(gathered(int(size) >> 20)) << 20 for size in sizes)
+    return dataclasses.replace(device, memory=memory, host_memory=host, pinned_memory=pinned)
 
 
 class Preempted(InputError):
@@ -386,18 +388,16 @@ def random_params(model_config: LlamaConfig, seed: int, shardings: Tree) -> Tree
     return jax.jit(lambda: Llama(model_config, rngs=nnx.Rngs(seed)).parameters(), out_shardings=shardings)()
 
 
-def _tokenizer(config: TrainConfig) -> Tokenizer | None:
-    """Loads the tokenizer to store with the model; `model.tokenizer` must have one, `model.path` need not."""
+def _tokenizer_source(config: TrainConfig) -> Path | None:
+    """Returns the directory of the tokenizer; `model.tokenizer` must have one, `model.path` need not."""
     if config.model.tokenizer is not None:
-        return load_tokenizer(config.model.tokenizer)
-    if config.model.path is not None and has_tokenizer(config.model.path):
-        return load_tokenizer(config.model.path)
-    return None
+        return Path(config.model.tokenizer)
+    source = None if config.model.path is None else tokenizer_directory(config.model.path)
+    return source if source is not None and has_tokenizer(source) else None
 
 
-def _check_vocabularies(config: TrainConfig, base: LlamaConfig, tokenizer: Tokenizer | None) -> None:
+def _check_vocabularies(directory: str, base: LlamaConfig, source: Path | None, tokenizer: Tokenizer | None) -> None:
     """Refuses a dataset whose token ids exceed the embedding, or that was made with another tokenizer."""
-    directory = config.data.directory
     metadata = read_metadata(directory)
     if metadata.get("vocab_size", 0) > base.vocab_size:
         raise InputError(
@@ -406,7 +406,6 @@ def _check_vocabularies(config: TrainConfig, base: LlamaConfig, tokenizer: Token
         )
     if tokenizer is None:
         return
-    source = config.model.tokenizer or config.model.path
     check_vocabulary(tokenizer, base, str(source))
     made_with = metadata.get("tokenizer")
     if made_with is not None and made_with != tokenizer_digest(tokenizer):

@@ -1,10 +1,13 @@
 """`eabf prepare`, from the command line to table and file."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from eabf_jax import cli
+from eabf_jax.data.dataset import METADATA_FILE, tokenizer_digest
+from eabf_jax.interop.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -58,6 +61,15 @@ def test_the_counts_are_printed_and_written(source, tmp_path, capsys):
     assert "reading" in printed.err
     found = json.loads(counts.read_text())
     assert (found["entries"], found["splits"]["train"]["records"]) == (60, 60)
+
+
+def test_adapters_of_peft_have_the_tokenizer_of_their_base(source, tmp_path):
+    (tmp_path / "peft").mkdir()
+    options = {"peft_type": "LORA", "base_model_name_or_path": str(Path("assets/tiny").absolute())}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(options))
+    assert prepare(source, *SETTINGS, tokenizer=str(tmp_path / "peft")) == 0
+    found = json.loads((source.parent / "set" / METADATA_FILE).read_text())
+    assert found["tokenizer"] == tokenizer_digest(load_tokenizer("assets/tiny"))
 
 
 def test_wrong_options_are_refused_before_any_work(source, tmp_path, capsys):

@@ -53,6 +53,9 @@ def old_buffers(values: dict[str, torch.Tensor]) -> None:
     values["model.layers.1.self_attn.rotary_emb.cos_cached"] = torch.ones(1, 1, 64, 8)
     values["model.layers.1.self_attn.bias"] = torch.ones(1, 1, 4, 4)
     values["model.layers.1.self_attn.masked_bias"] = torch.tensor(-1e4)
+    values["model.layers.0.self_attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    values["model.layers.0.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
+    values["model.position_ids"] = torch.arange(64)[None]
 
 
 def key_twice(directory: Path) -> None:

@@ -75,7 +75,7 @@ def short_offsets(directory: Path) -> None:
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "integer tensor": (
         edit_tensors(lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
-        r"tensor model.norm.weight is I8, expected one of F64, F32",
+        r"tensor model.norm.weight is int8, expected one of F64, F32",
     ),
     "truncated shard": (cut, r"00002-of-\d+.safetensors: truncated: \d+ bytes, its header describes \d+"),
     "truncated header": (cut_to(20), r"not a whole safetensors file: it has 20 bytes"),

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import yaml
 from runs import refuse
+from safetensors.numpy import save_file
 
 from eabf_jax.cli import main
 from eabf_jax.data.dataset import tokenizer_digest
@@ -261,6 +262,25 @@ def test_tokens_of_another_tokenizer_are_refused(run_config, shape, write_datase
         config, r"another tokenizer \(digest 0123456789abcdef\) than the one in assets/tiny .* --tokenizer assets/tiny"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_adapters_of_peft_have_the_tokenizer_of_their_base(run_config, base_model, write_dataset, tmp_path):
+    base = shutil.copytree(base_model, tmp_path / "base")
+    words = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}
+    (base / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": words}))
+    (tmp_path / "peft").mkdir()
+    options = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    described = {**options, "base_model_name_or_path": str(base)}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(described))
+    q = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    shapes = {"A": (2, 32), "B": (32, 2)}
+    adapters = {
+        q.format(layer, name): np.zeros(shape, np.float32) for layer in range(3) for name, shape in shapes.items()
+    }
+    save_file(adapters, tmp_path / "peft" / "adapter_model.safetensors")
+    data = write_dataset(tmp_path / "set", metadata={"vocab_size": 96, "tokenizer": "0123456789abcdef"})
+    config = run_config(tmp_path / "run", data={"directory": str(data)}, model={"path": str(tmp_path / "peft")})
+    refuse(config, rf"than the one in {base} .* prepare it with --tokenizer {base}")
 
 
 def test_a_damaged_model_leaves_no_run(run_config, base_model, tmp_path):
