@@ -12,8 +12,10 @@ import jax
 from eabf_jax.errors import InputError, unknown_name
 
 GIB = 2**30
-# The environment variable with the GiB of host memory that XLA lets a process use for arrays on a GPU's host.
+# The environment variable with the GiB that XLA lets a process use for arrays on a GPU's host.
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+# The share of host memory for arrays; the rest is for data and the system.
+PINNED_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,12 @@ class Device:
     bandwidth: float  # memory bandwidth, bytes/s
     link: float = 0.0  # bytes/s of one link to a neighbour, one way (TPU)
     host_memory: float = 128 * GIB  # bytes of its share of the host's memory; an assumption about other machines
-    pinned_memory: float = math.inf  # bytes of that share that XLA can use
+    pinned_limit: float = math.inf  # bytes that XLA lets arrays on the host take
+
+    @property
+    def pinned_memory(self) -> float:
+        """Bytes that arrays on the host can take."""
+        return min(PINNED_SHARE * self.host_memory, self.pinned_limit)
 
 
 # Peaks: half of a data sheet's figure "with sparsity". H100 SXM and PCIe: NVIDIA H100 Tensor Core GPU Architecture
@@ -98,4 +105,4 @@ def device_at_hand() -> Device:
             *(kind, limit / GIB),
         )
     pinned = float(os.environ.get(PINNED_LIMIT, "inf")) * GIB / jax.local_device_count()
-    return dataclasses.replace(found, memory=limit or found.memory, host_memory=host, pinned_memory=pinned)
+    return dataclasses.replace(found, memory=limit or found.memory, host_memory=host, pinned_limit=pinned)

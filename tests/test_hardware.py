@@ -77,7 +77,7 @@ def test_the_memory_of_the_device_at_hand_is_what_its_allocator_says(
     monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "84")
     with caplog.at_level(logging.WARNING):
         found = device_at_hand()
-    assert (found.name, found.memory, found.pinned_memory) == (name, memory, 42 * GIB)
+    assert (found.name, found.memory, found.pinned_limit) == (name, memory, 42 * GIB)
     told = "unknown device 'NVIDIA L4': the planner takes its memory (20.0 GiB) from its allocator and assumes "
     assert [record.getMessage()[: len(told)] for record in caplog.records] == [told] * unknown
 

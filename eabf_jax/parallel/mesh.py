@@ -10,7 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
 from eabf_jax.errors import InputError
-from eabf_jax.hardware import PINNED_LIMIT
+from eabf_jax.hardware import PINNED_LIMIT, PINNED_SHARE
 
 # Slowest-varying first: devices adjacent on the last axis are also adjacent on the interconnect, if JAX knows it.
 AXES = ("data", "fsdp", "context", "tensor")
@@ -80,14 +80,14 @@ def axis_sizes(config: MeshConfig, count: int) -> dict[str, int]:
 
 
 def gpu_memory_defaults() -> None:
-    """Lets JAX use nearly all memory of a GPU and of its host; has no effect without a GPU.
+    """Lets JAX use nearly all memory of a GPU, and most of its host's; has no effect without a GPU.
 
     Call this before JAX is first used. Environment variables that are already set are kept.
     """
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
     # The rest of the GPU's memory is for CUDA itself, and for kernel workspaces outside the pool.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.97")
-    os.environ.setdefault(PINNED_LIMIT, str(int(0.9 * host)))
+    os.environ.setdefault(PINNED_LIMIT, str(int(PINNED_SHARE * host)))
 
 
 def gpu_defaults() -> None:

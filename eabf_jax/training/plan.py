@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from eabf_jax.errors import InputError
-from eabf_jax.hardware import GIB, PINNED_LIMIT, Device
+from eabf_jax.hardware import GIB, PINNED_LIMIT, PINNED_SHARE, Device
 from eabf_jax.model.attention import needs_of, select
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora, adapters, split_trained
@@ -39,6 +39,8 @@ _KEPT_BY = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "down_proj": _NEV
 _EFFICIENCY, _ONE_WAY, _BOTH_WAYS = 0.66, 53e9, 84e9
 # `auto` leaves this fraction of memory free, because the prediction is not exact and allocators leave gaps.
 _SPARE = 0.03
+# XLA's pool of host memory grows by powers of two; this fraction of it can be filled.
+_POOL = 0.85
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the step fits on the device and its host; a quarter of host memory is left for data and system."""
-        # XLA's pool of pinned memory has gaps.
-        host = min(0.75 * self.device.host_memory, 0.85 * self.device.pinned_memory)
-        return self.total <= self.device.memory and sum(self.host.values()) <= host
+        """Whether the step fits on the device and its host."""
+        return self.total <= self.device.memory and sum(self.host.values()) <= _POOL * self.device.pinned_memory
 
     @property
     def roomy(self) -> bool:
@@ -77,7 +77,8 @@ class Plan:
     def can_checkpoint(self) -> bool:
         """Whether host memory has room for a checkpoint's float32 parameters and moments on their way to disk."""
         on_the_way = 3 * self.parts["gradients"]  # parameters and two moments, each as large as the gradients
-        room = min(0.95 * self.device.host_memory, self.device.pinned_memory)
+        gpu = self.device.platform == "gpu"
+        room = _POOL * self.device.pinned_memory if gpu else 0.95 * self.device.host_memory
         return sum(self.host.values()) + on_the_way <= room
 
     @property
@@ -507,10 +508,10 @@ def check(found: Plan) -> None:
     )
     if found.total <= found.device.memory:
         device = found.device
-        limited = f", of which {PINNED_LIMIT} leaves XLA {device.pinned_memory / GIB:.1f}"
+        limited = f", because of {PINNED_LIMIT}" if device.pinned_limit < PINNED_SHARE * device.host_memory else ""
         problem = (
-            f"the step needs {sum(found.host.values()) / GIB:.1f} GiB of host memory for each device; it has "
-            f"{device.host_memory / GIB:.1f}{limited if device.pinned_memory < device.host_memory else ''}"
+            f"the step needs {sum(found.host.values()) / GIB:.1f} GiB of host memory for each device; arrays can fill "
+            f"{_POOL * device.pinned_memory / GIB:.1f} of its {device.host_memory / GIB:.1f}{limited}"
         )
     remedies = list(itertools.islice(_remedies(found), 3))
     advice = f"what fits: {'; or '.join(remedies)}" if remedies else "no setting of remat, mesh or window makes it fit"

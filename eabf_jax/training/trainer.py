@@ -188,9 +188,9 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
 def _least_device() -> Device:
     """Returns the local device with the least memory that any process sees, so that all choose the same settings."""
     device = device_at_hand()
-    sizes = (device.memory, device.host_memory, min(device.host_memory, device.pinned_memory))
+    sizes = (device.memory, device.host_memory, min(device.host_memory, device.pinned_limit))
     memory, host, pinned = (min(gathered(int(size) >> 20)) << 20 for size in sizes)
-    return dataclasses.replace(device, memory=memory, host_memory=host, pinned_memory=pinned)
+    return dataclasses.replace(device, memory=memory, host_memory=host, pinned_limit=pinned)
 
 
 class Preempted(InputError):
