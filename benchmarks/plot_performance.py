@@ -448,6 +448,38 @@ def page(groups: Mapping[Group, Sequence[Mapping[str, Any]]], more: Sequence[str
     return "\n".join(lines).rstrip() + "\n"
 
 
+def generation_reports(reports: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the reports of generate.py, oldest first; the peers of each are those of all runs of the same kind."""
+    found = [report for report in reports if {"shape", "cache", "runs"} <= report.keys()]
+
+    def added(report: Mapping[str, Any]) -> dict[str, Any]:
+        peers, strongest, ratios = {}, dict(report["strongest_peer"]), dict(report["ratio_to_strongest_peer"])
+        for name, own in report["peer"].items():
+            peers[name] = dict(own)
+            for other in found:
+                if _kind(other) == _kind(report) and "strongest_peer" in other:
+                    for setting, figures in other["peer"][name].items():
+                        if _tokens(figures) > _tokens(peers[name].get(setting, {})):
+                            peers[name][setting] = figures
+            best = max(peers[name], key=lambda setting: _tokens(peers[name][setting]))
+            if name in ratios:
+                strongest[name] = best
+                ratios[name] = report["runs"][name]["tokens_per_second"] / _tokens(peers[name][best])
+        return {**report, "peer": peers, "strongest_peer": strongest, "ratio_to_strongest_peer": ratios}
+
+    ordered = sorted(found, key=lambda report: report.get("date", ""))
+    return [added(report) if "strongest_peer" in report else dict(report) for report in ordered]
+
+
+def _kind(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns what the runs of generate.py that can be compared have in common."""
+    return report["shape"], report["device"], report["cache"]
+
+
+def _tokens(figures: Mapping[str, Any]) -> float:
+    return figures.get("tokens_per_second", 0.0)
+
+
 def generation_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
     """Returns the table of all measurements of generate.py.
 
@@ -458,7 +490,7 @@ def generation_table(reports: Iterable[Mapping[str, Any]]) -> list[str]:
       The lines; empty without a result.
     """
     rows = []
-    for report in (report for report in reports if {"shape", "cache", "runs"} <= report.keys()):
+    for report in generation_reports(reports):
         for name, ours in report["runs"].items():
             # In a file without `strongest_peer`, the peer was slower than necessary, or missing.
             setting = report.get("strongest_peer", {}).get(name)
@@ -569,7 +601,8 @@ def readme_generation(reports: Iterable[Mapping[str, Any]]) -> list[str]:
     A result without a record of the code that it measured is left to the page.
     """
     rows = []
-    for report in (report for report in recorded(reports) if {"shape", "cache", "runs"} <= report.keys()):
+    newest = {_kind(report): report for report in generation_reports(recorded(reports))}
+    for report in newest.values():
         for name, ours in report["runs"].items():
             if "tokens_per_second" not in ours:
                 continue

@@ -186,6 +186,15 @@ def test_generation_is_held_against_the_strongest_peer(program):
     cut = "\n".join(program.generation_table([{**report, "date": "2024-01-02T10:00", "commit": "abc"}]))
     assert "static cache (2 of 3 settings tried) | 52.3%" in cut
     assert f"| {row} | 16 × 2,048 | – | – | out of memory | – | – | – | – | {link} |" in text
+    # Another run's faster peer counts, whichever of the two files comes first.
+    faster = {**peer, "long": {"static cache": timed(100.0, 4.0)}}
+    other = {**report, "peer": faster, "file": "other.json", "date": "2024-01-01T10:00", "commit": "abc"}
+    both = [{**report, "date": "2024-01-02T10:00", "commit": "abc"}, other]
+    for order in (both, both[::-1]):
+        old, new = program.generation_reports(order)
+        assert old["date"] < new["date"] and new["ratio_to_strongest_peer"]["long"] == pytest.approx(1.2404)
+        (row,) = [line for line in program.readme_generation(order) if "16,384" in line]
+        assert "100.0 with static cache (2 of 3 settings tried): ours is 1.24 ×" in row
     assert program.generation_table([RUN]) == []
     # An older file has no strongest peer, so no ratio is shown.
     old = {"first_token_seconds": 0.02, "tokens_per_second": 192.55}
