@@ -176,6 +176,19 @@ def _past_first_layers(values: Values, layer: int) -> bool:
     return layer >= first
 
 
+_QWEN_WINDOWS = _layer_windows(4096, "use_sliding_window", _past_first_layers)
+
+
+def _write_qwen_windows(config: LlamaConfig) -> dict[str, Any]:
+    """Writes max_window_layers too, because vLLM refuses by it the windows that it would ignore."""
+    layers = range(config.num_hidden_layers)
+    first = next((layer for layer in layers if config.window_of(layer) is not None), len(layers))
+    return {**_QWEN_WINDOWS.write(config), "max_window_layers": first}
+
+
+_QWEN_SPELLING = Spelling((*_QWEN_WINDOWS.keys, "max_window_layers"), _QWEN_WINDOWS.read, _write_qwen_windows)
+
+
 def _without_rope(values: Values, layer: int) -> bool:
     flags = values.get("no_rope_layers")
     return not flags[layer] if flags is not None else (layer + 1) % _period(values, "no_rope_layer_interval") == 0
@@ -294,14 +307,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "Qwen2ForCausalLM",
         _QWEN,
         {"attention_bias": True, "attention_output_bias": False},
-        spellings=(_layer_windows(4096, "use_sliding_window", _past_first_layers),),
+        spellings=(_QWEN_SPELLING,),
     ),
     "qwen3": Architecture(
         "Qwen3ForCausalLM",
         {**_QWEN, "head_dim": 128},
         {"qk_norm": "head"},
         {"attention_bias": "attention_bias"},
-        (_layer_windows(4096, "use_sliding_window", _past_first_layers),),
+        (_QWEN_SPELLING,),
     ),
     "smollm3": Architecture(
         "SmolLM3ForCausalLM",
