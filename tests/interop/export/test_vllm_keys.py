@@ -13,6 +13,7 @@ one file of it does with the config, which vLLM loads with transformers' `AutoCo
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -187,5 +188,10 @@ def test_vllm_serves_qwen_with_one_window_or_none(kind: str, window: int | None,
     assert windows(loaded(tmp_path, config_to_hf(ours))) == [window] * 3
 
 
-def test_every_architecture_is_judged() -> None:
+@pytest.mark.document_check
+def test_every_architecture_is_judged_and_told() -> None:
     assert {ARCHITECTURES[kind].class_name for kind in ARCHITECTURES.keys() - {OWN_TYPE}} == SERVED.keys()
+    page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    rows = [row for row in page.splitlines() if row.startswith(("| `llama`", "| `qwen2`", "| `ministral`, "))]
+    told = {kind: OWN in row.replace("its own", "vLLM's own") for row in rows for kind in re.findall(r"`(\w+)`", row)}
+    assert told == {kind: SERVED[entry.class_name] == OWN for kind, entry in ARCHITECTURES.items() if kind != OWN_TYPE}
