@@ -30,6 +30,8 @@ OF_NO_MODULE = {
     "test_makefile": "the Makefile",
     "test_readme": "pages beside the files that their figures come from",
     "end_to_end/test_main_job": "from ShareGPT to an extended model",
+    "interop/export/test_vllm_keys": "config.json: what vLLM reads of our exports",
+    "interop/test_config_keys": "config.json: each key of each architecture, as transformers reads it",
     "interop/test_model_directories": "directories as users have them, through every reader of interop",
     "interop/test_smollm2": "a real model's file: converted, tokenized, run",
     "training/test_lora": "training of adapters: steps, checkpoints, export",

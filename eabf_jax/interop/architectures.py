@@ -111,6 +111,14 @@ def _number(values: Values, key: str, kind: Any) -> Any:
     return typed(kind, values.get(key), "config.json: key", key)
 
 
+def _period(values: Values, key: str) -> int:
+    """Returns n of a key that means every n-th layer; 4 if it is absent."""
+    period: int = _number({key: 4, **values}, key, int)
+    if period < 1:
+        raise InputError(f"config.json: {key} is {period}, expected 1 or more")
+    return period
+
+
 def _window(default: int | None) -> Spelling:
     """The same sliding window in every layer."""
 
@@ -156,18 +164,34 @@ def _layer_windows(
     def write(config: LlamaConfig) -> dict[str, Any]:
         types = [names[config.window_of(layer) is not None] for layer in range(config.num_hidden_layers)]
         switched = {} if switch is None else {switch: config.sliding_window is not None}
-        return {**switched, "sliding_window": config.sliding_window, "layer_types": types}
+        # Without a switch, transformers needs a window even if no layer has one.
+        window = config.sliding_window or (default if switch is None else None)
+        return {**switched, "sliding_window": window, "layer_types": types}
 
     return Spelling(("sliding_window", "layer_types", *([switch] if switch else [])), read, write)
 
 
 def _past_first_layers(values: Values, layer: int) -> bool:
-    return layer >= int(values.get("max_window_layers", 28))
+    first: int = _number({"max_window_layers": 28, **values}, "max_window_layers", int)
+    return layer >= first
+
+
+_QWEN_WINDOWS = _layer_windows(4096, "use_sliding_window", _past_first_layers)
+
+
+def _write_qwen_windows(config: LlamaConfig) -> dict[str, Any]:
+    """Writes max_window_layers too, because vLLM refuses by it the windows that it would ignore."""
+    layers = range(config.num_hidden_layers)
+    first = next((layer for layer in layers if config.window_of(layer) is not None), len(layers))
+    return {**_QWEN_WINDOWS.write(config), "max_window_layers": first}
+
+
+_QWEN_SPELLING = Spelling((*_QWEN_WINDOWS.keys, "max_window_layers"), _QWEN_WINDOWS.read, _write_qwen_windows)
 
 
 def _without_rope(values: Values, layer: int) -> bool:
     flags = values.get("no_rope_layers")
-    return not flags[layer] if flags is not None else (layer + 1) % int(values.get("no_rope_layer_interval", 4)) == 0
+    return not flags[layer] if flags is not None else (layer + 1) % _period(values, "no_rope_layer_interval") == 0
 
 
 def _read_unrotated(values: Values, layers: int) -> Fields:
@@ -176,6 +200,29 @@ def _read_unrotated(values: Values, layers: int) -> Fields:
         raise InputError(f"config.json: no_rope_layers is {flags!r:.80}, expected {layers} of 0 and 1")
     return {"unrotated_layers": tuple(layer for layer in range(layers) if _without_rope(values, layer))}
 
+
+def _within_pattern(values: Values, layer: int) -> bool:
+    return (layer + 1) % _period(values, "sliding_window_pattern") != 0
+
+
+_PATTERN = _layer_windows(4096, None, _within_pattern)
+
+
+def _read_pattern(values: Values, layers: int) -> Fields:
+    """Layers with a window, among which those without one are not rotated."""
+    if _number({"sliding_window": 4096, **values}, "sliding_window", int | None) is None:
+        return {**_PATTERN.read({"layer_types": ["full_attention"] * layers, **values}, layers), "unrotated_layers": ()}
+    found = _PATTERN.read(values, layers)
+    unrotated = found["full_attention_layers"] if found["sliding_window"] else tuple(range(layers))
+    return {**found, "unrotated_layers": unrotated}
+
+
+def _write_pattern(config: LlamaConfig) -> dict[str, Any]:
+    written = _PATTERN.write(config)
+    return written if config.sliding_window or config.unrotated_layers else {**written, "sliding_window": None}
+
+
+_PATTERN_WITHOUT_ROPE = Spelling((*_PATTERN.keys, "sliding_window_pattern"), _read_pattern, _write_pattern)
 
 _NO_ROPE = Spelling(
     ("no_rope_layers", "no_rope_layer_interval"),
@@ -244,6 +291,15 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "max_position_embeddings": 262_144,
             "rms_norm_eps": 1e-5,
             "pad_token_id": 11,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1_000_000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16_384,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
         },
         spellings=(_window(None),),
     ),
@@ -251,14 +307,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "Qwen2ForCausalLM",
         _QWEN,
         {"attention_bias": True, "attention_output_bias": False},
-        spellings=(_layer_windows(4096, "use_sliding_window", _past_first_layers),),
+        spellings=(_QWEN_SPELLING,),
     ),
     "qwen3": Architecture(
         "Qwen3ForCausalLM",
         {**_QWEN, "head_dim": 128},
         {"qk_norm": "head"},
         {"attention_bias": "attention_bias"},
-        (_layer_windows(4096, "use_sliding_window", _past_first_layers),),
+        (_QWEN_SPELLING,),
     ),
     "smollm3": Architecture(
         "SmolLM3ForCausalLM",
@@ -276,7 +332,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "phi3": Architecture(
         "Phi3ForCausalLM",
-        {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "eos_token_id": 32_000, "pad_token_id": 32_000},
+        {
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "eos_token_id": 32_000,
+            "pad_token_id": 32_000,
+        },
         spellings=(_window(None), _PARTIAL),
         fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
     ),
@@ -304,35 +366,97 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         },
         options={**_BIASES, "attention_out_bias": "attention_output_bias"},
     ),
+    # Other names and defaults of the same.
+    "internlm3": Architecture(
+        "LlamaForCausalLM",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "max_position_embeddings": 32_768,
+            "rms_norm_eps": 1e-5,
+            "pad_token_id": 2,
+        },
+        options={**_BIASES, "qkv_bias": "attention_bias", "bias": "mlp_bias"},
+    ),
+    "iquestcoder": Architecture(
+        "LlamaForCausalLM",
+        {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5},
+        options=_BIASES,
+    ),
+    "cwm": Architecture(
+        "CwmForCausalLM",
+        {
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1_000_000.0,
+                "factor": 16.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+            "bos_token_id": 128_000,
+            "eos_token_id": (128_001, 128_008, 128_009),
+        },
+        options={"mlp_bias": "mlp_bias"},
+        spellings=(_layer_windows(8192, None, lambda values, layer: layer % 4 != 0),),
+    ),
+    "exaone4": Architecture(
+        "Exaone4ForCausalLM",
+        {"num_key_value_heads": 32, "rms_norm_eps": 1e-5, "bos_token_id": 0},
+        {"post_norm": True, "qk_norm": "head"},
+        spellings=(_PATTERN_WITHOUT_ROPE,),
+    ),
     OWN_TYPE: Architecture("EabfLlamaForCausalLM", options=_BIASES, spellings=(_OWN,)),
 }
 
-# Architectures that need code beyond these features: what the model lacks for them.
-_LACKING: Mapping[str, tuple[str, ...]] = {
-    "mixture of experts": (
-        *("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "granitemoe", "olmoe", "deepseek_v2", "deepseek_v3", "llama4"),
-        *(
-            "llama4_text",
-            "gpt_oss",
-            "dbrx",
-            "jamba",
-            "glm4_moe",
-            "ernie4_5_moe",
-            "minimax",
-            "mistral4",
-        ),
-    ),
-    "LayerNorm": (
-        *("gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "mpt", "phi", "stablelm", "starcoder2"),
-        *("persimmon", "codegen", "olmo", "cohere", "cohere2", "nemotron", "gpt_bigcode"),
-    ),
-    "norms with an offset of 1 and scaled embeddings": ("gemma", "gemma2", "gemma3", "gemma3_text"),
-    "an MLP without a gate": ("arcee", "apertus"),
-    "rotary embedding of interleaved pairs": ("glm", "glm4", "ernie4_5", "helium"),
-    "norms after rotation": ("hunyuan_v1_dense",),
-    "frequencies that differ by layer": ("olmo3", "modernbert", "exaone4"),
-    "state-space layers": ("mamba", "mamba2", "falcon_h1", "bamba", "zamba2", "recurrent_gemma", "lfm2"),
-    "inputs other than text": ("llava", "mllama", "qwen2_vl", "qwen2_5_vl", "mistral3", "paligemma", "idefics3"),
+# Other architectures: what the model, or the reader of its files, lacks for them.
+_LACKING: Mapping[str, str] = {
+    "mixture of experts": """
+        afmoe aria_text axk1 axk2 beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots1
+        dots3_note dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss
+        granitemoe granitemoe_swa granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling2_loop_text inkling2_text
+        inkling_text jetmoe kolibri1 laguna llama4 llama4_text longcat_flash mellum mimo_v2_flash minimax minimax_m2
+        minimax_m3_vl_text mistral4 mixtral olmoe phimoe qwen2_moe qwen3_moe sarvam_mla sarvam_moe solar_open zaya
+    """,
+    "LayerNorm": """
+        bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom camembert codegen
+        cohere cohere2 cohere_compass_text ctrl data2vec-text electra ernie falcon gpt-sw3 gpt2 gpt_bigcode gpt_neo
+        gpt_neox gpt_neox_japanese gptj jais2 marian mbart megatron-bert modernbert modernbert-decoder mpt mvp nemotron
+        olmo openai-gpt opt pegasus persimmon phi plbart prophetnet reformer rembert roberta roberta-prelayernorm
+        roc_bert roformer stablelm starcoder2 trocr whisper xglm xlm xlm-roberta xlm-roberta-xl xlnet xmod
+    """,
+    "layers other than attention (state space, recurrence, convolution)": """
+        bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lara_mini lfm2 lfm2_moe lfm3
+        mamba mamba2 nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp
+        qwen4_exp_text recurrent_gemma rwkv xlstm zamba zamba2
+    """,
+    "inputs other than text": """
+        blt emu3 fuyu git got_ocr2 idefics3 llava mistral3 mllama moshi moss_transcribe_diarize musicgen musicgen_melody
+        paligemma phi4_multimodal qwen2_5_vl qwen2_vl
+    """,
+    "norms with an offset of 1 and scaled embeddings": "gemma gemma2 gemma3 gemma3_text vaultgemma",
+    "norms before and after attention and MLP": """
+        gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text hyperclovax
+    """,
+    "keys and values of another model": "gemma4_assistant gemma4_unified_assistant",
+    "norms inside attention and MLP": "bitnet",
+    "norms after rotation": "hunyuan_v1_dense",
+    "an MLP without a gate": "apertus apertus1p5_text arcee nanochat",
+    "rotary embedding of interleaved pairs": "ernie4_5 glm glm4 helium",
+    "frequencies that differ by layer": "olmo3",
+    "multi-head latent attention": "minicpm3 youtu",
+    "attention sinks": "granite_swa",
+    "attention of two softmaxes": "diffllama",
+    "attention with a learned mask": "doge",
+    "attention with biases by distance": "cpmant",
+    "hidden states of norm 1": "dory",
+    "layers that run several times": "hrm_text",
+    "names of keys and tensors other than LLaMA's": "exaone",
 }
 
 
@@ -352,7 +476,7 @@ def architecture_of(values: Values) -> Architecture:
         return ARCHITECTURES[kind]
     known = [name for name in ARCHITECTURES if name != OWN_TYPE]
     for feature, kinds in _LACKING.items():
-        if kind in kinds:
+        if kind in kinds.split():
             raise InputError(
                 f"config.json: model_type is {kind!r}, which has {feature}; supported are {', '.join(known)}"
             )

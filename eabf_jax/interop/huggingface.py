@@ -85,8 +85,11 @@ FIXED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 _FIELDS = {name: kind for name, kind in types_of(LlamaConfig).items() if name != "rope"}
 _SHARED = [name for name in _FIELDS if name not in (*FEATURES, "model_type")]
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_ROTARY = ("rope_theta", "original_max_position_embeddings", "rope_parameters")
 _DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}  # the other defaults are those of `LlamaConfig`
-_NULL_IS_DEFAULT = ("num_key_value_heads", "head_dim", "tie_word_embeddings", *FEATURES)
+# Null means what follows from the other sizes, even if the architecture has a default for the absent key.
+_COMPUTED = ("num_key_value_heads", "head_dim")
+_NULL_IS_DEFAULT = (*_COMPUTED, "tie_word_embeddings", *FEATURES)
 
 
 class Summary(NamedTuple):
@@ -116,15 +119,19 @@ def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
         for name in _SHARED
         if name in values and not (values[name] is None and name in _NULL_IS_DEFAULT)
     }
-    defaults = {name: value for name, value in architecture.defaults.items() if name in _SHARED}
+    defaults = {
+        name: value
+        for name, value in architecture.defaults.items()
+        if name in _SHARED and not (name in _COMPUTED and name in values)
+    }
     fields = check(_DEFAULTS | defaults | given, _FIELDS, "config.json: key", required=_SIZES)
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields.setdefault("head_dim", fields["hidden_size"] // max(fields["num_attention_heads"], 1))
     features = architecture.read(values, fields["num_hidden_layers"])
     fields |= check({k: v for k, v in features.items() if v is not None}, _FIELDS, "config.json: key")
     rotary = without_partial(values) if PARTIAL in architecture.keys else values
-    if (base := architecture.defaults.get("rope_theta")) is not None:
-        rotary = {"rope_theta": base, **rotary}
+    default = {name: value for name, value in architecture.defaults.items() if name in _ROTARY}
+    rotary = default | {name: value for name, value in rotary.items() if value is not None or name not in default}
     config = LlamaConfig(**{"model_type": values["model_type"], **fields}, rope=rope.from_hf(rotary))
     if DATA_KEY in values:
         check_exported(values[DATA_KEY], config.rope, *_extent(config))
@@ -160,6 +167,8 @@ def config_to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
                 "AutoModelForCausalLM": f"{module}.EabfLlamaForCausalLM",
             },
         }
+    if "rope_parameters" in architecture.defaults and rotary.get("rope_scaling") is None:
+        rotary |= {"rope_scaling": {"rope_type": "default"}}  # null would mean the architecture's own scheme
     return {
         **identity,
         **{name: getattr(config, name) for name in _SHARED},

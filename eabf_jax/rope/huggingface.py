@@ -20,6 +20,8 @@ TEMPERATURE_MODEL = "ministral3"
 ROPE_TYPES: Mapping[str, tuple[str, ...]] = {"phi3": ("default", "longrope")}
 TEMPERATURE_KEY = "llama_4_scaling_beta"
 WINDOW_KEY = "original_max_position_embeddings"
+# The same multiplier outside the section: the only place where vLLM 0.33 looks for it. transformers ignores it.
+VLLM_TEMPERATURE_KEY = "llama_4_scaling"
 
 
 def from_hf(config: Mapping[str, Any]) -> Scheme:
@@ -102,6 +104,9 @@ def to_hf(
     if hf and spelled and multiplier is not None:
         section |= {"rope_type": hf.rope_type} | spelled[0] | multiplier
         outer = spelled[1]
+        if multiplier:
+            served = {WINDOW_KEY: multiplier[WINDOW_KEY], "beta": multiplier[TEMPERATURE_KEY]}
+            outer = {**outer, VLLM_TEMPERATURE_KEY: served}
     if spelling == "rope_parameters":
         return {"rope_parameters": section} | outer
     base = section.pop("rope_theta")

@@ -1,7 +1,7 @@
 """Every architecture against transformers: logits, files, decoding, training and adapters."""
 
 import dataclasses
-from collections.abc import Mapping
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from family import FULL, SAME, SIZES, TOKENS, in_transformers, logits_of
 from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from weights import random_params
 
 from eabf_jax import load
 from eabf_jax.errors import InputError
 from eabf_jax.inference import Generator
 from eabf_jax.interop import huggingface, native
-from eabf_jax.interop.architectures import ARCHITECTURES, OWN_TYPE
+from eabf_jax.interop.architectures import ARCHITECTURES, OWN_TYPE, architecture_of
 from eabf_jax.model import Llama, LlamaConfig
 from eabf_jax.model.lora import Lora
 from eabf_jax.model.parameters import PROJECTIONS, parameter_count
@@ -31,49 +33,6 @@ from eabf_jax.training.layerwise import Layerwise
 from eabf_jax.training.optimizer import make_optimizer
 from eabf_jax.training.recipe import ComputeConfig, RecipeConfig
 from eabf_jax.training.step import build_model, microbatch_sharding
-
-SIZES = {
-    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
-# For each model_type, keys that switch on what the architecture may have.
-FULL: Mapping[str, dict[str, Any]] = {
-    "llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 12},
-    "mistral": {"sliding_window": 5, "head_dim": 12},
-    # head_dim is needed: transformers cannot build this model without it.
-    "ministral": {"sliding_window": 5, "head_dim": 8, "layer_types": LAYER_TYPES},
-    "ministral3": {"sliding_window": 7, "head_dim": 12,
-                   "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "llama_4_scaling_beta": 0.3,
-                                       "original_max_position_embeddings": 8}},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2, "tie_word_embeddings": True},
-    "qwen3": {"head_dim": 12, "attention_bias": True, "layer_types": LAYER_TYPES, "use_sliding_window": True,
-              "sliding_window": 7},
-    "smollm3": {"no_rope_layer_interval": 2, "attention_bias": True, "use_sliding_window": True, "sliding_window": 7},
-    "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 7},
-    "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.3,
-                "logits_scaling": 2.5, "mlp_bias": True},
-    "olmo2": {"attention_bias": True},
-    "seed_oss": {"head_dim": 8, "attention_bias": False, "attention_out_bias": True},
-}  # fmt: skip
-# Without the padding token 0, whose embedding has no gradient in torch.
-TOKENS = np.random.default_rng(0).integers(1, 40, (2, 24))
-
-
-def in_transformers(kind: str, seed: int = 0, **keys: Any) -> Any:
-    """Builds transformers' model with weights that make attention sharp and no norm or bias trivial."""
-    torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **keys})
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-    return model.eval()
-
-
-def logits_of(model: Any, tokens: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.from_numpy(tokens)).logits.numpy()
 
 
 class Case(NamedTuple):
@@ -88,16 +47,20 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module", params=FULL)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     directory = tmp_path_factory.mktemp(request.param)
-    reference = in_transformers(request.param, **FULL[request.param])
+    reference = in_transformers(request.param, **(FULL | SAME)[request.param])
     reference.save_pretrained(directory / "hf")
     model, _ = load(directory / "hf", dtype="float32")
     return Case(request.param, reference, directory, model)
 
 
+every_case = pytest.mark.parametrize("case", [*FULL, *SAME], indirect=True)
+
+
 def test_every_architecture_is_tested() -> None:
-    assert FULL.keys() == ARCHITECTURES.keys() - {OWN_TYPE}
+    assert FULL.keys() | SAME.keys() == ARCHITECTURES.keys() - {OWN_TYPE}
 
 
+@every_case
 def test_logits_and_count_are_transformers(case: Case) -> None:
     np.testing.assert_allclose(case.model(TOKENS), logits_of(case.reference, TOKENS), atol=1e-4)
     assert parameter_count(case.model.config) == case.reference.num_parameters()
@@ -140,21 +103,22 @@ def test_logits_of_random_shapes_are_transformers(
     np.testing.assert_allclose(model(TOKENS[:, :11]), logits_of(reference, TOKENS[:, :11]), atol=1e-4)
 
 
+@every_case
 def test_absent_keys_have_transformers_values(case: Case) -> None:
     """A config.json without optional keys is the model that transformers makes of it."""
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     keys = {"model_type": case.kind, **{name: 32 * SIZES[name] for name in needed}, "num_hidden_layers": 4}
-    if case.kind == "ministral3":
-        keys["rope_parameters"] = FULL[case.kind]["rope_parameters"]  # its default has no meaning for us
     ours, theirs = huggingface.config_from_hf(keys), transformers.AutoConfig.for_model(**keys)
     for name in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
                  "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"):  # fmt: skip
-        assert getattr(ours, name) == getattr(theirs, name), name
+        expected = getattr(theirs, name)
+        assert getattr(ours, name) == (tuple(expected) if isinstance(expected, list) else expected), name
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or keys["hidden_size"] // keys["num_attention_heads"])
     assert ours.sliding_window == (getattr(theirs, "sliding_window", None))
     assert dict(ours.rope.frequencies.parameters)["base"] == theirs.rope_parameters["rope_theta"]
 
 
+@every_case
 def test_files_return_bit_for_bit(case: Case) -> None:
     huggingface.from_hf(case.directory / "hf", case.directory / "native")
     huggingface.to_hf(case.directory / "native", case.directory / "again")
@@ -310,3 +274,45 @@ def test_another_architecture_must_compute_the_same(change: dict[str, Any], mode
     config = LlamaConfig(**{**SIZES, "head_dim": 8, **change})
     with pytest.raises(InputError, match=message):
         huggingface.as_architecture(config, model_type)
+
+
+# What the source of transformers' model shows, if the reason why an architecture is refused is true.
+EVIDENCE = {
+    "mixture of experts": r"experts",
+    "LayerNorm": r"LayerNorm\(|layer_norm\(",
+    "layers other than attention": r"[cC]onv1d|A_log|time_decay|mlstm|mamba|Conv1d|short_conv",
+    "inputs other than text": r"pixel_values|input_features|audio|patch|vision",
+    "offset of 1": r"1\.0 \+ self\.weight|1 \+ self\.weight",
+    "norms before and after": r"pre_feedforward_layernorm|post_norm1",
+    "of another model": r"shared_kv_states",
+    "norms inside": r"attn_sub_norm",
+    "norms after rotation": r"apply_rotary_pos_emb[^\n]*\n\s+query_states = self\.query_layernorm",
+    "without a gate": r"act_fn\(self\.up_proj\(|self\.fc1\(hidden_states\)\n",
+    "interleaved pairs": r"0::2",
+    "differ by layer": r"inv_freq.*layer_type|layer_type.*inv_freq",
+    "latent attention": r"kv_a_proj",
+    "sinks": r"self\.sinks",
+    "two softmaxes": r"lambda_q1",
+    "learned mask": r"dt_proj",
+    "biases by distance": r"position_bias",
+    "norm 1": r"L2Norm",
+    "several times": r"L_cycles",
+    "names of keys": r"",
+}
+
+
+def test_every_architecture_of_transformers_is_read_or_refused_with_a_true_reason() -> None:
+    folder = Path(transformers.__file__).parent / "models"
+    texts = [path.read_text(encoding="utf-8") for path in folder.glob("*/modeling_*.py")]
+    sources = {name: text for text in texts for name in re.findall(r"^class (\w+)\(", text, re.MULTILINE)}
+    wrong = {}
+    for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if kind in ARCHITECTURES:
+            continue
+        with pytest.raises(InputError, match="which has") as caught:
+            architecture_of({"model_type": kind})
+        reason = str(caught.value).partition("; supported are")[0]
+        evidence = [pattern for part, pattern in EVIDENCE.items() if part in reason]
+        if "\n" in reason or not evidence or not re.search(evidence[0], sources[name]):
+            wrong[kind] = reason
+    assert wrong == {}
