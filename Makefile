@@ -65,7 +65,8 @@ UNTRAINED = --model untouched=assets/tiny \
   --model 'NTK-by-parts, no training=assets/tiny@{type: ntk_by_parts, factor: 4, $(C)}' \
   --model 'YaRN, no training=assets/tiny@{type: yarn, factor: 4, $(C)}' \
   --model 'ABF, no training=assets/tiny@{type: abf, base: 100000}' \
-  --model 'EABF, no training=assets/tiny@{type: eabf, base: 100000, $(C)}'
+  --model 'EABF, no training=assets/tiny@{type: eabf, base: 100000, $(C)}' \
+  --model 'EABF-stair, no training=assets/tiny@{type: eabf_stair, base: 100000, $(C)}'
 EVALUATE = $(RUN) -m eabf_jax evaluate perplexity --data data/tiny_2k --bands 0,256,512,1024,2048 --dtype float32 $(UNTRAINED)
 
 data/tiny_2k: | .venv/sharegpt
@@ -85,12 +86,13 @@ demo: runs/tiny_eabf_2k
 	@echo "  demo/loss_by_position.json   the table's figures"
 	@echo "  demo/loss_by_position.png    the picture"
 
-demo-all: demo runs/tiny_pi_2k runs/tiny_yarn_2k runs/tiny_abf_2k
+demo-all: demo runs/tiny_pi_2k runs/tiny_yarn_2k runs/tiny_abf_2k runs/tiny_eabf_stair_2k
 	$(EVALUATE) --model 'PI, 6 steps=runs/tiny_pi_2k' --model 'YaRN, 6 steps=runs/tiny_yarn_2k' \
 	  --model 'ABF, 6 steps=runs/tiny_abf_2k' --model 'EABF, 6 steps=runs/tiny_eabf_2k' \
+	  --model 'EABF-stair, 6 steps=runs/tiny_eabf_stair_2k' \
 	  --json demo/all_methods.json --figure demo/all_methods.png
 	@echo; echo "Created, in addition to the demo's files:"
-	@echo "  runs/tiny_{pi,yarn,abf}_2k   the rivals' runs"
+	@echo "  runs/tiny_{pi,yarn,abf,eabf_stair}_2k   the other methods' runs"
 	@echo "  demo/all_methods.json        the table's figures"
 	@echo "  demo/all_methods.png         the picture"
 
@@ -138,7 +140,7 @@ $(OLD)/installed: .venv/tested
 
 test-transformers-4.46: $(OLD)/installed
 	rm -rf .venv/export-references
-	$(BIN)/python tests/interop/export/write_export_references.py .venv/export-references
+	PYTHONPATH=tests/support $(BIN)/python tests/interop/export/write_export_references.py .venv/export-references
 	HF_HUB_OFFLINE=1 $(OLD)/bin/python tests/interop/export/check_export_in_transformers.py .venv/export-references
 
 # Compares the GGUF files that we write with llama.cpp itself, on the CPU. llama-cpp-python is built from its source

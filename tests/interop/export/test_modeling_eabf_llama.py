@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from family import FULL, SAME
 from safetensors.torch import load_file
 from torch import nn
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -35,6 +36,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.shows("EABF export", [*FULL, *SAME])
 def test_every_scheme_in_the_installed_transformers(exported: Path) -> None:
     # In a separate process, because transformers caches remote code by file name, and torch its number of threads.
     command = [sys.executable, str(HERE / "check_export_in_transformers.py"), str(exported)]
@@ -42,7 +44,11 @@ def test_every_scheme_in_the_installed_transformers(exported: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     written = {path.parent.name: json.loads(path.read_text()) for path in exported.glob("*/config.json")}
     own = {name for name, config in written.items() if "eabf_scheme" in config}
-    assert written.keys() > {*scheme_names()} and own > {"slow_half", "sharp_slow_half", "widening"}
+    assert written.keys() > {*scheme_names(), *(f"{kind}_eabf" for kind in (*FULL, *SAME))} and own > {
+        "slow_half",
+        "sharp_slow_half",
+        "widening",
+    }
     assert (done.stdout.count("eager"), done.stdout.count("sdpa")) == (len(own), len(written))
 
 

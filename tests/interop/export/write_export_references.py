@@ -1,6 +1,6 @@
 """Writes small exported models of every registered scheme and of compositions, each with our logits as references.
 
-python tests/interop/export/write_export_references.py DIR
+PYTHONPATH=tests/support python tests/interop/export/write_export_references.py DIR
 python tests/interop/export/check_export_in_transformers.py DIR     # in an environment with any transformers >= 4.46
 """
 
@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from family import FULL, SAME, SIZES
 from flax import nnx
 
 from eabf_jax.interop import native
-from eabf_jax.interop.huggingface import to_hf
+from eabf_jax.interop.architectures import FEATURES
+from eabf_jax.interop.huggingface import config_from_hf, to_hf
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 from eabf_jax.rope import Scheme, compose, import_schemes, parameters_of, scheme, scheme_names
@@ -28,29 +30,6 @@ GIVEN = {
     "short_factor": [1.0, 1.1, 1.2, 1.3],
     "long_factor": [1.0, 1.5, 2.5, 4.0],
 }
-
-
-# Features of the other architectures, by model_type.
-FAMILY: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": 5},
-    "qwen2": {
-        "attention_bias": True,
-        "attention_output_bias": False,
-        "sliding_window": 6,
-        "full_attention_layers": (0,),
-    },
-    "qwen3": {"qk_norm": "head"},
-    "smollm3": {"unrotated_layers": (1,)},
-    "phi3": {"partial_rotary_factor": 0.5},
-    "granite": {
-        "embedding_multiplier": 3.0,
-        "attention_multiplier": 0.2,
-        "residual_multiplier": 0.3,
-        "logits_scaling": 2.5,
-    },
-    "olmo2": {"post_norm": True, "qk_norm": "full"},
-    "seed_oss": {"attention_output_bias": True},
-}  # fmt: skip
 
 
 def user_schemes(directory: Path) -> Path:
@@ -84,12 +63,13 @@ def models() -> dict[str, tuple[Scheme, int, dict[str, Any]]]:
     }
     plain = {**{name: (rope, 3) for name, rope in named.items()}, **composed}
     made = {name: (rope, layers, {}) for name, (rope, layers) in plain.items()}
-    for kind, features in FAMILY.items():
-        own = {"model_type": kind, **features}
+    for kind, keys in (FULL | SAME).items():
+        read = config_from_hf({**SIZES, **keys, "model_type": kind})
+        own = {name: getattr(read, name) for name in ("model_type", *FEATURES)}
         made[f"{kind}_eabf"] = (compose({"type": "abf"}, ENTROPY), 3, own)
-        if kind != "smollm3":  # its only layer would not be rotated
-            first = {name: value for name, value in own.items() if name != "full_attention_layers"}
-            made[f"{kind}_dynamic"] = (composed["dynamic_ntk_entropy"][0], 1, first)
+        if kind in ("mistral", "qwen3", "phi3"):
+            one_layer = {**own, "full_attention_layers": ()}
+            made[f"{kind}_dynamic"] = (composed["dynamic_ntk_entropy"][0], 1, one_layer)
     return made
 
 
@@ -103,7 +83,7 @@ def write(root: Path) -> None:
             vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
             num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.2, rope=rope, **features,
         )  # fmt: skip
-        key = f".{layers}_layers_{config.model_type}"
+        key = f".{layers}_layers_{config.model_type}_{len(features)}"
         source = root / key
         if key not in initialised:
             drawn = jax.jit(lambda config=config: Llama(config, rngs=nnx.Rngs(0)).parameters())()
