@@ -11,8 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from eabf_jax import rope
 from eabf_jax.errors import InputError, one_line
-from eabf_jax.interop.architectures import ARCHITECTURES, OWN_KEY, OWN_TYPE, PARTIAL
+from eabf_jax.interop.architectures import ARCHITECTURES, OWN_KEY, OWN_TYPE, PARTIAL, rotary_keys
 from eabf_jax.interop.directory import EXPORT, new_directory
 from eabf_jax.interop.gguf_architectures import (
     DIMENSIONS,
@@ -139,8 +140,10 @@ def from_gguf(src: Path | str, dst: Path | str, dtype: str = "float32", overwrit
         )
     sources = architecture.tensors(config)
     shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in file.tensors.items()}
-    expected = {name: source.shape for source in sources for name in source.names}
-    expected |= {name: (config.rotary_dim // 2,) for name in architecture.factors if name in shapes}
+    expected: dict[str, tuple[int, ...]] = {
+        name: (config.rotary_dim // 2,) for name in architecture.factors if name in shapes
+    }
+    expected |= {name: source.shape for source in sources for name in source.names}
     check_shapes(shapes, expected, str(file.path), "tensor")
     element, files = np.dtype(jnp.dtype(dtype)), files_of(config)
     planned = [PlannedTensor(name, element, written.shape) for written in files for name in written.names]
@@ -250,10 +253,13 @@ def _named(file: GgufFile, architecture: GgufArchitecture, config: LlamaConfig) 
     """Returns the model with transformers' name for its architecture, and with the features that `to_gguf` noted."""
     told = file.value(OWN_FEATURES, TEXT, None)
     if told is None:
-        for kind in (*architecture.model_types, *ARCHITECTURES):
+        kinds = [*architecture.model_types, *(kind for kind in ARCHITECTURES if kind != OWN_TYPE)]
+        for kind in kinds:
             with suppress(InputError):
                 return as_architecture(config, kind)
-        return dataclasses.replace(config, model_type=architecture.model_types[0])
+        # Our own code has every feature.
+        models = [dataclasses.replace(config, model_type=kind) for kind in kinds]
+        return next((model for model in models if rope.needs_remote_code(rotary_keys(model))), models[0])
     try:
         noted = ARCHITECTURES[OWN_TYPE].read({OWN_KEY: json.loads(told)}, config.num_hidden_layers)
         found = dataclasses.replace(config, **noted)

@@ -70,7 +70,7 @@ def to_gguf(
     strange = [found.name for found in leaves.dtypes.values() if found.name not in KINDS]
     if dtype is None and strange:
         raise InputError(f"{source}: weights are {strange[0]}, which is not kept; choose --dtype {', '.join(KINDS)}")
-    architecture, rotary, factors = _architecture_of(config)
+    architecture, rotary, factors = architecture_for(config)
     keys = _model_keys(config, architecture, rotary) | tokenizer_keys(tokenizer_directory(source, base), config)
     files = []
     for tensor in architecture.tensors(config):
@@ -118,7 +118,7 @@ def to_gguf(
     return Summary(len(planned), total)
 
 
-def _architecture_of(config: LlamaConfig) -> tuple[GgufArchitecture, dict[str, Any], dict[str, np.ndarray]]:
+def architecture_for(config: LlamaConfig) -> tuple[GgufArchitecture, dict[str, Any], dict[str, np.ndarray]]:
     """Finds the architecture as which llama.cpp computes a model, and the keys and tensors of the rotary scheme there.
 
     Raises:
