@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 from eabf_jax.interop import gguf as ours
 from eabf_jax.interop import gguf_tokenizer
 from eabf_jax.interop.gguf import from_gguf
+from eabf_jax.interop.gguf_architectures import GGUF_ARCHITECTURES
 from eabf_jax.rope import scheme
 
 PAGE = Path(__file__).parents[2] / "docs" / "gguf.md"
@@ -54,6 +55,13 @@ def test_float_file_is_the_model_again(tmp_path: Path) -> None:
     from_gguf(path, tmp_path / "hf", dtype="bfloat16", overwrite=True)
     half = load_file(tmp_path / "hf" / "model.safetensors")
     assert all(torch.equal(half[name], value.bfloat16()) for name, value in state.items())
+
+
+def test_a_bias_of_q_k_and_v_alone_is_qwen2s(tmp_path: Path) -> None:
+    """As in a Qwen that was converted as a LLaMA."""
+    tensors = {name: value for name, value in as_gguf(model()).items() if "attn_output.bias" not in name}
+    found = config_of(converted(tmp_path, {}, tensors))
+    assert (found.model_type, found.attention_bias, found.attention_output_bias) == ("qwen2", True, False)
 
 
 def noted(told: str, **settings: Any) -> Callable[[Metadata, Tensors], object]:
@@ -226,10 +234,22 @@ def test_the_page_names_every_key() -> None:
     """Compares the status of each key in docs/gguf.md with the tables in the code."""
     rows = re.findall(r"^\| (`.*`) \| (read|harmless|one value) ", PAGE.read_text(), re.MULTILINE)
     found = {key: status for keys, status in rows for key in re.findall(r"`([^`]+)`", keys)}
-    expected = {f"llama.{key}": "read" for key in ours.KEYS}
-    expected |= {f"llama.{key}": "harmless" for key in ours.HARMLESS}
-    expected |= {f"llama.{key}": "one value" for key in ours.FIXED} | dict.fromkeys(ours.GENERAL, "one value")
+    expected = {f"ARCH.{key}": "read" for key in ours.KEYS}
+    expected |= {f"ARCH.{key}": "harmless" for key in ours.HARMLESS}
+    expected |= {f"ARCH.{key}": "one value" for key in ours.FIXED} | dict.fromkeys(ours.GENERAL, "one value")
     expected |= dict.fromkeys(gguf_tokenizer.READ, "read") | dict.fromkeys(gguf_tokenizer.HARMLESS, "harmless")
     expected |= dict.fromkeys(gguf_tokenizer.FIXED, "one value")
     extra = {"general.architecture", "split.no", "split.count", "split.tensors.count", "tokenizer.chat_template.NAME"}
     assert found == expected | dict.fromkeys(extra, "read")
+
+
+@pytest.mark.document_check
+def test_the_page_has_each_architecture() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|", PAGE.read_text(), re.MULTILINE)
+    found = {name: (kinds, keys, biases) for name, kinds, keys, biases in rows if name in GGUF_ARCHITECTURES}
+    assert found.keys() == GGUF_ARCHITECTURES.keys()
+    for name, (kinds, keys, biases) in found.items():
+        entry = GGUF_ARCHITECTURES[name]
+        assert tuple(re.findall(r"`([^`]+)`", kinds)) == entry.model_types
+        assert tuple(re.findall(r"`([^`]+)`", keys)) == entry.reads
+        assert biases == {0: "none", 1: "q, k, v", 3: "all"}[len(entry.biases)]
