@@ -156,23 +156,16 @@ def test_our_file_is_that_of_llama_cpps_converter(case: Case, tmp_path: Path) ->
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     values = {key: field.contents() for key, field in reader.fields.items()}
     assert values["general.architecture"] == case.name
-    # We write the factor on cos and sin, and no key that llama.cpp ignores; the parity program compares these.
-    ours = {f"{case.name}.{key}" for key in ("rope.scaling.type", "rope.scaling.attn_factor")}
+    own = {key: value for key, value in values.items() if key.startswith(f"{case.name}.")}
+    # The same scheme in other keys, which the parity program compares: YaRN's factor on cos and sin as a number, its
+    # usual ramp, and LongRoPE's type. A window that reaches over the whole context is not written.
+    ours = ("scaling.type", "scaling.attn_factor", "scaling.yarn_beta_fast", "scaling.yarn_beta_slow")
+    allowed = {f"{case.name}.rope.{key}" for key in ours}
     theirs = {f"{case.name}.{key}" for key in ("attention.sliding_window", "rope.scaling.yarn_log_multiplier")}
-    own = {key for key in values if key.startswith(f"{case.name}.")}
-    assert (
-        case.values.keys() - theirs
-        <= own
-        <= case.values.keys()
-        | ours
-        | {f"{case.name}.rope.scaling.yarn_beta_{name}" for name in ("fast", "slow") if case.name == "mistral3"}
-    )
-    for key in own & case.values.keys():
-        assert (
-            values[key] == pytest.approx(case.values[key], rel=1e-7)
-            if isinstance(values[key], float)
-            else (values[key] == case.values[key])
-        ), key
+    assert case.values.keys() - theirs <= own.keys() <= case.values.keys() | allowed
+    for key in own.keys() & case.values.keys():
+        expected = case.values[key]
+        assert own[key] == (pytest.approx(expected, rel=1e-7) if isinstance(expected, float) else expected), key
     found = {tensor.name: tensor for tensor in reader.tensors}
     assert found.keys() == case.tensors.keys()
     for name, value in case.tensors.items():
