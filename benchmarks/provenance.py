@@ -65,7 +65,10 @@ MEASURED: Mapping[str, tuple[str, ...]] = {
     ),
     "llama_cpp_parity": (
         *(f"benchmarks/llama_cpp_{name}.py" for name in ("parity", "peer")),
-        *(f"eabf_jax/interop/{name}.py" for name in ("gguf", "gguf_tokenizer", "gguf_vocabulary", "gguf_writer")),
+        *(
+            f"eabf_jax/interop/gguf{name}.py"
+            for name in ("", "_architectures", "_rope", "_tokenizer", "_vocabulary", "_writer")
+        ),
     ),
 }
 

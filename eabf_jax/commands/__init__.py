@@ -24,6 +24,6 @@ EVALUATIONS = {
 CONVERSIONS = {
     "from_hf": "Converts a Hugging Face LLaMA directory to a native one, bit for bit.",
     "to_hf": "Exports a native model or run directory to a Hugging Face one.",
-    "from_gguf": "Converts a GGUF file of the LLaMA architecture to Hugging Face.",
+    "from_gguf": "Converts a GGUF file to Hugging Face.",
     "to_gguf": "Converts a Hugging Face, native model or run directory to a GGUF file.",
 }

@@ -1,8 +1,10 @@
-"""Converts GGUF files of the LLaMA architecture to Hugging Face directories, and names what the files hold."""
+"""Converts GGUF files to Hugging Face directories, and names what the files hold."""
 
+import dataclasses
+import functools
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,16 @@ import numpy as np
 
 from eabf_jax import rope
 from eabf_jax.errors import InputError, one_line
+from eabf_jax.interop.architectures import ARCHITECTURES, OWN_KEY, OWN_TYPE, PARTIAL, rotary_keys
 from eabf_jax.interop.directory import EXPORT, new_directory
+from eabf_jax.interop.gguf_architectures import (
+    DIMENSIONS,
+    GGUF_ARCHITECTURES,
+    LOG_MULTIPLIER,
+    MULTIPLIERS,
+    WINDOW,
+    GgufArchitecture,
+)
 from eabf_jax.interop.gguf_file import (
     COUNT,
     NUMBER,
@@ -24,27 +35,19 @@ from eabf_jax.interop.gguf_file import (
     shortest,
     shown,
 )
+from eabf_jax.interop.gguf_rope import ROPE, near, read_rope
 from eabf_jax.interop.gguf_tokenizer import Vocabulary, read_vocabulary, write_tokenizer
-from eabf_jax.interop.huggingface import MAX_SHARD_BYTES, Summary, write_config
+from eabf_jax.interop.huggingface import MAX_SHARD_BYTES, Summary, as_architecture, files_of, write_config
 from eabf_jax.interop.safetensors_stream import PlannedTensor, write_sharded
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.parameters import check_shapes, optional_fields, parameters
-from eabf_jax.rope import Scheme, scheme
-from eabf_jax.rope import logit_scale as logit_rules
+from eabf_jax.model.parameters import Parameter, check_shapes, optional_fields
+from eabf_jax.rope import frequencies as frequency_rules
 
-ARCHITECTURE = "llama"
-PREFIX = f"{ARCHITECTURE}."
 DTYPES = ("float32", "bfloat16", "float16")
-
-# Not a weight of the Hugging Face model: these factors become part of the rotary scheme.
-ROTARY_FACTORS = "rope_freqs.weight"
-
-# Window and bands of every Llama 3 release with rotary factors; GGUF stores only the factors.
-LLAMA3_WINDOW, LLAMA3_LOW, LLAMA3_HIGH = 8192, 1.0, 4.0
 
 Shape = dict[str, int]
 
-# The sizes in the config: the key of each below `llama.`, and its default if the file lacks the key.
+# The sizes in the config: the key of each below the prefix of the architecture, and its default if it is absent.
 SHAPE: Mapping[str, tuple[str, Callable[[Shape], int] | None]] = {
     "num_hidden_layers": ("block_count", None),
     "max_position_embeddings": ("context_length", None),
@@ -56,30 +59,12 @@ SHAPE: Mapping[str, tuple[str, Callable[[Shape], int] | None]] = {
 }
 EPSILON = "attention.layer_norm_rms_epsilon"
 
-# The keys of the rotary scheme, below `llama.rope.`: the kind of each, and llama.cpp's default.
-ROPE: Mapping[str, tuple[Kind, Any]] = {
-    "freq_base": (NUMBER, 10_000.0),
-    "scale_linear": (NUMBER, 0.0),
-    "scaling.type": (TEXT, "linear"),
-    "scaling.factor": (NUMBER, None),
-    "scaling.attn_factor": (NUMBER, 1.0),
-    "scaling.original_context_length": (COUNT, None),
-    "scaling.yarn_beta_fast": (NUMBER, 32.0),
-    "scaling.yarn_beta_slow": (NUMBER, 1.0),
-    "scaling.yarn_attn_factor": (NUMBER, None),
-}
-
 _POSITIVE = Kind("a number above 0", lambda value: NUMBER.fits(value) and value > 0)
 
-# YaRN's ramp, which llama.cpp does not read from the file for this architecture.
-YARN_RAMP: Mapping[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+# The features in our own terms, which `to_gguf` adds for the way back. Other programs do not read them.
+OWN_FEATURES = "eabf_jax.features"
 
-# The scheme in our own terms, which `to_gguf` adds for the way back. Other programs do not read it.
-OWN_ROPE = "eabf_jax.rope"
-
-SCALING_TYPES = ("none", "linear", "yarn")
-
-# Keys below `llama.` without effect: llama.cpp does not read them for this architecture.
+# Keys below the prefix without effect.
 HARMLESS = ("tensor_data_layout", "rope.scaling.finetuned")
 
 
@@ -87,33 +72,31 @@ def _always(*values: Any, because: str) -> Callable[[LlamaConfig], Kind]:
     return lambda config: only(f"{values[0]!r}: {because}", *values)
 
 
-def _near(value: Any, expected: float) -> bool:
-    return NUMBER.fits(value) and math.isclose(value, expected, rel_tol=1e-6)
-
-
-# Keys below `llama.` for which a LLaMA model allows only certain values, which may depend on its config.
+# Keys below the prefix with only certain supported values, which may depend on the config, in all architectures whose
+# entry does not say otherwise.
 FIXED: Mapping[str, Callable[[LlamaConfig], Kind]] = {
     "vocab_size": lambda config: only(f"{config.vocab_size}, the rows of token_embd.weight", config.vocab_size),
     "attention.value_length": lambda config: only(f"{config.head_dim}, the length of a key", config.head_dim),
     "attention.scale": lambda config: Kind(
         f"{config.head_dim} ** -0.5, or 0, which means the same",
-        lambda value: value == 0 or _near(value, config.head_dim**-0.5),
+        lambda value: value == 0 or near(value, config.head_dim**-0.5),
     ),
     "attention.causal": _always(True, because="attention is causal"),
-    "attention.sliding_window": lambda config: Kind(
-        f"0 or at least {config.max_position_embeddings}: every token sees all earlier ones",
+    WINDOW: lambda config: Kind(
+        f"0 or at least {config.max_position_embeddings}: llama.cpp lets every token see all earlier ones; for a model "
+        "with a shorter window, convert its Hugging Face files",
         lambda value: value == 0 or (COUNT.fits(value) and value >= config.max_position_embeddings),
     ),
     "attention.clamp_kqv": _always(0.0, because="nothing is clamped"),
     "attention.max_alibi_bias": _always(0.0, because="positions are only rotary"),
     "attn_logit_softcapping": _always(0.0, because="attention logits are not capped"),
     "final_logit_softcapping": _always(0.0, because="logits are not capped"),
-    "rope.dimension_count": lambda config: only(f"{config.head_dim}: the whole head is rotated", config.head_dim),
+    DIMENSIONS: lambda config: only(f"{config.head_dim}: the whole head is rotated", config.head_dim),
     "rope.scaling.alpha": _always(0.0, because="no supported scheme has it"),
     "rope.scaling.yarn_ext_factor": lambda config: only(
-        "1.0 with YaRN and 0.0 without", -1.0, float(config.rope.name == "yarn")
+        "1.0 with YaRN and 0.0 without", -1.0, float(config.rope.frequencies.function is frequency_rules.yarn)
     ),
-    "rope.scaling.yarn_log_multiplier": _always(0.0, because="no supported scheme has it"),
+    LOG_MULTIPLIER: _always(0.0, because="no supported scheme has it"),
     "expert_count": _always(0, because="a dense model"),
     "expert_used_count": _always(0, because="a dense model"),
     "logit_scale": _always(1.0, 0.0, because="logits are not scaled"),
@@ -122,7 +105,7 @@ FIXED: Mapping[str, Callable[[LlamaConfig], Kind]] = {
     "use_parallel_residual": _always(False, because="attention and MLP follow each other"),
 }
 
-KEYS = (*(key for key, _ in SHAPE.values()), EPSILON, *(f"rope.{key}" for key in ROPE), *HARMLESS, *FIXED)
+KEYS = (*(key for key, _ in SHAPE.values()), EPSILON, *ROPE, *HARMLESS, *FIXED)
 
 # The same for keys of all architectures.
 GENERAL: Mapping[str, Kind] = {
@@ -147,7 +130,7 @@ def from_gguf(src: Path | str, dst: Path | str, dtype: str = "float32", overwrit
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     file = read_gguf(src)
-    _check_model(file)
+    architecture = architecture_of(file)
     vocabulary = read_vocabulary(file)
     config = config_from_gguf(file, vocabulary)
     if vocabulary is not None and len(vocabulary.pieces) > config.vocab_size:
@@ -155,20 +138,29 @@ def from_gguf(src: Path | str, dst: Path | str, dtype: str = "float32", overwrit
             f"the tokenizer has {len(vocabulary.pieces)} tokens, expected at most {config.vocab_size}, the rows of "
             "token_embd.weight"
         )
-    entries = parameters(config)
-    element = np.dtype(jnp.dtype(dtype))
-    planned = [PlannedTensor(name, element, entry.hf_shape) for entry in entries for name in entry.hf_names()]
+    sources = architecture.tensors(config)
     shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in file.tensors.items()}
-    shapes.pop(ROTARY_FACTORS, None)
-    expected = {name: entry.hf_shape for entry in entries for name in entry.gguf_names()}
+    expected: dict[str, tuple[int, ...]] = {
+        name: (config.rotary_dim // 2,) for name in architecture.factors if name in shapes
+    }
+    expected |= {name: source.shape for source in sources for name in source.names}
     check_shapes(shapes, expected, str(file.path), "tensor")
+    element, files = np.dtype(jnp.dtype(dtype)), files_of(config)
+    planned = [PlannedTensor(name, element, written.shape) for written in files for name in written.names]
+    places = {part.path: (source, place) for source in sources for place, part in enumerate(source.parts)}
+    read = functools.lru_cache(maxsize=1)(functools.partial(dequantised, file))
+
+    def rows(part: Parameter, layer: int) -> np.ndarray:
+        source, place = places[part.path]
+        begin = sum(before.hf_shape[0] for before in source.parts[:place])
+        array = read(source.names[layer]).reshape(source.shape)[begin : begin + part.hf_shape[0]]
+        return architecture.restored(array, part, config.head_dim).astype(element, copy=False)
 
     def tensors() -> Iterator[np.ndarray]:
-        for entry in entries:
-            for name in entry.gguf_names():
-                array = dequantised(file, name).reshape(entry.hf_shape)
-                rows = unpermuted(array, len(array) // config.head_dim) if entry.entry.rotated else array
-                yield rows.astype(element, copy=False)
+        for written in files:
+            for layer in range(len(written.names)):
+                parts = [rows(part, layer) for part in written.parts]
+                yield parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     with new_directory(dst, EXPORT, overwrite=overwrite, sources=[file.path]) as partial:
         if vocabulary is not None:
@@ -178,38 +170,37 @@ def from_gguf(src: Path | str, dst: Path | str, dtype: str = "float32", overwrit
     return Summary(len(planned), sum(tensor.nbytes for tensor in planned))
 
 
-def unpermuted(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's permutation, which interleaves the two halves of each head.
+def architecture_of(file: GgufFile) -> GgufArchitecture:
+    """Returns the architecture of a file, which holds a complete model.
 
-    Args:
-      rows: [heads * head_dim, …], a q or k weight or bias as GGUF stores it.
-      heads: number of its heads.
-
-    Returns:
-      The same rows, in Hugging Face's order.
+    Raises:
+      InputError: another architecture, an adapter, or quantisation of another version.
     """
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes `unpermuted`."""
-    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    name = file.metadata.get("general.architecture")
+    architecture = GGUF_ARCHITECTURES.get(str(name))
+    if architecture is None:
+        raise file.error(f"architecture is {name!r}, expected one of {', '.join(GGUF_ARCHITECTURES)}")
+    for key, kind in GENERAL.items():
+        file.value(key, kind, None)
+    return architecture
 
 
 def config_from_gguf(file: GgufFile, vocabulary: Vocabulary | None) -> LlamaConfig:
     """Reads the model's shape from GGUF metadata.
 
     Args:
-      file: a file of the LLaMA architecture.
+      file: a file of one of `GGUF_ARCHITECTURES`.
       vocabulary: its vocabulary, for the ids of special tokens; None if the file has no tokenizer.
 
     Raises:
-      InputError: a key is missing or unknown, or has an unsupported value.
+      InputError: a key is missing or unknown, or has an unsupported value; or llama.cpp would not compute the model.
     """
-    file.refuse_unknown(PREFIX, {PREFIX + key for key in KEYS})
+    architecture = architecture_of(file)
+    prefix = architecture.prefix
+    file.refuse_unknown(prefix, {prefix + key for key in (*KEYS, *architecture.reads, *architecture.fixed)})
     shape: Shape = {}
     for field in SHAPE:
-        shape[field] = _size(file, field, shape)
+        shape[field] = _size(file, prefix, field, shape)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         found = "is missing" if embedding is None else f"has shape {embedding.shape[::-1].tolist()}"
@@ -218,37 +209,78 @@ def config_from_gguf(file: GgufFile, vocabulary: Vocabulary | None) -> LlamaConf
         )
     ids: Mapping[str, int] = {} if vocabulary is None else vocabulary.ids
     ends = () if vocabulary is None else vocabulary.ends
-    sizes: dict[str, Any] = {**shape, **optional_fields(file.tensors)}
+    fields: dict[str, Any] = {**shape, **optional_fields(file.tensors)}
+    fields |= architecture.fields(shape["num_hidden_layers"]) | _keyed(file, architecture, shape["head_dim"])
+    rotary_dim = int(shape["head_dim"] * fields.get(PARTIAL, 1.0))
     try:
         config = LlamaConfig(
-            **sizes,
+            **fields,
             vocab_size=int(embedding.shape[1]),
-            rms_norm_eps=shortest(file.value(PREFIX + EPSILON, _POSITIVE)),
+            rms_norm_eps=shortest(file.value(prefix + EPSILON, _POSITIVE)),
             bos_token_id=ids.get("bos"),
             eos_token_id=ends if len(ends) > 1 else next(iter(ends), None),
             pad_token_id=ids.get("pad"),
-            rope=_rope(file, shape["head_dim"], shape["max_position_embeddings"]),
+            rope=read_rope(file, architecture, rotary_dim, shape["max_position_embeddings"]),
         )
+        for key, one in FIXED.items():
+            if key not in (*architecture.reads, *architecture.fixed):
+                file.value(prefix + key, one(config), None)
+        for key, kind in architecture.fixed.items():
+            file.value(prefix + key, kind, None)
+        config = _named(file, architecture, config)
+        architecture.check(config)
     except InputError as error:
         message = str(error)
         raise error if message.startswith(str(file.path)) else file.error(message) from error
-    for key, kind in FIXED.items():
-        file.value(PREFIX + key, kind(config), None)
     return config
 
 
-def _check_model(file: GgufFile) -> None:
-    architecture = file.metadata.get("general.architecture")
-    if architecture != ARCHITECTURE:
-        raise file.error(f"architecture is {architecture!r}, expected {ARCHITECTURE!r}")
-    for key, kind in GENERAL.items():
-        file.value(key, kind, None)
+def _keyed(file: GgufFile, architecture: GgufArchitecture, head_dim: int) -> dict[str, Any]:
+    """Reads the features that are keys."""
+    found: dict[str, Any] = {}
+    if DIMENSIONS in architecture.reads:
+        found[PARTIAL] = file.value(architecture.prefix + DIMENSIONS, COUNT, head_dim) / head_dim
+    for field, key in MULTIPLIERS.items():
+        if key in architecture.reads:
+            # llama.cpp divides by the last one, but takes 0 or none for the default of the others.
+            known = (_POSITIVE,) if key == "logit_scale" else (NUMBER, 0.0)
+            value = file.value(architecture.prefix + key, *known)
+            found |= {field: shortest(value)} if value else {}
+    return found
 
 
-def _size(file: GgufFile, field: str, shape: Shape) -> int:
+def _named(file: GgufFile, architecture: GgufArchitecture, config: LlamaConfig) -> LlamaConfig:
+    """Returns the model with transformers' name for its architecture, and with the features that `to_gguf` noted."""
+    told = file.value(OWN_FEATURES, TEXT, None)
+    if told is None:
+        kinds = [*architecture.model_types, *(kind for kind in ARCHITECTURES if kind != OWN_TYPE)]
+        for kind in kinds:
+            with suppress(InputError):
+                return as_architecture(config, kind)
+        # Our own code has every feature.
+        models = [dataclasses.replace(config, model_type=kind) for kind in kinds]
+        return next((model for model in models if rope.needs_remote_code(rotary_keys(model))), models[0])
+    try:
+        noted = ARCHITECTURES[OWN_TYPE].read({OWN_KEY: json.loads(told)}, config.num_hidden_layers)
+        found = dataclasses.replace(config, **noted)
+    except ValueError as error:
+        raise file.error(f"{OWN_FEATURES} is {shown(told)}, expected features: {one_line(error)}") from error
+    # llama.cpp has no windows, and of the part that is rotated, the files say the number of dimensions.
+    unsaid = {"model_type", "sliding_window", "full_attention_layers", PARTIAL}
+    for name in (*({*noted} - unsaid), "rotary_dim"):
+        own, there = getattr(found, name), getattr(config, name)
+        if own != there and not (isinstance(there, float) and near(own, there)):
+            raise file.error(
+                f"{OWN_FEATURES} has {name} {own!r}, but the keys and tensors {there!r}; expected the same: remove "
+                f"{OWN_FEATURES} to read the others"
+            )
+    return found
+
+
+def _size(file: GgufFile, prefix: str, field: str, shape: Shape) -> int:
     """Reads a size that may depend on the earlier ones in `SHAPE`; a file may give it as one value per layer."""
     name, default = SHAPE[field]
-    key = PREFIX + name
+    key = prefix + name
     found = file.metadata.get(key)
     if found is None and default is not None:
         return default(shape)
@@ -264,136 +296,3 @@ def _size(file: GgufFile, field: str, shape: Shape) -> int:
     if field == "num_hidden_layers" and file.tensors and count > len(file.tensors):
         raise file.error(f"{key} is {count}, expected at most {len(file.tensors)}, the number of tensors")
     return count
-
-
-def rotary_keys(s: Scheme, head_dim: int) -> tuple[dict[str, Any], np.ndarray | None]:
-    """Writes a rotary scheme as llama.cpp reads it for this architecture.
-
-    A changed base, PI and YaRN have keys. Any other scheme whose frequencies do not follow the length becomes the
-    numbers by which llama.cpp divides the plain frequencies, and a factor on cos and sin.
-
-    Returns:
-      Keys below `llama.rope.` with their values, and `rope_freqs.weight`, float32 [head_dim // 2], or None without it.
-
-    Raises:
-      InputError: the scheme follows the length or has a multiplier.
-    Source: llama.cpp, `llama_context` and ggml's `rope_yarn`.
-    """
-    for has, what in (
-        (s.logit_multiplier.function is not logit_rules.none, "multiplies the attention logits"),
-        (s.depends_on_length, "follows the length of the text"),
-    ):
-        if has:
-            raise InputError(
-                f"the rotary scheme {s.name!r} {what}, which llama.cpp cannot do for this architecture: export the "
-                "model with convert/to_hf.py, and serve it with transformers"
-            )
-    written = rope.to_hf(s, head_dim, spelling="rope_parameters")
-    section = {} if rope.needs_remote_code(written) else written["rope_parameters"]
-    kind, base = section.get("rope_type"), written["rope_parameters"]["rope_theta"]
-    keys: dict[str, Any] = {"freq_base": float(base)}
-    if kind == "default":
-        return keys, None
-    if kind == "linear":
-        return {**keys, "scaling.type": "linear", "scaling.factor": float(section["factor"])}, None
-    bound = dict(s.frequencies.parameters)
-    if kind == "yarn" and all(bound[name] == value for name, value in YARN_RAMP.items()):
-        keys |= {"scaling.type": "yarn", "scaling.factor": float(bound["factor"])}
-        keys["scaling.original_context_length"] = bound["pretrained_window"]
-        own = float(s.rotation_scale()) / _yarn_magnitude(bound["factor"])
-    else:
-        own = float(s.rotation_scale())
-    if own != 1.0:
-        keys["scaling.attn_factor"] = own
-    if "scaling.type" in keys:
-        return keys, None
-    plain = scheme("default", base=base).inverse_frequencies(head_dim)
-    return keys, np.asarray(plain) / np.asarray(s.inverse_frequencies(head_dim))
-
-
-def _yarn_magnitude(factor: float) -> float:
-    """Returns YaRN's usual factor on cos and sin."""
-    return 0.1 * math.log(max(factor, 1.0)) + 1.0
-
-
-def _own_rope(file: GgufFile, told: str, head_dim: int) -> Scheme:
-    """Reads the scheme that `to_gguf` noted, and compares it with the keys that llama.cpp reads."""
-    try:
-        found = Scheme.from_dict(json.loads(told))
-        keys, factors = rotary_keys(found, head_dim)
-    except ValueError as error:
-        raise file.error(f"{OWN_ROPE} is {shown(told)}, expected a rotary scheme: {one_line(error)}") from error
-    stored = {key: file.metadata[f"{PREFIX}rope.{key}"] for key in ROPE if f"{PREFIX}rope.{key}" in file.metadata}
-    rounded = {key: float(np.float32(value)) if type(value) is float else value for key, value in keys.items()}
-    there = dequantised(file, ROTARY_FACTORS).reshape(-1) if ROTARY_FACTORS in file.tensors else None
-    same = factors is there if factors is None or there is None else np.allclose(factors, there, rtol=1e-6)
-    if stored != rounded or not same:
-        raise file.error(
-            f"{OWN_ROPE} is {shown(told)}, but the keys under {PREFIX}rope. or {ROTARY_FACTORS} are of another scheme; "
-            f"expected the same one: remove {OWN_ROPE} to read the others"
-        )
-    return found
-
-
-def _rope(file: GgufFile, head_dim: int, window: int) -> Scheme:
-    told = file.value(OWN_ROPE, TEXT, None)
-    if told is not None:
-        return _own_rope(file, told, head_dim)
-    values = {key: file.value(f"{PREFIX}rope.{key}", kind, default) for key, (kind, default) in ROPE.items()}
-    values |= {key: shortest(value) for key, value in values.items() if type(value) is float}
-    base, kind, factor, own, whole = (
-        values[key]
-        for key in ("freq_base", "scaling.type", "scaling.factor", "scaling.attn_factor", "scaling.yarn_attn_factor")
-    )
-    if kind not in SCALING_TYPES:
-        raise file.error(f"rope scaling type is {kind!r}, expected one of {', '.join(SCALING_TYPES)}")
-    factor = values["scale_linear"] if factor is None else factor
-    if kind == "none" or factor == 0.0:
-        factor = 1.0
-    if factor < 0.0:
-        raise file.error(f"rope scaling factor is {factor}, expected a number above 0")
-    yarn = kind == "yarn" and factor != 1.0
-    # llama.cpp multiplies cos and sin by this and by attn_factor, and ignores yarn_attn_factor. Other programs store
-    # there the product of both (Hugging Face's attention_factor), so one file can mean two models.
-    magnitude = _yarn_magnitude(factor) if yarn else 1.0
-    if whole is not None and not _near(whole, magnitude):
-        raise file.error(
-            f"{PREFIX}rope.scaling.yarn_attn_factor is {whole}, expected none or {magnitude:.7g}, which follows from "
-            "the factor: programs disagree on the meaning of other values; set rope.scaling.attn_factor instead"
-        )
-    if not yarn and own != 1.0:
-        raise file.error(f"{PREFIX}rope.scaling.attn_factor is {own}, expected 1.0: only YaRN scales cos and sin")
-    if ROTARY_FACTORS in file.tensors:
-        if factor != 1.0:
-            raise file.error(f"rope scaling factor is {factor}, but there is {ROTARY_FACTORS} too; expected only one")
-        return _llama3_rope(file, base, head_dim)
-    if yarn:
-        return scheme(
-            "yarn",
-            base=base,
-            factor=factor,
-            pretrained_window=values["scaling.original_context_length"] or window,
-            beta_fast=values["scaling.yarn_beta_fast"],
-            beta_slow=values["scaling.yarn_beta_slow"],
-            attention_factor=None if own == 1.0 else own * magnitude,
-        )
-    return scheme("default", base=base) if factor == 1.0 else scheme("pi", base=base, factor=factor)
-
-
-def _llama3_rope(file: GgufFile, base: float, head_dim: int) -> Scheme:
-    """Finds the Llama 3 scheme that divides each frequency by the stored factor."""
-    factors = dequantised(file, ROTARY_FACTORS).reshape(-1)
-    found = scheme(
-        "llama3",
-        base=base,
-        factor=shortest(factors.max()),
-        low_freq_factor=LLAMA3_LOW,
-        high_freq_factor=LLAMA3_HIGH,
-        pretrained_window=LLAMA3_WINDOW,
-    )
-    plain = np.asarray(scheme("default", base=base).inverse_frequencies(head_dim))
-    expected = plain / np.asarray(found.inverse_frequencies(head_dim))
-    # Both are float32 quotients, so matching factors agree to a few units in the last place.
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        raise file.error(f"{ROTARY_FACTORS} holds factors that are not Llama 3's; no supported scheme has them")
-    return found

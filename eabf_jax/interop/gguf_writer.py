@@ -1,4 +1,4 @@
-"""Writes GGUF files of the LLaMA architecture for llama.cpp, one layer of one parameter at a time."""
+"""Writes GGUF files for llama.cpp, one layer of one tensor at a time."""
 
 import json
 import math
@@ -14,23 +14,15 @@ import numpy as np
 from eabf_jax import __version__
 from eabf_jax.errors import InputError
 from eabf_jax.interop import native
-from eabf_jax.interop.architectures import beyond_llama
+from eabf_jax.interop.architectures import ARCHITECTURES, OWN_KEY, OWN_TYPE
 from eabf_jax.interop.directory import new_file
-from eabf_jax.interop.gguf import (
-    ARCHITECTURE,
-    EPSILON,
-    OWN_ROPE,
-    PREFIX,
-    ROTARY_FACTORS,
-    SHAPE,
-    permuted,
-    rotary_keys,
-)
+from eabf_jax.interop.gguf import EPSILON, OWN_FEATURES, SHAPE
+from eabf_jax.interop.gguf_architectures import DIMENSIONS, GGUF_ARCHITECTURES, MULTIPLIERS, GgufArchitecture
 from eabf_jax.interop.gguf_file import read_gguf
+from eabf_jax.interop.gguf_rope import OWN_ROPE, rotary_keys
 from eabf_jax.interop.gguf_vocabulary import tokenizer_keys
 from eabf_jax.interop.huggingface import Summary, open_leaves, tokenizer_directory
 from eabf_jax.model.config import LlamaConfig
-from eabf_jax.model.parameters import parameters
 
 # By the name of each dtype: GGUF's type of a tensor, and of a file of mostly such tensors.
 KINDS: Mapping[str, tuple[Any, Any]] = {
@@ -64,8 +56,8 @@ def to_gguf(
         whole blocks of 32 is float16, as in llama.cpp's converter.
 
     Raises:
-      InputError: files are missing or damaged; llama.cpp has no such rotary scheme or tokenizer; a value is too large
-        for float16; or `dst` is in use.
+      InputError: files are missing or damaged; llama.cpp lacks a feature, the rotary scheme or the tokenizer; a value
+        is too large for float16; or `dst` is in use.
     Source: llama.cpp, `convert_hf_to_gguf.py`; docs/gguf.md (keys).
     """
     if dtype is not None and dtype not in KINDS:
@@ -78,32 +70,31 @@ def to_gguf(
     strange = [found.name for found in leaves.dtypes.values() if found.name not in KINDS]
     if dtype is None and strange:
         raise InputError(f"{source}: weights are {strange[0]}, which is not kept; choose --dtype {', '.join(KINDS)}")
-    _check_features(config)
-    keys, factors = _model_keys(config)
-    keys |= tokenizer_keys(tokenizer_directory(source, base), config)
-    entries = parameters(config)
-    kinds = {entry.path: _kind(entry.hf_shape, dtype or leaves.dtypes[entry.path].name) for entry in entries}
-    planned = {
-        name: (entry.hf_shape, kinds[entry.path], _nbytes(entry.hf_shape, kinds[entry.path]))
-        for entry in entries
-        for name in entry.gguf_names()
+    architecture, rotary, factors = architecture_for(config)
+    keys = _model_keys(config, architecture, rotary) | tokenizer_keys(tokenizer_directory(source, base), config)
+    files = []
+    for tensor in architecture.tensors(config):
+        stored = np.result_type(*(leaves.dtypes[part.path] for part in tensor.parts)).name
+        files.append((tensor, _kind(tensor.shape, dtype or stored)))
+    planned = {name: (found.shape, "float32", found.nbytes) for name, found in factors.items()}
+    planned |= {
+        name: (tensor.shape, kind, _nbytes(tensor.shape, kind)) for tensor, kind in files for name in tensor.names
     }
-    if factors is not None:
-        planned = {ROTARY_FACTORS: (factors.shape, "float32", factors.nbytes), **planned}
     total = sum(nbytes for _, _, nbytes in planned.values())
 
     def tensors() -> Iterator[np.ndarray]:
-        if factors is not None:
-            yield factors
-        for entry in entries:
-            for name, own in zip(entry.gguf_names(), leaves.tensors(entry), strict=True):
-                rows = permuted(own, len(own) // config.head_dim) if entry.entry.rotated else own
-                yield _stored(rows, kinds[entry.path], name)
+        yield from factors.values()
+        for tensor, kind in files:
+            for name, *own in zip(tensor.names, *map(leaves.tensors, tensor.parts), strict=True):
+                rows = [
+                    architecture.stored(x, part, config.head_dim) for x, part in zip(own, tensor.parts, strict=True)
+                ]
+                yield _stored(rows[0] if len(rows) == 1 else np.concatenate(rows), kind, name)
 
     widest = max(leaves.dtypes.values(), key=lambda found: found.itemsize).name
     with (
         new_file(dst, _not_ours, overwrite=overwrite, sources=[source]) as partial,
-        closing(gguf.GGUFWriter(partial, ARCHITECTURE)) as writer,
+        closing(gguf.GGUFWriter(partial, architecture.name)) as writer,
     ):
         _add(writer, "general.type", "model")
         _add(writer, "general.name", Path(dst).stem)
@@ -127,31 +118,39 @@ def to_gguf(
     return Summary(len(planned), total)
 
 
-def _check_features(config: LlamaConfig) -> None:
-    """Refuses a model with a feature that the architecture of the file lacks."""
-    for name, value in beyond_llama(config).items():
-        if name != "attention_output_bias":  # which biases there are shows in the tensors
-            raise InputError(
-                f"GGUF files of the architecture {ARCHITECTURE!r} cannot express {name} {value!r} of this model "
-                f"({config.model_type}): convert its Hugging Face directory with llama.cpp's own converter"
-            )
+def architecture_for(config: LlamaConfig) -> tuple[GgufArchitecture, dict[str, Any], dict[str, np.ndarray]]:
+    """Finds the architecture as which llama.cpp computes a model, and the keys and tensors of the rotary scheme there.
+
+    Raises:
+      InputError: none has the model's features and its rotary scheme; the message is that of the nearest one.
+    """
+    first = None
+    for entry in sorted(GGUF_ARCHITECTURES.values(), key=lambda entry: config.model_type not in entry.model_types):
+        try:
+            entry.check(config)
+            return entry, *rotary_keys(config.rope, config.rotary_dim, entry)
+        except InputError as error:
+            first = first or error
+    assert first is not None  # there are architectures
+    raise first
 
 
-def _model_keys(config: LlamaConfig) -> tuple[dict[str, Any], np.ndarray | None]:
-    """Returns the keys of the model and its rotary scheme, and `rope_freqs.weight`, if the scheme needs it."""
-    rotary, factors = rotary_keys(config.rope, config.head_dim)
+def _model_keys(config: LlamaConfig, architecture: GgufArchitecture, rotary: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keys of a model."""
     keys = {name: getattr(config, field) for field, (name, _) in SHAPE.items()}
     keys |= {
         EPSILON: config.rms_norm_eps,
         "attention.value_length": config.head_dim,
         "vocab_size": config.vocab_size,
-        "rope.dimension_count": config.head_dim,
-        **{f"rope.{key}": value for key, value in rotary.items()},
+        DIMENSIONS: config.rotary_dim,
+        **{key: getattr(config, field) for field, key in MULTIPLIERS.items() if key in architecture.reads},
+        **rotary,
     }
     return {
-        **{PREFIX + key: value for key, value in keys.items()},
+        **{architecture.prefix + key: value for key, value in keys.items() if value is not None},
+        OWN_FEATURES: json.dumps(ARCHITECTURES[OWN_TYPE].write(config).get(OWN_KEY, {})),
         OWN_ROPE: json.dumps(config.rope.to_dict()),
-    }, factors
+    }
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

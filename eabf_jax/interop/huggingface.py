@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +90,19 @@ _DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}  # the other
 # Null means what follows from the other sizes, even if the architecture has a default for the absent key.
 _COMPUTED = ("num_key_value_heads", "head_dim")
 _NULL_IS_DEFAULT = (*_COMPUTED, "tie_word_embeddings", *FEATURES)
+
+
+class Joined(NamedTuple):
+    """A tensor of each layer: its names in the order of layers, and the parameters that it joins, one after another."""
+
+    names: list[str]
+    parts: list[Parameter]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        first, *rest = self.parts[0].hf_shape
+        return first + sum(part.hf_shape[0] for part in self.parts[1:]), *rest
 
 
 class Summary(NamedTuple):
@@ -385,15 +398,15 @@ def to_hf(
         native.check_vocabulary(load_tokenizer(source), config, source)
     files = files_of(config)
     planned = [
-        PlannedTensor(name, np.result_type(*(dtypes[entry.path] for entry in parts)), _joined_shape(parts))
-        for names, parts in files
-        for name in names
+        PlannedTensor(name, np.result_type(*(dtypes[entry.path] for entry in tensor.parts)), tensor.shape)
+        for tensor in files
+        for name in tensor.names
     ]
 
     def tensors() -> Iterator[np.ndarray]:
         for _, parts in files:
-            for joined in zip(*map(leaves.tensors, parts), strict=True):
-                found = [x.astype(dtypes[entry.path], copy=False) for x, entry in zip(joined, parts, strict=True)]
+            for own in zip(*map(leaves.tensors, parts), strict=True):
+                found = [x.astype(dtypes[entry.path], copy=False) for x, entry in zip(own, parts, strict=True)]
                 yield found[0] if len(found) == 1 else np.concatenate(found)
 
     card = model_card(source, Path(dst).absolute().name, config, int(native.checkpoint_path(source, step).parent.name))
@@ -406,21 +419,25 @@ def to_hf(
     return Summary(len(planned), sum(tensor.nbytes for tensor in planned))
 
 
-def files_of(config: LlamaConfig) -> list[tuple[list[str], list[Parameter]]]:
-    """Lists the tensors of an export: their names in the order of layers, and the parameters that each one joins."""
+def files_of(config: LlamaConfig) -> list[Joined]:
+    """Lists the tensors of an export."""
     fused = {} if rope.needs_remote_code(rotary_keys(config)) else ARCHITECTURES[config.model_type].fused
     whole = {part: name for name, parts in fused.items() for part in parts}
-    found: dict[str, tuple[list[str], list[Parameter]]] = {}
-    for entry in parameters(config):
-        module = entry.path[-2]
-        names = [name.replace(module, whole.get(module, module)) for name in entry.hf_names()]
-        found.setdefault(names[0], (names, []))[1].append(entry)
+    return joined(((entry, entry.path[-2], entry.hf_names()) for entry in parameters(config)), whole)
+
+
+def joined(named: Iterable[tuple[Parameter, str, list[str]]], other: Mapping[str, str]) -> list[Joined]:
+    """Groups the parameters that files hold as one tensor.
+
+    Args:
+      named: each parameter, its module in the names of its tensors, and these names in the order of layers.
+      other: by module, the one that is named instead; parameters under one name are joined.
+    """
+    found: dict[str, Joined] = {}
+    for entry, module, own in named:
+        names = [name.replace(module, other.get(module, module)) for name in own]
+        found.setdefault(names[0], Joined(names, [])).parts.append(entry)
     return [*found.values()]
-
-
-def _joined_shape(parts: list[Parameter]) -> tuple[int, ...]:
-    first, *rest = parts[0].hf_shape
-    return first + sum(part.hf_shape[0] for part in parts[1:]), *rest
 
 
 def _unfused(found: Mapping[str, StoredTensor], config: LlamaConfig) -> dict[str, StoredTensor]:

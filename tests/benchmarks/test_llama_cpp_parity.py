@@ -8,6 +8,9 @@ import llama_cpp_parity as program
 import pytest
 from provenance import ROOT
 
+from eabf_jax.interop.architectures import ARCHITECTURES, OWN_TYPE
+from eabf_jax.interop.gguf_architectures import GGUF_ARCHITECTURES
+
 RESULT = ROOT / "benchmarks/results/llama_cpp_parity_cpu.json"
 
 
@@ -32,6 +35,19 @@ def test_both_compute_the_same_inside_and_beyond_the_window(figures: dict[str, A
             assert len(row["difference"]) == len(beyond)
             if name != "default":  # a scheme that llama.cpp ignored would show
                 assert max(row["difference_to_default"]) > 10 * program.LIMIT
+
+
+@pytest.mark.document_check
+def test_every_architecture_computes_the_same(figures: dict[str, Any]) -> None:
+    others = figures.get("family")
+    if others is None:
+        pytest.skip("the committed figures are from before the random models")
+    assert program.agrees(others) and others["models"].keys() == program.family(128, 128).keys()
+    assert {row["model_type"] for row in others["models"].values()} == ARCHITECTURES.keys() - {OWN_TYPE}
+    assert {row["architecture"] for row in others["models"].values()} == GGUF_ARCHITECTURES.keys()
+    page = (ROOT / "docs/gguf.md").read_text(encoding="utf-8")
+    largest = max(max(row["difference"]) for row in others["models"].values())
+    assert largest <= 0.0001 and "those of the random models by at most 0.0001" in page
 
 
 @pytest.mark.document_check

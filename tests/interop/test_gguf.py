@@ -1,6 +1,5 @@
 """GGUF files compared with their source model, with transformers, and with llama.cpp's formulas."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from gguf_files import (
     HEAD_DIM,
     HEADS,
@@ -32,15 +30,12 @@ from gguf_files import (
     write,
 )
 from safetensors.torch import load_file
-from scheme_cases import KNOWN_TO_HF, ONLY_OURS, WITHOUT_A_NAME
 
-from eabf_jax.errors import InputError
 from eabf_jax.interop import gguf as ours
 from eabf_jax.interop import gguf_tokenizer
-from eabf_jax.interop.gguf import config_from_gguf, from_gguf, rotary_keys
-from eabf_jax.interop.gguf_file import read_gguf
-from eabf_jax.rope import Scheme, scheme
-from eabf_jax.rope.logit_scale import none
+from eabf_jax.interop.gguf import from_gguf
+from eabf_jax.interop.gguf_architectures import GGUF_ARCHITECTURES
+from eabf_jax.rope import scheme
 
 PAGE = Path(__file__).parents[2] / "docs" / "gguf.md"
 
@@ -62,179 +57,11 @@ def test_float_file_is_the_model_again(tmp_path: Path) -> None:
     assert all(torch.equal(half[name], value.bfloat16()) for name, value in state.items())
 
 
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-
-def llama3_factors() -> np.ndarray:
-    """Computes what llama.cpp stores for Llama 3.1, each frequency's divisor, from transformers' frequencies."""
-    settings = {"rope_type": "llama3", "rope_theta": 500_000.0, **LLAMA3}
-    config = transformers.LlamaConfig(
-        hidden_size=HIDDEN, num_attention_heads=HEADS, head_dim=HEAD_DIM, rope_parameters=settings
-    )
-    scaled, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    plain = 500_000.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-    return (plain / scaled.numpy()).astype(np.float32)
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"type": "none", "factor": 4.0}, scheme("default", base=10_000.0)),
-        ({"type": "linear", "factor": 4.0}, scheme("pi", base=10_000.0, factor=4.0)),
-        ({"factor": 2.0, "original_context_length": 2048}, scheme("pi", base=10_000.0, factor=2.0)),
-        ({"type": "yarn", "factor": 1.0, "yarn_ext_factor": 0.0}, scheme("default", base=10_000.0)),
-    ],
-)
-def test_rope_scaling(tmp_path: Path, settings: Metadata, expected: object) -> None:
-    assert config_of(converted(tmp_path, scaling(settings))).rope == expected
-
-
-def test_old_name_of_the_factor(tmp_path: Path) -> None:
-    values = {"llama.rope.scale_linear": 4.0}
-    assert config_of(converted(tmp_path, values)).rope == scheme("pi", base=10_000.0, factor=4.0)
-
-
-def llama_cpp_yarn(
-    factor: float, window: float, fast: float, slow: float, own: float, base: float = 10_000.0
-) -> tuple[np.ndarray, float]:
-    """Computes ggml's rope_yarn in float64, with the arguments from llama_context: frequencies and magnitude.
-
-    There, freq_scale is 1 / factor and ext_factor is 1. rope_yarn multiplies cos and sin by 1 + 0.1 ln(1 / freq_scale).
-    llama_context sets attn_factor so that they are multiplied by this once, or by 1 if the factor is below 1, and by
-    the file's attn_factor.
-    """
-    pair = np.arange(HEAD_DIM // 2)
-    extrapolated = base ** (-2.0 * pair / HEAD_DIM)
-
-    def corrected(turns: float) -> float:
-        return HEAD_DIM * np.log(window / (turns * 2 * np.pi)) / (2 * np.log(base))
-
-    low = max(0.0, np.floor(corrected(fast)))
-    high = min(HEAD_DIM - 1.0, np.ceil(corrected(slow)))
-    mix = 1.0 - np.clip((pair - low) / max(0.001, high - low), 0.0, 1.0)
-    return extrapolated / factor * (1.0 - mix) + extrapolated * mix, own * (1.0 + 0.1 * np.log(max(factor, 1.0)))
-
-
-YARN_WHOLE = float(0.1 * np.log(4.0) + 1.0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "window", "fast", "slow", "own"),
-    [
-        ({}, 4096, 32.0, 1.0, 1.0),  # llama.cpp's default is the context length
-        ({"original_context_length": 2048}, 2048, 32.0, 1.0, 1.0),
-        ({"yarn_beta_fast": 8.0, "yarn_beta_slow": 2.0, "original_context_length": 1024}, 1024, 8.0, 2.0, 1.0),
-        ({"attn_factor": 0.5}, 4096, 32.0, 1.0, 0.5),
-        ({"factor": 0.5}, 4096, 32.0, 1.0, 1.0),
-        ({"factor": 0.5, "attn_factor": 0.75}, 4096, 32.0, 1.0, 0.75),
-        ({"yarn_attn_factor": YARN_WHOLE, "yarn_ext_factor": 1.0}, 4096, 32.0, 1.0, 1.0),
-        ({"yarn_log_multiplier": 0.0, "finetuned": True, "yarn_ext_factor": -1.0}, 4096, 32.0, 1.0, 1.0),
-    ],
-)
-def test_yarn_is_that_of_llama_cpp(
-    tmp_path: Path, settings: Metadata, window: float, fast: float, slow: float, own: float
-) -> None:
-    settings = {"type": "yarn", "factor": 4.0, **settings}
-    found = config_of(converted(tmp_path, scaling(settings))).rope
-    frequencies, magnitude = llama_cpp_yarn(settings["factor"], window, fast, slow, own)
-    np.testing.assert_allclose(found.inverse_frequencies(HEAD_DIM), frequencies, rtol=2e-7)  # float32
-    assert found.rotation_scale() == pytest.approx(magnitude, rel=1e-12)  # float64
-
-
-def test_yarn_logits_are_those_of_the_model_before_conversion(tmp_path: Path) -> None:
-    settings = {
-        "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 1024,
-        "beta_fast": 8.0, "beta_slow": 2.0,
-    }  # fmt: skip
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=WIDE, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KEY_HEADS, head_dim=HEAD_DIM, attention_bias=True,
-        max_position_embeddings=4096, rms_norm_eps=1e-5, rope_parameters=settings,
-    )  # fmt: skip
-    reference = transformers.LlamaForCausalLM(config).eval()
-    reference.load_state_dict(model())
-    values = scaling(
-        {
-            "type": "yarn", "factor": 4.0, "original_context_length": 1024, "yarn_beta_fast": 8.0,
-            "yarn_beta_slow": 2.0,
-        }
-    )  # fmt: skip
-    found = transformers.AutoModelForCausalLM.from_pretrained(converted(tmp_path, values))
-    tokens = torch.arange(64)[None]
-    with torch.no_grad():
-        expected = reference(tokens).logits
-        assert torch.equal(found.eval()(tokens).logits, expected)
-        reference.model.rotary_emb.inv_freq = llama_usual_betas(config)
-        assert (reference(tokens).logits - expected).abs().max() > 1.0  # otherwise the betas would not be tested
-
-
-def llama_usual_betas(config: transformers.LlamaConfig) -> torch.Tensor:
-    config.rope_parameters |= {"beta_fast": 32.0, "beta_slow": 1.0}
-    return transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")[0]
-
-
-def test_llama3_factors(tmp_path: Path) -> None:
-    values, tensors = metadata() | {"llama.rope.freq_base": 500_000.0}, as_gguf(model())
-    tensors["rope_freqs.weight"] = llama3_factors()
-    from_gguf(write(tmp_path / "m.gguf", values, tensors), tmp_path / "hf")
-    assert config_of(tmp_path / "hf").rope == scheme("llama3", base=500_000.0, factor=8.0, pretrained_window=8192)
-    with pytest.raises(InputError, match=r"factor is 2.0, but there is rope_freqs.weight too; expected only one"):
-        from_gguf(write(tmp_path / "s.gguf", values | scaling({"factor": 2.0}), tensors), tmp_path / "other")
-    tensors["rope_freqs.weight"] = llama3_factors() + np.arange(HEAD_DIM // 2, dtype=np.float32)
-    with pytest.raises(InputError, match="holds factors that are not Llama 3's"):
-        from_gguf(write(tmp_path / "n.gguf", values, tensors), tmp_path / "other")
-
-
-STATIC = [
-    *(s for s in (*KNOWN_TO_HF, *ONLY_OURS) if not s.depends_on_length and s.logit_multiplier.function is none),
-    scheme("llama3", base=500_000.0, factor=8.0, pretrained_window=512, high_freq_factor=8.0),
-    scheme("yarn", factor=4.0, pretrained_window=1024, beta_fast=8.0, beta_slow=2.0, attention_factor=1.2),
-    scheme("ntk_by_parts", base=123_456.789, factor=3.0, pretrained_window=4096),
-]
-
-
-def llama_cpp_rotation(values: Metadata, factors: np.ndarray | None) -> tuple[np.ndarray, float]:
-    """Computes what llama.cpp makes of the keys below `llama.rope.`: frequencies and magnitude, in float64."""
-    own, factor = values.get("scaling.attn_factor", 1.0), values.get("scaling.factor", 1.0)
-    if values.get("scaling.type") == "yarn":
-        window = values["scaling.original_context_length"]
-        return llama_cpp_yarn(factor, window, 32.0, 1.0, own, values["freq_base"])
-    plain = values["freq_base"] ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-    return plain / factor / (1.0 if factors is None else factors), own
-
-
-@pytest.mark.parametrize("s", STATIC, ids=str)
-def test_schemes_are_written_as_llama_cpp_computes_them(tmp_path: Path, s: Scheme) -> None:
-    keys, factors = rotary_keys(s, HEAD_DIM)
-    frequencies, magnitude = llama_cpp_rotation(keys, factors)
-    # GGUF's numbers are float32.
-    np.testing.assert_allclose(frequencies, s.inverse_frequencies(HEAD_DIM), rtol=1e-6)
-    assert magnitude == pytest.approx(s.rotation_scale(), rel=1e-6)
-    values = metadata() | {f"llama.rope.{key}": value for key, value in keys.items()}
-    tensors = as_gguf(model()) | ({} if factors is None else {"rope_freqs.weight": factors})
-    noted = values | {"eabf_jax.rope": json.dumps(s.to_dict())}
-    assert config_from_gguf(read_gguf(write(tmp_path / "m.gguf", noted, tensors)), None).rope == s
-    if factors is None:  # without our note, the keys mean the same scheme
-        found = config_from_gguf(read_gguf(write(tmp_path / "n.gguf", values, tensors)), None).rope
-        np.testing.assert_allclose(found.inverse_frequencies(HEAD_DIM), frequencies, rtol=1e-6)
-        assert found.rotation_scale() == pytest.approx(magnitude, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("s", "message"),
-    [
-        (scheme("eabf", pretrained_window=4096), "'eabf' multiplies the attention logits, which llama.cpp cannot do"),
-        (WITHOUT_A_NAME, "'compose' multiplies the attention logits, .* export the model with convert/to_hf.py"),
-        (scheme("dynamic_ntk", factor=2.0, pretrained_window=512), "'dynamic_ntk' follows the length of the text"),
-        (
-            scheme("dynamic_yarn", pretrained_window=4096),
-            "'dynamic_yarn' follows the length of the text, .* serve it",
-        ),
-    ],
-)
-def test_schemes_that_llama_cpp_lacks_are_refused(s: Scheme, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        rotary_keys(s, HEAD_DIM)
+def test_a_bias_of_q_k_and_v_alone_is_qwen2s(tmp_path: Path) -> None:
+    """As in a Qwen that was converted as a LLaMA."""
+    tensors = {name: value for name, value in as_gguf(model()).items() if "attn_output.bias" not in name}
+    found = config_of(converted(tmp_path, {}, tensors))
+    assert (found.model_type, found.attention_bias, found.attention_output_bias) == ("qwen2", True, False)
 
 
 def noted(told: str, **settings: Any) -> Callable[[Metadata, Tensors], object]:
@@ -276,8 +103,11 @@ BAD: dict[str, tuple[Callable[[Metadata, Tensors], object], str]] = {
         changed(llama__rope__dimension_count=8), "dimension_count is 8, expected 16: the whole head is rotated"
     ),
     "rope kind": (
-        changed(llama__rope__scaling__type="longrope"),
-        "rope scaling type is 'longrope', expected one of none, linear, yarn",
+        changed(llama__rope__scaling__type="dynamic"),
+        "rope scaling type is 'dynamic', expected one of none, linear, yarn, longrope",
+    ),
+    "LongRoPE without its lists": (
+        changed(llama__rope__scaling__type="longrope"), "tensor rope_factors_long.weight is missing; LongRoPE needs it"
     ),
     "unknown rope key": (
         changed(llama__rope__scaling__low_freq_factor=1.0),
@@ -321,6 +151,21 @@ BAD: dict[str, tuple[Callable[[Metadata, Tensors], object], str]] = {
         r"tensor blk.1.ffn_up.weight is missing; expected shape \[96, 64\]",
     ),
     "no embedding": (lambda values, tensors: tensors.pop("token_embd.weight"), "token_embd.weight is missing"),
+    "a note of other features": (
+        changed(eabf_jax__features='{"qk_norm": "head"}'),
+        "eabf_jax.features has qk_norm 'head', but the keys and tensors None; expected the same: remove eabf_jax.featu",
+    ),
+    "a note of unknown features": (
+        changed(eabf_jax__features='{"warp": 1}'), "eabf_jax.features is '{\"warp\": 1}', expected features: unknown"
+    ),
+    "a note that is a list": (changed(eabf_jax__features="[1]"), r"features is '\[1\]', expected features: "),
+    "a note of a short window": (
+        changed(eabf_jax__features='{"family": "mistral", "sliding_window": 8}'),
+        "sliding_window 8 is shorter than the 4096 tokens of max_position_embeddings, and llama.cpp has no windows",
+    ),
+    "a short window": (
+        changed(llama__attention__sliding_window=8), "sliding_window is 8, expected 0 or at least 4096: llama.cpp lets"
+    ),
     "no tensors": (lambda values, tensors: tensors.clear(), r"token_embd.weight is missing, .* \(0 tensors\)"),
     "flat embedding": (
         lambda values, tensors: tensors.update({"token_embd.weight": np.ones(32, np.float32)}),
@@ -389,10 +234,22 @@ def test_the_page_names_every_key() -> None:
     """Compares the status of each key in docs/gguf.md with the tables in the code."""
     rows = re.findall(r"^\| (`.*`) \| (read|harmless|one value) ", PAGE.read_text(), re.MULTILINE)
     found = {key: status for keys, status in rows for key in re.findall(r"`([^`]+)`", keys)}
-    expected = {f"llama.{key}": "read" for key in ours.KEYS}
-    expected |= {f"llama.{key}": "harmless" for key in ours.HARMLESS}
-    expected |= {f"llama.{key}": "one value" for key in ours.FIXED} | dict.fromkeys(ours.GENERAL, "one value")
+    expected = {f"ARCH.{key}": "read" for key in ours.KEYS}
+    expected |= {f"ARCH.{key}": "harmless" for key in ours.HARMLESS}
+    expected |= {f"ARCH.{key}": "one value" for key in ours.FIXED} | dict.fromkeys(ours.GENERAL, "one value")
     expected |= dict.fromkeys(gguf_tokenizer.READ, "read") | dict.fromkeys(gguf_tokenizer.HARMLESS, "harmless")
     expected |= dict.fromkeys(gguf_tokenizer.FIXED, "one value")
     extra = {"general.architecture", "split.no", "split.count", "split.tensors.count", "tokenizer.chat_template.NAME"}
     assert found == expected | dict.fromkeys(extra, "read")
+
+
+@pytest.mark.document_check
+def test_the_page_has_each_architecture() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|", PAGE.read_text(), re.MULTILINE)
+    found = {name: (kinds, keys, biases) for name, kinds, keys, biases in rows if name in GGUF_ARCHITECTURES}
+    assert found.keys() == GGUF_ARCHITECTURES.keys()
+    for name, (kinds, keys, biases) in found.items():
+        entry = GGUF_ARCHITECTURES[name]
+        assert tuple(re.findall(r"`([^`]+)`", kinds)) == entry.model_types
+        assert tuple(re.findall(r"`([^`]+)`", keys)) == entry.reads
+        assert biases == {0: "none", 1: "q, k, v", 3: "all"}[len(entry.biases)]

@@ -71,8 +71,8 @@ def test_split_files(tmp_path: Path) -> None:
 
 
 def test_other_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path / "m.gguf", metadata(), as_gguf(model()), arch="qwen2")
-    with pytest.raises(InputError, match="architecture is 'qwen2', expected 'llama'"):
+    path = write(tmp_path / "m.gguf", metadata(), as_gguf(model()), arch="gemma2")
+    with pytest.raises(InputError, match="architecture is 'gemma2', expected one of llama, mistral3, granite, qwen2"):
         from_gguf(path, tmp_path / "hf")
     with pytest.raises(InputError, match="dtype is 'int8', expected one of float32"):
         from_gguf(path, tmp_path / "hf", dtype="int8")
