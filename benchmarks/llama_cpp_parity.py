@@ -254,6 +254,7 @@ def family(window: int, beyond: int) -> dict[str, dict[str, Any]]:
         "phi3, llama3": {"model_type": "phi3", "rope": llama3},
         "granite": {**granite, **biased, **wide, "rope": llama3},
         "olmo2": {**olmo2, "rope": yarn},
+        "exaone4": {"model_type": "exaone4", "post_norm": True, "qk_norm": "head", "rope": llama3},
         "seed_oss": {
             "model_type": "seed_oss", "attention_bias": True, "attention_output_bias": False, **wide, "rope": yarn
         },

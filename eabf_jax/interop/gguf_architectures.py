@@ -57,6 +57,7 @@ class GgufArchitecture(NamedTuple):
       neighbours: whether the two numbers that are rotated together are neighbours in the files.
       square: whether all heads together must be as wide as the hidden states.
       rotated_in_a_row: number of layers with rotary embedding before each one without; 0 if all have it.
+      windowed: the number of layers by which llama.cpp knows a model that has windows; 0 if there is none.
     """
 
     name: str
@@ -70,6 +71,7 @@ class GgufArchitecture(NamedTuple):
     neighbours: bool = False
     square: bool = False
     rotated_in_a_row: int = 0
+    windowed: int = 0
 
     @property
     def prefix(self) -> str:
@@ -98,6 +100,8 @@ class GgufArchitecture(NamedTuple):
                 raise self._lacks(config, f"{name} {getattr(config, name)!r}")
         if self.square and config.num_attention_heads * config.head_dim != config.hidden_size:
             raise self._lacks(config, f"a head_dim other than hidden_size / num_attention_heads, {config.head_dim},")
+        if config.num_hidden_layers == self.windowed:
+            raise self._lacks(config, f"{self.windowed} layers without windows of 4,096 tokens")
         for layer in range(config.num_hidden_layers):
             window = config.window_of(layer)
             if window is not None and window < config.max_position_embeddings:
@@ -189,6 +193,14 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
             fixed={WINDOW: only("0: frequencies would differ by layer", 0)},
             features={"post_norm": True, "qk_norm": "full", "tie_word_embeddings": False},
             square=True,
+        ),
+        GgufArchitecture(
+            "exaone4",
+            ("exaone4",),
+            features={"post_norm": True, "qk_norm": "head"},
+            factors=(ROTARY_FACTORS,),
+            square=True,
+            windowed=64,
         ),
         GgufArchitecture("seed_oss", ("seed_oss",), names={"ffn_norm": "post_attention_norm"}),
     )

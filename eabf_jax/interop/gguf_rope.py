@@ -121,7 +121,9 @@ def rotary_keys(
         if not names:
             raise lacks("has frequencies of its own")
         usual = scheme("default", base=base).inverse_frequencies(rotary_dim)
-        tensors = dict.fromkeys(names, np.asarray(usual) / np.asarray(plain.inverse_frequencies(rotary_dim)))
+        with np.errstate(divide="ignore"):  # infinite factors for numbers that are not rotated
+            factors = np.asarray(usual) / np.asarray(plain.inverse_frequencies(rotary_dim))
+        tensors = dict.fromkeys(names, factors)
     if own != 1.0:
         keys[f"{_SCALING}attn_factor"] = own
     return keys, tensors

@@ -1,5 +1,6 @@
 """GGUF files of every architecture, compared with transformers and with the names of the gguf package."""
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,6 +79,14 @@ KINDS: Mapping[str, Kind] = {
     "granite": Kind({**MULTIPLIERS, "mlp_bias": True}, "granite", SCALED),
     "olmo2": Kind({}, "olmo2", {}),
     "seed_oss": Kind({"head_dim": 12, "attention_bias": True, "attention_out_bias": False}, "seed_oss", {}),
+    "internlm3": Kind({"head_dim": 12, "attention_bias": True, "mlp_bias": True}, "llama", {}),
+    "iquestcoder": Kind({"head_dim": 12, "attention_bias": True}, "llama", {}),
+    "cwm": Kind(
+        {"head_dim": 12, "sliding_window": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+         "bos_token_id": 1}, "llama", {},
+    ),
+    # Without layer_types, transformers divides by zero here.
+    "exaone4": Kind({"sliding_window": None, "layer_types": ["full_attention"] * 5}, "exaone4", {}),
 }  # fmt: skip
 # Architectures whose queries and keys llama.cpp's converter permutes.
 PERMUTED = ("llama", "mistral3", "granite", "smollm3")
@@ -105,6 +114,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         for parameter in reference.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
     reference.save_pretrained(directory)
+    # transformers cannot build CWM without BOS, and does not store that there is no EOS.
+    described = json.loads((directory / "config.json").read_text()) | {"bos_token_id": None, "eos_token_id": None}
+    (directory / "config.json").write_text(json.dumps(described))
     head_dim = kind.keys.get("head_dim", 8)
     values = {
         "context_length": 64, "embedding_length": 32, "feed_forward_length": 48, "block_count": 5,
@@ -200,6 +212,10 @@ GRANITE = {**MULTIPLIERS, "residual_multiplier": 0.0}
         (config("olmo2", **OLMO2, tie_word_embeddings=True), "'olmo2' cannot express tie_word_embeddings True"),
         (config("olmo2", **OLMO2, head_dim=16), "a head_dim other than hidden_size / num_attention_heads, 16, of"),
         (config("granite", **GRANITE), "'granite' cannot express residual_multiplier 0.0 of this model"),
+        (
+            config("exaone4", post_norm=True, qk_norm="head", num_hidden_layers=64),
+            "'exaone4' cannot express 64 layers without windows of 4,096 tokens",
+        ),
         (config("phi3", partial_rotary_factor=0.5, qk_norm="head"), "'phi3' cannot express qk_norm 'head'"),
     ],
 )
