@@ -255,6 +255,9 @@ def family(window: int, beyond: int) -> dict[str, dict[str, Any]]:
         "granite": {**granite, **biased, **wide, "rope": llama3},
         "olmo2": {**olmo2, "rope": yarn},
         "exaone4": {"model_type": "exaone4", "post_norm": True, "qk_norm": "head", "rope": llama3},
+        "internlm3": {"model_type": "internlm3", **biased, **wide},
+        "iquestcoder": {"model_type": "iquestcoder", "attention_bias": True, **wide},
+        "cwm": {"model_type": "cwm", "sliding_window": full, "full_attention_layers": (0,), **wide, "rope": llama3},
         "seed_oss": {
             "model_type": "seed_oss", "attention_bias": True, "attention_output_bias": False, **wide, "rope": yarn
         },
