@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from pages import write_part
 from provenance import changed
 
 from eabf_jax.analysis.figures import length_axis, line_style, save
@@ -22,7 +23,7 @@ from eabf_jax.cli import run
 from eabf_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- begin: {}, written by benchmarks/plot_performance.py -->", "<!-- end -->"
+BEGIN = "<!-- begin: {}, written by benchmarks/plot_performance.py -->"
 
 STACKS = {"ours": "eabf-jax", "peer": "strongest peer", "masters": "peer, float32 state"}
 # By stack of the peer: an entry's keys for the setting and the ratio, and the last word of its settings' names.
@@ -637,25 +638,6 @@ def stale_mark(report: Mapping[str, Any]) -> str:
     return "" if changed(report) == [] else " †"
 
 
-def write_part(path: Path, part: str, text: str) -> None:
-    """Replaces the text between a pair of markers.
-
-    Args:
-      path: a Markdown file.
-      part: name of the part, as in its markers.
-      text: the new text.
-
-    Raises:
-      InputError: the file does not have exactly one such pair of markers.
-    """
-    written = path.read_text(encoding="utf-8")
-    begin = BEGIN.format(part)
-    if written.count(begin) != 1 or END not in written.partition(begin)[2]:
-        raise InputError(f"{path} has no part between {begin!r} and {END!r} to write the tables into")
-    before, _, rest = written.partition(begin)
-    path.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-
-
 def parts(results: Path) -> dict[str, str]:
     """Builds everything that is written from a directory of results, by part."""
     groups, reports = grouped(read_results(results)), all_results(results)
@@ -681,7 +663,7 @@ def main() -> None:
         print(f"picture: {pictures / picture_name(group)}")
     for part, text in parts(options.results).items():
         path = options.page if part == "performance" else options.readme
-        write_part(path, part, text)
+        write_part(path, BEGIN.format(part), text)
         print(f"{part}: {path}")
 
 

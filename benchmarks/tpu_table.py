@@ -22,8 +22,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pages import write_part
+
 from eabf_jax.cli import ArgumentParser, run
-from eabf_jax.errors import InputError
 from eabf_jax.hardware import DEVICES, GIB
 from eabf_jax.interop.directory import write_json
 from eabf_jax.model.config import LlamaConfig
@@ -33,7 +34,7 @@ from eabf_jax.training.recipe import load_config
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/tpu_table.json", ROOT / "docs/tpu.md"
-BEGIN, END = "<!-- begin: written by benchmarks/tpu_table.py -->", "<!-- end -->"
+BEGIN = "<!-- begin: written by benchmarks/tpu_table.py -->"
 MODELS = {
     "7B": "configs/llama2_7b_eabf_16k.yaml",
     "13B": "configs/llama2_13b_eabf_16k.yaml",
@@ -190,15 +191,6 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     return f"_{planned:.1f}_" if planned <= DEVICES["v4"].memory / GIB else "—"
 
 
-def write_page(results: Mapping[str, Any], page: Path) -> None:
-    """Replaces the text between the page's markers."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise InputError(f"{page} has no lines {BEGIN} and {END} to write between")
-    page.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n\n{END}{after}")
-
-
 def main() -> None:
     """Fills the table and writes the page."""
     parser = ArgumentParser("tpu_table.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -212,7 +204,7 @@ def main() -> None:
         help="compile what is known already, too: all of it, or commands with this text in them (may be given again)",
     )
     parsed = parser.parse_args()
-    write_page(fill(Cells(RESULTS, parsed.afresh)), PAGE)
+    write_part(PAGE, BEGIN, tables(fill(Cells(RESULTS, parsed.afresh))))
     print(f"{RESULTS.relative_to(ROOT)}, {PAGE.relative_to(ROOT)}")
 
 

@@ -3,6 +3,7 @@ from xml.etree import ElementTree
 
 import pytest
 from matplotlib.axes import Axes
+from pages import END
 
 from eabf_jax.errors import InputError
 
@@ -78,8 +79,8 @@ def results(tmp_path):
 def test_page_and_pictures_are_written_from_results(program, results, tmp_path, monkeypatch):
     path = tmp_path / "performance.md"
     begin, readme = program.BEGIN.format, tmp_path / "README.md"
-    path.write_text(f"# Speed\n\nBefore.\n\n{begin('performance')}\n\nold table\n\n{program.END}\n\nAfter.\n")
-    readme.write_text("\n".join(f"{begin(part)}\n{program.END}" for part in ("training", "generation")))
+    path.write_text(f"# Speed\n\nBefore.\n\n{begin('performance')}\n\nold table\n\n{END}\n\nAfter.\n")
+    readme.write_text("\n".join(f"{begin(part)}\n{END}" for part in ("training", "generation")))
     monkeypatch.setattr("sys.argv", ["plot", "--results", str(results), "--page", str(path), "--readme", str(readme)])
     program.main()
     text = path.read_text()
@@ -313,14 +314,6 @@ def test_picture_shows_both_stacks(program, results, tmp_path):
     assert not list(tmp_path.glob(".picture*"))
 
 
-def test_a_page_without_markers_is_left_alone(program, tmp_path):
-    path = tmp_path / "performance.md"
-    path.write_text("# Speed\n")
-    with pytest.raises(InputError, match="no part between"):
-        program.write_part(path, "performance", "tables")
-    assert path.read_text() == "# Speed\n"
-
-
 def test_no_results_is_one_line(program, tmp_path):
     with pytest.raises(InputError, match="holds no result"):
         program.read_results(tmp_path)
@@ -331,5 +324,5 @@ def test_the_committed_pages_are_those_of_the_results_and_of_todays_code(program
     """A change to measured code makes its figures stale, and the pages must say so."""
     for part, text in program.parts(program.ROOT / "benchmarks/results").items():
         written = (program.ROOT / ("docs/performance.md" if part == "performance" else "README.md")).read_text()
-        found = written.partition(program.BEGIN.format(part))[2].partition(program.END)[0]
+        found = written.partition(program.BEGIN.format(part))[2].partition(END)[0]
         assert found.strip() == text.strip(), "run python benchmarks/plot_performance.py"
