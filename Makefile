@@ -65,8 +65,8 @@ UNTRAINED = --model untouched=assets/tiny \
   --model 'NTK-by-parts, no training=assets/tiny@{type: ntk_by_parts, factor: 4, $(C)}' \
   --model 'YaRN, no training=assets/tiny@{type: yarn, factor: 4, $(C)}' \
   --model 'ABF, no training=assets/tiny@{type: abf, base: 100000}' \
-  --model 'EABF, no training=assets/tiny@{type: eabf, base: 100000, $(C)}' \
-  --model 'EABF-stair, no training=assets/tiny@{type: eabf_stair, base: 100000, $(C)}'
+  --model 'EABF-stair, no training=assets/tiny@{type: eabf_stair, base: 100000, $(C)}' \
+  --model 'EABF, no training=assets/tiny@{type: eabf, base: 100000, $(C)}'
 EVALUATE = $(RUN) -m eabf_jax evaluate perplexity --data data/tiny_2k --bands 0,256,512,1024,2048 --dtype float32 $(UNTRAINED)
 
 data/tiny_2k: | .venv/sharegpt
@@ -88,8 +88,8 @@ demo: runs/tiny_eabf_2k
 
 demo-all: demo runs/tiny_pi_2k runs/tiny_yarn_2k runs/tiny_abf_2k runs/tiny_eabf_stair_2k
 	$(EVALUATE) --model 'PI, 6 steps=runs/tiny_pi_2k' --model 'YaRN, 6 steps=runs/tiny_yarn_2k' \
-	  --model 'ABF, 6 steps=runs/tiny_abf_2k' --model 'EABF, 6 steps=runs/tiny_eabf_2k' \
-	  --model 'EABF-stair, 6 steps=runs/tiny_eabf_stair_2k' \
+	  --model 'ABF, 6 steps=runs/tiny_abf_2k' --model 'EABF-stair, 6 steps=runs/tiny_eabf_stair_2k' \
+	  --model 'EABF, 6 steps=runs/tiny_eabf_2k' \
 	  --json demo/all_methods.json --figure demo/all_methods.png
 	@echo; echo "Created, in addition to the demo's files:"
 	@echo "  runs/tiny_{pi,yarn,abf,eabf_stair}_2k   the other methods' runs"

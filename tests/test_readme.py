@@ -17,7 +17,7 @@ pytestmark = pytest.mark.document_check
 
 ROOT = Path(__file__).parents[1]
 WHEN = ("trained", "untrained")
-METHODS = ("PI", "YaRN", "ABF", "EABF")
+METHODS = ("PI", "YaRN", "ABF", "EABF-stair", "EABF")
 
 
 def one_line(path: str) -> str:
@@ -43,12 +43,15 @@ def test_the_demos_table_has_every_method_before_and_after_training() -> None:
 
 def test_what_the_readme_says_of_the_demo_is_in_its_figures() -> None:
     means = demo("all_methods")
-    untouched, yarn, abf, ours = (means[name] for name in ("untouched", *(f"{name}, 6 steps" for name in METHODS[1:])))
+    untouched, *trained = (means[name] for name in ("untouched", *(f"{name}, 6 steps" for name in METHODS[1:])))
+    yarn, abf, stair, ours = trained
     text = one_line("README.md")
     assert "At 1,024–2,048, YaRN is better than EABF, and EABF better than ABF" in text
     assert yarn[3] < ours[3] < abf[3]
     assert "up to 1,024, EABF and ABF are better than YaRN" in text
     assert all(map(operator.lt, ours[:3], yarn[:3])) and all(map(operator.lt, abf[:3], yarn[:3]))
+    assert "EABF-stair, whose multiplier llama.cpp and vLLM compute too ([Serve](#serve)), is within 0.01 nats" in text
+    assert all(abs(a - b) < 0.01 for a, b in zip(stair, ours, strict=True))
     prices = {round(a - b, 2) for a, b in zip(ours[:2], untouched[:2], strict=True)}
     assert prices == {0.06} and "a price of 0.06 nats inside the old window for EABF" in text
 
