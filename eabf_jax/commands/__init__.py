@@ -11,6 +11,7 @@ COMMANDS = {
     "compile": "predict a train step's memory, or compile it for a TPU slice without a TPU",
     "generate": "continue texts, or hold a conversation",
     "evaluate": "measure models: perplexity, passkey, line-retrieval, harness; redraw a report",
+    "entropy": "measure attention entropy by layer, head and position",
 }
 # The kinds of `eabf evaluate`.
 EVALUATIONS = {

@@ -13,11 +13,9 @@ import numpy as np
 from jaxtyping import Int
 
 from eabf_jax.commands import evaluate
-from eabf_jax.commands.evaluate import measured_on, model_of, numbers, tokenizer_of
+from eabf_jax.commands.evaluate import measured_on, model_of, numbers
 from eabf_jax.console import Grid, progress_bar, track
-from eabf_jax.data.dataset import tokenizer_digest
 from eabf_jax.errors import InputError
-from eabf_jax.evaluation.documents import is_text, read_documents
 from eabf_jax.evaluation.intervals import Mean, finite, student
 from eabf_jax.evaluation.perplexity import (
     BandLoss,
@@ -31,25 +29,14 @@ from eabf_jax.evaluation.perplexity import (
     window_ends,
     window_perplexity,
 )
-from eabf_jax.interop.loading import Entry
-from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     evaluate.add_arguments(parser)
+    evaluate.add_document_arguments(parser)
     add = parser.add_argument
-    add(
-        "--data",
-        required=True,
-        help="a dataset made by `eabf prepare`; or texts, read with the models' tokenizer: a file or directory that "
-        '`eabf prepare --format text` reads, such as .txt (one document) or .jsonl (one a line, under "text")',
-    )
-    add("--split", default="held_out", help="split of a dataset (default: held_out)")
-    add("--length", type=int, help="cut documents to this many tokens (default: the shortest one's)")
-    add("--skip-shorter", action="store_true", help="leave out documents shorter than --length")
-    add("--documents", type=int, help="number of documents to use, from the first (default: all)")
     add("--bands", help="edges of the position bands, e.g. 0,256,512,1024 (default: doubling from 256 to the length)")
     add(
         "--windows",
@@ -91,7 +78,7 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     if arguments.windows and arguments.bands:
         raise InputError("--bands and --windows are different measurements: give one of the two")
     configs = [entry.config for entry in entries]
-    documents = _documents(arguments, entries, configs)
+    documents = evaluate.documents_of(arguments, entries)
     edges = default_edges(documents.shape[1])
     if arguments.bands is not None:
         edges = numbers("--bands", arguments.bands, "positions such as 0,256,512,1024")
@@ -146,35 +133,6 @@ def _losses(
         further = functools.partial(lambda before, done: advance(before + done), before)
         found.append(sliding_losses(model, documents, window, stride, batch_size=size, progress=further))
     return found
-
-
-def _documents(
-    arguments: argparse.Namespace, entries: Sequence[Entry], configs: Sequence[LlamaConfig]
-) -> Int[np.ndarray, "documents T"]:
-    tokenizer = None
-    if is_text(arguments.data):
-        tokenizers = [tokenizer_of(entry.directory) for entry in entries]
-        if len({tokenizer_digest(tokenizer) for tokenizer in tokenizers}) > 1:
-            raise InputError(
-                "the models' tokenizers differ, and losses per token are comparable only with the same tokenizer: run "
-                "the command once for each tokenizer"
-            )
-        tokenizer = tokenizers[0]
-    documents = read_documents(
-        arguments.data,
-        arguments.split,
-        arguments.length,
-        arguments.documents,
-        tokenizer=tokenizer,
-        skip_shorter=arguments.skip_shorter,
-    )
-    for entry, config in zip(entries, configs, strict=True):
-        if documents.max() >= config.vocab_size:
-            raise InputError(
-                f"{arguments.data} holds token id {documents.max()}, {entry.directory} only has ids below "
-                f"{config.vocab_size}; prepare the dataset with this model's tokenizer"
-            )
-    return documents
 
 
 def _fine_edges(length: int) -> list[int]:
