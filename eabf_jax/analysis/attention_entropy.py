@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation.intervals import Mean, student
@@ -22,7 +22,7 @@ from eabf_jax.evaluation.perplexity import check_edges
 from eabf_jax.inference import placement
 from eabf_jax.model.attention import precision_of
 from eabf_jax.model.attention.backend import MASKED
-from eabf_jax.model.llama import Llama, Row
+from eabf_jax.model.llama import Llama, Row, checked
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.parallel.rules import batch_ways, mesh_of, moved
 
@@ -119,6 +119,24 @@ def _begin(graph: Any, params: Any, tokens: Array) -> tuple[Array, Row]:
     return model.embed(model.embed_tokens.embedding[...], tokens), model.row(tokens)
 
 
+def attention_entropy(model: Llama, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "layers heads T"]:
+    """Computes the mean entropy of every query position's attention.
+
+    Args:
+      model: on one device, or on a mesh that it was loaded on; rows are copied to fill the mesh.
+      tokens: integers [batch, length].
+
+    Returns:
+      float32 [layers, heads, length], nats, means over the rows; position 0, which sees one key, has 0.
+
+    Raises:
+      InputError: as for `entropies`.
+    """
+    tokens = np.asarray(tokens)
+    found = entropies(model, tokens, range(tokens.shape[-1] + 1), batch_size=1)
+    return found.means.mean(0).astype(np.float32)
+
+
 def entropies(
     model: Llama,
     documents: Int[np.ndarray, "documents T"],
@@ -130,14 +148,17 @@ def entropies(
     """Measures the attention entropy of a model that reads documents, each in one pass.
 
     Args:
-      documents: int32 [documents, length].
+      model: on one device, which is then copied to all, or on a mesh that it was loaded on.
+      documents: integers [documents, length].
       edges: increasing positions from 0 or more, at most the length.
       batch_size: documents that each device reads at a time.
       progress: called with the number of documents done.
 
     Raises:
-      InputError: bands that do not fit the documents, or entropies that are not finite.
+      InputError: tokens that are no [documents, length] array or beyond the vocabulary, bands that do not fit them, or
+        entropies that are not finite.
     """
+    documents = np.asarray(checked("documents", documents, 0, model.config.vocab_size))
     check_edges(edges, documents.shape[1])
     mesh = mesh_of(model)
     if mesh is None:
@@ -146,9 +167,8 @@ def entropies(
     placement.check(mesh, model.config)
     config, at = model.config, placement.row_sharding(mesh)
     graph, params = nnx.split(model)
-    bands = list(itertools.pairwise(edges))
-    rows = batch_size * batch_ways(mesh)
-    means = np.empty((len(documents), config.num_hidden_layers, config.num_attention_heads, len(bands)))
+    rows, widths = batch_size * batch_ways(mesh), np.diff(edges)
+    means = np.empty((len(documents), config.num_hidden_layers, config.num_attention_heads, len(widths)))
     for start in range(0, len(documents), rows):
         batch = documents[start : start + rows]
         # The last batch is filled with its own first document, so that one program serves all.
@@ -159,9 +179,8 @@ def entropies(
             if window is not None and window >= documents.shape[1]:
                 window = None
             x, found = _layer(graph, params, x, row, jnp.int32(layer), window)
-            nats = np.asarray(found, np.float64)[: len(batch)]
-            for number, (first, end) in enumerate(bands):
-                means[start : start + len(batch), layer, :, number] = nats[..., first:end].mean(-1)
+            nats = np.asarray(found, np.float64)[: len(batch), :, : edges[-1]]
+            means[start : start + len(batch), layer] = np.add.reduceat(nats, edges[:-1], axis=-1) / widths
         progress(start + len(batch))
     if not np.isfinite(means).all():
         raise InputError("an entropy is not finite; check the weights, or use --dtype float32")
@@ -183,25 +202,27 @@ def by_head(found: Entropies) -> list[list[list[Mean]]]:
     ]
 
 
+def sides(edges: Sequence[int], window: int) -> tuple[Bool[np.ndarray, " bands"], Bool[np.ndarray, " bands"]]:
+    """Returns which bands lie in the last half of a window of this many tokens, and which lie beyond it."""
+    starts, ends = np.array(edges[:-1]), np.array(edges[1:])
+    return (starts >= window // 2) & (ends <= window), starts >= window
+
+
 def drift(found: Entropies, window: int) -> list[Mean]:
-    """Returns by layer how much the entropy beyond a window exceeds that in its last half, with the interval.
+    """Returns by layer the entropy beyond the pretrained window minus that in its last half, with the interval.
 
     Args:
-      window: the pretrained window, in tokens. The bands from window / 2 to the window count as inside it.
+      window: the pretrained window, in tokens.
 
     Raises:
       InputError: no band lies beyond the window, or none in its last half.
     """
-    edges = np.array(found.edges)
-    inside = (edges[:-1] >= window // 2) & (edges[1:] <= window)
-    beyond = edges[:-1] >= window
+    inside, beyond = sides(found.edges, window)
     if not inside.any() or not beyond.any():
         raise InputError(
             f"bands {','.join(map(str, found.edges))} have no part within {window // 2} to {window} tokens, the last "
             "half of the pretrained window, or none beyond it"
         )
-    sizes = np.diff(edges)
-    means = found.means.mean(2)
-    outside = np.average(means[..., beyond], axis=-1, weights=sizes[beyond])
-    change = outside - np.average(means[..., inside], axis=-1, weights=sizes[inside])
-    return [student(change[:, layer]) for layer in range(change.shape[1])]
+    widths, means = np.diff(found.edges), found.means.mean(2)
+    near, far = (np.average(means[..., part], axis=-1, weights=widths[part]) for part in (inside, beyond))
+    return [student(change) for change in (far - near).T]

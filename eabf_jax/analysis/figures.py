@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator, NullLocator
 
 from eabf_jax.analysis.attention_entropy import Entropies
 from eabf_jax.destination import whole
@@ -140,42 +140,43 @@ def entropy_maps(
 ) -> None:
     """Draws attention entropies, one row per model: curves by layer, a map of layer and position, and all heads.
 
-    The curves are means over heads, on a logarithmic axis of positions, where even attention (ln n) is a straight line.
+    Curves and map are means over heads. On the logarithmic axis of positions, even attention (ln n) is a straight line.
 
     Args:
-      found: by label, from `analysis.attention_entropy.entropies`, on one list of bands.
+      found: by label, from `attention_entropy.entropies`, on one list of bands.
       pretrained_window: position to mark, in tokens.
     """
     figure = Figure(figsize=(15, 0.8 + 3.4 * len(found)), layout="constrained")
-    panels = figure.subplots(len(found), 3, squeeze=False, sharex="col", sharey="col")
+    panels = figure.subplots(len(found), 3, squeeze=False, sharex="col", sharey="col", width_ratios=(5, 5, 4))
     top = max(float(entropy.means.mean((0, 2)).max()) for entropy in found.values())
     colours = matplotlib.colormaps["cividis"]
     for (curves, heat, heads), (label, entropy) in zip(panels, found.items(), strict=True):
-        edges, means = np.array(entropy.edges), entropy.means.mean(0)  # [layers, heads, bands]
-        centres = np.sqrt(np.maximum(edges[:-1], 1) * edges[1:])
+        edges, means = np.maximum(entropy.edges, 1), entropy.means.mean(0)  # [layers, heads, bands]
+        centres = np.sqrt(edges[:-1] * edges[1:])
         for layer, row in enumerate(means.mean(1)):
             curves.plot(centres, row, color=colours(layer / max(len(means) - 1, 1)), linewidth=1)
         curves.plot(centres, entropy.uniform, color="black", linestyle="--", linewidth=1, label="even attention, ln n")
-        curves.set_xscale("log", base=2)
-        curves.set(title=label, ylabel="entropy (nats)")
+        curves.set(title=f"{label}: mean over heads", ylabel="entropy (nats)")
         curves.grid(alpha=0.3)
         curves.legend(fontsize=8, loc="upper left")
-        _mark(curves, pretrained_window)
-        drawn = heat.pcolormesh(np.maximum(edges, 1), np.arange(len(means) + 1), means.mean(1), vmin=0, vmax=top)
-        drawn.set_cmap(colours)
-        heat.set_xscale("log", base=2)
+        drawn = heat.pcolormesh(edges, np.arange(len(means) + 1) - 0.5, means.mean(1), vmin=0, vmax=top, cmap=colours)
         heat.set(title="mean over heads", ylabel="layer")
-        _mark(heat, pretrained_window)
-        figure.colorbar(drawn, ax=heat, label="nats")
+        heat.yaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.colorbar(drawn, ax=heat, label="entropy (nats)")
         layers = np.repeat(np.arange(means.shape[0]), means.shape[1])
         heads.plot(layers, means[..., -1].ravel(), "o", markersize=3, alpha=0.6, color=_COLOURS[0])
-        heads.set(title=f"every head, positions {edges[-2]:,}-{edges[-1]:,}", ylabel="entropy (nats)")
+        heads.set(title=f"each head, positions {edges[-2]:,}-{edges[-1]:,}", ylabel="entropy (nats)")
+        heads.xaxis.set_major_locator(MaxNLocator(integer=True))
         heads.grid(alpha=0.3)
+        for panel in (curves, heat):
+            length_axis(panel, [4**step for step in range(10) if edges[0] <= 4**step <= edges[-1]])
+        _mark(curves, pretrained_window)
+        if pretrained_window is not None and pretrained_window < edges[-1]:
+            heat.axvline(pretrained_window, color="white", linestyle="--", linewidth=1)
     for panel, name in zip(panels[-1], ("position (tokens)", "position (tokens)", "layer"), strict=True):
         panel.set_xlabel(name)
-    norm = matplotlib.colors.Normalize(0, means.shape[0] - 1)
-    bar = matplotlib.cm.ScalarMappable(norm, colours)
-    figure.colorbar(bar, ax=panels[:, 0], label="layer of each curve", location="left", shrink=0.6)
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, len(means) - 1), colours)
+    figure.colorbar(scale, ax=panels[:, 0], label="layer of the curve", location="left", shrink=0.6)
     figure.suptitle(title, fontsize=10)
     save(figure, path)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eabf_jax.analysis.attention_entropy import Entropies, by_head, by_layer, drift, entropies
+from eabf_jax.analysis.attention_entropy import Entropies, by_head, by_layer, drift, entropies, sides
 from eabf_jax.commands import evaluate
 from eabf_jax.commands.evaluate import measured_on, model_of, numbers
 from eabf_jax.console import Grid, progress_bar, track
@@ -38,8 +38,9 @@ class Comparison(NamedTuple):
     window: int  # the pretrained window
 
     def drifts(self, label: str) -> list[Mean]:
-        """Returns a model's change of entropy beyond the window by layer; empty if no band lies beyond it."""
-        return drift(self.found[label], self.window) if self.length > self.window else []
+        """Returns a model's change of entropy beyond the window by layer; empty without bands on both sides of it."""
+        found = self.found[label]
+        return drift(found, self.window) if all(side.any() for side in sides(found.edges, self.window)) else []
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -83,7 +84,6 @@ def compare(arguments: argparse.Namespace) -> Comparison:
                 raise InputError(f"{entry.label}: {error}") from error
             del model  # before the next one is loaded
             made.found[entry.label] = found
-            made.drifts(entry.label)  # refuses bands before the next model
     return made
 
 
