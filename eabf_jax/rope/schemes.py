@@ -59,6 +59,7 @@ _REQUIREMENTS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         lambda window: 2 <= window < 2**31,
         "pretrained_window must be at least 2 tokens and less than 2^31",
     ),
+    (("betas",), bool, "betas must have a number for each layer"),
     (("unscaled_layers",), lambda layers: layers >= 0, "unscaled_layers must be at least 0"),
     (("attention_factor",), lambda scale: scale is None or scale > 0, "attention_factor must be more than 0"),
     *(
