@@ -29,6 +29,8 @@ from eabf_jax.parallel.rules import batch_ways, mesh_of, moved
 # Queries and keys in a block: on CPU, blocks that stay in its cache; on others, blocks that keep all cores busy.
 _BLOCK = {"cpu": 256}
 _LARGE_BLOCK = 1024
+# Growth of entropy inside the window from which a layer counts as one that attends widely; even attention has 1.
+EXEMPT = 0.5
 
 
 class Entropies(NamedTuple):
@@ -185,6 +187,94 @@ def entropies(
     if not np.isfinite(means).all():
         raise InputError("an entropy is not finite; check the weights, or use --dtype float32")
     return Entropies(list(edges), means)
+
+
+class Matched(NamedTuple):
+    """What `matched` finds, by layer."""
+
+    betas: Float[np.ndarray, " layers"]  # of the multiplier `layer_temperature`
+    growth: Float[np.ndarray, " layers"]  # of the entropy inside the window, nats per factor of e in position
+
+
+def matched(
+    model: Llama,
+    documents: Int[np.ndarray, "documents T"],
+    window: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Matched:
+    """Fits each layer's logit multiplier so that attention entropy beyond the window is that in its last half.
+
+    The multiplier is 1 + beta ln max(i / c, 1). Layers are fitted in order, each on the hidden states that the fitted
+    layers before it give. A layer whose entropy inside the window grows by `EXEMPT` or more keeps beta = 0: it attends
+    widely, and would in a longer window too. The search ends at beta = 3 / ln c.
+
+    Args:
+      model: with the frequencies to use, and no multiplier.
+      documents: integers [documents, length], longer than the window; all are read in one batch.
+      window: c, the pretrained window, in tokens.
+      progress: called with the number of layers done.
+
+    Raises:
+      InputError: as for `entropies`; documents within the window.
+    """
+    documents = np.asarray(checked("documents", documents, 0, model.config.vocab_size))
+    if documents.shape[1] <= window:
+        raise InputError(f"documents of {documents.shape[1]} tokens end within the window of {window}")
+    mesh = mesh_of(model)
+    if mesh is None:
+        mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
+        model = moved(model, mesh)
+    placement.check(mesh, model.config)
+    count, ways = len(documents), batch_ways(mesh)
+    full = np.concatenate([documents, np.repeat(documents[:1], -count % ways, axis=0)])
+    graph, params = nnx.split(model)
+    x, row = _begin(graph, params, jax.device_put(full, placement.row_sharding(mesh)))
+    betas, growth = [], []
+    for layer in range(model.config.num_hidden_layers):
+        sliding = model.config.window_of(layer)
+        if sliding is not None and sliding >= documents.shape[1]:
+            sliding = None
+        x, beta, slope = _fit_layer(graph, params, x, row, jnp.int32(layer), sliding, window, count)
+        betas.append(float(beta))
+        growth.append(float(slope))
+        progress(layer + 1)
+    if not np.isfinite([betas, growth]).all():
+        raise InputError("an entropy is not finite; check the weights, or use --dtype float32")
+    return Matched(np.array(betas), np.array(growth))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "sliding", "window", "count"))
+def _fit_layer(
+    graph: Any, params: Any, x: Array, row: Row, index: Array, sliding: int | None, window: int, count: int
+) -> tuple[Array, Array, Array]:
+    """Runs one layer with the beta that matches its entropies; returns the hidden states, beta and growth."""
+    model = nnx.merge(graph, params)
+    attention = model.attention if sliding is None else model.windowed
+    beyond = jnp.log(jnp.maximum((row.positions + 1) / window, 1.0))
+    found: list[Array] = []
+
+    def scaled(q: Array, beta: Array | float) -> Array:
+        return (q * (1.0 + beta * beyond)[..., None, None]).astype(q.dtype)
+
+    def means(q: Array, k: Array, beta: Array | float, start: int, end: int) -> Array:
+        return row_entropies(scaled(q, beta), k, sliding)[:count, :, start:end].mean()
+
+    def attend(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+        near = means(q[:, :window], k[:, :window], 0.0, window // 2, window)
+        nearer = means(q[:, :window], k[:, :window], 0.0, window // 8, window // 4)
+        growth = (near - nearer) / np.float32(np.log(4))  # the two bands are a factor of four apart
+        betas = jnp.linspace(0.0, 3.0, 7) / np.float32(np.log(window))
+        far = jax.lax.map(lambda beta: means(q, k, beta, window, q.shape[1]), betas)
+        # Entropy falls as beta grows, so the beta of an entropy is read from the points in reverse.
+        beta = jnp.interp(near, far[::-1], betas[::-1])
+        beta = jnp.where(growth < EXEMPT, beta, 0.0)
+        found.extend((beta, growth))
+        return attention(scaled(q, beta), k, v, segment_ids)
+
+    model.attention, model.windowed = attend, None
+    parameters = jax.tree.map(lambda leaf: leaf[index], nnx.to_pure_dict(nnx.state(model.layers, nnx.Param)))
+    x = model.layer(parameters, index, x, row)
+    return x, *found
 
 
 def by_layer(found: Entropies) -> list[list[Mean]]:
