@@ -253,20 +253,20 @@ def _fit_layer(
     beyond = jnp.log(jnp.maximum((row.positions + 1) / window, 1.0))
     found: list[Array] = []
 
-    def scaled(q: Array, beta: Array | float) -> Array:
+    def scaled(q: Array, beta: Array) -> Array:
         return (q * (1.0 + beta * beyond)[..., None, None]).astype(q.dtype)
 
-    def means(q: Array, k: Array, beta: Array | float, start: int, end: int) -> Array:
-        return row_entropies(scaled(q, beta), k, sliding)[:count, :, start:end].mean()
-
     def attend(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
-        near = means(q[:, :window], k[:, :window], 0.0, window // 2, window)
-        nearer = means(q[:, :window], k[:, :window], 0.0, window // 8, window // 4)
+        inside = row_entropies(q[:, :window], k[:, :window], sliding)[:count].mean((0, 1))
+        near, nearer = inside[window // 2 :].mean(), inside[window // 8 : window // 4].mean()
         growth = (near - nearer) / np.float32(np.log(4))  # the two bands are a factor of four apart
+
+        def far(beta: Array) -> Array:
+            return row_entropies(scaled(q, beta), k, sliding)[:count, :, window:].mean()
+
         betas = jnp.linspace(0.0, 3.0, 7) / np.float32(np.log(window))
-        far = jax.lax.map(lambda beta: means(q, k, beta, window, q.shape[1]), betas)
         # Entropy falls as beta grows, so the beta of an entropy is read from the points in reverse.
-        beta = jnp.interp(near, far[::-1], betas[::-1])
+        beta = jnp.interp(near, jax.lax.map(far, betas)[::-1], betas[::-1])
         beta = jnp.where(growth < EXEMPT, beta, 0.0)
         found.extend((beta, growth))
         return attention(scaled(q, beta), k, v, segment_ids)
@@ -274,7 +274,8 @@ def _fit_layer(
     model.attention, model.windowed = attend, None
     parameters = jax.tree.map(lambda leaf: leaf[index], nnx.to_pure_dict(nnx.state(model.layers, nnx.Param)))
     x = model.layer(parameters, index, x, row)
-    return x, *found
+    beta, growth = found
+    return x, beta, growth
 
 
 def by_layer(found: Entropies) -> list[list[Mean]]:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator, NullLocator
 
 from eabf_jax.analysis.attention_entropy import Entropies
+from eabf_jax.analysis.suggest import Suggestion
 from eabf_jax.destination import whole
 from eabf_jax.evaluation.intervals import Share
 from eabf_jax.evaluation.perplexity import BandLoss, WindowPerplexity
@@ -178,6 +179,32 @@ def entropy_maps(
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, len(means) - 1), colours)
     figure.colorbar(scale, ax=panels[:, 0], label="layer of the curve", location="left", shrink=0.6)
     figure.suptitle(title, fontsize=10)
+    save(figure, path)
+
+
+def loss_by_base(found: Suggestion, path: Path, *, own: float) -> None:
+    """Draws the far band's loss against the base: untrained with and without a multiplier, and after training.
+
+    Args:
+      own: the model's base, to mark.
+    """
+    figure, axes = _axes("base of the frequencies", "loss in the far band (nats per token)", "")
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for candidate in found.candidates:
+        rotation, kind = candidate.scheme.frequencies, candidate.scheme.logit_multiplier.function.__name__
+        bare = rotation.function.__name__ == "default"
+        for steps in candidate.losses:
+            after = f"after {steps} steps" if steps else "untrained"
+            label = f"{kind if kind != 'none' else 'no multiplier'}, {after}"
+            if bare:
+                groups.setdefault(label, []).append((dict(rotation.parameters)["base"], candidate.far(steps).mean))
+    for number, (label, points) in enumerate(sorted(groups.items())):
+        best = {base: min(loss for other, loss in points if other == base) for base, _ in sorted(points)}
+        axes.plot(list(best), list(best.values()), label=label, **line_style(number, len(groups) + 1))
+    axes.axvline(own, color="grey", linestyle="--", linewidth=1)
+    axes.set_xscale("log")
+    _log_axis(axes)
+    _legend(figure, axes)
     save(figure, path)
 
 

@@ -31,7 +31,7 @@ from eabf_jax.parallel.rules import batch_ways, mesh_of
 from eabf_jax.rope import Scheme, compose
 from eabf_jax.rope.schemes import Rule
 from eabf_jax.training.recipe import RopeConfig, TrainConfig
-from eabf_jax.training.trainer import base_config, train
+from eabf_jax.training.trainer import base_config, settle, train
 
 # Bases to try, as multiples of the model's own; the paper's is 50.
 MULTIPLES = (2, 5, 10, 20, 50)
@@ -93,7 +93,6 @@ def suggest(
     documents: Int[np.ndarray, "documents T"],
     scratch: Path,
     *,
-    steps: int,
     bases: Sequence[float] = (),
     batch_size: int = 1,
     progress: Progress = lambda name, total: lambda done: None,
@@ -104,56 +103,78 @@ def suggest(
       config: the run: model, target window, data and recipe; its own scheme plays no part.
       documents: int32 [documents, target window], held out from training.
       scratch: a directory for the training runs.
-      steps: optimizer steps of the last round.
       bases: bases to try; none means `MULTIPLES` of the model's own, and `least_base`.
       batch_size: documents that each device reads at a time.
 
     Raises:
-      InputError: as for `load` and `train`; a model whose scheme has no base.
+      InputError: as for `load`, `own_base` and `train`.
     """
-    base = base_config(config)
-    window, pretrained = documents.shape[1], base.max_position_embeddings
-    own = own_base(base.rope)
-    assert config.model.path is not None
-    mesh = evaluation_mesh(base, config.compute.dtype)
-    model = load(config.model.path, dtype=config.compute.dtype, mesh=mesh)[0]
-    known: dict[Scheme, Candidate] = {}
-
-    def score(schemes: Sequence[Scheme], name: str) -> list[Candidate]:
-        advance = progress(name, len(schemes))
-        for done, scheme in enumerate(schemes, start=1):
-            if scheme not in known:
-                losses = scheme_losses(model, scheme, documents, batch_size)
-                known[scheme] = Candidate(scheme, {0: _bands(losses, pretrained)})
-            advance(done)
-        return [known[scheme] for scheme in schemes]
-
-    tried = sorted(set(bases) or {own * multiple for multiple in MULTIPLES} | {float(f"{least_base(window):.2g}")})
-    frequencies = [compose({"type": "abf", "base": found}) for found in tried if found >= own]
-    interpolated = {"base": own, "factor": window / pretrained, "pretrained_window": pretrained}
-    frequencies += [compose({"type": kind, **interpolated}) for kind in ("ntk_by_parts", "yarn")]
-    paper: list[Mapping[str, Any]] = [{"type": "entropy_aware", "pretrained_window": pretrained}, {"type": "none"}]
-    first = score([compose(found, rule) for found in frequencies for rule in paper], "frequencies, untrained")
-    chosen = [compose(found.scheme) for found in leading(first, 0, 2, 1)]
-    fits = {}
-    for number, found in enumerate(chosen, start=1):
-        advance = progress(f"attention entropy, {number} of {len(chosen)}", base.num_hidden_layers)
-        fits[found] = matched(_with_rope(model, found), documents, pretrained, advance)
-    score([compose(found, rule) for found in chosen for rule in _multipliers(pretrained, fits[found])], "multipliers")
-    del model
-    remaining, before = list(known.values()), 0
-    rounds = (max(1, steps // 3), steps)
+    steps = settle(config).steps
+    found, fits = untrained(config, documents, bases, batch_size, progress)
+    remaining, before, rounds = found, 0, (max(1, steps // 3), steps)
     for reached, (count, each) in zip(rounds, _ROUNDS, strict=True):
         remaining = leading(remaining, before, count, each)
         advance = progress(f"training, {reached} step{'s' * (reached > 1)}", len(remaining))
         for done, candidate in enumerate(remaining, start=1):
             run = scratch / f"{reached}_steps_{done}"
             losses = trained_losses(config, candidate.scheme, run, reached, documents, batch_size)
-            candidate.losses[reached] = _bands(losses, pretrained)
+            candidate.losses[reached] = _bands(losses, base_config(config).max_position_embeddings)
             advance(done)
         before = reached
-    ranked = sorted(known.values(), key=lambda found: (-found.steps, found.far(found.steps).mean))
-    return Suggestion(ranked, (0, *rounds), fits)
+    return Suggestion(sorted(found, key=_rank), (0, *rounds), fits)
+
+
+def _rank(candidate: Candidate) -> tuple[int, float]:
+    return -candidate.steps, candidate.far(candidate.steps).mean
+
+
+def untrained(
+    config: TrainConfig,
+    documents: Int[np.ndarray, "documents T"],
+    bases: Sequence[float],
+    batch_size: int,
+    progress: Progress,
+) -> tuple[list[Candidate], dict[Scheme, Matched]]:
+    """Scores candidates without training: frequencies with the paper's multiplier and with none, then multipliers.
+
+    Args:
+      config, documents, bases, batch_size, progress: as for `suggest`.
+
+    Returns:
+      The candidates, and the entropies measured with each of the two best frequencies.
+    """
+    base = base_config(config)
+    window, pretrained, own = documents.shape[1], base.max_position_embeddings, own_base(base.rope)
+    assert config.model.path is not None  # as `settle` has checked
+    mesh = evaluation_mesh(base, config.compute.dtype)
+    model = load(config.model.path, dtype=config.compute.dtype, mesh=mesh)[0]
+    known: dict[Scheme, Candidate] = {}
+
+    def score(name: str, schemes: Sequence[Scheme]) -> None:
+        advance = progress(name, len(schemes))
+        for done, scheme in enumerate(schemes, start=1):
+            if scheme not in known:
+                losses = scheme_losses(model, scheme, documents, batch_size)
+                known[scheme] = Candidate(scheme, {0: _bands(losses, pretrained)})
+            advance(done)
+
+    bound = float(f"{least_base(window):.2g}")
+    tried = sorted(set(bases) or {own * multiple for multiple in MULTIPLES} | {max(bound, own)})
+    frequencies = [compose({"type": "abf", "base": found}) for found in tried]
+    interpolated = {"base": own, "factor": window / pretrained, "pretrained_window": pretrained}
+    frequencies += [compose({"type": kind, **interpolated}) for kind in ("ntk_by_parts", "yarn")]
+    paper: list[Mapping[str, Any]] = [{"type": "entropy_aware", "pretrained_window": pretrained}, {"type": "none"}]
+    score("frequencies, untrained", [compose(found, rule) for found in frequencies for rule in paper])
+    fits = {}
+    for number, candidate in enumerate(leading(list(known.values()), 0, 2, 1), start=1):
+        alone = compose(candidate.scheme)  # its frequencies, without its multiplier
+        advance = progress(f"attention entropy, {number} of 2", base.num_hidden_layers)
+        fits[alone] = matched(_with_rope(model, alone), documents, pretrained, advance)
+    score(
+        "multipliers, untrained",
+        [compose(found, rule) for found in fits for rule in _multipliers(pretrained, fits[found])],
+    )
+    return list(known.values()), fits
 
 
 def own_base(rope: Scheme) -> float:
@@ -200,8 +221,7 @@ def leading(candidates: Sequence[Candidate], steps: int, count: int, each: int) 
 def _bands(losses: Float[np.ndarray, "documents T_minus_1"], pretrained: int) -> Float[np.ndarray, "documents 2"]:
     """Averages each document's losses inside the pretrained window and in the far band."""
     if not np.isfinite(losses).all():
-        # Such a candidate comes last, but the search goes on.
-        return np.full((len(losses), 2), np.inf)
+        raise InputError("a loss is not finite; check the weights, or use --compute.dtype float32")
     far = far_start(losses.shape[1] + 1)
     wide = losses.astype(np.float64)
     return np.stack([wide[:, : pretrained - 1].mean(1), wide[:, far - 1 :].mean(1)], axis=1)
@@ -225,7 +245,8 @@ def trained_losses(
     )
     with contextlib.redirect_stderr(io.StringIO()):
         train(shorter)
-    model = load(run, dtype=config.compute.dtype, mesh=None)[0]
+    mesh = evaluation_mesh(base_config(config), config.compute.dtype)
+    model = load(run, dtype=config.compute.dtype, mesh=mesh)[0]
     return position_losses(model, documents, batch_size=batch_size)
 
 

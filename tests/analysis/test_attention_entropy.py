@@ -1,6 +1,9 @@
 """Attention entropy against float64 NumPy, and against the attention weights that transformers returns."""
 
+import dataclasses
 import itertools
+import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,18 +15,23 @@ from family import FULL, SIZES, TOKENS, in_transformers
 from float64_attention import random_qkv
 
 from eabf_jax.analysis.attention_entropy import (
+    EXEMPT,
     Entropies,
     attention_entropy,
     by_head,
     by_layer,
     drift,
     entropies,
+    matched,
     row_entropies,
 )
 from eabf_jax.errors import InputError
 from eabf_jax.interop.loading import load
 from eabf_jax.model import Llama
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
+from eabf_jax.rope import compose
+
+TINY = Path(__file__).parents[2] / "assets/tiny"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -156,3 +164,51 @@ def test_nan_is_refused(pair: tuple[Llama, np.ndarray]) -> None:
     broken = model.with_parameters(jax.tree.map(lambda leaf: leaf * jnp.nan, model.parameters()))
     with pytest.raises(InputError, match="entropy is not finite"):
         entropies(broken, TOKENS, [0, 24])
+
+
+@pytest.fixture(scope="module")
+def texts(tokenizer: Any) -> np.ndarray:
+    """Four documents of 256 tokens from this repository's pages."""
+    pages = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))[:4]
+    return np.array([tokenizer.encode(page.read_text())[:256] for page in pages])
+
+
+def test_matched_slopes_keep_the_entropy_of_the_window(texts: np.ndarray) -> None:
+    """The tiny model, counted as one with a window of 64 tokens."""
+    frequencies = {"type": "abf", "base": 100_000.0}
+    plain = load(TINY, rope=frequencies, dtype="float32")[0]
+    done: list[int] = []
+    found = matched(plain, texts, 64, done.append)
+    assert done == [1, 2, 3, 4, 5, 6]
+    edges = [0, 8, 16, 32, 64, 128, 256]
+    before = entropies(plain, texts, edges)
+    # ln 4 lies between the middles of 8-16 and 32-64.
+    inside = before.means.mean((0, 2))
+    np.testing.assert_allclose(found.growth, (inside[:, 3] - inside[:, 1]) / math.log(4), atol=1e-4)
+    exempt = found.growth >= EXEMPT
+    assert 0 < exempt.sum() < 6
+    assert not found.betas[exempt].any()
+    multiplier = {"type": "layer_temperature", "pretrained_window": 64, "betas": found.betas.tolist()}
+    after = entropies(load(TINY, rope=compose(frequencies, multiplier), dtype="float32")[0], texts, edges)
+    change = {name: np.array([mean.mean for mean in drift(e, 64)]) for name, e in (("no", before), ("yes", after))}
+    # Six steps of the search approximate a curve by lines, which costs a few percent of what the fit removes.
+    fitted = ~exempt & (found.betas > 0) & (found.betas < 2.9 / math.log(64))
+    assert fitted.any()
+    assert np.all(np.abs(change["yes"])[fitted] < 0.03)
+    assert np.abs(change["no"])[fitted].max() > 0.1
+    # Where no multiplier is needed, none is fitted.
+    assert np.all(change["yes"][~exempt & (found.betas == 0)] <= 0.03)
+
+
+def test_a_sliding_window_bounds_the_entropies_that_are_matched(texts: np.ndarray) -> None:
+    model = load(TINY, dtype="float32")[0]
+    windowed = dataclasses.replace(model.config, sliding_window=16, full_attention_layers=(1, 3, 5))
+    found = matched(Llama.from_params(windowed, model.parameters()), texts, 64)
+    # A layer that always sees 16 tokens neither grows from 16 on nor needs a multiplier.
+    assert np.abs(found.growth[[0, 2, 4]]).max() < 0.2
+    assert found.growth[[1, 3, 5]].max() > 0.2
+
+
+def test_documents_within_the_window_cannot_be_matched(texts: np.ndarray) -> None:
+    with pytest.raises(InputError, match="documents of 256 tokens end within the window of 256"):
+        matched(load(TINY, dtype="float32")[0], texts, 256)

@@ -57,12 +57,7 @@ def models() -> dict[str, tuple[Scheme, int, dict[str, Any]]]:
     composed = {
         "yarn_entropy": (compose(named["yarn"], ENTROPY), 3),
         "eabf_all_layers": (compose({"type": "abf"}, all_layers), 3),
-        "abf_layers": (
-            compose(
-                {"type": "abf"}, {"type": "layer_temperature", "pretrained_window": WINDOW, "betas": [0.0, 0.5, -0.25]}
-            ),
-            3,
-        ),
+        "abf_by_layer": (compose({"type": "abf"}, by_layer), 3),
         "dynamic_yarn_one_layer": (named["dynamic_yarn"], 1),
         "dynamic_ntk_entropy": (compose(named["dynamic_ntk"], all_layers), 1),
         "longrope_entropy_one_layer": (compose(named["longrope"], all_layers), 1),
