@@ -144,7 +144,7 @@ def _made(name: str, model: Any, window: int, length: int, count: int, data: str
     module = vars(_imported(name, file))
     maker = _MAKERS[file]
     changed = {
-        "get_tokenizer": lambda _: lambda text: SimpleNamespace(input_ids=model.tok_encode(text)),
+        "get_tokenizer": lambda *_: lambda text: SimpleNamespace(input_ids=model.tok_encode(text)),
         maker: functools.partial(_make, module[maker], name, window, count),
     }
     if "RNG" in module:

@@ -239,6 +239,18 @@ def test_every_window_has_samples_of_its_own(
     assert "beside tiny: difference by document" in shown and "-100.0 ± 0.0" in shown
 
 
+def test_average_of_all_thirteen_tasks() -> None:
+    """Its weights are equal, as in the paper's table of results by length."""
+    scores = [
+        command.Score("own", 4096, name, ruler.METRIC, number / 100, None, 5) for number, name in enumerate(ruler.TASKS)
+    ]
+    assert dict(command._macro_averages(scores)) == {"ruler": pytest.approx(6.0)}  # (0 + 1 + ... + 12) / 13
+    assert dict(command._macro_averages(scores[1:])) == {}
+    average = command.Score("own", 4096, "ruler", "macro average", 6.0, None, None)
+    rows = command.table(command.Report(scores, [average], [])).plain()["rows"]
+    assert rows[1] == ["niah_single_2", "score", "1.0"] and rows[-1] == ["ruler", "macro average", "6.0"]
+
+
 def test_groups_stand_for_all_tasks(on_the_command_line: None) -> None:
     assert list(command.load_tasks(["ruler"], None, None)) == list(ruler.TASKS)
     assert set(command.load_tasks(["longcxt"], None, None)) == set(ruler.TASKS)

@@ -15,7 +15,7 @@ import numbers
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -74,7 +74,9 @@ class Report(NamedTuple):
     """The scores of all models and windows."""
 
     scores: list[Score]
-    macro_averages: list[Score]  # of the twelve LongBench tasks, 0 to 100; empty if some of them were not run
+    macro_averages: list[
+        Score
+    ]  # of LongBench's twelve tasks and RULER's thirteen, 0 to 100, where all of them were run
     beside_first: list[Difference]  # of metrics that are means over documents; empty for a single model
 
 
@@ -271,10 +273,8 @@ def _measure(
             results = evaluate(model, tasks | own, arguments)
             scores = [score for result in results for score in _scores(label, window, result)]
             report.scores.extend(scores)
-            percent = {score.task: 100 * score.value for score in scores if score.metric == longbench.METRIC}
-            mean = longbench.macro_average(percent)
-            if mean is not None:
-                report.macro_averages.append(Score(label, window, longbench.GROUP, "macro average", mean, None, None))
+            for group, mean in _macro_averages(scores):
+                report.macro_averages.append(Score(label, window, group, "macro average", mean, None, None))
             values = _values(results)
             if label == entries[0].label:
                 first.append(values)
@@ -369,6 +369,15 @@ def _scores(label: str, window: int, result: dict[str, Any]) -> list[Score]:
     return scores
 
 
+def _macro_averages(scores: Sequence[Score]) -> Iterator[tuple[str, float]]:
+    """Yields the averages of LongBench and RULER, in percent, if all of their tasks are there."""
+    percent = {score.task: 100 * score.value for score in scores if score.metric in (longbench.METRIC, ruler.METRIC)}
+    if (mean := longbench.macro_average(percent)) is not None:
+        yield longbench.GROUP, mean
+    if ruler.TASKS.keys() <= percent.keys():
+        yield ruler.GROUPS[0], fmean(percent[task] for task in ruler.TASKS)
+
+
 def _metric(name: str, chosen: str) -> str:
     """Returns the name of a metric after a filter of the answers, "none" if there is no filter."""
     return name if chosen == "none" else f"{name} ({chosen})"
@@ -437,10 +446,14 @@ def table(report: Report) -> Grid:
         rows.setdefault((score.task, score.metric), {})[score.model, score.window] = text
     for (task, metric), cells in rows.items():
         grid.add([longbench.TASKS.get(task, task), metric], [cells.get(column, "") for column in columns])
-    if report.macro_averages:
-        means = {(score.model, score.window): f"{score.value:.1f}" for score in report.macro_averages}
+    for group in dict.fromkeys(score.task for score in report.macro_averages):
+        means = {
+            (score.model, score.window): f"{score.value:.1f}" for score in report.macro_averages if score.task == group
+        }
         grid.add_section()
-        grid.add([longbench.GROUP, "macro average"], [means.get(column, "") for column in columns], style="bold")
+        grid.add([group, "macro average"], [means.get(column, "") for column in columns], style="bold")
+        if group != longbench.GROUP:
+            continue
         for method, reported in longbench.PAPER.items():
             given = [str(reported.get(window, "")) for _, window in columns]
             if any(given):
