@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,14 +241,18 @@ def _check_files(name: str, data: str | None) -> None:
 
     if data is not None and data not in nltk.data.path:
         nltk.data.path.insert(0, data)
+    place = Path(data or "DIR") / SENTENCES
     try:
-        nltk.data.find(f"{SENTENCES}/english/")
+        with warnings.catch_warnings(action="ignore"):
+            nltk.data.find(f"{SENTENCES}/english/")
     except LookupError as error:
-        if data is None and nltk.download(Path(SENTENCES).name, quiet=True):
+        if data is None and nltk.download(place.name, quiet=True):
             return
+        if place.is_dir():
+            raise InputError(f"NLTK does not read {place}, which others may change: chmod -R go-w {data}") from error
         raise InputError(
-            f"{Path(data or 'DIR') / SENTENCES} does not exist, and {name} needs it to find the essays' sentences; put "
-            "NLTK's punkt_tab there" + (" and give --data DIR" if data is None else "")
+            f"{place} does not exist, and {name} needs it to find the essays' sentences; put NLTK's punkt_tab there"
+            + (" and give --data DIR" if data is None else "")
         ) from error
 
 

@@ -1,12 +1,14 @@
 """RULER's samples against the harness's own with transformers' tokenizer; its scores against known answers."""
 
 import contextlib
-import importlib
+import importlib.util
 import itertools
 import json
 import os
 import random
+import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -303,6 +305,13 @@ def test_essays_in_another_form_and_missing_packages(
     (tmp_path / "tokenizers").symlink_to(data / "tokenizers")
     with pytest.raises(InputError, match='is not an object with a "text"'):
         make("niah_single_2", model, 2400, manager, data=str(tmp_path))
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks.ruler.vt_utils", None)
+    if importlib.util.find_spec("nltk.pathsec"):  # releases that refuse such a directory
+        (tmp_path / "tokenizers").unlink()
+        shutil.copytree(data / "tokenizers", tmp_path / "tokenizers")
+        (tmp_path / ruler.SENTENCES / "english").chmod(0o777)
+        monkeypatch.setattr(nltk.data, "path", [])
+        with pytest.raises(InputError, match=f"others may change: chmod -R go-w {tmp_path}"):
+            make("niah_single_2", model, 2400, manager, data=str(tmp_path))
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks.ruler.vt_utils", None)
     with pytest.raises(InputError, match=r"task ruler_vt: .*pip install 'eabf-jax\[harness\]' adds what RULER needs"):
         make("ruler_vt", model, 1100, manager)
