@@ -29,14 +29,15 @@ from eabf_jax.interop.loading import load
 from eabf_jax.model.llama import Llama
 from eabf_jax.parallel.rules import batch_ways, mesh_of
 from eabf_jax.rope import Scheme, compose
+from eabf_jax.rope.frequencies import default
 from eabf_jax.rope.schemes import Rule
 from eabf_jax.training.recipe import RopeConfig, TrainConfig
 from eabf_jax.training.trainer import base_config, settle, train
 
 # Bases to try, as multiples of the model's own; the paper's is 50.
 MULTIPLES = (2, 5, 10, 20, 50)
-# Candidates in the rounds with training, and the most among them with the same frequencies.
-_ROUNDS = ((4, 2), (2, 2))
+# Candidates of each family in the short round, and of all in the last.
+_EACH, _LAST = 3, 2
 
 # Opens a progress bar with a name and a total; returns a function that sets the amount done.
 Progress = Callable[[str, float], Callable[[float], None]]
@@ -110,18 +111,28 @@ def suggest(
       InputError: as for `load`, `own_base` and `train`.
     """
     steps = settle(config).steps
+    short = max(1, steps // 3)
     found, fits = untrained(config, documents, bases, batch_size, progress)
-    remaining, before, rounds = found, 0, (max(1, steps // 3), steps)
-    for reached, (count, each) in zip(rounds, _ROUNDS, strict=True):
-        remaining = leading(remaining, before, count, each)
-        advance = progress(f"training, {reached} step{'s' * (reached > 1)}", len(remaining))
-        for done, candidate in enumerate(remaining, start=1):
-            run = scratch / f"{reached}_steps_{done}"
-            losses = trained_losses(config, candidate.scheme, run, reached, documents, batch_size)
-            candidate.losses[reached] = _bands(losses, base_config(config).max_position_embeddings)
+
+    def tried(candidates: Sequence[Candidate], steps: int) -> list[Candidate]:
+        advance = progress(f"training, {steps} step{'s' * (steps > 1)}", len(candidates))
+        for done, candidate in enumerate(candidates, start=1):
+            run = scratch / f"{steps}_steps_{done}"
+            losses = trained_losses(config, candidate.scheme, run, steps, documents, batch_size)
+            candidate.losses[steps] = _bands(losses, base_config(config).max_position_embeddings)
             advance(done)
-        before = reached
-    return Suggestion(sorted(found, key=_rank), (0, *rounds), fits)
+        return list(candidates)
+
+    # Interpolated frequencies need less training, so untrained losses compare candidates of one family only.
+    first = tried([one for family in families(found) for one in leading(family, 0, _EACH, _EACH - 1)], short)
+    tried(leading(first, short, _LAST, _LAST), steps)
+    return Suggestion(sorted(found, key=_rank), (0, short, steps), fits)
+
+
+def families(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+    """Splits candidates into those with an adjusted base and those with interpolated frequencies."""
+    adjusted = [one for one in candidates if one.scheme.frequencies.function is default]
+    return adjusted, [one for one in candidates if one not in adjusted]
 
 
 def _rank(candidate: Candidate) -> tuple[int, float]:
@@ -141,7 +152,7 @@ def untrained(
       config, documents, bases, batch_size, progress: as for `suggest`.
 
     Returns:
-      The candidates, and the entropies measured with each of the two best frequencies.
+      The candidates, and the entropies measured with the best frequencies of each family.
     """
     base = base_config(config)
     window, pretrained, own = documents.shape[1], base.max_position_embeddings, own_base(base.rope)
@@ -166,9 +177,10 @@ def untrained(
     paper: list[Mapping[str, Any]] = [{"type": "entropy_aware", "pretrained_window": pretrained}, {"type": "none"}]
     score("frequencies, untrained", [compose(found, rule) for found in frequencies for rule in paper])
     fits = {}
-    for number, candidate in enumerate(leading(list(known.values()), 0, 2, 1), start=1):
+    best = [one for family in families(list(known.values())) for one in leading(family, 0, 1, 1)]
+    for number, candidate in enumerate(best, start=1):
         alone = compose(candidate.scheme)  # its frequencies, without its multiplier
-        advance = progress(f"attention entropy, {number} of 2", base.num_hidden_layers)
+        advance = progress(f"attention entropy, {number} of {len(best)}", base.num_hidden_layers)
         fits[alone] = matched(_with_rope(model, alone), documents, pretrained, advance)
     score(
         "multipliers, untrained",

@@ -23,6 +23,9 @@ from eabf_jax.rope.named import ABF_BASE
 from eabf_jax.training.recipe import TrainConfig, dump_config, load_config
 from eabf_jax.training.trainer import base_config, settle
 
+# Rows of the table, more if more candidates were trained.
+_ROWS = 16
+
 EPILOG = """\
 The configuration, or --model.path, --window, --data.directory and --output, names model, target window, data and run;
 the scheme in it plays no part. Candidates are scored on the last --documents of the split --split. `eabf train --help`
@@ -129,7 +132,10 @@ def table(found: Suggestion, window: int, documents: int) -> Grid:
     )
     grid = Grid(["frequencies", "multiplier"], [*heads, "behind", "inside"], title=title)
     best = found.candidates[0]
-    for candidate in found.candidates:
+    rows = [one for number, one in enumerate(found.candidates) if one.steps or number < _ROWS]
+    if len(rows) < len(found.candidates):
+        grid.caption = f"and {len(found.candidates) - len(rows)} more that were worse before training (see --json)"
+    for candidate in rows:
         losses = [f"{candidate.far(steps).mean:.3f}" if steps in candidate.losses else "" for steps in found.rounds]
         steps = candidate.steps
         behind = "" if candidate is best else _shown(candidate.behind(best, steps))
@@ -148,9 +154,11 @@ def advice(found: Suggestion, config: TrainConfig, base: LlamaConfig) -> list[st
     best = found.candidates[0]
     frequencies, multiplier = parts_of(best.scheme)
     chosen = own_base(best.scheme)
+    if chosen != own:
+        frequencies += f" ({chosen / own:g} times the model's {own:,.0f})"
     lines = [
         f"suggested for {config.model.path}, {base.max_position_embeddings:,} to {window:,} tokens:",
-        f"  frequencies  {frequencies} ({chosen / own:g} times the model's {own:,.0f})",
+        f"  frequencies  {frequencies}",
         f"  multiplier   {multiplier}",
         f"  bound        a window of {window:,} tokens needs a base of about {bound:,.0f} (arXiv 2405.14591)"
         + ("; the paper's 500,000 is below it" if bound > ABF_BASE else ""),

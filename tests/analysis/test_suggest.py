@@ -6,6 +6,7 @@ from flax import nnx
 
 from eabf_jax.analysis.suggest import (
     Candidate,
+    families,
     far_start,
     leading,
     least_base,
@@ -67,6 +68,13 @@ def test_the_best_go_on_and_no_frequencies_take_all_places() -> None:
     assert leading([d, c, b, a], 0, 3, 2) == [a, b, d]
     assert leading([d, c, b, a], 0, 2, 1) == [a, d]
     assert leading([d, c, b, a], 2, 2, 1) == []
+
+
+def test_interpolated_frequencies_are_a_family_of_their_own() -> None:
+    both = [Candidate(rope, {}) for rope in SCHEMES]
+    adjusted, interpolated = families(both)
+    assert [one.scheme for one in interpolated] == SCHEMES[:1]
+    assert [one.scheme for one in adjusted] == SCHEMES[1:]
 
 
 def test_losses_of_a_candidate_are_paired_by_document() -> None:
