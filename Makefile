@@ -69,6 +69,9 @@ UNTRAINED = --model untouched=assets/tiny \
   --model 'EABF, no training=assets/tiny@{type: eabf, base: 100000, $(C)}'
 EVALUATE = $(RUN) -m eabf_jax evaluate perplexity --data data/tiny_2k --bands 0,256,512,1024,2048 --dtype float32 $(UNTRAINED)
 
+ENTROPY = $(RUN) -m eabf_jax entropy --data data/tiny_2k --documents 8 --dtype float32 \
+  --model untouched=assets/tiny --model 'ABF, no training=assets/tiny@{type: abf, base: 100000}'
+
 data/tiny_2k: | .venv/sharegpt
 	$(RUN) -m eabf_jax prepare --src $(SHAREGPT_JSON) --dst $@ --tokenizer assets/tiny --template vicuna \
 	  --min-tokens 1250 --max-tokens 2048 --num-conversations 100 --held-out 32 --portion 0.9:1.0 --keep-complete
@@ -80,11 +83,14 @@ runs/tiny_%_2k: data/tiny_2k FORCE
 demo: runs/tiny_eabf_2k
 	$(RUN) convert/to_hf.py --src runs/tiny_eabf_2k --dst demo/tiny_eabf_2k_hf --overwrite
 	$(EVALUATE) --model 'EABF, 6 steps=demo/tiny_eabf_2k_hf' --json demo/loss_by_position.json --figure demo/loss_by_position.png
+	$(ENTROPY) --model 'EABF, 6 steps=demo/tiny_eabf_2k_hf' --json demo/entropy.json --figure demo/entropy.png
 	@echo; echo "Created:"; echo "  data/tiny_2k                 100 training and 32 held-out conversations"
 	@echo "  runs/tiny_eabf_2k            the run: checkpoints, metrics.jsonl, tensorboard/"
 	@echo "  demo/tiny_eabf_2k_hf         the extended model for transformers (trust_remote_code=True)"
 	@echo "  demo/loss_by_position.json   the table's figures"
-	@echo "  demo/loss_by_position.png    the picture"
+	@echo "  demo/loss_by_position.png    its picture"
+	@echo "  demo/entropy.json            attention entropy by layer, head and position"
+	@echo "  demo/entropy.png             its picture"
 
 demo-all: demo runs/tiny_pi_2k runs/tiny_yarn_2k runs/tiny_abf_2k runs/tiny_eabf_stair_2k
 	$(EVALUATE) --model 'PI, 6 steps=runs/tiny_pi_2k' --model 'YaRN, 6 steps=runs/tiny_yarn_2k' \

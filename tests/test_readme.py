@@ -63,6 +63,18 @@ def test_both_reports_of_the_demo_agree() -> None:
         assert row == pytest.approx(whole[label], abs=1e-3)
 
 
+def test_what_the_readme_says_of_entropy_is_in_the_demos_file() -> None:
+    found = json.loads((ROOT / "docs/demo/entropy.json").read_text())["drift"]
+    rises = [[layer["mean"] for layer in found[name]] for name in ("untouched", "ABF, no training", "EABF, 6 steps")]
+    text = one_line("README.md")
+    assert f"rises by {min(rises[0]):.2f} to {max(rises[0]):.2f} nats in its six layers" in text
+    assert len(rises[0]) == 6
+    assert (
+        f"With ABF, untrained, it rises by {min(rises[1][2:]):.2f} to {max(rises[1][2:]):.2f} nats in the last" in text
+    )
+    assert max(map(abs, rises[2][2:])) < 0.13 and "EABF after six steps stays within 0.13 nats there" in text
+
+
 def test_retrieval_is_that_of_the_committed_files() -> None:
     tasks = [json.loads((ROOT / f"docs/retrieval/{task}.json").read_text()) for task in ("passkey", "line_retrieval")]
     table = (ROOT / "docs/evaluation.md").read_text().splitlines()

@@ -12,8 +12,10 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator, NullLocator
 
+from eabf_jax.analysis.attention_entropy import Entropies
+from eabf_jax.analysis.suggest import Suggestion
 from eabf_jax.destination import whole
 from eabf_jax.evaluation.intervals import Share
 from eabf_jax.evaluation.perplexity import BandLoss, WindowPerplexity
@@ -131,6 +133,78 @@ def heat_maps(
     figure.supylabel("depth (percent)", fontsize=9)
     figure.suptitle(title, fontsize=10)
     figure.colorbar(panels.flat[0].images[0], ax=panels, label="answered (percent)", shrink=0.8)
+    save(figure, path)
+
+
+def entropy_maps(
+    found: Mapping[str, Entropies], path: Path, *, pretrained_window: int | None = None, title: str = ""
+) -> None:
+    """Draws attention entropies, one row per model: curves by layer, a map of layer and position, and all heads.
+
+    Curves and map are means over heads. On the logarithmic axis of positions, even attention (ln n) is a straight line.
+
+    Args:
+      found: by label, from `attention_entropy.entropies`, on one list of bands.
+      pretrained_window: position to mark, in tokens.
+    """
+    figure = Figure(figsize=(15, 0.8 + 3.4 * len(found)), layout="constrained")
+    panels = figure.subplots(len(found), 3, squeeze=False, sharex="col", sharey="col", width_ratios=(5, 5, 4))
+    top = max(float(entropy.means.mean((0, 2)).max()) for entropy in found.values())
+    colours = matplotlib.colormaps["cividis"]
+    for (curves, heat, heads), (label, entropy) in zip(panels, found.items(), strict=True):
+        edges, means = np.maximum(entropy.edges, 1), entropy.means.mean(0)  # [layers, heads, bands]
+        centres = np.sqrt(edges[:-1] * edges[1:])
+        for layer, row in enumerate(means.mean(1)):
+            curves.plot(centres, row, color=colours(layer / max(len(means) - 1, 1)), linewidth=1)
+        curves.plot(centres, entropy.uniform, color="black", linestyle="--", linewidth=1, label="even attention, ln n")
+        curves.set(title=f"{label}: mean over heads", ylabel="entropy (nats)")
+        curves.grid(alpha=0.3)
+        curves.legend(fontsize=8, loc="upper left")
+        drawn = heat.pcolormesh(edges, np.arange(len(means) + 1) - 0.5, means.mean(1), vmin=0, vmax=top, cmap=colours)
+        heat.set(title="mean over heads", ylabel="layer")
+        heat.yaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.colorbar(drawn, ax=heat, label="entropy (nats)")
+        layers = np.repeat(np.arange(means.shape[0]), means.shape[1])
+        heads.plot(layers, means[..., -1].ravel(), "o", markersize=3, alpha=0.6, color=_COLOURS[0])
+        heads.set(title=f"each head, positions {edges[-2]:,}-{edges[-1]:,}", ylabel="entropy (nats)")
+        heads.xaxis.set_major_locator(MaxNLocator(integer=True))
+        heads.grid(alpha=0.3)
+        for panel in (curves, heat):
+            length_axis(panel, [4**step for step in range(10) if edges[0] <= 4**step <= edges[-1]])
+        _mark(curves, pretrained_window)
+        if pretrained_window is not None and pretrained_window < edges[-1]:
+            heat.axvline(pretrained_window, color="white", linestyle="--", linewidth=1)
+    for panel, name in zip(panels[-1], ("position (tokens)", "position (tokens)", "layer"), strict=True):
+        panel.set_xlabel(name)
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, len(means) - 1), colours)
+    figure.colorbar(scale, ax=panels[:, 0], label="layer of the curve", location="left", shrink=0.6)
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)
+
+
+def loss_by_base(found: Suggestion, path: Path, *, own: float) -> None:
+    """Draws the far band's loss against the base: untrained with and without a multiplier, and after training.
+
+    Args:
+      own: the model's base, to mark.
+    """
+    figure, axes = _axes("base of the frequencies", "loss in the far band (nats per token)", "")
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for candidate in found.candidates:
+        rotation, kind = candidate.scheme.frequencies, candidate.scheme.logit_multiplier.function.__name__
+        bare = rotation.function.__name__ == "default"
+        for steps in candidate.losses:
+            after = f"after {steps} steps" if steps else "untrained"
+            label = f"{kind if kind != 'none' else 'no multiplier'}, {after}"
+            if bare:
+                groups.setdefault(label, []).append((dict(rotation.parameters)["base"], candidate.far(steps).mean))
+    for number, (label, points) in enumerate(sorted(groups.items())):
+        best = {base: min(loss for other, loss in points if other == base) for base, _ in sorted(points)}
+        axes.plot(list(best), list(best.values()), label=label, **line_style(number, len(groups) + 1))
+    axes.axvline(own, color="grey", linestyle="--", linewidth=1)
+    axes.set_xscale("log")
+    _log_axis(axes)
+    _legend(figure, axes)
     save(figure, path)
 
 

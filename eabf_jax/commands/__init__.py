@@ -11,6 +11,8 @@ COMMANDS = {
     "compile": "predict a train step's memory, or compile it for a TPU slice without a TPU",
     "generate": "continue texts, or hold a conversation",
     "evaluate": "measure models: perplexity, passkey, line-retrieval, harness; redraw a report",
+    "entropy": "measure attention entropy by layer, head and position",
+    "suggest": "choose base and logit multiplier for a model and a window, by held-out loss",
 }
 # The kinds of `eabf evaluate`.
 EVALUATIONS = {

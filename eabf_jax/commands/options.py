@@ -11,8 +11,9 @@ from eabf_jax.interop.directory import write_json
 
 
 def check_outputs(arguments: argparse.Namespace) -> None:
-    """Refuses a `--json` or `--figure` file that cannot be written, before hours of work."""
+    """Refuses a `--json`, `--csv` or `--figure` file that cannot be written, before hours of work."""
     _check_file("--json", getattr(arguments, "json", None))
+    _check_file("--csv", getattr(arguments, "csv", None), (".csv",))
     _check_file("--figure", getattr(arguments, "figure", None), (".png", ".svg", ".pdf"))
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import grain
 import numpy as np
 
-from eabf_jax.data.dataset import Records, num_records, read_metadata, record_lengths
+from eabf_jax.data.dataset import Records, record_lengths
 from eabf_jax.errors import InputError, unknown_name
 
 Mode = Literal["conversations", "packed"]
@@ -27,6 +27,7 @@ def make_loader(
     seed: int,
     epochs: int | None = None,
     mode: Mode = "conversations",
+    samples: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
@@ -52,24 +53,25 @@ def make_loader(
       seed: 0 to 2**32 - 1.
       epochs: number of passes through the split; None for an endless iterator.
       mode: "conversations" or "packed".
+      samples: number of records to use, from the first; None means all.
 
     Returns:
       A Grain iterator, with `get_state` and `set_state`.
 
     Raises:
-      InputError: there is no such dataset, a record is longer than `length`, there are fewer rows than a batch, or the
-        processes do not divide the batch.
+      InputError: there is no such dataset, it has fewer records than `samples`, a record is longer than `length`, there
+        are fewer rows than a batch, or the processes do not divide the batch.
     """
     if batch_size % process_count:
         raise InputError(f"batch size {batch_size} is not divisible by {process_count} processes: choose a multiple")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed {seed} is out of range: 0 to {2**32 - 1}")
-    steps = steps_per_epoch(directory, split, batch_size=batch_size, length=length, mode=mode)
+    steps = steps_per_epoch(directory, split, batch_size=batch_size, length=length, mode=mode, samples=samples)
     records = Records(directory, split)
     if mode == "conversations":
-        rows = grain.MapDataset.source(records).map(functools.partial(_padded, length))
+        rows = grain.MapDataset.source(records)[:samples].map(functools.partial(_padded, length))
     else:
-        rows = grain.MapDataset.source(_Packed(records, record_lengths(directory, split), length, seed))
+        rows = grain.MapDataset.source(_Packed(records, record_lengths(directory, split)[:samples], length, seed))
     # Rows are limited before batching, so that every process has the same number of batches. Each process takes every
     # process_count-th of these smaller batches, so that it reads no rows of other processes.
     batches = rows.shuffle(seed=seed)[: steps * batch_size].batch(batch_size // process_count)
@@ -77,27 +79,35 @@ def make_loader(
     return iter(own.to_iter_dataset(_READ_OPTIONS))
 
 
-def steps_per_epoch(directory: Path | str, split: str, *, batch_size: int, length: int, mode: Mode) -> int:
+def steps_per_epoch(
+    directory: Path | str, split: str, *, batch_size: int, length: int, mode: Mode, samples: int | None = None
+) -> int:
     """Counts the complete batches of an epoch; the arguments are those of `make_loader`.
 
     Raises:
-      InputError: there is no such dataset, a record is longer than `length` (in mode "conversations"), or there are
-        fewer rows than a batch.
+      InputError: there is no such dataset, it has fewer records than `samples`, a record is longer than `length` (in
+        mode "conversations"), or there are fewer rows than a batch.
     """
     if mode not in get_args(Mode):
         raise unknown_name("loader mode", mode, get_args(Mode))
     if batch_size < 1 or length < 1:
         raise InputError(f"batch size {batch_size}, length {length}: both must be at least 1")
+    lengths = record_lengths(directory, split)
+    if samples is not None and not 1 <= samples <= len(lengths):
+        raise InputError(
+            f"split {split!r} of {directory} has {len(lengths)} records, and {samples} samples are asked for: prepare "
+            "more, or use fewer"
+        )
+    lengths = lengths[:samples]
     if mode == "conversations":
-        rows = num_records(directory, split)
-        longest = read_metadata(directory)["splits"][split]["longest"]
+        rows, longest = len(lengths), int(lengths.max(initial=0))
         if longest > length:
             raise InputError(
                 f"split {split!r} of {directory} has records of {longest} tokens, but rows have {length}: "
                 f"prepare with --max-tokens {length}, or train at a length of {longest}"
             )
     else:
-        rows = int(record_lengths(directory, split).sum()) // length
+        rows = int(lengths.sum()) // length
     if rows < batch_size:
         unit = "records" if mode == "conversations" else f"rows of {length} tokens"
         raise InputError(

@@ -91,6 +91,9 @@ class LlamaConfig:
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise InputError(f"sliding_window {self.sliding_window} is not a positive number")
+        betas = dict(self.rope.logit_multiplier.parameters).get("betas")
+        if betas is not None and len(betas) != self.num_hidden_layers:
+            raise InputError(f"rope: {len(betas)} betas for {self.num_hidden_layers} layers; each layer needs one")
         for name in ("unrotated_layers", "full_attention_layers"):
             for layer in getattr(self, name):
                 if not 0 <= layer < self.num_hidden_layers:

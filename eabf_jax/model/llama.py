@@ -436,11 +436,11 @@ class Llama(nnx.Module):
         Raises:
           InputError: an argument has the wrong shape or dtype, or (outside of `jax.jit`) a value is out of range.
         """
-        tokens = _checked("tokens", tokens, 0, self.config.vocab_size)
+        tokens = checked("tokens", tokens, 0, self.config.vocab_size)
         if positions is not None:
-            positions = _checked("positions", positions, 0, 2**31, tokens.shape)
+            positions = checked("positions", positions, 0, 2**31, tokens.shape)
         if segment_ids is not None:
-            segment_ids = _checked("segment_ids", segment_ids, -(2**31), 2**31, tokens.shape)
+            segment_ids = checked("segment_ids", segment_ids, -(2**31), 2**31, tokens.shape)
         row = self.row(tokens, positions, segment_ids)
         stacked = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param))
 
@@ -541,7 +541,7 @@ def logits(hidden: Float[Array, "... D"], kernel: Float[Array, "D V"]) -> Float[
     )
 
 
-def _checked(name: str, given: Any, low: int, end: int, shape: tuple[int, ...] | None = None) -> Int[Array, "B T"]:
+def checked(name: str, given: Any, low: int, end: int, shape: tuple[int, ...] | None = None) -> Int[Array, "B T"]:
     """Converts an argument to int32 [batch, length]; checks shape and dtype, and the values where they are known."""
     try:
         values = given if isinstance(given, jax.Array) else np.asarray(given)

@@ -1,7 +1,8 @@
 """The data of a scheme that the modeling file of an exported model needs: `eabf_rotary` in its config.json.
 
 The modeling file has formulas for rules that hold at any length: frequencies that follow the length, and the
-entropy-aware multiplier. All other rules become numbers, so that any registered scheme can be exported.
+multipliers `entropy_aware` and `layer_temperature`. All other rules become numbers, so that any registered scheme can
+be exported.
 """
 
 import base64
@@ -25,7 +26,7 @@ FORMULAS: Mapping[Callable[..., Any], str] = {
     rule: rule.__name__
     for rule in (
         *(frequency_rules.dynamic_ntk, frequency_rules.dynamic_yarn),
-        *(logit_rules.none, logit_rules.entropy_aware),
+        *(logit_rules.none, logit_rules.entropy_aware, logit_rules.layer_temperature),
     )
 }
 

@@ -54,9 +54,23 @@ def smooth_temperature(
       beta: growth per factor of e in position; None means 1 / ln c, which gives ln i / ln c.
     """
     del layer
-    # ln i / ln c = 1 + ln(1 + (i - c)/c) / ln c: only the small second term is rounded, and i = c gives exactly 1.
-    excess = jnp.maximum(jnp.asarray(positions).astype(jnp.float32) - np.float32(pretrained_window - 1), 0.0)
-    return 1.0 + jnp.log1p(excess / np.float32(pretrained_window)) * _growth(beta, pretrained_window)
+    return 1.0 + _log_beyond(positions, pretrained_window) * _growth(beta, pretrained_window)
+
+
+def layer_temperature(
+    positions: Int[Array, " *shape"],
+    layer: int | Int[Array, ""],
+    *,
+    pretrained_window: int,
+    betas: tuple[float, ...],
+) -> Float32[Array, " *shape"]:
+    """Computes 1 + beta ln max(i / c, 1) for the query at 1-based position i, with each layer's own beta.
+
+    Args:
+      pretrained_window: c in tokens; up to it, the multiplier is exactly 1.
+      betas: growth per factor of e in position, one number for each layer of the model; `eabf suggest` fits them.
+    """
+    return 1.0 + _log_beyond(positions, pretrained_window) * jnp.asarray(betas, jnp.float32)[layer]
 
 
 def llama4_temperature(
@@ -97,6 +111,13 @@ def ssmax(
     """
     del layer
     return np.float32(scaling) * jnp.log(jnp.maximum(jnp.asarray(positions).astype(jnp.float32) + 1.0, 1.0))
+
+
+def _log_beyond(positions: Int[Array, " *shape"], window: int) -> Float32[Array, " *shape"]:
+    """Returns ln max(i / c, 1) for the 1-based positions i and the window c."""
+    # ln i - ln c = ln(1 + (i - c)/c): i = c gives exactly 0, and little is lost right after it.
+    excess = jnp.maximum(jnp.asarray(positions).astype(jnp.float32) - np.float32(window - 1), 0.0)
+    return jnp.log1p(excess / np.float32(window))
 
 
 def _growth(beta: float | None, pretrained_window: int) -> np.float32:

@@ -67,7 +67,8 @@ _MULTIPLIERS = {
     rule.__name__: Entry(frequency_rules.default, rule)
     for rule in (
         *(logit_rules.none, logit_rules.entropy_aware),
-        *(logit_rules.smooth_temperature, logit_rules.llama4_temperature, logit_rules.ssmax),
+        *(logit_rules.smooth_temperature, logit_rules.layer_temperature, logit_rules.llama4_temperature),
+        logit_rules.ssmax,
     )
 } | {"logn": Entry(frequency_rules.default, logit_rules.entropy_aware, fixed={"unscaled_layers": 0})}
 

@@ -59,6 +59,7 @@ _REQUIREMENTS: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         lambda window: 2 <= window < 2**31,
         "pretrained_window must be at least 2 tokens and less than 2^31",
     ),
+    (("betas",), bool, "betas must have a number for each layer"),
     (("unscaled_layers",), lambda layers: layers >= 0, "unscaled_layers must be at least 0"),
     (("attention_factor",), lambda scale: scale is None or scale > 0, "attention_factor must be more than 0"),
     *(
@@ -161,7 +162,8 @@ class Scheme:
         if not jnp.issubdtype(positions.dtype, jnp.integer):
             raise InputError(f"positions are {positions.dtype}; integers counted from 0 are needed")
         _check_whole("layer", layer)
-        _try_multiplier(self.logit_multiplier)
+        if not self.logit_multiplier.is_ours:
+            _try_multiplier(self.logit_multiplier)
         return jnp.asarray(self.logit_multiplier(positions, layer), jnp.float32)
 
     def to_dict(self) -> dict[str, Any]:
@@ -193,7 +195,8 @@ class Scheme:
     def _rotation(self, head_dim: int, length: Length) -> tuple[Frequencies, float | Float32[Array, ""]]:
         if length is not None:
             _check_whole("length", length)
-        _try_frequencies(self.frequencies, head_dim)
+        if not self.frequencies.is_ours:
+            _try_frequencies(self.frequencies, head_dim)
         frequencies, scale = self.frequencies(head_dim, *([length] if self.depends_on_length else []))
         return jnp.asarray(frequencies, jnp.float32), scale
 
@@ -201,8 +204,6 @@ class Scheme:
 @cache
 def _try_frequencies(rule: Rule, head_dim: int) -> None:
     """Calls a user's rule as models will, before its first use, and refuses results that they cannot use."""
-    if rule.is_ours:
-        return
     with _trying(f"{rule} fails for head_dim {head_dim}"), jax.ensure_compile_time_eval():
         if follows_length(rule.function):
             jax.eval_shape(lambda length: rule(head_dim, length), jax.ShapeDtypeStruct((), jnp.int32))
@@ -225,8 +226,6 @@ def _try_frequencies(rule: Rule, head_dim: int) -> None:
 @cache
 def _try_multiplier(rule: Rule) -> None:
     """Does the same as `_try_frequencies` for a multiplier rule."""
-    if rule.is_ours:
-        return
     with _trying(f"{rule} fails"):
         arguments = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 3), ()))
         found = jax.eval_shape(rule, *arguments)
@@ -251,9 +250,10 @@ def _some_head_dim(rule: Rule) -> int:
     """Returns a head size that a rule takes; LongRoPE's lists and a user's table are for one size only."""
     for head_dim in _HEAD_DIMS:
         with suppress(InputError):
-            _try_frequencies(rule, head_dim)
             if rule.is_ours:
                 rule(head_dim, *([None] if follows_length(rule.function) else []))
+            else:
+                _try_frequencies(rule, head_dim)
             return head_dim
     return _HEAD_DIMS[0]
 

@@ -3,6 +3,7 @@
 The defaults are the recipe of the paper (arXiv 2401.07004, section 4.1, the runs with fewer than 3.5k samples).
 """
 
+import copy
 import dataclasses
 import operator
 import re
@@ -24,8 +25,9 @@ from eabf_jax.rope.registry import unknown_scheme
 
 # Keys whose numbers must be positive if they are set.
 _POSITIVE = (
-    "window", "model.window", "recipe.epochs", "recipe.batch_size", "recipe.learning_rate", "recipe.clip_norm",
-    "compute.microbatch_size", "compute.loss_chunk", "recipe.steps", "checkpoint.every_steps", "checkpoint.keep",
+    "window", "model.window", "data.samples", "recipe.epochs", "recipe.batch_size", "recipe.learning_rate",
+    "recipe.clip_norm", "compute.microbatch_size", "compute.loss_chunk", "recipe.steps",
+    "checkpoint.every_steps", "checkpoint.keep",
 )  # fmt: skip
 
 
@@ -85,6 +87,7 @@ class DataConfig:
 
     directory: str = "data"  # the dataset's directory
     split: str = "train"  # its split
+    samples: int | None = None  # number of the split's records to train on, from the first; null: all
 
 
 @dataclasses.dataclass
@@ -180,9 +183,24 @@ def load_config(arguments: Sequence[str], prog: str | None = None) -> TrainConfi
         _print_help(prog)
     overrides = _overrides(arguments)
     path = overrides.pop("config_path", None)
+    return configure(path, {key: Text(text) for key, text in overrides.items()})
+
+
+def configure(path: str | None, changes: Mapping[str, Any]) -> TrainConfig:
+    """Reads a run's configuration from a file, with some of its values replaced.
+
+    Args:
+      path: the file; None for a configuration of `changes` alone.
+      changes: values by dotted key, as YAML gives them; later ones replace earlier ones.
+
+    Returns:
+      The configuration; its values are not yet checked against the model and the data.
+    Raises:
+      InputError: as for `load_config`.
+    """
     values = _read_file(path) if path is not None else {}
-    for key, text in overrides.items():
-        _override(values, key, Text(text))
+    for key, value in changes.items():
+        _override(values, key, copy.deepcopy(value))
     _settle_missing(values)
     config = build(TrainConfig, values, "configuration key")
     _check_values(config)
@@ -316,13 +334,13 @@ def _read_file(path: str) -> dict[str, Any]:
     return values
 
 
-def _override(values: dict[str, Any], key: str, text: str) -> None:
+def _override(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise InputError(f"--{key}: the configuration's {parent!r} is {values!r}, which has no keys")
-    values[leaf] = text
+    values[leaf] = value
 
 
 def _check_values(config: TrainConfig) -> None:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +72,8 @@ def train(config: TrainConfig) -> Path:
     Returns:
       The run's directory: a native model directory that also holds `config.yaml`, `metrics.jsonl` and `tensorboard/`.
     Raises:
-      InputError: wrong input; a metric that is not finite (the last good checkpoint stays); another process that trains
-        in the same directory.
+      InputError: wrong input; another process that trains in the same directory.
+      Diverged: a metric is not finite; the last good checkpoint stays.
       Preempted: a signal or a preemption stopped the run.
     """
     with contextlib.ExitStack() as held:
@@ -84,33 +84,12 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
     """Implements `train`; `held` receives the lock, which it releases when training ends."""
     run = Path(config.output)
     with all_or_none():
-        base = base_config(config)
-        model_config = extended_config(config, base)
-        device = _least_device()
-        mesh = make_mesh(settle_mesh(config, model_config, jax.device_count(), device))
-        planned = choose(config, model_config, mesh.shape, device)
-        check(planned)
-        if config.checkpoint.every_steps and not planned.can_checkpoint:
-            raise InputError(
-                "host memory has no room for a checkpoint beside what the step keeps there: set checkpoint.every_steps "
-                "null (parameters alone are saved, at the end), or use more devices"
-            )
-        data, recipe = config.data, config.recipe
-        mode: Mode = "packed" if recipe.objective == "pretrain" else "conversations"
-        rows: dict[str, Any] = {"batch_size": recipe.batch_size, "length": config.window, "mode": mode}
-        steps = total_steps(recipe, steps_per_epoch(data.directory, data.split, **rows))
-        if recipe.warmup_steps >= steps:
-            raise InputError(
-                f"recipe.warmup_steps {recipe.warmup_steps} is not less than the run's {steps} steps: the peak "
-                "rate would never be reached"
-            )
-        source = _tokenizer_source(config)
-        tokenizer = None if source is None else load_tokenizer(source)
-        _check_vocabularies(config.data.directory, base, source, tokenizer)
+        planned, mesh, steps, tokenizer = settle(config)
+        model_config, recipe, data = planned.model_config, config.recipe, config.data
         step_of = prepare_step(planned, mesh, steps)
         index, count = process_batch_shard(mesh)
         batches = make_loader(
-            data.directory, data.split, **rows, seed=recipe.seed, process_index=index, process_count=count
+            data.directory, data.split, **_rows(config), seed=recipe.seed, process_index=index, process_count=count
         )
         _check_output(run, config)
         adapter = _adapter(run, config)
@@ -143,14 +122,16 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
             tracker.compiled()
             for step in range(start + 1, steps + 1):
                 began = time.perf_counter()
-                batch = place_batch(next(batches), mesh, planned.microbatches, every_token=mode == "packed")
+                batch = place_batch(
+                    next(batches), mesh, planned.microbatches, every_token=recipe.objective == "pretrain"
+                )
                 state, metrics = step_of(state, batch)
                 figures = {name: float(value) for name, value in metrics._asdict().items()}
                 if not all(map(math.isfinite, figures.values())):
                     good = checkpoints.latest_step()
                     kept = f"checkpoint {good} in {run} is the last good one" if good else "no checkpoint was written"
                     found = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
-                    raise InputError(
+                    raise Diverged(
                         f"not finite at step {step}: {found}; stopped, {kept} "
                         "(a lower recipe.learning_rate is the usual cure)"
                     )
@@ -185,12 +166,66 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
     return run
 
 
+class Settled(NamedTuple):
+    """A run whose model, data and memory were checked."""
+
+    planned: Plan
+    mesh: Mesh
+    steps: int  # optimizer steps
+    tokenizer: Tokenizer | None  # to keep beside the model
+
+
+def settle(config: TrainConfig) -> Settled:
+    """Checks a run against its model, its data and this machine, without reading weights or writing anything.
+
+    Raises:
+      InputError: as for `train`, except for what the output directory or the weights themselves are refused for.
+    """
+    base = base_config(config)
+    model_config = extended_config(config, base)
+    device = _least_device()
+    mesh = make_mesh(settle_mesh(config, model_config, jax.device_count(), device))
+    planned = choose(config, model_config, mesh.shape, device)
+    check(planned)
+    if config.checkpoint.every_steps and not planned.can_checkpoint:
+        raise InputError(
+            "host memory has no room for a checkpoint beside what the step keeps there: set checkpoint.every_steps "
+            "null (parameters alone are saved, at the end), or use more devices"
+        )
+    recipe = config.recipe
+    steps = total_steps(recipe, steps_per_epoch(config.data.directory, config.data.split, **_rows(config)))
+    if recipe.warmup_steps >= steps:
+        raise InputError(
+            f"recipe.warmup_steps {recipe.warmup_steps} is not less than the run's {steps} steps: the peak "
+            "rate would never be reached"
+        )
+    source = _tokenizer_source(config)
+    tokenizer = None if source is None else load_tokenizer(source)
+    _check_vocabularies(config.data.directory, base, source, tokenizer)
+    return Settled(planned, mesh, steps, tokenizer)
+
+
+def _rows(config: TrainConfig) -> dict[str, Any]:
+    """Returns what determines the rows of an epoch, as keyword arguments of `make_loader`."""
+    mode: Mode = "packed" if config.recipe.objective == "pretrain" else "conversations"
+    return {
+        "batch_size": config.recipe.batch_size,
+        "length": config.window,
+        "mode": mode,
+        "samples": config.data.samples,
+    }
+
+
 def _least_device() -> Device:
     """Returns the local device with the least memory that any process sees, so that all choose the same settings."""
     device = device_at_hand()
     sizes = (device.memory, device.host_memory, min(device.host_memory, device.pinned_limit))
     memory, host, pinned = (min(gathered(int(size) >> 20)) << 20 for size in sizes)
     return dataclasses.replace(device, memory=memory, host_memory=host, pinned_limit=pinned)
+
+
+class Diverged(InputError):
+    """A metric of a step is not finite."""
 
 
 class Preempted(InputError):

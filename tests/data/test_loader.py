@@ -128,6 +128,22 @@ def test_packed_rows_hold_every_token_once(dataset):
     assert len(everything) - len(seen) < length
 
 
+@pytest.mark.parametrize(("mode", "length", "rows"), [("conversations", 40, 9), ("packed", 17, sum(LENGTHS[:9]) // 17)])
+def test_samples_are_the_first_records(dataset, mode, length, rows):
+    options = {"batch_size": 2, "length": length, "mode": mode, "samples": 9}
+    assert steps_per_epoch(dataset, "train", **options) == rows // 2
+    batches = list(loader(dataset, epochs=40, **options))
+    assert len(batches) == 40 * (rows // 2)
+    found = {int(token) // 1000 - 1 for row in rows_of(batches) for token in row if token}
+    # Packed rows lack the tokens of the last incomplete row, which may be a whole record.
+    assert found <= set(range(9)) and len(found) >= (9 if mode == "conversations" else 6)
+
+
+def test_a_longer_record_behind_the_samples_does_not_matter(dataset):
+    most = max(LENGTHS[:5])
+    assert steps_per_epoch(dataset, "train", batch_size=5, length=most, mode="conversations", samples=5) == 1
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 60), st.integers(0, 2**32 - 1))
 def test_packed_segments_are_consecutive_pieces_of_one_record(dataset, length, seed):
@@ -157,6 +173,8 @@ def test_packed_segments_are_consecutive_pieces_of_one_record(dataset, length, s
         ({"batch_size": 23}, "has 22 records, fewer than one batch of 23"),
         ({"batch_size": 8, "length": 40, "mode": "packed"}, "has 5 rows of 40 tokens, fewer than one batch of 8"),
         ({"length": 39}, "has records of 40 tokens, but rows have 39: prepare with --max-tokens 39"),
+        ({"samples": 23}, "has 22 records, and 23 samples are asked for: prepare more, or use fewer"),
+        ({"samples": 3}, "has 3 records, fewer than one batch of 4"),
         ({"process_count": 3}, "batch size 4 is not divisible by 3 processes"),
         ({"mode": "pakced"}, "did you mean 'packed'"),
         ({"seed": -1}, "seed -1 is out of range"),

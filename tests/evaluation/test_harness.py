@@ -18,6 +18,7 @@ import jax
 import lm_eval.tasks
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import transformers
 import yaml
@@ -192,6 +193,42 @@ def test_every_kind_of_task_scores_as_with_the_hf_backend(tmp_path: Path, monkey
     (average,) = figures["macro_averages"]
     assert average["value"] == pytest.approx(100 * mean) and average["window"] == WINDOW
     assert figures["dtype"] == "float32" and figures["versions"]["lm-eval"] and figures["device"]
+
+
+def test_differences_to_the_first_model_are_paired_by_document(small: str, tmp_path: Path) -> None:
+    """The reference is scipy's paired t interval over the samples that the command writes."""
+    report, output = tmp_path / "figures.json", tmp_path / "samples"
+    assert not evaluate(
+        *("--model", f"first={TINY}", "--model", f"fewer layers={small}"),
+        *("--tasks", "local_pooled", "--include-path", TASKS, "--batch-size", "4"),
+        *("--json", str(report), "--output", str(output)),
+    )
+    figures = json.loads(report.read_text())
+    found = {(part["task"], part["metric"]): part for part in figures["beside_first"]}
+    assert {part["model"] for part in found.values()} == {"fewer layers"}
+    samples = {
+        (label, task): [
+            json.loads(line) for line in (output / label / "512" / f"{task}.jsonl").read_text().splitlines()
+        ]
+        for label in ("first", "fewer_layers")
+        for task in ("local_choice", "local_last_word")
+    }
+    scores = {(score["model"], score["task"], score["metric"]): score["value"] for score in figures["scores"]}
+    for label in ("first", "fewer_layers"):  # a group whose score is the mean over all documents
+        samples[label, "local_pooled"] = samples[label, "local_choice"] + samples[label, "local_last_word"]
+    for task in ("local_choice", "local_last_word", "local_pooled"):
+        pairs = zip(samples["fewer_layers", task], samples["first", task], strict=True)
+        differences = [mine["acc"] - theirs["acc"] for mine, theirs in pairs]
+        expected = scipy.stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+        part = found[task, "acc"]
+        assert part["documents"] == len(differences) > 1
+        assert part["mean"] == pytest.approx(np.mean(differences))
+        assert part["mean"] == pytest.approx(scores["fewer layers", task, "acc"] - scores["first", task, "acc"])
+        if len(set(differences)) > 1:
+            assert part["mean"] + part["half_width"] == pytest.approx(expected.high)
+    assert any(part["half_width"] for part in found.values())
+    # A perplexity is no mean over documents.
+    assert ("first", "local_last_word", "perplexity") in scores and ("local_last_word", "perplexity") not in found
 
 
 TEXTS = (

@@ -7,8 +7,9 @@ import pytest
 
 from eabf_jax.errors import InputError
 from eabf_jax.model import LlamaConfig
-from eabf_jax.rope import scheme
+from eabf_jax.rope import compose, scheme
 
+LAYERS = {"type": "layer_temperature", "pretrained_window": 16, "betas": [0.1, 0.2, 0.3]}
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -33,9 +34,10 @@ SIZES: dict[str, Any] = {
         ({"num_key_value_heads": 0}, "num_key_value_heads 0 is not a positive number"),
         ({"vocab_size": -1}, "vocab_size -1 is not a positive number"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps -1e-05 is negative"),
+        ({"rope": compose({"type": "abf"}, LAYERS)}, "rope: 3 betas for 2 layers; each layer needs one"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(changes: dict[str, float], message: str) -> None:
+def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         LlamaConfig(**{**SIZES, **changes})
 

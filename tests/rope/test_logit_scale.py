@@ -102,7 +102,7 @@ class Variants(chex.TestCase):
         chex.assert_trees_all_equal(found, np.ones((2, 5), np.float32))
 
 
-def multiplier(kind: str, **parameters: float) -> Scheme:
+def multiplier(kind: str, **parameters: float | tuple[float, ...]) -> Scheme:
     return compose({"type": "default"}, {"type": kind, **parameters})
 
 
@@ -192,6 +192,16 @@ def test_eabf_stair_is_eabf_at_the_end_of_each_window_length() -> None:
     stair = scheme("eabf_stair", pretrained_window=window).logit_scale(jnp.asarray(positions), 0)
     eabf = np.maximum(np.log(ends + 1.0) / np.log(float(window)), 1.0)
     np.testing.assert_allclose(stair, eabf, rtol=TOLERANCE)
+
+
+def test_layer_temperature_has_the_smooth_form_with_each_layers_own_slope() -> None:
+    betas = (0.0, 0.125, 0.5, -0.0625)
+    s = multiplier("layer_temperature", pretrained_window=300, betas=betas)
+    positions = np.array([0, 298, 299, 300, 1000, 2**20])
+    rows = jax.lax.map(functools.partial(s.logit_scale, jnp.asarray(positions)), jnp.arange(4))
+    expected = [1 + beta * np.log(np.maximum((positions + 1.0) / 300, 1.0)) for beta in betas]
+    np.testing.assert_allclose(rows, expected, rtol=TOLERANCE)
+    np.testing.assert_array_equal(rows[:, :3], np.ones((4, 3), np.float32))
 
 
 @settings(max_examples=50, deadline=None)

@@ -51,6 +51,7 @@ ONLY_OURS = [
     compose(BY_PARTS, STAIR),
     compose({"type": "abf"}, {**STAIR, "one_based": True}),
     compose({"type": "abf"}, {"type": "smooth_temperature", "pretrained_window": 4096}),
+    compose({"type": "abf"}, {"type": "layer_temperature", "pretrained_window": 4096, "betas": [0.0, 0.25, -0.125]}),
     compose({"type": "abf"}, {"type": "ssmax", "scaling": 0.43}),
 ]
 # A scheme of the example in docs/schemes.md, which --import registers.

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Int
 
 from eabf_jax import __version__
 from eabf_jax.commands.options import check_positive, write_figures
 from eabf_jax.console import Grid, show
+from eabf_jax.data.dataset import tokenizer_digest
 from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.evaluation.documents import is_text, read_documents
 from eabf_jax.evaluation.scorer import evaluation_mesh
 from eabf_jax.interop.loading import DTYPES, Entry, load, parse_entry
 from eabf_jax.interop.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -40,6 +44,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=1, help="rows that each device reads at a time (default: 1)")
     add("--tensor", type=int, default=1, help="devices that share the model's heads (default: 1)")
     add("--json", help="write the figures to this file")
+
+
+def add_document_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options that choose the documents."""
+    add = parser.add_argument
+    add(
+        "--data",
+        required=True,
+        help="a dataset made by `eabf prepare`; or texts, read with the models' tokenizer: a file or directory that "
+        '`eabf prepare --format text` reads, such as .txt (one document) or .jsonl (one a line, under "text")',
+    )
+    add("--split", default="held_out", help="split of a dataset (default: held_out)")
+    add("--length", type=int, help="cut documents to this many tokens (default: the shortest one's)")
+    add("--skip-shorter", action="store_true", help="leave out documents shorter than --length")
+    add("--documents", type=int, help="number of documents to use, from the first (default: all)")
 
 
 def begin(arguments: argparse.Namespace, positive: Sequence[str] = ()) -> list[Entry]:
@@ -84,6 +103,38 @@ def tokenizer_of(directory: str) -> Tokenizer:
     if not has_tokenizer(directory):
         raise InputError(f"{directory} has no tokenizer: copy tokenizer.json or tokenizer.model into it")
     return load_tokenizer(directory)
+
+
+def documents_of(arguments: argparse.Namespace, entries: Sequence[Entry]) -> Int[np.ndarray, "documents T"]:
+    """Reads the documents of `add_document_arguments`.
+
+    Raises:
+      InputError: as `read_documents`; the models' tokenizers differ, or ids exceed a model's vocabulary.
+    """
+    tokenizer = None
+    if is_text(arguments.data):
+        tokenizers = [tokenizer_of(entry.directory) for entry in entries]
+        if len({tokenizer_digest(tokenizer) for tokenizer in tokenizers}) > 1:
+            raise InputError(
+                "the models' tokenizers differ, and losses per token are comparable only with the same tokenizer: run "
+                "the command once for each tokenizer"
+            )
+        tokenizer = tokenizers[0]
+    documents = read_documents(
+        arguments.data,
+        arguments.split,
+        arguments.length,
+        arguments.documents,
+        tokenizer=tokenizer,
+        skip_shorter=arguments.skip_shorter,
+    )
+    for entry in entries:
+        if documents.max() >= entry.config.vocab_size:
+            raise InputError(
+                f"{arguments.data} holds token id {documents.max()}, {entry.directory} only has ids below "
+                f"{entry.config.vocab_size}; prepare the dataset with this model's tokenizer"
+            )
+    return documents
 
 
 def model_of(entry: Entry, arguments: argparse.Namespace) -> Llama:

@@ -10,18 +10,25 @@ import functools
 import importlib
 import json
 import logging
+import math
+import numbers
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from eabf_jax.commands import evaluate as common
-from eabf_jax.console import Grid
+from eabf_jax.console import Grid, show
+from eabf_jax.data.dataset import tokenizer_digest
 from eabf_jax.errors import InputError
-from eabf_jax.evaluation import longbench
+from eabf_jax.evaluation import longbench, ruler
+from eabf_jax.evaluation.intervals import finite, student
 from eabf_jax.inference.text import TRUNCATIONS
 from eabf_jax.interop.directory import new_directory
 from eabf_jax.interop.loading import Entry
@@ -31,6 +38,12 @@ from eabf_jax.interop.tokenizer import load_tokenizer
 _RESAMPLES = 1000
 # Number of similar names suggested for an unknown one.
 _NEAREST = 5
+
+
+# What decides how many tokens a text has: digest of the tokenizer, and chat template.
+_Reader = tuple[str, str | None]
+# By task and metric, the figure of each document, which its task, number and hash identify.
+_Values = dict[tuple[str, str], dict[tuple[str, int, str], float]]
 
 
 class Score(NamedTuple):
@@ -45,11 +58,26 @@ class Score(NamedTuple):
     documents: int | None  # None for a group of tasks
 
 
+class Difference(NamedTuple):
+    """How much more a model scores than the first one, paired by document, at the window in the same place."""
+
+    model: str  # its label
+    window: int
+    task: str
+    metric: str
+    mean: float
+    half_width: float  # of the 95 % confidence interval over documents; NaN for one document
+    documents: int
+
+
 class Report(NamedTuple):
     """The scores of all models and windows."""
 
     scores: list[Score]
-    macro_averages: list[Score]  # of the twelve LongBench tasks, 0 to 100; empty if some of them were not run
+    macro_averages: list[
+        Score
+    ]  # of LongBench's twelve tasks and RULER's thirteen, 0 to 100, where all of them were run
+    beside_first: list[Difference]  # of metrics that are means over documents; empty for a single model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,12 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="NAME,...",
         help=f"tasks, groups or tags of lm-evaluation-harness, with wildcards; {longbench.GROUP} stands for the "
-        "paper's twelve LongBench tasks",
+        f"paper's twelve LongBench tasks, and {ruler.GROUPS[0]} for RULER's thirteen",
     )
     add(
         "--windows",
-        help="maximum tokens of a prompt and its answer, e.g. 4096,8192,16384,32768: every task runs at each "
-        "(default: the model's own)",
+        help="maximum tokens of a prompt and its answer, e.g. 4096,8192,16384,32768: every task runs at each, and "
+        "RULER's prompts are made as long as each (default: the model's own)",
     )
     add(
         "--truncate",
@@ -75,8 +103,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shorten longer prompts in their middle (default, as the paper does) or at their left end",
     )
     add("--include-path", metavar="DIR", help="further task files (YAML), which take precedence over the harness's")
-    add("--data", metavar="DIR", help="LongBench's own files (narrativeqa.jsonl, ...), for use without a network")
-    add("--limit", type=int, help="number of documents to use of each task, from the first (default: all)")
+    add(
+        "--data",
+        metavar="DIR",
+        help="LongBench's own files (narrativeqa.jsonl, ...) and RULER's (squad.json, ...), for use without a network",
+    )
+    add(
+        "--limit",
+        type=int,
+        help=f"number of documents to use of each task, from the first (default: all, and {ruler.SAMPLES} in RULER)",
+    )
     add("--num-fewshot", type=int, help="examples before each question (default: the task's)")
     add(
         "--apply-chat-template",
@@ -96,6 +132,8 @@ def run(arguments: argparse.Namespace) -> None:
     with contextlib.nullcontext() if arguments.output is None else new_directory(arguments.output) as directory:
         report = _measure(arguments, entries, windows, tasks, directory)
     common.report(arguments, table(report), as_json(report, arguments))
+    if report.beside_first:
+        show(difference_table(report))
 
 
 def _check(arguments: argparse.Namespace, entries: Sequence[Entry]) -> list[list[int]]:
@@ -140,7 +178,8 @@ def load_tasks(names: Sequence[str], include_path: str | None, data: str | None)
       data: directory of LongBench's jsonl files to read in place of the tasks' datasets, or None.
 
     Returns:
-      The harness's tasks and groups, by the name that selects them.
+      The harness's tasks and groups, by the name that selects them. The lists of RULER's tasks are empty, because their
+      samples depend on the tokenizer and the window.
     Raises:
       InputError: an unknown task, a missing package, or a dataset that cannot be loaded.
     """
@@ -153,7 +192,10 @@ def load_tasks(names: Sequence[str], include_path: str | None, data: str | None)
             hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
             raise InputError(f"unknown task {name!r}: {hint}`lm-eval ls tasks` lists all, --include-path adds more")
         for member in members:
-            found[member] = _load_task(manager, member, data)
+            if member in ruler.GROUPS:
+                found |= {task: [] for task in ruler.TASKS}
+            else:
+                found[member] = [] if member in ruler.TASKS else _load_task(manager, member, data)
     return found
 
 
@@ -215,23 +257,66 @@ def _measure(
 ) -> Report:
     from eabf_jax.evaluation.harness import EabfLM
 
-    report = Report([], [])
-    for (label, directory, rope, _), lengths in zip(entries, windows, strict=True):
-        options = {name: getattr(arguments, name) for name in ("dtype", "batch_size", "truncate", "tensor")}
-        model = EabfLM(directory, rope=rope, **options)
-        for window in lengths:
+    options = {name: getattr(arguments, name) for name in ("dtype", "batch_size", "truncate", "tensor")}
+    models = [EabfLM(directory, rope=rope, **options) for _, directory, rope, _ in entries]
+    samples = _ruler_samples(arguments, models, windows, [name for name in tasks if name in ruler.TASKS])
+    manager = _task_manager(arguments.include_path)
+    report = Report([], [], [])
+    first: list[_Values] = []  # of the first model, by place of the window
+    for (label, *_), lengths in zip(entries, windows, strict=True):
+        model = models.pop(0)  # frees the one before
+        for place, window in enumerate(lengths):
             model.window = window
             print(f"{label}, window {window:,}", file=sys.stderr)
-            results = evaluate(model, tasks, arguments)
+            made = samples[_reader(model, arguments), window]
+            own = {name: [ruler.load_task(name, dataset, manager)] for name, dataset in made.items()}
+            results = evaluate(model, tasks | own, arguments)
             scores = [score for result in results for score in _scores(label, window, result)]
             report.scores.extend(scores)
-            own = {score.task: 100 * score.value for score in scores if score.metric == longbench.METRIC}
-            mean = longbench.macro_average(own)
-            if mean is not None:
-                report.macro_averages.append(Score(label, window, longbench.GROUP, "macro average", mean, None, None))
+            for group, mean in _macro_averages(scores):
+                report.macro_averages.append(Score(label, window, group, "macro average", mean, None, None))
+            values = _values(results)
+            if label == entries[0].label:
+                first.append(values)
+            else:
+                report.beside_first.extend(_differences(scores, values, first[place]))
             if output is not None:
                 _write_samples(output / _file_name(label) / str(window), results)
     return report
+
+
+def _ruler_samples(
+    arguments: argparse.Namespace, models: Sequence[Any], windows: Sequence[Sequence[int]], names: Sequence[str]
+) -> dict[tuple[_Reader, int], dict[str, Any]]:
+    """Makes the samples of RULER's tasks for every window, once for models that read the same text."""
+    if names and arguments.num_fewshot:
+        raise InputError(
+            f"--num-fewshot {arguments.num_fewshot}: {names[0]} has no examples to choose from; leave it out"
+        )
+    manager = _task_manager(arguments.include_path)
+    made: dict[tuple[_Reader, int], dict[str, Any]] = {}
+    for model, lengths in zip(models, windows, strict=True):
+        for window in lengths:
+            parts = made.setdefault((_reader(model, arguments), window), {})
+            for name in names:
+                if name not in parts:
+                    print(f"making the samples of {name}, window {window:,}", file=sys.stderr)
+                    parts[name] = ruler.make_samples(
+                        name,
+                        model,
+                        window,
+                        arguments.limit or ruler.SAMPLES,
+                        arguments.data,
+                        manager,
+                        chat_template=arguments.apply_chat_template,
+                    )
+    return made
+
+
+def _reader(model: Any, arguments: argparse.Namespace) -> _Reader:
+    """Returns what decides how many tokens a text has for a model: its tokenizer, and its template if it is applied."""
+    tokenizer = model.tokenizer
+    return tokenizer_digest(tokenizer), tokenizer.chat_template if arguments.apply_chat_template else None
 
 
 def evaluate(model: Any, tasks: dict[str, list[Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -277,11 +362,61 @@ def _scores(label: str, window: int, result: dict[str, Any]) -> list[Score]:
             # LongBench tasks give the same figure a second time, under a name of their own.
             if task in longbench.TASKS and name != longbench.METRIC:
                 continue
-            metric = name if chosen == "none" else f"{name} ({chosen})"
+            metric = _metric(name, chosen)
             error = figures.get(f"{name}_stderr,{chosen}")
             error = float(error) if isinstance(error, int | float) else None
             scores.append(Score(label, window, task, metric, float(value), error, documents))
     return scores
+
+
+def _macro_averages(scores: Sequence[Score]) -> Iterator[tuple[str, float]]:
+    """Yields the averages of LongBench and RULER, in percent, if all of their tasks are there."""
+    percent = {score.task: 100 * score.value for score in scores if score.metric in (longbench.METRIC, ruler.METRIC)}
+    if (mean := longbench.macro_average(percent)) is not None:
+        yield longbench.GROUP, mean
+    if ruler.TASKS.keys() <= percent.keys():
+        yield ruler.GROUPS[0], fmean(percent[task] for task in ruler.TASKS)
+
+
+def _metric(name: str, chosen: str) -> str:
+    """Returns the name of a metric after a filter of the answers, "none" if there is no filter."""
+    return name if chosen == "none" else f"{name} ({chosen})"
+
+
+def _values(results: Sequence[dict[str, Any]]) -> _Values:
+    """Extracts the figure of every document from results of the harness; a group has the documents of its tasks."""
+    values: _Values = {}
+    for result in results:
+        for task, samples in result["samples"].items():
+            for sample in samples:
+                document = (task, sample["doc_id"], sample["doc_hash"])
+                for name in sample["metrics"]:
+                    if isinstance(sample[name], numbers.Real):
+                        key = (task, _metric(name, sample["filter"]))
+                        values.setdefault(key, {})[document] = float(sample[name])
+        for group in result["group_subtasks"]:
+            tasks = set(_leaves(group, result["group_subtasks"]))
+            for (task, metric), found in list(values.items()):
+                if task in tasks and task != group:
+                    values.setdefault((group, metric), {}).update(found)
+    return values
+
+
+def _leaves(name: str, members: Mapping[str, Sequence[str]]) -> list[str]:
+    """Returns the tasks of a group and of the groups in it."""
+    return [leaf for member in members[name] for leaf in _leaves(member, members)] if members.get(name) else [name]
+
+
+def _differences(scores: Sequence[Score], values: _Values, first: _Values) -> list[Difference]:
+    """Compares a model with the first one where both have the same documents and the score is their mean."""
+    differences = []
+    for score in scores:
+        mine, theirs = (side.get((score.task, score.metric), {}) for side in (values, first))
+        # Other scores, such as a perplexity, are no means of what the harness gives for each document.
+        if mine and mine.keys() == theirs.keys() and math.isclose(fmean(mine.values()), score.value, abs_tol=1e-9):
+            mean = student(np.array([mine[document] - theirs[document] for document in mine]))
+            differences.append(Difference(score.model, score.window, score.task, score.metric, *mean, len(mine)))
+    return differences
 
 
 def _file_name(label: str) -> str:
@@ -305,17 +440,20 @@ def table(report: Report) -> Grid:
     grid = Grid(["task", "metric"], heads, title="tasks of lm-evaluation-harness")
     rows: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
     for score in report.scores:
-        is_percent = score.task in longbench.TASKS
-        text = f"{100 * score.value:.1f}" if is_percent else f"{score.value:.4f}"
+        text = _shown(score.task, score.value)
         if score.standard_error is not None:
-            text += f" ± {100 * score.standard_error:.1f}" if is_percent else f" ± {score.standard_error:.4f}"
+            text += f" ± {_shown(score.task, score.standard_error)}"
         rows.setdefault((score.task, score.metric), {})[score.model, score.window] = text
     for (task, metric), cells in rows.items():
         grid.add([longbench.TASKS.get(task, task), metric], [cells.get(column, "") for column in columns])
-    if report.macro_averages:
-        means = {(score.model, score.window): f"{score.value:.1f}" for score in report.macro_averages}
+    for group in dict.fromkeys(score.task for score in report.macro_averages):
+        means = {
+            (score.model, score.window): f"{score.value:.1f}" for score in report.macro_averages if score.task == group
+        }
         grid.add_section()
-        grid.add([longbench.GROUP, "macro average"], [means.get(column, "") for column in columns], style="bold")
+        grid.add([group, "macro average"], [means.get(column, "") for column in columns], style="bold")
+        if group != longbench.GROUP:
+            continue
         for method, reported in longbench.PAPER.items():
             given = [str(reported.get(window, "")) for _, window in columns]
             if any(given):
@@ -324,11 +462,38 @@ def table(report: Report) -> Grid:
     return grid
 
 
+def difference_table(report: Report) -> Grid:
+    """Lays out the differences to the first model: one row per metric, in bold where the interval excludes zero."""
+    columns = list(dict.fromkeys((found.model, found.window) for found in report.beside_first))
+    first = report.scores[0].model
+    title = f"beside {first}: difference by document (95 % interval)"
+    grid = Grid(["task", "metric"], (f"{label}\n{window:,}" for label, window in columns), title=title)
+    rows: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
+    for found in report.beside_first:
+        text = _shown(found.task, found.mean, sign="+")
+        if not math.isnan(found.half_width):
+            text += f" ± {_shown(found.task, found.half_width)}"
+        text = f"[bold]{text}[/bold]" if abs(found.mean) > found.half_width else text
+        rows.setdefault((found.task, found.metric), {})[found.model, found.window] = text
+    for (task, metric), cells in rows.items():
+        grid.add([longbench.TASKS.get(task, task), metric], [cells.get(column, "") for column in columns])
+    return grid
+
+
+def _shown(task: str, value: float, sign: str = "") -> str:
+    """Returns a figure as text; those of LongBench and RULER in percent, as their papers do."""
+    is_percent = task in longbench.TASKS or task in ruler.TASKS
+    return f"{100 * value:{sign}.1f}" if is_percent else f"{value:{sign}.4f}"
+
+
 def as_json(report: Report, arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the scores as JSON values, with the settings of the measurement."""
     options = ("dtype", "truncate", "limit", "num_fewshot", "apply_chat_template")
     measured = common.measured_on()
-    measured["versions"] |= {name: version(name) for name in ("lm-eval", "datasets")}
+    packages = ["lm-eval", "datasets"]
+    if any(score.task in ruler.TASKS for score in report.scores):
+        packages.append("wonderwords")  # RULER draws words from its lists
+    measured["versions"] |= {name: version(name) for name in packages}
     return {
         **measured,
         **{name: getattr(arguments, name) for name in options},
@@ -336,5 +501,6 @@ def as_json(report: Report, arguments: argparse.Namespace) -> dict[str, Any]:
         "models": list(arguments.model),
         "scores": [score._asdict() for score in report.scores],
         "macro_averages": [score._asdict() for score in report.macro_averages],
+        "beside_first": [finite(found._asdict()) for found in report.beside_first],
         "paper": {"source": longbench.SOURCE, "macro_averages": longbench.PAPER},
     }

@@ -155,11 +155,19 @@ def _none(positions, layers):
     return (None,) * layers
 
 
+def _log_beyond(positions, window):
+    # ln(i / c) = ln(1 + (i - c) / c) for the 1-based position i; exactly 0 inside the window c.
+    return torch.log1p((positions.float() - (window - 1)).clamp(min=0.0) / window)
+
+
 def _entropy_aware(positions, layers, *, pretrained_window, unscaled_layers):
-    # ln i / ln c = 1 + ln(1 + (i - c) / c) / ln c for the 1-based position i; exactly 1 inside the window.
-    excess = (positions.float() - (pretrained_window - 1)).clamp(min=0.0)
-    multiplier = 1.0 + torch.log1p(excess / pretrained_window) / math.log(pretrained_window)
+    multiplier = 1.0 + _log_beyond(positions, pretrained_window) / math.log(pretrained_window)
     return tuple(None if layer < unscaled_layers else multiplier for layer in range(layers))
+
+
+def _layer_temperature(positions, layers, *, pretrained_window, betas):
+    beyond = _log_beyond(positions, pretrained_window)
+    return tuple(1.0 + beyond * betas[layer] for layer in range(layers))
 
 
 def _by_position(positions, layers, *, end, row_of_layer, table):
@@ -182,6 +190,7 @@ FREQUENCIES = {
 LOGIT_SCALES = {
     "none": (_none, ()),
     "entropy_aware": (_entropy_aware, ("pretrained_window", "unscaled_layers")),
+    "layer_temperature": (_layer_temperature, ("pretrained_window", "betas")),
     "by_position": (_by_position, ("end", "row_of_layer", "table")),
 }
 

@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from eabf_jax.commands.evaluate.harness import Report, Score, table
+from eabf_jax.commands.evaluate.harness import Difference, Report, Score, difference_table, table
 from eabf_jax.evaluation import longbench
 
 
@@ -16,7 +16,7 @@ def test_table_with_the_papers_figures() -> None:
     mean = longbench.macro_average({score.task: 100 * score.value for score in scores[:12]})
     assert mean == pytest.approx(55.4096)
     assert longbench.macro_average({score.task: score.value for score in scores[:11]}) is None
-    report = Report(scores, [Score("mine", 4096, longbench.GROUP, "macro average", mean, None, None)])
+    report = Report(scores, [Score("mine", 4096, longbench.GROUP, "macro average", mean, None, None)], [])
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table(report))
     lines = {" ".join(line.replace("│", "|").split()) for line in console.export_text().splitlines()}
@@ -26,3 +26,21 @@ def test_table_with_the_papers_figures() -> None:
     assert "| paper, EABF | macro average | 36.3 | 39.1 |" in lines
     assert "| paper, PI | macro average | 36.2 | 28.4 |" in lines
     assert "| paper, untouched | macro average | 33.0 | |" in lines
+
+
+def test_table_of_differences_to_the_first_model() -> None:
+    scores = [Score(label, 4096, "arc_easy", "acc", 0.5, 0.01, 100) for label in ("first", "second")]
+    differences = [
+        Difference("second", 4096, "arc_easy", "acc", -0.03, 0.02, 100),
+        Difference("second", 8192, "arc_easy", "acc", 0.01, 0.02, 100),
+        Difference("second", 8192, "longbench_trec", "score", 0.5, float("nan"), 1),
+    ]
+    found = difference_table(Report(scores, [], differences)).plain()
+    assert found["title"] == "beside first: difference by document (95 % interval)"
+    assert found["header"] == ["task", "metric", "second\n4,096", "second\n8,192"]
+    assert found["rows"] == [
+        ["arc_easy", "acc", "-0.0300 ± 0.0200", "+0.0100 ± 0.0200"],
+        ["trec", "score", "", "+50.0"],  # one document has no interval
+    ]
+    cells = list(difference_table(Report(scores, [], differences)).columns[2].cells)
+    assert cells[0] == "[bold]-0.0300 ± 0.0200[/bold]"  # the interval excludes zero

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import random
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 from flax import nnx
 
 from eabf_jax import load
@@ -146,6 +148,106 @@ def test_windows_and_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     expected = 12.7062 * abs(difference[0] - difference[1]) / 2
     assert written["beside_first"]["extended"][1]["half_width"] == pytest.approx(expected, rel=1e-3)
     assert picture.read_text().lstrip().startswith("<?xml")
+
+
+def repeated_texts(path: Path, count: int = 3, words: int = 40) -> Path:
+    """Writes texts whose second half repeats the first, and one without repetition, which may have no key token."""
+    draw = random.Random(1)
+    nouns = ["river", "meadow", "lantern", "copper", "violin", "harbour", "winter", "garden", "paper", "silver"]
+    halves = [" ".join(f"{draw.choice(nouns)} {draw.randint(10, 99)}" for _ in range(words)) for _ in range(count + 2)]
+    texts = [f"{half} {half}" for half in halves[:count]] + [f"{halves[-2]} {halves[-1]}"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_loss_on_key_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The figures follow from the losses by the definition; table, JSON and picture are drawn again alike."""
+    texts, figures, picture = repeated_texts(tmp_path / "texts.jsonl"), tmp_path / "a.json", tmp_path / "a.png"
+    scheme = {"type": "pi", "factor": 4}
+    length, context, stride = 280, 60, 20
+    code = run(
+        *("--model", f"pi={TINY}@{json.dumps(scheme)}", "--model", f"own={TINY}", "--dtype", "float32"),
+        *("--data", str(texts), "--length", str(length), "--key-tokens", "own", "--bands", "0,60,80,180,280"),
+        *("--short-context", str(context), "--short-stride", str(stride), "--json", str(figures)),
+        *("--figure", str(picture)),
+    )
+    assert code == 0
+    out = capsys.readouterr().out
+    written = json.loads(figures.read_text())
+    found = written["key_tokens"]
+    assert (found["evaluator"], found["short_context"], found["short_stride"]) == ("own", context, stride)
+    model, tokenizer = load(TINY, dtype="float32")
+    documents = read_documents(str(texts), "", length, None, tokenizer=tokenizer)
+    long, short = position_losses(model, documents), sliding_losses(model, documents, context + stride, stride)
+    losses = {"own": long, "pi": position_losses(load(TINY, rope=scheme, dtype="float32")[0], documents)}
+    bands = [(0, 60), (60, 80), (80, 180), (180, 280), (0, 280)]
+    for label in ("own", "pi"):
+        for part, paired, (start, end) in zip(found["losses"][label], found["beside_first"][label], bands, strict=True):
+            means, differences, tokens = [], [], 0
+            for row in range(len(documents)):
+                keys = [
+                    position
+                    for position in range(max(start, context + stride), end)
+                    if short[row, position - 1] - long[row, position - 1] > 2 and long[row, position - 1] < 2
+                ]
+                if keys:
+                    means.append(np.mean([losses[label][row, position - 1] for position in keys], dtype=np.float64))
+                    first = np.mean([losses["pi"][row, position - 1] for position in keys], dtype=np.float64)
+                    differences.append(means[-1] - first)
+                    tokens += len(keys)
+            assert (part["start"], part["end"], part["tokens"], part["documents"]) == (start, end, tokens, len(means))
+            if not means:
+                assert end <= context + stride and part["mean"] is None and part["perplexity"] is None
+                continue
+            # Means of float32 losses that two programs may round differently.
+            assert part["mean"] == pytest.approx(np.mean(means), rel=1e-5)
+            assert part["perplexity"] == pytest.approx(np.exp(np.mean(means)), rel=1e-4)
+            assert paired["mean"] == pytest.approx(np.mean(differences), abs=1e-4)
+            if len(means) > 1:
+                interval = scipy.stats.ttest_1samp(means, 0).confidence_interval(0.95)
+                assert part["half_width"] == pytest.approx((interval.high - interval.low) / 2, rel=1e-4)
+                assert part["high"] == pytest.approx(np.exp(interval.high), rel=1e-4)
+    # The repeated halves have key tokens.
+    whole = found["losses"]["own"][-1]
+    assert whole["tokens"] > 20
+    rows = {row[0]: row[1:] for row in written["table"]["rows"]}
+    assert rows["own"][:2] == ["–", "–"] and rows["own"][-1] == f"{whole['mean']:.3f}"
+    assert rows["key tokens (documents)"][-1] == f"{whole['tokens']} ({whole['documents']})"
+    assert len(written["bands"]["own"]) == 4  # the loss on all tokens is there too
+    again = str(tmp_path / "again.json"), str(tmp_path / "again.png")
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "redraw", str(figures), "--json", again[0], "--figure", again[1]])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.partition("figures:")[0] == out.partition("figures:")[0]
+    assert json.loads(Path(again[0]).read_text()) == written
+    assert Path(again[1]).read_bytes() == picture.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--key-tokens", "owm"), "unknown --key-tokens 'owm': did you mean 'own'"),
+        (("--key-tokens", "own", "--windows", "64"), "--key-tokens and --windows are different measurements"),
+        (("--key-tokens", "own"), "--short-context 1024 with --short-stride 256: windows of 1280 tokens"),
+        (("--key-tokens", "own", "--short-context", "0"), "--short-context 0: a positive number"),
+        (("--key-tokens", "own", "--short-stride", "-1"), "--short-stride -1: a positive number"),
+        (("--key-tokens", "small"), "--key-tokens small: its window is 64 tokens, and the documents have 100"),
+        (("--key-tokens", "own", "--short-context", "97", "--short-stride", "1"), "no key token found"),
+        (
+            ("--key-tokens", "own", "--short-context", "50", "--short-stride", "10", "--bands", "0,60"),
+            "no key token found",
+        ),
+    ],
+)
+def test_key_tokens_that_cannot_be_found(
+    options: tuple[str, ...], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = repeated_texts(tmp_path / "texts.jsonl")
+    models = ("--model", f"own={TINY}", "--model", f"small={TINY}@{{window: 64}}")
+    assert run(*models, "--data", str(texts), "--length", "100", "--documents", "2", *options) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert complaint in error
 
 
 def test_texts_are_refused_for_different_tokenizers(

@@ -51,11 +51,13 @@ def models() -> dict[str, tuple[Scheme, int, dict[str, Any]]]:
         name: scheme(name, **{key: value for key, value in GIVEN.items() if key in parameters_of(name)})
         for name in scheme_names()
     }
+    by_layer = {"type": "layer_temperature", "pretrained_window": WINDOW, "betas": [0.0, 0.5, -0.25]}
     all_layers = {**ENTROPY, "unscaled_layers": 0}
     # Cached decoding equals a full forward only with fixed frequencies or a single layer.
     composed = {
         "yarn_entropy": (compose(named["yarn"], ENTROPY), 3),
         "eabf_all_layers": (compose({"type": "abf"}, all_layers), 3),
+        "abf_by_layer": (compose({"type": "abf"}, by_layer), 3),
         "dynamic_yarn_one_layer": (named["dynamic_yarn"], 1),
         "dynamic_ntk_entropy": (compose(named["dynamic_ntk"], all_layers), 1),
         "longrope_entropy_one_layer": (compose(named["longrope"], all_layers), 1),
