@@ -3,10 +3,10 @@
 python benchmarks/gpu_numerics.py --json benchmarks/results/gpu_numerics_h200.json
 python benchmarks/gpu_numerics.py --device cpu --schemes eabf --json OUT.json
 
-Attention kernels are compared with NumPy in float64. Models of three layers are compared with the same model in float32
-with dense attention and JAX's own gradients. The comparisons are the loss and the gradients of every kind of parameter
-and of hidden states in the programs of the layerwise step, logits of prompts read in chunks, and logits of tokens
-decoded from a cache by rows of different lengths, in bfloat16 and with an int8 cache.
+Attention kernels and attention entropies are compared with NumPy in float64. Models of three layers are compared with
+the same model in float32 with dense attention and JAX's own gradients. The comparisons are the loss and the gradients of
+every kind of parameter and of hidden states in the programs of the layerwise step, logits of prompts read in chunks, and
+logits of tokens decoded from a cache by rows of different lengths, in bfloat16 and with an int8 cache.
 
 An error is |a - b| / |b| in the Euclidean norm. It may be at most twice the error of a plain bfloat16 computation with
 dense attention that writes out every attention weight. Both round the same numbers to 8 bits in different order, so
@@ -55,6 +55,7 @@ class Sizes(NamedTuple):
       lengths: row lengths for the attention kernels.
       slots: sizes of the caches that a token attends to: XLA's products read the small ones, cuDNN the large ones.
       caches: kinds of caches.
+      entropies: row lengths for attention entropies.
     """
 
     length: int
@@ -68,6 +69,7 @@ class Sizes(NamedTuple):
     lengths: tuple[int, ...]
     slots: tuple[int, ...]
     caches: tuple[str, ...]
+    entropies: tuple[int, ...]
 
 
 # On the GPU, caches have more than 1,024 slots, so that cuDNN's kernel attends to them.
@@ -75,11 +77,11 @@ SIZES = {
     "gpu": Sizes(
         length=1200, chunk=600, window=256, decoded=5, hidden=256, head_dim=64, wide=128,
         policies=("dots", "full", "attention", "qkv", "none"), lengths=(64, 128, 200, 257, 1000), slots=(512, 1536),
-        caches=("model", "int8"),
+        caches=("model", "int8"), entropies=(200, 1000, 2500),
     ),
     "cpu": Sizes(
         length=40, chunk=24, window=12, decoded=2, hidden=32, head_dim=8, wide=None, policies=("dots",), lengths=(33,),
-        slots=(48,), caches=("int8",),
+        slots=(48,), caches=("int8",), entropies=(300,),
     ),
 }  # fmt: skip
 # XLA's CPU backend lacks bfloat16 products that the backward pass of `chunked` needs.
@@ -238,6 +240,35 @@ def token_case(backend: str, slots: int, kv_heads: int, head_dim: int, kind: str
     got = found(q, k, v, [jnp.asarray(x) for x in newest], jnp.asarray(last, jnp.int32))
     where = {"slots": slots, "kv_heads": kv_heads, "head_dim": head_dim, "cache": kind}
     return [comparison(f"a token's attention, {backend}", "out", got, usual, expected, **where)]
+
+
+def entropy_case(length: int, kv_heads: int, head_dim: int, window: int | None) -> list[dict[str, Any]]:
+    """Checks attention entropies, whose blocks are shorter than the longest rows."""
+    import jax
+    import jax.numpy as jnp
+
+    from eabf_jax.analysis.attention_entropy import row_entropies
+
+    q, k = drawn(length, (2, length, HEADS, head_dim), (2, length, kv_heads, head_dim))
+    index = np.arange(length)
+    mask = (index[:, None] >= index) & (index[:, None] - index < (window or length))
+
+    def entropies(np_: Any, logits: Any) -> Any:
+        weights = np_.exp(logits - logits.max(-1, keepdims=True)) * mask
+        weights = weights / weights.sum(-1, keepdims=True)
+        return -(weights * np_.log(np_.where(weights > 0, weights, 1))).sum(-1)
+
+    @jax.jit
+    def plain(q: Any, k: Any) -> Any:
+        logits = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, HEADS // kv_heads, 2))
+        return entropies(jnp, jnp.where(mask, logits, -1e30).astype(jnp.float32))
+
+    wide_q, wide_k = (np.asarray(x, np.float64) for x in (q, k))
+    logits = np.einsum("btnh,bsnh->bnts", wide_q, np.repeat(wide_k, HEADS // kv_heads, 2))
+    expected = entropies(np, np.where(mask, logits, -1e30))
+    found = jax.jit(lambda q, k: row_entropies(q, k, window))(q, k)
+    where = {"length": length, "kv_heads": kv_heads, "head_dim": head_dim, "window": window}
+    return [comparison("attention entropy", "entropy", found, plain(q, k), expected, **where)]
 
 
 # Whole models, against float32.
@@ -513,6 +544,8 @@ def jobs(sizes: Sizes, backend: str, schemes: Sequence[str]) -> list[Job]:
         kernels = [(length, False) for length in sizes.lengths] + [(length, True) for length in sizes.lengths[-1:]]
         for length, packed in kernels:
             found.append(functools.partial(attention_case, backend, length, kv_heads, head_dim, packed))
+        for length, window in itertools.product(sizes.entropies, (None, 100)):
+            found.append(functools.partial(entropy_case, length, kv_heads, head_dim, window))
         for slots, kind in itertools.product(sizes.slots, sizes.caches):
             found.append(functools.partial(token_case, backend, slots, kv_heads, head_dim, kind))
     return found

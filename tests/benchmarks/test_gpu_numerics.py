@@ -97,9 +97,21 @@ def test_a_token_that_sees_beyond_its_rows_end_is_found(program, monkeypatch, ki
     assert found["within"] == (off == 0)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_entropies_are_compared_and_wrong_ones_found(program, monkeypatch, window):
+    from eabf_jax.analysis import attention_entropy
+
+    (found,) = program.entropy_case(300, 2, 8, window)
+    assert found["within"] and 2.0**-12 < found["plain_error"] < 2.0**-4
+    right = attention_entropy.row_entropies
+    monkeypatch.setattr(attention_entropy, "row_entropies", lambda q, k, window: right(1.1 * q, k, window))
+    (wrong,) = program.entropy_case(300, 2, 8, window)
+    assert not wrong["within"]
+
+
 def shortened(sizes):
     """Limits a run to one head size and one policy; the kernels are tested above."""
-    return sizes._replace(lengths=(), slots=(), wide=None, policies=sizes.policies[:1])
+    return sizes._replace(lengths=(), slots=(), entropies=(), wide=None, policies=sizes.policies[:1])
 
 
 def test_a_model_is_compared_in_training_and_in_generation(program, call, monkeypatch):
