@@ -3,9 +3,9 @@
 python benchmarks/gpu_numerics.py --json benchmarks/results/gpu_numerics_h200.json
 python benchmarks/gpu_numerics.py --device cpu --schemes eabf --json OUT.json
 
-Attention kernels and attention entropies are compared with NumPy in float64. Models of three layers are compared with
-the same model in float32 with dense attention and JAX's own gradients. The comparisons are the loss and the gradients of
-every kind of parameter and of hidden states in the programs of the layerwise step, logits of prompts read in chunks, and
+Attention kernels and entropies are compared with NumPy in float64. Models of three layers are compared with the same
+model in float32 with dense attention and JAX's own gradients. The comparisons are the loss and the gradients of every
+kind of parameter and of hidden states in the programs of the layerwise step, logits of prompts read in chunks, and
 logits of tokens decoded from a cache by rows of different lengths, in bfloat16 and with an int8 cache.
 
 An error is |a - b| / |b| in the Euclidean norm. It may be at most twice the error of a plain bfloat16 computation with

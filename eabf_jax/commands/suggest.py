@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from eabf_jax.analysis.suggest import Candidate, Suggestion, far_start, least_base, own_base, rope_config, suggest
 from eabf_jax.commands.evaluate import measured_on
 from eabf_jax.commands.options import check_positive, write_figures
@@ -176,7 +174,6 @@ def write(scheme: Scheme, config: TrainConfig, lines: list[str], target: Path) -
     config.rope = rope_config(scheme)
     with whole(target) as partial:
         partial.write_text("".join(f"# {line}\n" for line in lines) + dump_config(config), encoding="utf-8")
-    yaml.safe_load(target.read_text(encoding="utf-8"))
 
 
 def as_json(found: Suggestion, config: TrainConfig, base: LlamaConfig, documents: int) -> dict[str, Any]:
