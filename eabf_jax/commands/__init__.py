@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": "continue texts, or hold a conversation",
     "evaluate": "measure models: perplexity, passkey, line-retrieval, harness; redraw a report",
     "entropy": "measure attention entropy by layer, head and position",
+    "study": "train and measure methods x data x seeds, and report on them",
 }
 # The kinds of `eabf evaluate`.
 EVALUATIONS = {
