@@ -42,14 +42,23 @@ from eabf_jax.evaluation.scorer import evaluation_mesh
 from eabf_jax.hardware import device_at_hand
 from eabf_jax.interop.adapter import digest as model_digest
 from eabf_jax.interop.directory import read_json_object, write_json
-from eabf_jax.interop.huggingface import open_leaves, tokenizer_directory
+from eabf_jax.interop.huggingface import open_leaves
 from eabf_jax.interop.loading import load
 from eabf_jax.interop.native import METRICS_FILE
-from eabf_jax.interop.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from eabf_jax.interop.tokenizer import load_tokenizer
 from eabf_jax.training.plan import EFFICIENCY, Plan
 from eabf_jax.training.recipe import TrainConfig, configure, dump_config, lasting_values
 from eabf_jax.training.tracking import flops_per_token
-from eabf_jax.training.trainer import Diverged, Preempted, base_config, extended_config, settle, train
+from eabf_jax.training.trainer import (
+    Diverged,
+    Preempted,
+    base_config,
+    check_vocabularies,
+    extended_config,
+    settle,
+    tokenizer_source,
+    train,
+)
 
 _RUNS = "runs"  # the trained models, if they are kept
 
@@ -93,23 +102,27 @@ class Opened:
                 raise InputError(f"{cell.label}: the window differs; a study trains every method for one window")
             for config in configs if study.data[cell.data] else ():
                 seen |= _conversations(config.data.directory, config.data.split, config.data.samples)
-        tokenizer = _tokenizer_of(tried[measured[0]][0])
+        config = tried[measured[0]][0]
+        source = tokenizer_source(config)
+        tokenizer = None if source is None else load_tokenizer(source)
+        for documents in (study.evaluate.documents, *([study.tune.documents] if study.tune else [])):
+            check_vocabularies(documents.directory, base_config(config), source, tokenizer)
         self.tuning: dict[str, Prepared] = {}
         self._tuning_settings: dict[str, Any] = {}
         if study.tune is not None:
             # A document counts for tuning or for measuring, never for both.
-            names, documents = read_documents(study.tune.documents, "tune.documents", window, seen)
+            names, tokens = read_documents(study.tune.documents, "tune.documents", window, seen)
             seen |= set(map(_conversation, names))
-            inputs = Inputs(documents, names, tokenizer, [window], study.evaluate.batch_size)
+            inputs = Inputs(tokens, names, tokenizer, [window], study.evaluate.batch_size)
             loss = MEASURES["loss"]
             self.tuning = {"loss": loss.prepare(loss.settings(), inputs)}
-            self._tuning_settings = {"documents": _documents_digest(names, documents), "windows": [window]}
+            self._tuning_settings = {"documents": _documents_digest(names, tokens), "windows": [window]}
         windows = list(study.evaluate.windows)
-        names, documents = read_documents(study.evaluate.documents, "evaluate.documents", windows[-1], seen)
-        inputs = Inputs(documents, names, tokenizer, windows, study.evaluate.batch_size)
+        names, tokens = read_documents(study.evaluate.documents, "evaluate.documents", windows[-1], seen)
+        inputs = Inputs(tokens, names, tokenizer, windows, study.evaluate.batch_size)
         self.measures = {name: MEASURES[name].prepare(settings, inputs) for name, settings in study.measures.items()}
         self._settings = {
-            "documents": _documents_digest(names, documents),
+            "documents": _documents_digest(names, tokens),
             "windows": windows,
             "measures": {name: as_settings(settings) for name, settings in study.measures.items()},
         }
@@ -483,13 +496,6 @@ def _conversation(identifier: str) -> str:
 def _conversations(directory: str, split: str, samples: int | None) -> set[str]:
     records = Records(directory, split)
     return {_conversation(records[number]["id"]) for number in range(len(records))[:samples]}
-
-
-def _tokenizer_of(config: TrainConfig) -> Tokenizer | None:
-    source = config.model.tokenizer
-    if source is None and config.model.path is not None:
-        source = str(tokenizer_directory(config.model.path))
-    return load_tokenizer(source) if source is not None and has_tokenizer(source) else None
 
 
 def _without_seed(config: TrainConfig) -> str:

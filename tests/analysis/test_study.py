@@ -1,5 +1,7 @@
 """The file of a study: which cells it has, each cell's configuration, and refusals in one line."""
 
+import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,8 +9,10 @@ from typing import Any
 import pytest
 from studies import BEYOND, WINDOW, study_values, write_inputs, write_study
 
+from eabf_jax.analysis.measures import MEASURES
 from eabf_jax.analysis.study import (
     Cell,
+    Documents,
     Study,
     configurations,
     grid,
@@ -179,3 +183,15 @@ def test_the_studies_in_the_repository_are_read(path: Path, monkeypatch: pytest.
             study.trained_window
         }
     assert study.trained_window * 2 in study.evaluate.windows
+
+
+@pytest.mark.document_check
+def test_the_file_in_the_documentation_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    [text] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/studies.md").read_text(), re.DOTALL)
+    (tmp_path / "s.yaml").write_text(text)
+    study = load_study(str(tmp_path / "s.yaml"))
+    named = {*study.evaluate.measures, *(f.name for kind in (Study, Documents) for f in dataclasses.fields(kind))}
+    page = (ROOT / "docs/studies.md").read_text()
+    named |= {f.name for measure in MEASURES.values() for f in dataclasses.fields(measure.settings)}
+    assert [name for name in sorted(named) if not re.search(rf"`?{name}\b", page)] == []

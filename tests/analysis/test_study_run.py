@@ -21,7 +21,8 @@ from eabf_jax.analysis import study_run
 from eabf_jax.analysis.study import Study, load_study
 from eabf_jax.analysis.study_report import as_json, read_results
 from eabf_jax.analysis.study_run import Job, Opened, Outcome, chosen, differences, run
-from eabf_jax.data.dataset import Records
+from eabf_jax.data.chat import Encoded
+from eabf_jax.data.dataset import DatasetWriter, Records
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation.perplexity import position_losses
 from eabf_jax.training.recipe import configure
@@ -332,6 +333,17 @@ def test_documents_of_tuning_are_not_measured(build: Callable[..., Study], input
 def test_windows_that_differ_are_refused(build: Callable[..., Study]) -> None:
     with pytest.raises(InputError, match="EABF, 0, seed 0: the window differs"):
         Opened(build(methods={"PI": {}, "EABF": {"window": 48}}))
+
+
+def test_documents_with_more_tokens_than_the_model_has_are_refused(
+    build: Callable[..., Study], inputs: Path, tmp_path: Path
+) -> None:
+    with DatasetWriter(tmp_path / "other") as writer:
+        writer.add("held_out", Encoded(np.full(BEYOND, 61, np.int32), np.ones(BEYOND, bool)), "o")
+        writer.finish({"vocab_size": 62})
+    values = {"documents": {"directory": str(tmp_path / "other")}, "windows": [16], "measures": {"loss": {}}}
+    with pytest.raises(InputError, match="was tokenized with 62 tokens; the model's embedding has 61 rows"):
+        Opened(build(evaluate=values))
 
 
 # Ends its process by SIGKILL at the event of this number. Events are the beginning and end of a training, the losses of
