@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation --requirement
 
-.PHONY: demo demo-all test coverage test-gpu test-newest test-oldest test-transformers-4.46 test-llama-cpp locks lint venv clean FORCE
+.PHONY: demo demo-all study test coverage test-gpu test-newest test-oldest test-transformers-4.46 test-llama-cpp locks lint venv clean FORCE
 .DELETE_ON_ERROR:
 
 .venv/python:
@@ -76,6 +76,11 @@ data/tiny_2k: | .venv/sharegpt
 	$(RUN) -m eabf_jax prepare --src $(SHAREGPT_JSON) --dst $@ --tokenizer assets/tiny --template vicuna \
 	  --min-tokens 1250 --max-tokens 2048 --num-conversations 100 --held-out 32 --portion 0.9:1.0 --keep-complete
 
+# Held-out conversations of twice the demo's new window.
+data/tiny_4k: | .venv/sharegpt
+	$(RUN) -m eabf_jax prepare --src $(SHAREGPT_JSON) --dst $@ --tokenizer assets/tiny --template vicuna \
+	  --min-tokens 1250 --max-tokens 4096 --num-conversations 0 --held-out 128 --portion 0.9:1.0 --keep-complete
+
 # Always runs: train.py returns at once for a finished run and resumes an interrupted one.
 runs/tiny_%_2k: data/tiny_2k FORCE
 	$(RUN) train.py --config_path configs/tiny_$*_2k.yaml
@@ -101,6 +106,10 @@ demo-all: demo runs/tiny_pi_2k runs/tiny_yarn_2k runs/tiny_abf_2k runs/tiny_eabf
 	@echo "  runs/tiny_{pi,yarn,abf,eabf_stair}_2k   the other methods' runs"
 	@echo "  demo/all_methods.json        the table's figures"
 	@echo "  demo/all_methods.png         the picture"
+
+# Methods x data x seeds on the tiny model; continues where it was stopped.
+study: data/tiny_2k data/tiny_4k
+	$(RUN) -m eabf_jax study configs/studies/tiny_2k.yaml
 
 # With worksteal, an idle worker takes over half of another's remaining tests, so all workers end together.
 SUITE := -m pytest -n auto --maxprocesses 4 --dist worksteal

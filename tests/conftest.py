@@ -1,9 +1,10 @@
 """Gives every test eight simulated CPU devices, before JAX is first imported."""
 
 import gc
+import multiprocessing
 import os
 import runpy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ os.environ["NPROC"] = "16"
 
 import jax
 import pytest
+from forked import Forked
 
 if TYPE_CHECKING:
     from eabf_jax.interop.tokenizer import Tokenizer
@@ -63,6 +65,29 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
 def quick_flags() -> str:
     """Returns XLA_FLAGS for processes that a test starts: compilation is several times as fast, the code slower."""
     return QUICK
+
+
+@pytest.fixture(scope="session")
+def fork(tmp_path_factory: pytest.TempPathFactory, quick_flags: str) -> Callable[..., Forked]:
+    """Starts a program with arguments in a separate process on CPU devices; returns the process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["eabf_jax.cli", "eabf_jax.training.trainer"])
+    outside = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+    def start(program: str, *arguments: object, devices: int = 1, **environment: str) -> Forked:
+        return Forked(
+            context,
+            tmp_path_factory.mktemp("process"),
+            program,
+            [str(argument) for argument in arguments],
+            {
+                **outside,
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick_flags}",
+                **environment,
+            },
+        )
+
+    return start
 
 
 @pytest.fixture(scope="module")

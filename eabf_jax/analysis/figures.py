@@ -91,6 +91,37 @@ def share_by_length(
     save(figure, path)
 
 
+def means_by(
+    rows: Mapping[str, Mapping[str, tuple[float, float]]],
+    places: Sequence[str],
+    path: Path,
+    *,
+    label: str,
+    unit: str,
+    title: str = "",
+) -> None:
+    """Draws means with their intervals at named places, such as windows or amounts of data, one line per method.
+
+    Args:
+      rows: by method and place: the mean, and half the width of its interval (NaN for none).
+      places: the places in their order.
+      label, unit: of the two axes.
+    """
+    figure, axes = _axes(label, unit, title)
+    for number, (method, row) in enumerate(rows.items()):
+        # A horizontal offset keeps intervals from hiding each other.
+        beside = 0.03 * (number - (len(rows) - 1) / 2)
+        found = np.array([row[place] for place in places if place in row])
+        reach = np.nan_to_num(found[:, 1])
+        at = [places.index(place) + beside for place in places if place in row]
+        axes.errorbar(at, found[:, 0], reach, label=method, elinewidth=1, **line_style(number, len(rows)))
+    axes.set_xticks(range(len(places)), list(places))
+    if all(mean > 0 for row in rows.values() for mean, _ in row.values()) and unit.startswith("nats"):
+        _log_axis(axes)
+    _legend(figure, axes)
+    save(figure, path)
+
+
 def heat_maps(
     cells: Mapping[str, Sequence[Cell]], path: Path, *, pretrained_window: int | None = None, title: str = ""
 ) -> None:

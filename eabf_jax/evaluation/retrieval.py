@@ -38,6 +38,13 @@ class Prompt(NamedTuple):
     begin: int  # index of the answer's first token
 
 
+class Answer(NamedTuple):
+    """A model's result on one prompt."""
+
+    hit: bool  # whether greedy decoding gives the answer
+    loss: float  # of the answer, nats per token
+
+
 @dataclass(frozen=True)
 class Cell:
     """A model's result on the prompts of one length and depth."""
@@ -133,13 +140,26 @@ def measure(
     Returns:
       A cell for each length and depth, in the order in which they first appear.
     """
-    results: dict[tuple[int, int | None], list[tuple[bool, float]]] = {(p.length, p.depth): [] for p in prompts}
-    spans = [Span(prompt.tokens, prompt.begin - 1, prompt.tokens[prompt.begin :]) for prompt in prompts]
-    for done, (index, log_probs, is_greedy) in enumerate(Scorer(model)(spans, batch_size), start=1):
-        prompt = prompts[index]
-        results[prompt.length, prompt.depth].append((bool(is_greedy.all()), -float(log_probs.mean())))
-        progress(done)
+    results: dict[tuple[int, int | None], list[Answer]] = {}
+    for prompt, answer in zip(prompts, answers(model, prompts, batch_size=batch_size, progress=progress), strict=True):
+        results.setdefault((prompt.length, prompt.depth), []).append(answer)
     return [
-        Cell(length, depth, sum(hit for hit, _ in found), len(found), float(np.mean([x for _, x in found])))
+        Cell(length, depth, sum(answer.hit for answer in found), len(found), float(np.mean([x.loss for x in found])))
         for (length, depth), found in results.items()
     ]
+
+
+def answers(
+    model: Llama,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int = 1,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Answer]:
+    """Measures a model on all prompts; returns a result for each. The arguments are those of `measure`."""
+    spans = [Span(prompt.tokens, prompt.begin - 1, prompt.tokens[prompt.begin :]) for prompt in prompts]
+    found = {}
+    for done, (index, log_probs, is_greedy) in enumerate(Scorer(model)(spans, batch_size), start=1):
+        found[index] = Answer(bool(is_greedy.all()), -float(log_probs.mean()))
+        progress(done)
+    return [found[index] for index in range(len(prompts))]

@@ -36,7 +36,7 @@ _NEVER = "never"
 _KEPT_BY = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "down_proj": _NEVER}
 # Measured on one H100: the fraction of peak FLOP/s that a layer's matrix products and attention reach, and bytes/s
 # between a GPU and its host, in one direction and in both directions together.
-_EFFICIENCY, _ONE_WAY, _BOTH_WAYS = 0.66, 53e9, 84e9
+EFFICIENCY, _ONE_WAY, _BOTH_WAYS = 0.66, 53e9, 84e9
 # `auto` leaves this fraction of memory free, because the prediction is not exact and allocators leave gaps.
 _SPARE = 0.03
 # XLA's pool of host memory grows by powers of two; this fraction of it can be filled.
@@ -84,7 +84,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """A rough time of the optimizer step, for comparing the plans of one run."""
-        compute = (self.model_flops + self.recomputed_flops) / (_EFFICIENCY * self.device.flops)
+        compute = (self.model_flops + self.recomputed_flops) / (EFFICIENCY * self.device.flops)
         # Every microbatch reads the parameters three times, and reads and writes the gradient sums once.
         parameters = self.parts["parameters"] + self.parts.get("frozen parameters", 0.0)
         traffic = self.microbatches * (3 * parameters + 2 * self.parts["gradients"])
@@ -115,7 +115,7 @@ def plan(config: TrainConfig, model_config: LlamaConfig, mesh_shape: Mapping[str
     held, layer = _held(counts.trained, compute.dtype), _held(counts.trained_in_layers / layers, compute.dtype)
     optimizer = {name: held[name] for name in _OPTIMIZER}
     on_host, gathered_once = compute.optimizer_memory == "host", compute.gather == "step"
-    rate = _EFFICIENCY * device.flops
+    rate = EFFICIENCY * device.flops
 
     gathered_layers, gathered_head = step.gathered_layers, step.gathered_head
     if gathered_once:

@@ -226,8 +226,14 @@ def config_differences(written: Path, config: TrainConfig) -> list[str]:
         raise InputError(
             f"{written} is not a run's configuration; pass --overwrite true to start over, or name another directory"
         ) from error
-    now = _flat(yaml.safe_load(dump_config(config)))
-    return [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not _is_free(key)]
+    now = lasting_values(config)
+    return [key for key in sorted({*before, *now}) if not _is_free(key) and before.get(key) != now.get(key)]
+
+
+def lasting_values(config: TrainConfig) -> dict[str, Any]:
+    """Returns the values of keys such as "recipe.seed", without those that `config_differences` leaves out."""
+    values = _flat(yaml.safe_load(dump_config(config)))
+    return {key: value for key, value in values.items() if not _is_free(key)}
 
 
 def is_written_config(path: Path) -> bool:

@@ -199,9 +199,9 @@ def settle(config: TrainConfig) -> Settled:
             f"recipe.warmup_steps {recipe.warmup_steps} is not less than the run's {steps} steps: the peak "
             "rate would never be reached"
         )
-    source = _tokenizer_source(config)
+    source = tokenizer_source(config)
     tokenizer = None if source is None else load_tokenizer(source)
-    _check_vocabularies(config.data.directory, base, source, tokenizer)
+    check_vocabularies(config.data.directory, base, source, tokenizer)
     return Settled(planned, mesh, steps, tokenizer)
 
 
@@ -423,7 +423,7 @@ def random_params(model_config: LlamaConfig, seed: int, shardings: Tree) -> Tree
     return jax.jit(lambda: Llama(model_config, rngs=nnx.Rngs(seed)).parameters(), out_shardings=shardings)()
 
 
-def _tokenizer_source(config: TrainConfig) -> Path | None:
+def tokenizer_source(config: TrainConfig) -> Path | None:
     """Returns the directory of the tokenizer; `model.tokenizer` must have one, `model.path` need not."""
     if config.model.tokenizer is not None:
         return Path(config.model.tokenizer)
@@ -431,8 +431,13 @@ def _tokenizer_source(config: TrainConfig) -> Path | None:
     return source if source is not None and has_tokenizer(source) else None
 
 
-def _check_vocabularies(directory: str, base: LlamaConfig, source: Path | None, tokenizer: Tokenizer | None) -> None:
-    """Refuses a dataset whose token ids exceed the embedding, or that was made with another tokenizer."""
+def check_vocabularies(directory: str, base: LlamaConfig, source: Path | None, tokenizer: Tokenizer | None) -> None:
+    """Refuses a dataset whose token ids exceed the embedding, or that was made with another tokenizer.
+
+    Args:
+      base: the model's configuration.
+      source, tokenizer: the tokenizer's directory, and the tokenizer; None if the model has none.
+    """
     metadata = read_metadata(directory)
     if metadata.get("vocab_size", 0) > base.vocab_size:
         raise InputError(

@@ -9,7 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from eabf_jax.analysis.figures import heat_maps, line_style, loss_by_position, perplexity_by_window, share_by_length
+from eabf_jax.analysis.figures import (
+    heat_maps,
+    line_style,
+    loss_by_position,
+    means_by,
+    perplexity_by_window,
+    share_by_length,
+)
 from eabf_jax.evaluation.intervals import Share
 from eabf_jax.evaluation.perplexity import WindowPerplexity, band_losses
 from eabf_jax.evaluation.retrieval import Cell
@@ -130,3 +137,19 @@ def test_heat_maps_show_each_cell_in_its_place(tmp_path: Path, monkeypatch) -> N
     assert len(shown) == 6
     np.testing.assert_array_equal(shown[0], [[100, 25], [75, 0]])  # depths down, lengths across
     assert imread(tmp_path / "maps.png").std() > 0.01
+
+
+def test_means_stand_at_their_places_with_their_intervals(tmp_path: Path, monkeypatch) -> None:
+    bars: dict[str, tuple[list[float], list[float], list[float]]] = {}
+
+    def record(self: Axes, x, y, reach, label, **_) -> None:
+        bars[label] = (list(x), list(y), list(reach))
+
+    monkeypatch.setattr(Axes, "errorbar", record)
+    monkeypatch.setattr("eabf_jax.analysis.figures._legend", lambda *_: None)
+    rows = {"a": {"32": (2.0, 0.5), "all": (1.5, float("nan"))}, "b": {"all": (1.0, 0.25)}}
+    means_by(rows, ["0", "32", "all"], tmp_path / "means.png", label="data", unit="nats per token", title="t")
+    assert bars["a"][1:] == ([2.0, 1.5], [0.5, 0.0]) and bars["b"][1:] == ([1.0], [0.25])
+    assert np.round(bars["a"][0]).tolist() == [1, 2] and np.round(bars["b"][0]).tolist() == [2]
+    assert bars["a"][0][1] != bars["b"][0][0]  # side by side
+    assert imread(tmp_path / "means.png").std() > 0.01

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
-import os
-import subprocess
 from pathlib import Path
 
 import jax
@@ -167,75 +164,6 @@ def config_file(base_model, dataset):
         return path
 
     return write
-
-
-# The program of a process forked after the imports. Such a process would end without the functions registered
-# with `atexit`, in which the processes of a run disconnect.
-FORKED = """
-import atexit, os, sys
-for number, path in enumerate(outputs, 1):
-    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-os.environ.clear()
-os.environ.update(environment)
-os.chdir(root)
-sys.argv = ["train.py", *arguments]
-try:
-    exec(program, {"__name__": "__main__"})
-finally:
-    atexit._run_exitfuncs()
-"""
-
-
-class Forked:
-    """A process like `subprocess.Popen`, without the seconds that importing JAX takes."""
-
-    def __init__(self, context, folder, program, arguments, environment):
-        self.outputs = [folder / "out", folder / "err"]
-        told = {"root": ROOT, "program": program, "arguments": arguments, "environment": environment}
-        self.process = context.Process(target=exec, args=(FORKED, {"outputs": self.outputs, **told}))
-        self.process.start()
-
-    @property
-    def returncode(self):
-        return self.process.exitcode
-
-    def poll(self):
-        return self.process.exitcode
-
-    def kill(self):
-        self.process.kill()
-
-    def terminate(self):
-        self.process.terminate()
-
-    def communicate(self, timeout=None):
-        self.process.join(timeout)
-        if self.process.is_alive():
-            raise subprocess.TimeoutExpired("train.py", timeout, *(path.read_text() for path in self.outputs))
-        return tuple(path.read_text() for path in self.outputs)
-
-
-@pytest.fixture(scope="session")
-def fork(tmp_path_factory, quick_flags):
-    """Starts a program with arguments in a separate process on CPU devices; returns the process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["eabf_jax.cli", "eabf_jax.training.trainer"])
-    outside = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-
-    def start(program, *arguments, devices=1, **environment):
-        return Forked(
-            context,
-            tmp_path_factory.mktemp("process"),
-            program,
-            [str(argument) for argument in arguments],
-            {
-                **outside,
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick_flags}",
-                **environment,
-            },
-        )
-
-    return start
 
 
 @pytest.fixture(scope="session")
