@@ -214,7 +214,10 @@ def test_the_export_knows_what_the_exported_file_computes() -> None:
     ("change", "message"),
     [
         ({"frequencies": {"kind": "longrope"}}, "the frequencies 'longrope'; .* knows fixed, by_length, dynamic_ntk"),
-        ({"logit_scale": {"kind": "louder"}}, "the logit_scale 'louder'; .* knows none, entropy_aware, layer_temperature"),
+        (
+            {"logit_scale": {"kind": "louder"}},
+            "the logit_scale 'louder'; .* knows none, entropy_aware, layer_temperature",
+        ),
         ({"frequencies": None}, "the frequencies None"),
         ({"logit_scale": {"kind": "none", "cap": 2.0}}, "'none' has the parameters cap; .* needs none"),
         (
