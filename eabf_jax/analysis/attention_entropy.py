@@ -299,16 +299,20 @@ def sides(edges: Sequence[int], window: int) -> tuple[Bool[np.ndarray, " bands"]
     return (starts >= window // 2) & (ends <= window), starts >= window
 
 
-def drift(found: Entropies, window: int) -> list[Mean]:
-    """Returns by layer the entropy beyond the pretrained window minus that in its last half, with the interval.
+def near_and_far(
+    found: Entropies, window: int, end: int | None = None
+) -> tuple[Float[np.ndarray, "documents layers"], Float[np.ndarray, "documents layers"]]:
+    """Returns mean entropies, over heads, in the last half of the pretrained window and beyond it.
 
     Args:
       window: the pretrained window, in tokens.
+      end: position up to which the bands beyond it count; None for all.
 
     Raises:
       InputError: no band lies beyond the window, or none in its last half.
     """
     inside, beyond = sides(found.edges, window)
+    beyond &= np.array(found.edges[1:]) <= (end or found.edges[-1])
     if not inside.any() or not beyond.any():
         raise InputError(
             f"bands {','.join(map(str, found.edges))} have no part within {window // 2} to {window} tokens, the last "
@@ -316,4 +320,17 @@ def drift(found: Entropies, window: int) -> list[Mean]:
         )
     widths, means = np.diff(found.edges), found.means.mean(2)
     near, far = (np.average(means[..., part], axis=-1, weights=widths[part]) for part in (inside, beyond))
+    return near, far
+
+
+def drift(found: Entropies, window: int) -> list[Mean]:
+    """Returns by layer the entropy beyond the pretrained window minus that in its last half, with the interval.
+
+    Args:
+      window: the pretrained window, in tokens.
+
+    Raises:
+      InputError: as for `near_and_far`.
+    """
+    near, far = near_and_far(found, window)
     return [student(change) for change in (far - near).T]

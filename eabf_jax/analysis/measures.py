@@ -13,10 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from eabf_jax.analysis.attention_entropy import Entropies, entropies, near_and_far
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation import line_retrieval, passkey
-from eabf_jax.evaluation.perplexity import band_means, check_edges, position_losses
+from eabf_jax.evaluation.key_tokens import key_tokens
+from eabf_jax.evaluation.perplexity import band_means, check_edges, position_losses, sliding_losses
 from eabf_jax.evaluation.retrieval import Prompt, answers
+from eabf_jax.evaluation.scorer import evaluation_mesh
+from eabf_jax.interop.loading import load, parse_entry
 from eabf_jax.interop.tokenizer import Tokenizer
 from eabf_jax.model.llama import Llama
 
@@ -128,6 +132,112 @@ def prepare_loss(settings: LossSettings, inputs: Inputs) -> Prepared:
 
 
 @dataclass(frozen=True)
+class KeyTokenSettings:
+    """Keys of the measure `key_tokens`; see `eabf evaluate perplexity --key-tokens`."""
+
+    evaluator: str = ""  # the model that finds the key tokens, DIR or DIR@{scheme}; it must read the longest window
+    short_context: int = 1024  # tokens
+    short_stride: int = 256  # tokens
+    dtype: str = "float32"  # of the evaluator
+
+
+def key_token_columns(settings: KeyTokenSettings, windows: Sequence[int]) -> list[Column]:
+    """Lists the windows that are longer than the short context."""
+    found = [window for window in windows if window > settings.short_context + settings.short_stride]
+    if not found or not settings.evaluator or settings.short_context < 2 or settings.short_stride < 1:
+        raise InputError(
+            f"measure key_tokens: an evaluator, and a window longer than short_context {settings.short_context} and "
+            f"short_stride {settings.short_stride} together, are needed"
+        )
+    return [Column("key_tokens", window, (0, window)) for window in found]
+
+
+def prepare_key_tokens(settings: KeyTokenSettings, inputs: Inputs) -> Prepared:
+    """Finds the key tokens, and prepares the mean loss of each document's key tokens inside each window.
+
+    Documents without a key token inside the shortest of the windows are left out.
+    """
+    columns = key_token_columns(settings, inputs.windows)
+    entry = parse_entry(settings.evaluator)
+    mesh = evaluation_mesh(entry.config, settings.dtype)
+    evaluator = load(entry.directory, entry.rope, settings.dtype, mesh)[0]
+    first, longest, size = columns[0].window, inputs.windows[-1], inputs.batch_size
+    window = settings.short_context + settings.short_stride
+    long = position_losses(evaluator, inputs.documents, batch_size=size)
+    short = sliding_losses(evaluator, inputs.documents, window, settings.short_stride, batch_size=size)
+    keys = key_tokens(long, short, window)
+    kept = np.flatnonzero(keys[:, : first - 1].any(1)).tolist()
+    if not kept:
+        raise InputError(f"measure key_tokens: no document has a key token in its first {first} tokens")
+    documents, keys = inputs.documents[kept], keys[kept]
+
+    def run(model: Llama) -> list[Values]:
+        losses: dict[int, Any] = {}
+        for window in [c.window for c in columns] if model.config.rope.depends_on_length else [longest]:
+            losses[window] = position_losses(model, documents[:, :window], batch_size=size)
+        found = []
+        for column in columns:
+            table, end = losses.get(column.window, losses[longest]), column.window - 1
+            means = np.average(table[:, :end].astype(np.float64), axis=1, weights=keys[:, :end])
+            if not np.isfinite(means).all():
+                raise InputError("the loss is not finite; check the weights, or use compute.dtype float32")
+            found.append(Values(column, means.tolist()))
+        return found
+
+    return Prepared({"key_tokens": [inputs.names[row] for row in kept]}, documents.size, run)
+
+
+@dataclass(frozen=True)
+class EntropySettings:
+    """Keys of the measure `entropy`; see `eabf entropy`."""
+
+    pretrained_window: int = 0  # tokens
+    first_layer: int = 2  # layers before it are left out; the paper's method does not scale the first two
+
+
+def entropy_columns(settings: EntropySettings, windows: Sequence[int]) -> list[Column]:
+    """Lists the windows beyond the pretrained one."""
+    start = settings.pretrained_window
+    found = [window for window in windows if window > start]
+    if start < 2 or not found or settings.first_layer < 0:
+        raise InputError(
+            f"measure entropy: pretrained_window {start} and first_layer {settings.first_layer}; a window of at least "
+            f"2 tokens that is shorter than the longest of evaluate.windows, and a layer from 0 are needed"
+        )
+    return [Column("entropy", window, (start, window)) for window in found]
+
+
+def prepare_entropy(settings: EntropySettings, inputs: Inputs) -> Prepared:
+    """Prepares how far attention entropy beyond the pretrained window is from that in its last half.
+
+    A document's value is the mean over layers of the absolute difference of the layer's means over heads and positions.
+    """
+    columns = entropy_columns(settings, inputs.windows)
+    start = settings.pretrained_window
+    longest = inputs.windows[-1]
+
+    def run(model: Llama) -> list[Values]:
+        if settings.first_layer >= model.config.num_hidden_layers:
+            raise InputError(
+                f"measure entropy: the model has {model.config.num_hidden_layers} layers, no layer "
+                f"{settings.first_layer}"
+            )
+        windows = [c.window for c in columns]
+        measured: dict[int, Entropies] = {}
+        for window in windows if model.config.rope.depends_on_length else [longest]:
+            edges = [start // 2, start, *(edge for edge in windows if edge <= window)]
+            measured[window] = entropies(model, inputs.documents[:, :window], edges, batch_size=inputs.batch_size)
+        found = []
+        for column in columns:
+            near, far = near_and_far(measured.get(column.window, measured[longest]), start, column.window)
+            change = np.abs(far - near)[:, settings.first_layer :].mean(1)
+            found.append(Values(column, change.tolist()))
+        return found
+
+    return Prepared({"entropy": inputs.names}, 2 * inputs.documents.shape[0] * longest, run)
+
+
+@dataclass(frozen=True)
 class PasskeySettings:
     """Keys of the measure `passkey`; see `eabf evaluate passkey`."""
 
@@ -226,6 +336,18 @@ def _retrieval_quantities(name: str) -> dict[str, Quantity]:
 
 MEASURES: Mapping[str, Measure] = {
     "loss": Measure(LossSettings, {"loss": Quantity("nats per token", False)}, loss_columns, prepare_loss),
+    "key_tokens": Measure(
+        KeyTokenSettings,
+        {"key_tokens": Quantity("nats per key token", False)},
+        key_token_columns,
+        prepare_key_tokens,
+    ),
+    "entropy": Measure(
+        EntropySettings,
+        {"entropy": Quantity("nats of change beyond the pretrained window", False)},
+        entropy_columns,
+        prepare_entropy,
+    ),
     "passkey": Measure(
         PasskeySettings,
         _retrieval_quantities("passkey"),

@@ -1,5 +1,6 @@
 """Each measure against the evaluation that it stands for; settings that do not fit are one line."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,22 @@ from flax import nnx
 from studies import SHAPE
 
 from eabf_jax.analysis import measures
-from eabf_jax.analysis.measures import MEASURES, QUANTITIES, Column, Inputs, LineSettings, LossSettings, PasskeySettings
+from eabf_jax.analysis.attention_entropy import attention_entropy
+from eabf_jax.analysis.measures import (
+    MEASURES,
+    QUANTITIES,
+    Column,
+    EntropySettings,
+    Inputs,
+    KeyTokenSettings,
+    LineSettings,
+    LossSettings,
+    PasskeySettings,
+)
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation import line_retrieval, passkey, retrieval
-from eabf_jax.evaluation.perplexity import position_losses
+from eabf_jax.evaluation.perplexity import position_losses, sliding_losses
+from eabf_jax.interop.native import save_params, write_model_json
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.llama import Llama
 from eabf_jax.rope import scheme
@@ -93,8 +106,9 @@ def test_retrieval_by_unit_sums_up_to_the_evaluations_cells(
 
 
 def test_every_column_belongs_to_a_quantity() -> None:
-    for measure in MEASURES.values():
-        columns = measure.columns(measure.settings(), WINDOWS)
+    settings = {"key_tokens": KeyTokenSettings("DIR", 2, 2), "entropy": EntropySettings(8)}
+    for name, measure in MEASURES.items():
+        columns = measure.columns(settings.get(name) or measure.settings(), WINDOWS)
         assert {column.quantity for column in columns} == set(measure.quantities)
     assert [name for name, quantity in QUANTITIES.items() if quantity.higher_is_better] == ["passkey", "line_retrieval"]
 
@@ -130,3 +144,63 @@ def test_a_loss_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch, t
     prepared = MEASURES["line_retrieval"].prepare(LineSettings(samples=1), inputs(tokenizer, [256, 320]))
     with pytest.raises(InputError, match="the loss of line_retrieval is not finite"):
         prepared.run(model(scheme("default")))
+
+
+def test_key_token_loss_is_the_mean_over_the_evaluators_key_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With random weights, no token is as likely as a key token has to be, so the thresholds are others here."""
+    evaluator, measured = (model(scheme("abf", base=base), 61) for base in (20_000.0, 90_000.0))
+    directory = tmp_path / "evaluator"
+    directory.mkdir()
+    write_model_json(directory, evaluator.config)
+    save_params(directory, evaluator.parameters())
+    random = np.random.default_rng(0)
+    documents = random.integers(0, 61, (6, 32)).astype(np.int32)
+    given = Inputs(documents, list("abcdef"), None, [16, 24, 32], 1)
+    settings = KeyTokenSettings(evaluator=str(directory), short_context=2, short_stride=2)
+    long, short = position_losses(evaluator, documents), sliding_losses(evaluator, documents, 4, 2)
+    # Three of the six documents have a token above this in the shortest window.
+    alpha = np.sort((short - long)[:, 3:15].max(1))[2]
+    monkeypatch.setattr(measures, "key_tokens", functools.partial(measures.key_tokens, alpha=alpha, beta=-9.0))
+    prepared = MEASURES["key_tokens"].prepare(settings, given)
+    found = {values.column.window: values.values for values in prepared.run(measured)}
+    keys = short.astype(np.float64) - long > alpha
+    keys[:, :3] = False
+    kept = [row for row in range(6) if keys[row, :15].any()]
+    assert len(kept) == 3
+    losses = position_losses(measured, documents)
+    for window in (16, 24, 32):
+        expected = [losses[row, : window - 1][keys[row, : window - 1]].mean() for row in kept]
+        assert found[window] == pytest.approx(expected, rel=1e-5)
+    assert prepared.units == {"key_tokens": ["abcdef"[row] for row in kept]}
+
+
+def test_entropy_is_the_absolute_change_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LlamaConfig.from_fields({**SHAPE, "num_hidden_layers": 3, "rope": {"type": "abf", "base": 20_000.0}})
+    measured = Llama(config, rngs=nnx.Rngs(0), attention="reference")
+    settings = EntropySettings(pretrained_window=8, first_layer=1)
+    prepared = MEASURES["entropy"].prepare(settings, inputs())
+    found = {values.column: values.values for values in prepared.run(measured)}
+    assert list(found) == [Column("entropy", window, (8, window)) for window in WINDOWS]
+    for row, document in enumerate(DOCUMENTS):
+        each = attention_entropy(measured, document[None]).mean(1)  # [layers, length]
+        for window in WINDOWS:
+            change = np.abs(each[:, 8:window].mean(1) - each[:, 4:8].mean(1))[1:].mean()
+            assert found[Column("entropy", window, (8, window))][row] == pytest.approx(change, abs=1e-5)
+    with pytest.raises(InputError, match="the model has 3 layers, no layer 3"):
+        MEASURES["entropy"].prepare(EntropySettings(8, 3), inputs()).run(measured)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("key_tokens", KeyTokenSettings(), "measure key_tokens: an evaluator"),
+        ("key_tokens", KeyTokenSettings("DIR", 30, 2), "short_context 30 and short_stride 2 together"),
+        ("entropy", EntropySettings(), "measure entropy: pretrained_window 0"),
+        ("entropy", EntropySettings(32), "shorter than the longest of evaluate.windows"),
+    ],
+)
+def test_windows_that_do_not_fit_these_measures_are_refused(name: str, settings: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        MEASURES[name].columns(settings, WINDOWS)
