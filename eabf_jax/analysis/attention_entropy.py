@@ -29,8 +29,8 @@ from eabf_jax.parallel.rules import batch_ways, mesh_of, moved
 # Queries and keys in a block: on CPU, blocks that stay in its cache; on others, blocks that keep all cores busy.
 _BLOCK = {"cpu": 256}
 _LARGE_BLOCK = 1024
-# Growth of entropy inside the window from which a layer counts as one that attends widely; even attention has 1.
-EXEMPT = 0.5
+# The steepest multiplier that `matched` fits, in multiples of 1 / ln c, the growth of the paper's.
+_STEEPEST = 1.5
 
 
 class Entropies(NamedTuple):
@@ -204,9 +204,8 @@ def matched(
 ) -> Matched:
     """Fits each layer's logit multiplier so that attention entropy beyond the window is that in its last half.
 
-    The multiplier is 1 + beta ln max(i / c, 1). Layers are fitted in order, each on the hidden states that the fitted
-    layers before it give. A layer whose entropy inside the window grows by `EXEMPT` or more keeps beta = 0: it attends
-    widely, and would in a longer window too. The search ends at beta = 3 / ln c.
+    The multiplier is 1 + beta ln max(i / c, 1), with beta from 0 to 1.5 / ln c. Layers are fitted in order, each on the
+    hidden states that the fitted layers before it give.
 
     Args:
       model: with the frequencies to use, and no multiplier.
@@ -264,10 +263,9 @@ def _fit_layer(
         def far(beta: Array) -> Array:
             return row_entropies(scaled(q, beta), k, sliding)[:count, :, window:].mean()
 
-        betas = jnp.linspace(0.0, 3.0, 7) / np.float32(np.log(window))
+        betas = jnp.linspace(0.0, _STEEPEST, 7) / np.float32(np.log(window))
         # Entropy falls as beta grows, so the beta of an entropy is read from the points in reverse.
         beta = jnp.interp(near, jax.lax.map(far, betas)[::-1], betas[::-1])
-        beta = jnp.where(growth < EXEMPT, beta, 0.0)
         found.extend((beta, growth))
         return attention(scaled(q, beta), k, v, segment_ids)
 

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from eabf_jax.analysis.attention_entropy import EXEMPT, Matched, matched
+from eabf_jax.analysis.attention_entropy import Matched, matched
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation.intervals import Mean, student
 from eabf_jax.evaluation.perplexity import position_losses
@@ -36,6 +36,9 @@ from eabf_jax.training.trainer import base_config, settle, train
 
 # Bases to try, as multiples of the model's own; the paper's is 50.
 MULTIPLES = (2, 5, 10, 20, 50)
+# Growth of entropy inside the window, in nats per factor of e in position, from which a layer counts as attending nearly
+# evenly; even attention has 1.
+_EVEN = 0.75
 # Candidates of each family in the short round, and of all in the last.
 _EACH, _LAST = 3, 2
 
@@ -203,7 +206,7 @@ def own_base(rope: Scheme) -> float:
 
 def _multipliers(window: int, fit: Matched) -> Iterator[Mapping[str, Any]]:
     """Yields multipliers that differ from the paper's in their layers, their window, their growth or their form."""
-    wide = int(np.argmin(np.append(fit.growth >= EXEMPT, False)))  # leading layers that attend widely
+    wide = int(np.argmin(np.append(fit.growth >= _EVEN, False)))  # leading layers that attend nearly evenly
     for layers in sorted({0, 2, wide}):
         yield {"type": "entropy_aware", "pretrained_window": window, "unscaled_layers": layers}
     yield {"type": "entropy_aware", "pretrained_window": window // 2}
