@@ -36,7 +36,7 @@ from eabf_jax.training.trainer import base_config, settle, train
 
 # Bases to try, as multiples of the model's own; the paper's is 50.
 MULTIPLES = (2, 5, 10, 20, 50)
-# Growth of entropy inside the window, in nats per factor of e in position, from which a layer counts as attending nearly
+# Growth of entropy inside the window, nats per factor of e in position, from which a layer counts as attending nearly
 # evenly; even attention has 1.
 _EVEN = 0.75
 # Candidates of each family in the short round, and of all in the last.
