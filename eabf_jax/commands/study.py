@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 from rich.markup import escape
 
-from eabf_jax.analysis.study import SCRATCH, Study, load_study
+from eabf_jax.analysis.study import Study, load_study
 from eabf_jax.analysis.study_report import (
     Results,
     as_json,
@@ -29,16 +30,18 @@ from eabf_jax.analysis.study_run import run as run_cells
 from eabf_jax.commands.evaluate import measured_on
 from eabf_jax.commands.options import write_figures
 from eabf_jax.console import Grid, show
-from eabf_jax.destination import check_destination
+from eabf_jax.destination import check_destination, whole
 from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.parallel.mesh import gpu_defaults, use_every_core
-from eabf_jax.training.lock import locked
+from eabf_jax.training.lock import LOCK_FILE, locked
 from eabf_jax.training.recipe import configure
 
 # Exit statuses.
 TIME_IS_UP, CELLS_FAILED = 3, 4
 # Programs that cells share, in the study's directory.
 _COMPILED = "compiled"
+# The study's file as it was when it started last, which marks its directory.
+_COPY = "study.yaml"
 
 EPILOG = """\
 Exit status: 0 if every cell is finished, 2 for bad input, 3 if --time-limit left cells undone, 4 if cells failed.
@@ -81,6 +84,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     _check_output(study)
     with locked(study.directory):
+        with whole(study.directory / _COPY) as partial:
+            shutil.copyfile(arguments.file, partial)
         if jax.config.values["jax_compilation_cache_dir"] is None:
             # Cells of a method share programs, and so do those of a later start.
             jax.config.update("jax_compilation_cache_dir", str(study.directory.absolute() / _COMPILED))
@@ -155,12 +160,15 @@ def report(results: Results, arguments: argparse.Namespace, *, every_table: bool
 
 
 def _check_output(study: Study) -> None:
-    """Refuses an output directory that holds something other than a study."""
-    entries = [entry.name for entry in study.directory.iterdir()] if study.directory.is_dir() else []
-    known = {"cells", "tuning", "runs", "report.md", "train.lock", _COMPILED, SCRATCH}
-    if not entries or known & set(entries):
-        return
-    check_destination(study.directory)
+    """Refuses an output directory that holds something other than a study, because a study removes files of its own."""
+    entries = {entry.name for entry in study.directory.iterdir()} if study.directory.is_dir() else set()
+    if entries - {LOCK_FILE} and _COPY not in entries:
+        raise InputError(
+            f"output {study.output} holds {min(entries)} and no {_COPY}, so it is no study's directory: "
+            "name another one"
+        )
+    if not entries:
+        check_destination(study.directory)
 
 
 def _commit() -> str | None:

@@ -66,7 +66,7 @@ def test_a_study_prints_writes_and_reports_again_without_running(
     record = json.loads((tmp_path / "out/cells/EABF__8__0.json").read_text())
     assert {"command", "commit", "date", "device", "devices", "versions"} < record.keys()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "cells", "loss_by_data.png", "loss_by_window.png", "report.md",
+        "cells", "loss_by_data.png", "loss_by_window.png", "report.md", "study.yaml",
     ]  # fmt: skip
     assert study("--dry-run") == 0
     assert capsys.readouterr().out.count("done") == 4
@@ -131,7 +131,7 @@ def test_a_dry_run_names_cells_that_cannot_run_or_have_changed(
         (("--time-limit", "0"), {}, "--time-limit 0: a positive number of seconds is needed"),
         ((), {"seeds": []}, "study key 'seeds' is empty"),
         ((), {"config": "none.yaml"}, "cannot read the configuration 'none.yaml'"),
-        ((), {"output": "tests"}, "tests is not empty: name another directory"),
+        ((), {"output": "tests"}, "output tests holds analysis and no study.yaml, so it is no study's directory"),
         (("--json", "."), {}, "--json . is a directory"),
     ],
 )
@@ -145,6 +145,17 @@ def test_bad_input_is_one_line(
     assert study(*arguments, **changes) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("error: ") and shown.err.count("\n") == 1 and message in shown.err
+
+
+def test_a_users_own_scratch_folder_is_not_removed(
+    study: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "out/scratch/thesis.tex"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    assert study() == 2
+    assert "holds scratch and no study.yaml" in capsys.readouterr().err
+    assert own.read_text() == "mine"
 
 
 def test_the_compilation_cache_of_a_user_is_kept(study: Callable[..., Any]) -> None:
