@@ -30,18 +30,19 @@ from eabf_jax.commands.evaluate import measured_on
 from eabf_jax.commands.options import write_figures
 from eabf_jax.console import Grid, show
 from eabf_jax.destination import check_destination
-from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.errors import CAN_CONTINUE, InputError, unknown_name
 from eabf_jax.parallel.mesh import gpu_defaults, use_every_core
 from eabf_jax.training.lock import locked
 from eabf_jax.training.recipe import configure
 
 # Exit statuses.
-TIME_IS_UP, CELLS_FAILED = 3, 4
+TIME_IS_UP, CELLS_FAILED = CAN_CONTINUE, 4
 # Programs that cells share, in the study's directory.
 _COMPILED = "compiled"
 
 EPILOG = """\
-Exit status: 0 if every cell is finished, 2 for bad input, 3 if --time-limit left cells undone, 4 if cells failed.
+Exit status: 0 if every cell is finished, 2 for bad input, 3 if --time-limit or SIGTERM left cells
+undone, 4 if cells failed.
 The same command continues: it repeats no finished cell, and tries failed ones again.
 docs/studies.md describes the file.
 """

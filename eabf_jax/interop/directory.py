@@ -1,7 +1,6 @@
 """Writes directories and large files atomically, and reads and writes JSON files."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +12,8 @@ from eabf_jax.destination import (
     check_destination,
     check_file,
     file_sizes,
-    make_partial,
     no_space,
+    partial_directory,
     put_in_place,
     whole,
 )
@@ -54,17 +53,12 @@ def new_directory(
         check_destination(destination, mark, overwrite=overwrite, sources=sources)
 
     check()
-    partial = make_partial(destination)
-    with _nothing_kept(destination):
-        try:
-            yield partial
-            if mark is EXPORT:
-                write_json(partial / mark.file, {"eabf_jax": __version__, "files": file_sizes(partial)})
-            check()  # again, because the block may have taken hours
-            put_in_place(partial, destination)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    with _nothing_kept(destination), partial_directory(destination) as partial:
+        yield partial
+        if mark is EXPORT:
+            write_json(partial / mark.file, {"eabf_jax": __version__, "files": file_sizes(partial)})
+        check()  # again, because the block may have taken hours
+        put_in_place(partial, destination)
 
 
 @contextmanager

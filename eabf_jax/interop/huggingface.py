@@ -25,7 +25,7 @@ from eabf_jax.interop.architectures import (
     without_partial,
 )
 from eabf_jax.interop.directory import EXPORT, new_directory, read_json_object, refuse_pointer, write_json
-from eabf_jax.interop.model_card import CARD_FILE, model_card, write_origin
+from eabf_jax.interop.model_card import model_card, write_origin
 from eabf_jax.interop.peft import base_of, is_peft, merged_peft
 from eabf_jax.interop.safetensors_stream import (
     INDEX_FILE,
@@ -415,7 +415,7 @@ def to_hf(
         widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
         write_config(partial, config, widest.name)
         export_tokenizer(source, partial, config.max_position_embeddings)
-        (partial / CARD_FILE).write_text(card, encoding="utf-8")
+        (partial / native.CARD_FILE).write_text(card, encoding="utf-8")
     return Summary(len(planned), sum(tensor.nbytes for tensor in planned))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from eabf_jax.analysis import study_run
 from eabf_jax.commands import study as command
 from eabf_jax.errors import InputError
 from eabf_jax.training.recipe import configure
-from eabf_jax.training.trainer import train
+from eabf_jax.training.trainer import Preempted, train
 
 CLAIMS = [{"text": "EABF beats PI", "better": "EABF", "worse": "PI", "measure": "loss"}]
 
@@ -99,14 +100,15 @@ def test_the_time_limit_has_a_status_of_its_own(
     assert "no cell is finished" in out and "time is up with 0 of 4 cells; run the same command to continue" in out
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 3), (signal.SIGINT, 130)])
 def test_a_signal_during_training_ends_the_study(
-    study: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    study: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, status: int
 ) -> None:
     def stopped(config: Any) -> Path:
-        raise study_run.Preempted("stopped by a signal")
+        raise Preempted(1, 2, number, resumable=True)
 
     monkeypatch.setattr(study_run, "train", stopped)
-    assert study() == 130
+    assert study() == status
     assert len(list((tmp_path / "out/cells").iterdir())) == 2  # those without training
 
 

@@ -24,6 +24,10 @@ def test_destination_must_be_free(good: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not empty; pass --overwrite"):
         from_hf(good, target)
     (target / "tokenizer.json").write_text("{}")
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"eabf-jax did not write notes\.txt in it: name another directory, or remove"):
+        from_hf(good, target, overwrite=True)
+    (target / "notes.txt").unlink()
     from_hf(good, target, overwrite=True)
     assert native.is_native(target) and not (target / "tokenizer.json").exists()
     with pytest.raises(InputError, match="is the source"):
