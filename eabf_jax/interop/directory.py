@@ -100,6 +100,16 @@ def _nothing_kept(destination: Path | str) -> Iterator[None]:
         raise
 
 
+def is_inside(path: Path, directory: Path) -> bool:
+    """Returns whether a path of a model directory leads, through any links, to a file in it.
+
+    In the Hub's cache, the files of `snapshots/REVISION` are links to files in `blobs`, which count as inside.
+    """
+    own, target = directory.resolve(), path.resolve()
+    is_blob = own.parent.name == "snapshots" and target.parent == own.parent.parent / "blobs"
+    return own in target.parents or (path.is_symlink() and is_blob)
+
+
 def refuse_pointer(path: Path) -> None:
     """Raises InputError if a file is not the data itself but Git LFS's pointer to it, as a clone without LFS has it."""
     start = b"version https://git-lfs"
