@@ -172,6 +172,7 @@ def _check_place(target: Path, kind: str, sources: Iterable[Path | str]) -> None
     """Refuses a destination that is a symbolic link, is not apart from its sources or cannot be created."""
     if target.is_symlink():
         raise InputError(f"{target} is a symbolic link to {os.readlink(target)}: name the {kind} itself")
+    check_name(target.absolute())
     check_apart(target, sources)
     place = target.absolute()
     if place.is_mount():  # results are renamed into place, which no mount point allows
@@ -181,6 +182,14 @@ def _check_place(target: Path, kind: str, sources: Iterable[Path | str]) -> None
         raise InputError(f"{target}: {above} is a file, so nothing can be created in it")
     if not os.access(above, os.W_OK | os.X_OK):
         raise InputError(f"{target}: {above} is not writable; name another directory")
+
+
+def check_name(path: Path | str) -> None:
+    """Refuses a name whose bytes are no UTF-8, because the libraries that write tensors do not take it."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path}: the name is not valid UTF-8: name another path") from error
 
 
 def check_apart(destination: Path | str, sources: Iterable[Path | str]) -> None:

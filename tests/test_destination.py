@@ -1,7 +1,9 @@
 """What is replaced, what is kept, and what a failure at each step leaves behind."""
 
 import errno
+import functools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,12 @@ def test_only_what_carries_the_mark_is_replaced(tmp_path, content, reason):
 def test_root_and_home_are_never_replaced(place):
     with pytest.raises(InputError, match=r"no thing\.json marks it as a thing|is a mount point"):
         check_destination(Path(place).expanduser(), THING, overwrite=True)
+
+
+@pytest.mark.parametrize("check", [check_destination, functools.partial(check_file, fault=lambda path: None)])
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path, check):
+    with pytest.raises(InputError, match="x\udcff: the name is not valid UTF-8: name another path"):
+        check(tmp_path / os.fsdecode(b"x\xff"))
 
 
 def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):

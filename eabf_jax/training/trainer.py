@@ -196,6 +196,8 @@ def settle(config: TrainConfig) -> Settled:
         )
     recipe = config.recipe
     steps = total_steps(recipe, steps_per_epoch(config.data.directory, config.data.split, **_rows(config)))
+    if steps >= 2**31:
+        raise InputError(f"recipe.epochs {recipe.epochs} makes {steps} steps; fewer than 2**31 are needed")
     if recipe.warmup_steps >= steps:
         raise InputError(
             f"recipe.warmup_steps {recipe.warmup_steps} is not less than the run's {steps} steps: the peak "

@@ -232,6 +232,10 @@ def test_a_pretraining_run_from_nothing_packs_and_keeps_the_tokenizer(run_config
             {"mesh": {"context": 2}, "recipe": {"objective": "pretrain"}},
             "mesh.context above 1 takes one document a row",
         ),
+        (
+            {"recipe": {"epochs": 2**30}},
+            r"recipe.epochs 1073741824 makes 5368709120 steps; fewer than 2\*\*31 are needed",
+        ),
         ({"recipe": {"warmup_steps": 10}}, r"recipe.warmup_steps 10 is not less than the run's 10 steps"),
     ],
     ids=str,
