@@ -110,8 +110,8 @@ def test_a_window_longer_than_the_models(capsys: pytest.CaptureFixture[str]) -> 
     assert generate("One day", "--window", "513") == 0
     assert capsys.readouterr().err == "note: the window of 513 tokens is longer than the model's own 512\n"
     assert generate("One day", "--window", str(10**12), "--max-new-tokens", str(10**11)) == 2
-    # Keys and values of 4 layers with 2 heads of 32 numbers, of 4 bytes each.
-    needed = 2 * 4 * 2 * 32 * 4 * 10**12 / 2**30
+    # Keys and values of 6 layers with 4 heads of 32 numbers, of 4 bytes each.
+    needed = 2 * 6 * 4 * 32 * 4 * 10**12 / 2**30
     error = capsys.readouterr().err
     assert error.startswith(
         f"error: a window of {10**12} tokens needs a key-value cache of {needed:,.1f} GiB a device;"
