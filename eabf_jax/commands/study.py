@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ from typing import Any
 import jax
 from rich.markup import escape
 
-from eabf_jax.analysis.study import SCRATCH, Study, load_study
+from eabf_jax import __version__
+from eabf_jax.analysis.study import CELLS, TUNING, Study, load_study
 from eabf_jax.analysis.study_report import (
     Results,
     as_json,
@@ -29,14 +31,17 @@ from eabf_jax.analysis.study_run import run as run_cells
 from eabf_jax.commands.evaluate import measured_on
 from eabf_jax.commands.options import write_figures
 from eabf_jax.console import Grid, show
-from eabf_jax.destination import check_destination
-from eabf_jax.errors import CAN_CONTINUE, InputError, unknown_name
+from eabf_jax.destination import Mark, check_name
+from eabf_jax.errors import CAN_CONTINUE, InputError, Stopped, unknown_name
+from eabf_jax.interop.directory import write_json
 from eabf_jax.parallel.mesh import gpu_defaults, use_every_core
-from eabf_jax.training.lock import locked
+from eabf_jax.training.lock import LOCK_FILE, locked
 from eabf_jax.training.recipe import configure
 
 # Exit statuses.
 TIME_IS_UP, CELLS_FAILED = CAN_CONTINUE, 4
+# Marks a directory as a study's, whose `scratch/` and report may be replaced.
+MARK = Mark("a study", "study.json", ("eabf_jax",))
 # Programs that cells share, in the study's directory.
 _COMPILED = "compiled"
 
@@ -87,17 +92,22 @@ def run(arguments: argparse.Namespace) -> None:
             jax.config.update("jax_compilation_cache_dir", str(study.directory.absolute() / _COMPILED))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         opened = Opened(study)
+        write_json(study.directory / MARK.file, {"eabf_jax": __version__})
         spent = time.monotonic() - began
         limit = None if arguments.time_limit is None else arguments.time_limit - spent
         commit = _commit()
-        outcome = run_cells(
-            opened,
-            lambda: {**measured_on(), "commit": commit},
-            lambda line: print(line, flush=True),
-            methods=methods,
-            replace=arguments.replace,
-            time_limit=limit,
-        )
+        try:
+            outcome = run_cells(
+                opened,
+                lambda: {**measured_on(), "commit": commit},
+                lambda line: print(line, flush=True),
+                methods=methods,
+                replace=arguments.replace,
+                time_limit=limit,
+            )
+        except Stopped as stop:  # the same command continues, whatever the cell was doing
+            interrupted = 128 + signal.SIGINT
+            raise Stopped(str(stop), interrupted if stop.status == interrupted else CAN_CONTINUE) from stop
         report(read_results(study), arguments, every_table=outcome.done == outcome.cells)
     for job in outcome.failed:
         print(f"failed: {job.cell.label}: {job.note}")
@@ -157,11 +167,16 @@ def report(results: Results, arguments: argparse.Namespace, *, every_table: bool
 
 def _check_output(study: Study) -> None:
     """Refuses an output directory that holds something other than a study."""
+    check_name(study.directory)
     entries = [entry.name for entry in study.directory.iterdir()] if study.directory.is_dir() else []
-    known = {"cells", "tuning", "runs", "report.md", "train.lock", _COMPILED, SCRATCH}
-    if not entries or known & set(entries):
+    if not set(entries) - {LOCK_FILE} or MARK.read(study.directory) is not None:
         return
-    check_destination(study.directory)
+    # Studies of earlier versions have no mark, but their finished cells tell.
+    records = itertools.chain(*((study.directory / folder).glob("*.json") for folder in (CELLS, TUNING)))
+    if not any(Mark("", path.name, ("method", "data")).read(path.parent) for path in records):
+        raise InputError(
+            f"{study.directory} is not empty, and no {MARK.file} marks it as {MARK.kind}: name another directory"
+        )
 
 
 def _commit() -> str | None:
