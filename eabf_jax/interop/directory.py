@@ -83,10 +83,11 @@ def new_file(
 
     check()
     target = Path(destination).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _nothing_kept(destination), whole(target) as partial:
+    with _nothing_kept(destination), partial_directory(target) as folder:
+        partial = folder / target.name
         yield partial
         check()  # again, because the block may have taken hours
+        partial.replace(target)
 
 
 @contextmanager
