@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -65,8 +66,10 @@ def with_scheme(source: Path, directory: Path, rope: Scheme, window: int) -> Pat
     """Makes a Hugging Face directory that differs from the source only in its scheme and its window."""
     directory.mkdir()
     for path in source.iterdir():
-        if path.name != "config.json":
+        if path.suffix == ".safetensors":
             (directory / path.name).symlink_to(path.absolute())
+        elif path.is_file() and path.name != "config.json":
+            shutil.copy(path, directory)
     config = dataclasses.replace(read_config(source), rope=rope, max_position_embeddings=window)
     write_config(directory, config, "float32")
     return directory

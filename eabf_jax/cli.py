@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 from eabf_jax.commands import COMMANDS, CONVERSIONS, EVALUATIONS
 from eabf_jax.commands.options import check_outputs
 from eabf_jax.destination import no_space
-from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.errors import InputError, Stopped, unknown_name
+from eabf_jax.signals import handled
 
 # Errors that a wrong path on the command line can cause.
 _PATH_ERRORS = (
@@ -62,11 +63,15 @@ def convert(name: str) -> NoReturn:
 
 
 def run(command: Callable[[], None]) -> NoReturn:
-    """Runs a command and exits: with status 0, or for bad input with status 2 and one line of error."""
+    """Runs a command and exits: with status 0, or for bad input with status 2 and one line of error.
+
+    docs/exit_statuses.md has every status.
+    """
     # Orbax, Grain and TFDS log details at INFO that users do not need.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        command()
+        with handled():
+            command()
     except InputError as error:
         _fail(str(error))
     except BrokenPipeError:
@@ -79,6 +84,9 @@ def run(command: Callable[[], None]) -> NoReturn:
         if error.errno not in _PATH_ERRORS or error.filename is None:
             raise
         _fail(f"{error.filename}: {error.strerror}; a readable or writable path is needed")
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,15 +1,17 @@
 """Destinations of results: an unused name, or an earlier result of eabf-jax, and nothing else."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from eabf_jax.errors import InputError
 
@@ -42,6 +44,7 @@ def whole(path: Path) -> Iterator[Path]:
       A path in the same directory, with the same suffix.
     """
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    _remove(partial)  # a killed process may have left one
     try:
         yield partial
         partial.replace(path)
@@ -50,23 +53,40 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 class Mark(NamedTuple):
-    """How to recognise a directory that we wrote: a file with a JSON object, and keys of that object."""
+    """How to recognise a directory that we wrote: a file with a JSON object, and keys of that object.
+
+    Attributes:
+      kind: the directory's kind, for messages.
+      file: name of the file.
+      keys: keys that the object must have.
+      entries: patterns of the names that such a directory may hold beside the file; empty if the object lists `files`.
+    """
 
     kind: str
     file: str
     keys: tuple[str, ...]
+    entries: tuple[str, ...] = ()
+
+    def read(self, directory: Path) -> dict[str, Any] | None:
+        """Reads the object; None if a directory does not carry the mark, whatever else it holds."""
+        try:
+            found = json.loads((directory / self.file).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return None
+        return found if isinstance(found, dict) and all(key in found for key in self.keys) else None
 
     def fault(self, directory: Path) -> str | None:
-        """Returns why a directory is not of this kind, or None if it is.
+        """Returns why a directory is not of this kind, or None if it is and holds nothing but what we write.
 
         A mark that lists `files` is valid only if the directory holds exactly those.
         """
-        try:
-            found = json.loads((directory / self.file).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = None
-        if not isinstance(found, dict) or any(key not in found for key in self.keys):
+        found = self.read(directory)
+        if found is None:
             return f"no {self.file} marks it as {self.kind}"
+        if self.entries:
+            for name in sorted(entry.name for entry in directory.iterdir()):
+                if name != self.file and not any(fnmatchcase(name, pattern) for pattern in self.entries):
+                    return f"eabf-jax did not write {name} in it"
         if "files" in self.keys:
             listed = found["files"] if isinstance(found["files"], dict) else {}
             there = file_sizes(directory)
@@ -95,8 +115,9 @@ def check_destination(
       sources: files and directories that the result is made from.
 
     Raises:
-      InputError: the destination is a file or a symbolic link; its parent is not writable; it is, contains or is inside
-        a source; it is not empty, and `overwrite` is not set or its content is not recognised as ours.
+      InputError: the destination is a file, a symbolic link or a mount point; its parent is not writable; it is,
+        contains or is inside a source; it is not empty, and `overwrite` is not set or its content is not recognised as
+        ours.
     """
     target = Path(destination)
     if target.is_file() and not target.is_symlink():
@@ -151,13 +172,24 @@ def _check_place(target: Path, kind: str, sources: Iterable[Path | str]) -> None
     """Refuses a destination that is a symbolic link, is not apart from its sources or cannot be created."""
     if target.is_symlink():
         raise InputError(f"{target} is a symbolic link to {os.readlink(target)}: name the {kind} itself")
+    check_name(target.absolute())
     check_apart(target, sources)
     place = target.absolute()
+    if place.is_mount():  # results are renamed into place, which no mount point allows
+        raise InputError(f"{target} is a mount point, which cannot be replaced: name a {kind} in it")
     above = next((parent for parent in place.parents if parent.exists()), place)
     if not above.is_dir():
         raise InputError(f"{target}: {above} is a file, so nothing can be created in it")
     if not os.access(above, os.W_OK | os.X_OK):
         raise InputError(f"{target}: {above} is not writable; name another directory")
+
+
+def check_name(path: Path | str) -> None:
+    """Refuses a name whose bytes are no UTF-8, because the libraries that write tensors do not take it."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path}: the name is not valid UTF-8: name another path") from error
 
 
 def check_apart(destination: Path | str, sources: Iterable[Path | str]) -> None:
@@ -170,23 +202,67 @@ def check_apart(destination: Path | str, sources: Iterable[Path | str]) -> None:
             raise InputError(f"{destination} {relation} the source {source}: name another directory")
 
 
-def make_partial(destination: Path | str) -> Path:
-    """Creates a directory beside the destination to write the result into; `put_in_place` renames it.
+@contextmanager
+def partial_directory(destination: Path | str) -> Iterator[Path]:
+    """Yields an empty directory beside the destination to write the result into; `put_in_place` renames it.
+
+    It is removed when the block ends, unless it was renamed. Directories that killed processes left for the same
+    destination are removed first. Those of live processes are locked; on a file system shared with other hosts, the
+    lock covers those hosts only if that file system supports locks.
 
     Args:
       destination: checked by `check_destination`; missing parents are created.
 
-    Returns:
-      The absolute path of an empty directory with ordinary permissions.
+    Yields:
+      The absolute path of the directory, which has ordinary permissions.
     """
     target = Path(destination).absolute()  # through the parent, so that "." has a name
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The name has no process id: in containers, a killed process may have had the same id.
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    mask = os.umask(0)
-    os.umask(mask)
-    partial.chmod(0o777 & ~mask)
-    return partial
+    prefix = f".{target.name}.partial-"
+    for left in target.parent.glob(f"{escape(prefix)}*"):
+        with _locked_directory(left) as free:
+            if free:
+                shutil.rmtree(left, ignore_errors=True)
+    with _new_locked_directory(prefix, target.parent) as partial:
+        try:
+            mask = os.umask(0)
+            os.umask(mask)
+            partial.chmod(0o777 & ~mask)
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _new_locked_directory(prefix: str, parent: Path) -> Iterator[Path]:
+    """Creates a directory and locks it; where the file system has no locks, it is created without one."""
+    while True:
+        # The name has no process id: in containers, a killed process may have had the same id.
+        made = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        with _locked_directory(made) as free:
+            # Before it was locked, another process may have taken it for one that a killed process left.
+            if made.exists() and free is not False:
+                yield made
+                return
+
+
+@contextmanager
+def _locked_directory(path: Path) -> Iterator[bool | None]:
+    """Locks a directory during the block; yields False if it is locked already or missing, None without locks."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        yield None if error.errno == errno.EACCES else False
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked: bool | None = True
+    except OSError as error:
+        locked = False if error.errno == errno.EAGAIN else None
+    try:
+        yield locked
+    finally:
+        os.close(descriptor)
 
 
 def put_in_place(finished: Path, destination: Path | str) -> None:

@@ -1,4 +1,4 @@
-"""Errors in the user's input; the command line prints them as one line and exits with status 2."""
+"""Errors in the user's input, which the command line prints as one line, and the end of a command by a signal."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,23 @@ from collections.abc import Iterable
 
 class InputError(ValueError):
     """Input that the user can correct; the message names the problem, the value found and the expected value."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal stopped the command.
+
+    Attributes:
+      status: the exit status of the command line; docs/exit_statuses.md lists them.
+    """
+
+    def __init__(self, message: str, status: int):
+        """Keeps the line to print and the exit status."""
+        super().__init__(message)
+        self.status = status
+
+
+# The exit status of a command that was stopped before its end, and that continues if it is run again.
+CAN_CONTINUE = 3
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:

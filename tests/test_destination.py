@@ -1,7 +1,9 @@
 """What is replaced, what is kept, and what a failure at each step leaves behind."""
 
 import errno
+import functools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -54,8 +56,32 @@ def test_only_what_carries_the_mark_is_replaced(tmp_path, content, reason):
 
 @pytest.mark.parametrize("place", ["/", "~"])
 def test_root_and_home_are_never_replaced(place):
-    with pytest.raises(InputError, match=r"no thing\.json marks it as a thing"):
+    with pytest.raises(InputError, match=r"no thing\.json marks it as a thing|is a mount point"):
         check_destination(Path(place).expanduser(), THING, overwrite=True)
+
+
+@pytest.mark.parametrize("check", [check_destination, functools.partial(check_file, fault=lambda path: None)])
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path, check):
+    with pytest.raises(InputError, match="x\udcff: the name is not valid UTF-8: name another path"):
+        check(tmp_path / os.fsdecode(b"x\xff"))
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    write(tmp_path / "x")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "x")
+    with pytest.raises(InputError, match="x is a mount point, which cannot be replaced: name a directory in it"):
+        replace(tmp_path / "x")
+    assert size(tmp_path / "x") == "old"
+    replace(tmp_path / "x" / "inner")
+
+
+def test_what_others_put_into_a_result_is_not_deleted(tmp_path):
+    mark = THING._replace(entries=("weights-*",))
+    write(tmp_path / "x", **{"weights-1": ""})
+    check_destination(tmp_path / "x", mark, overwrite=True)
+    (tmp_path / "x" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"is not empty, and eabf-jax did not write notes\.txt in it: name another"):
+        check_destination(tmp_path / "x", mark, overwrite=True)
 
 
 def test_a_parent_that_cannot_be_written(tmp_path, monkeypatch):
@@ -232,6 +258,7 @@ def test_a_file_appears_whole(tmp_path):
             write(partial) if name == "folder" else partial.write_text("half")
             raise InputError("interrupted")
 
+    (tmp_path / ".folder.partial").mkdir()  # a killed process left it
     for name in ("note.txt", "folder"):
         with pytest.raises(InputError):
             interrupted(name)

@@ -52,7 +52,6 @@ from eabf_jax.training.recipe import TrainConfig, configure, dump_config, lastin
 from eabf_jax.training.tracking import flops_per_token
 from eabf_jax.training.trainer import (
     Diverged,
-    Preempted,
     base_config,
     check_vocabularies,
     extended_config,
@@ -296,7 +295,7 @@ def run(
 
     Raises:
       InputError: a finished cell was made with other settings, and `replace` is not set.
-      KeyboardInterrupt: a signal stopped a cell's training.
+      Preempted: a signal stopped a cell's training.
     """
     end = None if time_limit is None else time.monotonic() + time_limit
     directory = opened.study.directory
@@ -324,8 +323,6 @@ def run(
         began = time.monotonic()
         try:
             record = {**opened.run(job), **origin()}
-        except Preempted as error:
-            raise KeyboardInterrupt from error
         except Diverged as error:
             if job.cell.tried is None:
                 failed[job.cell] = _failed(directory, job, error, origin, say)

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from eabf_jax.commands.options import check_positive
 from eabf_jax.data.chat import TEMPLATES, Turn
 from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.hardware import GIB, device_at_hand
 from eabf_jax.inference.chat import Format, chat_format
 from eabf_jax.inference.generate import Completion, Generator
 from eabf_jax.inference.sampling import Sampling
@@ -19,7 +21,8 @@ from eabf_jax.inference.text import TRUNCATIONS, encode_text, only_text, truncat
 from eabf_jax.interop.directory import write_json
 from eabf_jax.interop.loading import DTYPES, open_weights, split_scheme
 from eabf_jax.interop.tokenizer import Tokenizer
-from eabf_jax.model.kv_cache import CACHE_DTYPES
+from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.kv_cache import CACHE_DTYPES, empty_cache
 from eabf_jax.parallel.mesh import MeshConfig, gpu_memory_defaults, make_mesh
 from eabf_jax.rope import Scheme
 
@@ -110,6 +113,8 @@ class _Session:
             raise InputError(f"{directory} has no tokenizer: copy tokenizer.json or tokenizer.model into it")
         self.tokenizer: Tokenizer = tokenizer
         self.window: int = arguments.window or window or weights.config.max_position_embeddings
+        if self.window > weights.config.max_position_embeddings:
+            _check_window(self.window, weights.config, arguments)
         self.format: Format | None = chat_format(tokenizer, arguments.template) if arguments.chat else None
         self.seed: int = arguments.seed
         self._arguments = arguments
@@ -182,6 +187,21 @@ def _check(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{option} is for conversations: add --chat, or leave it out")
     if arguments.chat and (arguments.file or len(arguments.prompt) > 1):
         raise InputError("--chat holds one conversation: give one PROMPT or none, and no --file")
+
+
+def _check_window(window: int, config: LlamaConfig, arguments: argparse.Namespace) -> None:
+    """Refuses a window whose key-value cache exceeds the device's memory; says that it is longer than the model's."""
+    shape = (1, config.num_key_value_heads, 1, config.head_dim, jnp.dtype(arguments.dtype), arguments.cache)
+    layer = jax.eval_shape(lambda: empty_cache(*shape))
+    per_token = config.num_hidden_layers * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layer))
+    needed, memory = per_token * window / arguments.tensor, device_at_hand().memory
+    if needed > memory:
+        raise InputError(
+            f"a window of {window} tokens needs a key-value cache of {needed / GIB:,.1f} GiB a device; "
+            f"{memory / GIB:,.1f} GiB are there: a window of {int(memory * arguments.tensor / per_token)} is the most"
+        )
+    own = config.max_position_embeddings
+    print(f"note: the window of {window} tokens is longer than the model's own {own}", file=sys.stderr)
 
 
 def _read_prompts(arguments: argparse.Namespace) -> list[str]:

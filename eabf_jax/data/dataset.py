@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,12 +16,13 @@ from jaxtyping import Int32
 from tensorflow_datasets.core import example_serializer, naming, splits
 
 from eabf_jax.data.chat import Encoded, Tokenizer
-from eabf_jax.destination import Mark, check_destination, make_partial, put_in_place
+from eabf_jax.destination import Mark, check_destination, partial_directory, put_in_place
 from eabf_jax.errors import InputError, unknown_name
 
 NAME = "sharegpt"
 METADATA_FILE = "eabf_dataset.json"
-DATASET = Mark("a prepared dataset", METADATA_FILE, ("format", "splits"))
+_ENTRIES = ("dataset_info.json", "features.json", "lengths-*.npy", f"{NAME}-*.array_record-*")
+DATASET = Mark("a prepared dataset", METADATA_FILE, ("format", "splits"), _ENTRIES)
 FORMAT = 1
 SHARD_BYTES = 1 << 28
 
@@ -96,7 +96,8 @@ class DatasetWriter:
     def __enter__(self) -> "DatasetWriter":
         """Creates the temporary directory."""
         with self._as_input_error():
-            self._partial = make_partial(self.directory)
+            self._made = partial_directory(self.directory)
+            self._partial = self._made.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -105,7 +106,7 @@ class DatasetWriter:
             # Closing releases the file. A lack of space was already reported by an earlier write.
             with suppress(RuntimeError):
                 self._close_shard(split)
-        shutil.rmtree(self._partial, ignore_errors=True)
+        self._made.__exit__(None, None, None)
 
     def add(self, split: str, record: Encoded, identifier: str) -> None:
         """Adds a record to a split.

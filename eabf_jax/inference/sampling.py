@@ -9,6 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from eabf_jax.errors import InputError
 
+_ALL = 2**31 - 1  # more tokens than any vocabulary has
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -61,7 +63,7 @@ def split(sampling: Sampling) -> tuple[Steps, Numbers]:
     steps = Steps(sampling.repetition_penalty != 1, draw, draw and (sampling.top_k > 0 or sampling.top_p < 1))
     numbers = Numbers(
         jnp.float32(sampling.temperature if draw else 1.0),
-        jnp.int32(sampling.top_k or jnp.iinfo(jnp.int32).max),
+        jnp.int32(min(sampling.top_k or _ALL, _ALL)),
         jnp.float32(sampling.top_p),
         jnp.float32(sampling.repetition_penalty),
     )

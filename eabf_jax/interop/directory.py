@@ -1,7 +1,6 @@
 """Writes directories and large files atomically, and reads and writes JSON files."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +12,8 @@ from eabf_jax.destination import (
     check_destination,
     check_file,
     file_sizes,
-    make_partial,
     no_space,
+    partial_directory,
     put_in_place,
     whole,
 )
@@ -54,17 +53,12 @@ def new_directory(
         check_destination(destination, mark, overwrite=overwrite, sources=sources)
 
     check()
-    partial = make_partial(destination)
-    with _nothing_kept(destination):
-        try:
-            yield partial
-            if mark is EXPORT:
-                write_json(partial / mark.file, {"eabf_jax": __version__, "files": file_sizes(partial)})
-            check()  # again, because the block may have taken hours
-            put_in_place(partial, destination)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    with _nothing_kept(destination), partial_directory(destination) as partial:
+        yield partial
+        if mark is EXPORT:
+            write_json(partial / mark.file, {"eabf_jax": __version__, "files": file_sizes(partial)})
+        check()  # again, because the block may have taken hours
+        put_in_place(partial, destination)
 
 
 @contextmanager
@@ -89,10 +83,11 @@ def new_file(
 
     check()
     target = Path(destination).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _nothing_kept(destination), whole(target) as partial:
+    with _nothing_kept(destination), partial_directory(target) as folder:
+        partial = folder / target.name
         yield partial
         check()  # again, because the block may have taken hours
+        partial.replace(target)
 
 
 @contextmanager
@@ -104,6 +99,16 @@ def _nothing_kept(destination: Path | str) -> Iterator[None]:
         if full := no_space(error):
             raise InputError(f"{full[0]} on device while writing {destination}; nothing was kept") from error
         raise
+
+
+def is_inside(path: Path, directory: Path) -> bool:
+    """Returns whether a path of a model directory leads, through any links, to a file in it.
+
+    In the Hub's cache, the files of `snapshots/REVISION` are links to files in `blobs`, which count as inside.
+    """
+    own, target = directory.resolve(), path.resolve()
+    is_blob = own.parent.name == "snapshots" and target.parent == own.parent.parent / "blobs"
+    return own in target.parents or (path.is_symlink() and is_blob)
 
 
 def refuse_pointer(path: Path) -> None:

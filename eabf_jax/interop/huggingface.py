@@ -24,8 +24,8 @@ from eabf_jax.interop.architectures import (
     rotary_keys,
     without_partial,
 )
-from eabf_jax.interop.directory import EXPORT, new_directory, read_json_object, refuse_pointer, write_json
-from eabf_jax.interop.model_card import CARD_FILE, model_card, write_origin
+from eabf_jax.interop.directory import EXPORT, is_inside, new_directory, read_json_object, refuse_pointer, write_json
+from eabf_jax.interop.model_card import model_card, write_origin
 from eabf_jax.interop.peft import base_of, is_peft, merged_peft
 from eabf_jax.interop.safetensors_stream import (
     INDEX_FILE,
@@ -415,7 +415,7 @@ def to_hf(
         widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
         write_config(partial, config, widest.name)
         export_tokenizer(source, partial, config.max_position_embeddings)
-        (partial / CARD_FILE).write_text(card, encoding="utf-8")
+        (partial / native.CARD_FILE).write_text(card, encoding="utf-8")
     return Summary(len(planned), sum(tensor.nbytes for tensor in planned))
 
 
@@ -558,12 +558,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
 def _inside(directory: Path, file: str, index_path: Path) -> Path:
     """Returns the path of a shard in an index; refuses one outside the directory and the Hub cache's blobs."""
     path = directory / file
-    own = directory.resolve()
-    blobs = own.parent.parent / "blobs"
-    allowed = own in path.resolve().parents or (
-        path.is_symlink() and own.parent.name == "snapshots" and path.resolve().parent == blobs
-    )
-    if not allowed:
+    if not is_inside(path, directory):
         raise InputError(f"{index_path}: names the file {file!r}, which is outside its directory; expected a file name")
     return path
 

@@ -13,13 +13,11 @@ from huggingface_hub.repocard import metadata_load
 from eabf_jax.errors import InputError
 from eabf_jax.interop.architectures import rotary_keys
 from eabf_jax.interop.directory import read_json_object
-from eabf_jax.interop.native import CONFIG_FILE, DATASET_FILE, EVALUATION, METRICS_FILE
+from eabf_jax.interop.native import CARD_FILE, CONFIG_FILE, DATASET_FILE, EVALUATION, METRICS_FILE
 from eabf_jax.interop.tokenizer import has_tokenizer
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.parameters import parameter_count
 from eabf_jax.rope import needs_remote_code
-
-CARD_FILE = "README.md"
 
 # Front matter that a card inherits from the source model's card; base_model may also come from the Hub's cache.
 _PASSED_ON = ("license", "license_name", "license_link", "language", "datasets", "base_model")

@@ -26,15 +26,17 @@ import tensorstore as ts
 from eabf_jax.destination import Mark
 from eabf_jax.errors import InputError, one_line
 from eabf_jax.interop.directory import read_json_object, write_json
-from eabf_jax.interop.tokenizer import Tokenizer
+from eabf_jax.interop.tokenizer import TOKENIZER_FILES, Tokenizer
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.parameters import check_shapes, flatten, nest
 
 MODEL_FILE = "model.json"
-NATIVE = Mark("a native model directory", MODEL_FILE, ("hidden_size", "rope"))
 ADAPTER = "adapter"  # the key in model.json that describes adapters; see adapter.py
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE, DATASET_FILE, METRICS_FILE, EVALUATION = "config.yaml", "dataset.json", "metrics.jsonl", "evaluation"
+CARD_FILE, TENSORBOARD = "README.md", "tensorboard"
+_ENTRIES = (CARD_FILE, CHECKPOINTS, CONFIG_FILE, DATASET_FILE, METRICS_FILE, EVALUATION, TENSORBOARD, *TOKENIZER_FILES)
+NATIVE = Mark("a native model directory", MODEL_FILE, ("hidden_size", "rope"), _ENTRIES)
 
 # Small chunks keep compression buffers small, and let each process read only the parts it holds.
 CHUNK_BYTES = 64 * 2**20

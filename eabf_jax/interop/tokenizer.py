@@ -16,7 +16,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from eabf_jax.destination import whole
 from eabf_jax.errors import InputError, one_line
 from eabf_jax.fields import typed
-from eabf_jax.interop.directory import read_json_object, refuse_pointer, write_json
+from eabf_jax.interop.directory import is_inside, read_json_object, refuse_pointer, write_json
 
 # The generated module defines its classes at import time, which type checkers cannot see.
 MODEL_PROTO: Any = vars(sentencepiece_proto)["ModelProto"]
@@ -70,9 +70,10 @@ class Tokenizer:
         """Reads the tokenizer of a directory; tokenizer.json takes precedence over tokenizer.model.
 
         Raises:
-          InputError: there is no tokenizer, or a file is invalid.
+          InputError: there is no tokenizer, or a file is invalid or a link that leads out of the directory.
         """
         self._directory = Path(directory)
+        _refuse_links_out(self._directory)
         settings = _read_settings(self._directory)
         self._parsing, self.special_tokens = _build(self._directory, settings)
         self._literal = _without_markup(self._parsing)
@@ -166,9 +167,14 @@ def has_tokenizer(directory: Path | str) -> bool:
 
 
 def copy_tokenizer_files(source: Path, destination: Path) -> None:
-    """Copies the tokenizer's files that are in `source`, each of them atomically."""
+    """Copies the tokenizer's files that are in `source`, each of them atomically.
+
+    Raises:
+      InputError: a file is a link that leads out of `source`, except to the blobs of the Hub's cache.
+    """
     if source.resolve() == destination.resolve():
         return
+    _refuse_links_out(source)
     for name in TOKENIZER_FILES:
         if not (source / name).exists():
             continue
@@ -176,8 +182,22 @@ def copy_tokenizer_files(source: Path, destination: Path) -> None:
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial)
             else:
-                shutil.copytree(source / name, partial)
+                partial.mkdir()
+                for template in (source / name).glob("*.jinja"):
+                    shutil.copyfile(template, partial / template.name)
                 shutil.rmtree(destination / name, ignore_errors=True)
+
+
+def _refuse_links_out(directory: Path) -> None:
+    """Refuses links to files elsewhere, whose content a converted or exported model would hold."""
+    for name in (*TOKENIZER_FILES, "config.json"):
+        path = directory / name
+        for file in (path, *path.glob("*.jinja")):
+            if file.exists() and not is_inside(file, directory):
+                raise InputError(
+                    f"{file}: a link to {file.resolve()}, which is outside the model's directory; copy the file itself "
+                    "there if it belongs to the model"
+                )
 
 
 def export_tokenizer(source: Path, destination: Path, window: int) -> None:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from eabf_jax.errors import InputError
+from eabf_jax.errors import InputError, Stopped
 
 # JAX itself reads only the first; the other two make runs possible without a scheduler that JAX detects.
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -30,9 +30,9 @@ def connected() -> Iterator[None]:
     _connect()
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         # JAX would block this process's exit for five minutes, waiting for processes that wait for this one.
-        end = threading.Timer(_GRACE, os._exit, (2,))
+        end = threading.Timer(_GRACE, os._exit, (error.status if isinstance(error, Stopped) else 2,))
         end.daemon = True
         end.start()
         raise

@@ -15,6 +15,7 @@ import draccus
 import yaml
 from draccus.parsers.yaml_loader import SafeLoaderWithInclusion
 
+from eabf_jax.destination import check_name
 from eabf_jax.errors import InputError
 from eabf_jax.fields import Text, build
 from eabf_jax.model.config import LlamaConfig
@@ -354,6 +355,9 @@ def _check_values(config: TrainConfig) -> None:
         value = operator.attrgetter(key)(config)
         if value not in (None, "auto") and not value > 0:
             raise InputError(f"configuration key '{key}' is {value}; a positive number is needed")
+        if isinstance(value, int) and value >= 2**31:
+            raise InputError(f"configuration key '{key}' is {value}; a number below 2**31 is needed")
+    check_name(config.output)
     for key in ("recipe.beta1", "recipe.beta2"):
         beta = operator.attrgetter(key)(config)
         if not 0 <= beta < 1:

@@ -15,12 +15,10 @@ from tensorboardX.proto import event_pb2, summary_pb2
 
 from eabf_jax.console import progress_bar
 from eabf_jax.destination import whole
-from eabf_jax.interop.native import METRICS_FILE
+from eabf_jax.interop.native import METRICS_FILE, TENSORBOARD
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora, adapters
 from eabf_jax.model.parameters import parameter_count
-
-TENSORBOARD = "tensorboard"
 
 
 def flops_per_token(config: LlamaConfig, length: int, lora: Lora | None = None) -> float:

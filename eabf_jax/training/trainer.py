@@ -20,10 +20,10 @@ from jaxtyping import Array
 from eabf_jax.data.dataset import read_metadata, tokenizer_digest
 from eabf_jax.data.loader import Mode, make_loader, steps_per_epoch
 from eabf_jax.destination import check_apart, replacing, whole
-from eabf_jax.errors import InputError
+from eabf_jax.errors import CAN_CONTINUE, InputError, Stopped
 from eabf_jax.hardware import Device, device_at_hand, device_of_kind
 from eabf_jax.interop.adapter import Adapter, digest, read_adapter
-from eabf_jax.interop.directory import write_json
+from eabf_jax.interop.directory import read_json_object, write_json
 from eabf_jax.interop.huggingface import open_leaves, tokenizer_directory
 from eabf_jax.interop.loading import load_parameters, read_config
 from eabf_jax.interop.native import (
@@ -33,6 +33,7 @@ from eabf_jax.interop.native import (
     METRICS_FILE,
     MODEL_FILE,
     NATIVE,
+    TENSORBOARD,
     check_vocabulary,
     write_model_json,
 )
@@ -44,6 +45,7 @@ from eabf_jax.parallel.context import zigzag_order
 from eabf_jax.parallel.mesh import make_mesh
 from eabf_jax.parallel.processes import all_or_none, gathered
 from eabf_jax.parallel.rules import process_batch_shard
+from eabf_jax.signals import REPEAT
 from eabf_jax.training.backward import Microbatch, Tree, merge
 from eabf_jax.training.checkpoint import Checkpoints, latest_step
 from eabf_jax.training.layerwise import Layerwise
@@ -60,7 +62,7 @@ from eabf_jax.training.recipe import (
     total_steps,
 )
 from eabf_jax.training.step import Program, Saved, Step, build_model, microbatch_sharding
-from eabf_jax.training.tracking import TENSORBOARD, Tracker, flops_per_token
+from eabf_jax.training.tracking import Tracker, flops_per_token
 
 # Everything that a run writes; overwriting removes these entries and no others.
 _RUN_ENTRIES = (CONFIG_FILE, DATASET_FILE, MODEL_FILE, METRICS_FILE, TENSORBOARD, CHECKPOINTS, *TOKENIZER_FILES)
@@ -109,7 +111,7 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
         state = step_of.begin(_initial_params(config, model_config, step_of.abstract), frozen)
         with all_or_none():
             _begin_run(run, config, model_config, tokenizer, adapter)
-    with Checkpoints(run, config.checkpoint.keep) as checkpoints, _preemption_flag() as preempted:
+    with Checkpoints(run, config.checkpoint.keep) as checkpoints, _first_signal() as received:
         if state is None:
             saved, position = checkpoints.restore(start, step_of.abstract)
             state = step_of.restored(start, saved, frozen)
@@ -154,15 +156,15 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
                 )
                 once = {}
                 # A signal to one process stops all processes after the same step.
-                stopping = any(gathered(preempted.is_set())) or checkpoints.reached_preemption(step)
+                number = max(gathered(next(iter(received), 0)))
+                stopping = number > 0 or checkpoints.reached_preemption(step)
                 due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
                 if step == steps:  # nothing resumes from the last step; without moments it takes a third of the size
                     checkpoints.save(step, step_of.saved(state, moments=False), {})
                 elif due or (stopping and planned.can_checkpoint):
                     checkpoints.save(step, step_of.saved(state), batches.get_state())
                 if stopping and step < steps:
-                    resume = "resume" if planned.can_checkpoint else "start over: no checkpoint fits in host memory"
-                    raise Preempted(f"stopped by a signal after step {step} of {steps}; run it again to {resume}")
+                    raise Preempted(step, steps, number or signal.SIGTERM, resumable=planned.can_checkpoint)
     return run
 
 
@@ -194,6 +196,8 @@ def settle(config: TrainConfig) -> Settled:
         )
     recipe = config.recipe
     steps = total_steps(recipe, steps_per_epoch(config.data.directory, config.data.split, **_rows(config)))
+    if steps >= 2**31:
+        raise InputError(f"recipe.epochs {recipe.epochs} makes {steps} steps; fewer than 2**31 are needed")
     if recipe.warmup_steps >= steps:
         raise InputError(
             f"recipe.warmup_steps {recipe.warmup_steps} is not less than the run's {steps} steps: the peak "
@@ -228,8 +232,14 @@ class Diverged(InputError):
     """A metric of a step is not finite."""
 
 
-class Preempted(InputError):
+class Preempted(Stopped):
     """A signal or a preemption stopped the run; a checkpoint was written if host memory has room for one."""
+
+    def __init__(self, step: int, steps: int, number: int, *, resumable: bool):
+        """Says after which step the signal of this number stopped the run, and whether it can be resumed."""
+        again = "resume" if resumable else "start over: no checkpoint fits in host memory"
+        status = CAN_CONTINUE if resumable and number == signal.SIGTERM else 128 + number
+        super().__init__(f"stopped by a signal after step {step} of {steps}; run it again to {again}", status)
 
 
 def base_config(config: TrainConfig) -> LlamaConfig:
@@ -473,10 +483,10 @@ def _check_output(run: Path, config: TrainConfig) -> None:
     written = run / CONFIG_FILE
     if config.overwrite:
         found = [name for name in _RUN_ENTRIES if (run / name).exists()]
-        if found and NATIVE.fault(run) is not None and not is_written_config(written):
+        if found and NATIVE.read(run) is None and not _is_begun(run):
             raise InputError(
-                f"output {run} holds {', '.join(found)}, but nothing marks it as a run's directory (no {MODEL_FILE} or "
-                f"{CONFIG_FILE} of ours): name another directory, or remove them by hand"
+                f"output {run} holds {', '.join(found)}, but nothing marks it as a run's directory (no {MODEL_FILE} of "
+                "ours): name another directory, or remove them by hand"
             )
     elif written.exists():
         differing = config_differences(written, config)
@@ -485,11 +495,35 @@ def _check_output(run: Path, config: TrainConfig) -> None:
                 f"output {run} holds a run with other values of {', '.join(differing)}; pass --overwrite true to start "
                 "over, or name another directory"
             )
+        _check_same_dataset(run, config)
     elif any(entry.name != LOCK_FILE for entry in run.iterdir()):
         raise InputError(
             f"output {run} is not empty and holds no run; name another directory, or pass --overwrite true "
             "(it replaces a run's files and leaves others)"
         )
+
+
+def _check_same_dataset(run: Path, config: TrainConfig) -> None:
+    """Refuses to resume if the dataset has been replaced since the run began."""
+    if not (run / DATASET_FILE).is_file():  # the start was cut off before it wrote the file
+        return
+    before, now = read_json_object(run / DATASET_FILE), read_metadata(config.data.directory)
+    differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if differing:
+        raise InputError(
+            f"the dataset in {config.data.directory} is not the one that the run in {run} began with (another "
+            f"{', '.join(differing)} than in {run / DATASET_FILE}): prepare that one again, or pass --overwrite true "
+            "to start over"
+        )
+
+
+def _is_begun(run: Path) -> bool:
+    """Returns whether a directory is that of a run whose start was cut off before it wrote model.json.
+
+    A configuration alone marks no run that has gone further: `eabf suggest --write` writes one to any directory.
+    """
+    later = (TENSORBOARD, METRICS_FILE, CHECKPOINTS)
+    return is_written_config(run / CONFIG_FILE) and not any((run / name).exists() for name in later)
 
 
 def _begin_run(
@@ -508,23 +542,31 @@ def _begin_run(
 
 
 @contextlib.contextmanager
-def _preemption_flag() -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM (preemption) or the first Ctrl-C sets, so that the loop can save and stop."""
-    flag = threading.Event()
+def _first_signal() -> Iterator[list[int]]:
+    """Yields a list to which SIGTERM (preemption) or Ctrl-C adds its number, so that the loop can save and stop.
+
+    A later signal takes effect at once.
+    """
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield flag  # only the main thread may handle signals
+        yield received  # only the main thread may handle signals
         return
     found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     before: dict[int, Any] = {number: handler for number, handler in found.items() if handler != signal.SIG_IGN}
+    times: list[float] = []
 
-    def set_flag(number: int, frame: Any) -> None:
-        flag.set()
-        signal.signal(number, before[number])  # a second signal takes effect at once
+    def receive(number: int, frame: Any) -> None:
+        times.append(time.monotonic())
+        if not received:
+            received.append(number)
+        elif times[-1] - times[0] > REPEAT:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     for number in before:
-        signal.signal(number, set_flag)
+        signal.signal(number, receive)
     try:
-        yield flag
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -106,6 +106,19 @@ def test_a_prompt_longer_than_the_window(tmp_path: Path, capsys: pytest.CaptureF
     assert "with 12 new ones it exceeds the window of 14" in capsys.readouterr().err
 
 
+def test_a_window_longer_than_the_models(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate("One day", "--window", "513") == 0
+    assert capsys.readouterr().err == "note: the window of 513 tokens is longer than the model's own 512\n"
+    assert generate("One day", "--window", str(10**12), "--max-new-tokens", str(10**11)) == 2
+    # Keys and values of 6 layers with 4 heads of 32 numbers, of 4 bytes each.
+    needed = 2 * 6 * 4 * 32 * 4 * 10**12 / 2**30
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"error: a window of {10**12} tokens needs a key-value cache of {needed:,.1f} GiB a device;"
+    )
+    assert error.count("\n") == 1 and "is the most" in error
+
+
 @pytest.mark.parametrize("arguments", [(), ("-",), ("--chat",)])
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_bytes_that_are_no_text(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from studies import study_values, write_inputs, write_study
 
 from eabf_jax import cli
 from eabf_jax.analysis import study_run
+from eabf_jax.analysis.study import load_study
 from eabf_jax.commands import study as command
-from eabf_jax.errors import InputError
+from eabf_jax.errors import InputError, Stopped
 from eabf_jax.training.recipe import configure
-from eabf_jax.training.trainer import train
+from eabf_jax.training.trainer import Preempted, train
 
 CLAIMS = [{"text": "EABF beats PI", "better": "EABF", "worse": "PI", "measure": "loss"}]
 
@@ -66,7 +68,7 @@ def test_a_study_prints_writes_and_reports_again_without_running(
     record = json.loads((tmp_path / "out/cells/EABF__8__0.json").read_text())
     assert {"command", "commit", "date", "device", "devices", "versions"} < record.keys()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "cells", "loss_by_data.png", "loss_by_window.png", "report.md", "study.yaml",
+        "cells", "loss_by_data.png", "loss_by_window.png", "report.md", "study.json",
     ]  # fmt: skip
     assert study("--dry-run") == 0
     assert capsys.readouterr().out.count("done") == 4
@@ -90,6 +92,23 @@ def test_failed_cells_have_a_status_of_their_own_and_are_named(
     assert "- PI, 8, seed 0: cannot fit" in (tmp_path / "out/report.md").read_text()
 
 
+def test_a_directory_counts_as_a_studys_by_its_content(
+    study: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(study_run.Opened, "seconds", lambda *_: 1e6)
+    out = tmp_path / "out"
+    for name in ("cells/PI__8__0.json", "scratch/mine", "report.md"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text('{"method": "mine"}')
+    before = sorted(out.rglob("*"))
+    assert study("--time-limit", "60") == 2
+    assert "out is not empty, and no study.json marks it as a study: name another dir" in capsys.readouterr().err
+    assert sorted(out.rglob("*")) == before
+    (out / "cells/PI__8__0.json").unlink()
+    (out / "cells/ABF__8__0.json").write_text('{"method": "ABF", "data": "8"}')  # as of an earlier version
+    command._check_output(load_study(str(tmp_path / "s.yaml")))
+
+
 def test_the_time_limit_has_a_status_of_its_own(
     study: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,14 +118,24 @@ def test_the_time_limit_has_a_status_of_its_own(
     assert "no cell is finished" in out and "time is up with 0 of 4 cells; run the same command to continue" in out
 
 
+@pytest.mark.parametrize(
+    ("stop", "status"),
+    [
+        (Preempted(1, 2, signal.SIGTERM, resumable=True), 3),
+        (Preempted(1, 2, signal.SIGTERM, resumable=False), 3),
+        (Preempted(1, 2, signal.SIGINT, resumable=True), 130),
+        (Stopped("terminated", 143), 3),  # while a cell is measured
+    ],
+    ids=str,
+)
 def test_a_signal_during_training_ends_the_study(
-    study: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    study: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stop: Stopped, status: int
 ) -> None:
     def stopped(config: Any) -> Path:
-        raise study_run.Preempted("stopped by a signal")
+        raise stop
 
     monkeypatch.setattr(study_run, "train", stopped)
-    assert study() == 130
+    assert study() == status
     assert len(list((tmp_path / "out/cells").iterdir())) == 2  # those without training
 
 
@@ -131,7 +160,7 @@ def test_a_dry_run_names_cells_that_cannot_run_or_have_changed(
         (("--time-limit", "0"), {}, "--time-limit 0: a positive number of seconds is needed"),
         ((), {"seeds": []}, "study key 'seeds' is empty"),
         ((), {"config": "none.yaml"}, "cannot read the configuration 'none.yaml'"),
-        ((), {"output": "tests"}, "output tests holds analysis and no study.yaml, so it is no study's directory"),
+        ((), {"output": "tests"}, "tests is not empty, and no study.json marks it as a study: name another"),
         (("--json", "."), {}, "--json . is a directory"),
     ],
 )
@@ -154,7 +183,7 @@ def test_a_users_own_scratch_folder_is_not_removed(
     own.parent.mkdir(parents=True)
     own.write_text("mine")
     assert study() == 2
-    assert "holds scratch and no study.yaml" in capsys.readouterr().err
+    assert "no study.json marks it as a study" in capsys.readouterr().err
     assert own.read_text() == "mine"
 
 

@@ -98,6 +98,10 @@ def test_a_dataset_is_replaced_only_when_told(dataset):
     with pytest.raises(InputError, match=r"set is not empty; pass --overwrite"):
         write(dataset, {"train": 1})
     assert num_records(dataset, "train") == 9
+    (dataset / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"set is not empty, and eabf-jax did not write notes\.txt in it"):
+        write(dataset, {"train": 1}, overwrite=True)
+    (dataset / "notes.txt").unlink()
     write(dataset, {"train": 1}, overwrite=True)
     assert num_records(dataset, "train") == 1
     assert [path.name for path in dataset.parent.iterdir()] == ["set"]

@@ -53,6 +53,7 @@ def expected(sampling: Sampling, prompts: np.ndarray, logits: np.ndarray) -> np.
         Sampling(temperature=0.7),
         Sampling(temperature=1.0, top_k=5),
         Sampling(temperature=1.0, top_k=VOCAB + 7),
+        Sampling(temperature=1.0, top_k=2**40),
         Sampling(temperature=1.0, top_p=0.9),
         Sampling(temperature=1.0, top_p=0.01),
         Sampling(temperature=0.8, top_k=10, top_p=0.6, repetition_penalty=1.2),

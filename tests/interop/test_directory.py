@@ -24,6 +24,10 @@ def test_destination_must_be_free(good: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not empty; pass --overwrite"):
         from_hf(good, target)
     (target / "tokenizer.json").write_text("{}")
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"eabf-jax did not write notes\.txt in it: name another directory, or remove"):
+        from_hf(good, target, overwrite=True)
+    (target / "notes.txt").unlink()
     from_hf(good, target, overwrite=True)
     assert native.is_native(target) and not (target / "tokenizer.json").exists()
     with pytest.raises(InputError, match="is the source"):
@@ -86,6 +90,13 @@ def test_a_file_appears_only_when_it_is_whole(
         partial.write_text("whole")
         assert not target.exists()
     assert target.read_text() == "whole" and list(target.parent.iterdir()) == [target]
+    # Two at a time do not write to the same file; the last one stays.
+    with new_file(target, lambda path: None, overwrite=True) as partial:
+        partial.write_text("first")
+        with new_file(target, lambda path: None, overwrite=True) as other:
+            other.write_text("second")
+        assert target.read_text() == "second"
+    assert target.read_text() == "first" and list(target.parent.iterdir()) == [target]
     # What appears meanwhile is not replaced.
     target.unlink()
     with pytest.raises(InputError, match="exists, and it is a letter"), new_file(target, lambda path: "it is a letter"):

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer
 
 from eabf_jax.errors import InputError
 from eabf_jax.interop.huggingface import MODELING_FILE, MODELING_SOURCE
-from eabf_jax.interop.tokenizer import MODEL_PROTO, Tokenizer, export_tokenizer, load_tokenizer
+from eabf_jax.interop.tokenizer import MODEL_PROTO, Tokenizer, copy_tokenizer_files, export_tokenizer, load_tokenizer
 
 ODD = ["", "<s>hi", "</s> hi", "a<tool>b", "<tool> b", "日本 🎉\n\n  x\t", "hi <unk> x", "x  <s>  y</s>\n", "12345"]
 SPACED = [" hello", "  hello  world ", "▁x ▁", "a ====== ----    \n\n b"]
@@ -45,6 +45,43 @@ def agree(directory: Path, texts: list[str]) -> Tokenizer:
         assert getattr(ours, f"{role}_id") == getattr(theirs, f"{role}_token_id"), role
     assert ours.vocab_size == len(theirs)
     return ours
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model", "chat_template.jinja", "generation_config.json", "additional_chat_templates/tool.jinja"]
+)
+def test_a_link_that_leads_out_of_the_directory_is_refused(tmp_path: Path, name: str) -> None:
+    """The content of a linked file would become part of a converted model; links of the Hub's cache are its files."""
+    repository, secret = tmp_path / "models--x", tmp_path / "secret"
+    snapshot, blobs = repository / "snapshots" / "abc", repository / "blobs"
+    shutil.copytree("assets/tiny", snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    blobs.mkdir()
+    path = snapshot / name
+    path.parent.mkdir(exist_ok=True)
+    content = path.read_bytes() if path.exists() else b"{}"
+    up = Path(*[".."] * len(path.relative_to(repository).parent.parts))
+
+    def link(to: Path) -> None:
+        path.unlink(missing_ok=True)
+        path.symlink_to(to)
+
+    for outside in (secret, blobs / "0"):
+        outside.write_bytes(content)
+    (snapshot / "inner").write_bytes(content)
+    for number, allowed in enumerate((up / "blobs" / "0", snapshot / "inner")):
+        link(allowed)
+        (tmp_path / str(number)).mkdir()
+        load_tokenizer(snapshot).save(tmp_path / str(number))
+        copy = tmp_path / str(number) / name
+        assert copy.read_bytes() == content and not copy.is_symlink()
+    (blobs / "1").symlink_to(secret)
+    for refused in (secret, up / ".." / "secret", up / "blobs" / "1"):
+        link(refused)
+        with pytest.raises(InputError, match=f"{name}: a link to {secret}, which is outside the model's dir"):
+            load_tokenizer(snapshot)
+        with pytest.raises(InputError, match="outside the model's directory"):
+            copy_tokenizer_files(snapshot, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
 
 
 @pytest.fixture(scope="session")

@@ -130,9 +130,9 @@ def test_four_processes_stop_together_and_others_go_on(trained, whole, same_run,
     group.processes[2].terminate()
     ended = group.ended()
     last = [err.splitlines()[-1] for _, _, err in ended]
-    stopped = re.fullmatch(r"error: stopped by a signal after step (\d+) of 6; run it again .*", last[0])
+    stopped = re.fullmatch(r"stopped by a signal after step (\d+) of 6; run it again .*", last[0])
     assert stopped, ended
-    assert (set(last), {status for status, *_ in ended}) == ({last[0]}, {2})
+    assert (set(last), {status for status, *_ in ended}) == ({last[0]}, {3})
     step = stopped[1]
     assert [path.name for path in (run / "checkpoints").iterdir()] == [step]
     for number in range(4):

@@ -22,7 +22,7 @@ from runs import refuse
 from safetensors.numpy import save_file
 
 from eabf_jax.cli import main
-from eabf_jax.data.dataset import tokenizer_digest
+from eabf_jax.data.dataset import read_metadata, tokenizer_digest
 from eabf_jax.interop.loading import load_parameters
 from eabf_jax.interop.native import save_params, write_model_json
 from eabf_jax.interop.tokenizer import load_tokenizer
@@ -30,8 +30,8 @@ from eabf_jax.model.parameters import parameter_count
 from eabf_jax.parallel.mesh import MeshConfig, make_mesh
 from eabf_jax.training import trainer
 from eabf_jax.training.plan import Plan
-from eabf_jax.training.recipe import load_config
-from eabf_jax.training.trainer import _preemption_flag, base_config, lower_train_step, train
+from eabf_jax.training.recipe import dump_config, load_config
+from eabf_jax.training.trainer import _first_signal, base_config, lower_train_step, train
 
 TOKENIZER = "assets/tiny"
 
@@ -107,17 +107,23 @@ def test_another_configuration_in_the_same_directory_is_refused(finished, run_co
     refuse(changed, f"holds a run with other values of {re.escape(keys)}; pass --overwrite true")
 
 
-def test_overwriting_starts_afresh_and_leaves_other_files(run_config, tmp_path, read_metrics):
-    run = tmp_path / "run"
+def test_overwriting_starts_afresh_and_leaves_other_files(run_config, write_dataset, tmp_path, read_metrics):
+    run, data = tmp_path / "run", write_dataset(tmp_path / "set", seed=1)
+    own = {"data": {"directory": str(data)}}
     run.mkdir()
     (run / "notes.txt").write_text("mine")
-    config = run_config(run, recipe={"steps": 1})
+    config = run_config(run, recipe={"steps": 1}, **own)
     refuse(config, "is not empty and holds no run; name another directory, or pass --overwrite true")
     assert [path.name for path in run.iterdir()] == ["notes.txt"]
     train(dataclasses.replace(config, overwrite=True))
     assert (run / "notes.txt").read_text() == "mine"
-    other = run_config(run, recipe={"steps": 2, "seed": 4}, overwrite=True)
+    # The dataset is replaced by another of the same name, which must not go unsaid.
+    shutil.rmtree(data)
+    write_dataset(data, seed=2)
+    refuse(config, r"is not the one that the run in .* began with \(another splits than in .*dataset\.json\): prep")
+    other = run_config(run, recipe={"steps": 2, "seed": 4}, overwrite=True, **own)
     train(other)
+    assert (run / "dataset.json").read_text() == json.dumps(read_metadata(data), indent=2) + "\n"
     assert [m["step"] for m in read_metrics(run)] == [1, 2]
     assert len(list((run / "tensorboard").iterdir())) == 1
     assert yaml.safe_load((run / "config.yaml").read_text())["recipe"]["seed"] == 4
@@ -133,6 +139,8 @@ def test_overwriting_takes_nothing_that_no_run_wrote(run_config, tmp_path):
     refuse(
         config, r"holds config.yaml, checkpoints, tokenizer.json, but nothing marks it as a run's directory \(no model"
     )
+    (run / "config.yaml").write_text(dump_config(config))  # as `eabf suggest --write` does
+    refuse(config, r"holds config.yaml, checkpoints, tokenizer.json, but nothing marks it as a run's directory")
     assert {path.name for path in run.iterdir()} == {"checkpoints", "config.yaml", "tokenizer.json"}
 
 
@@ -223,6 +231,10 @@ def test_a_pretraining_run_from_nothing_packs_and_keeps_the_tokenizer(run_config
         (
             {"mesh": {"context": 2}, "recipe": {"objective": "pretrain"}},
             "mesh.context above 1 takes one document a row",
+        ),
+        (
+            {"recipe": {"epochs": 2**30}},
+            r"recipe.epochs 1073741824 makes 5368709120 steps; fewer than 2\*\*31 are needed",
         ),
         ({"recipe": {"warmup_steps": 10}}, r"recipe.warmup_steps 10 is not less than the run's 10 steps"),
     ],
@@ -414,9 +426,9 @@ def test_killed_and_started_again_a_run_ends_bit_for_bit_the_same(
     cut.wait(process, lambda: cut.recorded() > recorded)
     process.terminate()
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
+    assert process.returncode == 3  # stopped, can go on
     last = err.splitlines()[-1]
-    stopped = re.fullmatch(r"error: stopped by a signal after step (\d+) of 20; run it again to resume", last)
+    stopped = re.fullmatch(r"stopped by a signal after step (\d+) of 20; run it again to resume", last)
     assert stopped, err
     assert max(int(path.name) for path in checkpoints.iterdir()) == int(stopped[1]) < cut.STEPS
 
@@ -453,10 +465,31 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-def test_the_second_signal_is_not_held_back(interruptible):
-    with _preemption_flag() as flag:
+def test_a_signal_sent_twice_in_a_row_is_one(interruptible):
+    with _first_signal() as received:
         signal.raise_signal(signal.SIGINT)
-        assert flag.is_set()
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT]
+
+
+@pytest.mark.parametrize(
+    ("number", "resumable", "status", "again"),
+    [
+        (signal.SIGTERM, True, 3, "resume"),
+        (signal.SIGINT, True, 130, "resume"),
+        (signal.SIGTERM, False, 143, "start over: no checkpoint fits in host memory"),
+    ],
+)
+def test_the_exit_status_of_a_stopped_run(number, resumable, status, again):
+    stop = trainer.Preempted(3, 20, number, resumable=resumable)
+    assert (str(stop), stop.status) == (f"stopped by a signal after step 3 of 20; run it again to {again}", status)
+
+
+def test_the_second_signal_is_not_held_back(interruptible, monkeypatch):
+    monkeypatch.setattr(trainer, "REPEAT", 0)
+    with _first_signal() as received:
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -464,9 +497,9 @@ def test_the_second_signal_is_not_held_back(interruptible):
 
 def test_a_signal_that_is_ignored_stays_so(interruptible):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and `&` do
-    with _preemption_flag() as flag:
+    with _first_signal() as received:
         signal.raise_signal(signal.SIGINT)
-        assert not flag.is_set()
+        assert not received
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
