@@ -9,8 +9,8 @@ from eabf_jax.errors import InputError
 from eabf_jax.interop.native import CHECKPOINTS
 
 EPILOG = """\
-Checks every checksums.json below the directory: each checkpoint of a run, a converted model, or one checkpoint or item
-alone. Prints a line for each damaged or missing file and ends with status 2 if there is any.
+Checks every checksums.json below the directory: each checkpoint of a run, a converted model, an exported model, or one
+checkpoint alone. Prints a line for each damaged or missing file and ends with status 2 if there is any.
 """
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from eabf_jax.cli import main
+from eabf_jax.interop.directory import EXPORT, new_directory
 from eabf_jax.interop.native import save_params
 
 
@@ -81,6 +82,17 @@ def test_checkpoints_without_checksums_are_named(model, verify):
     (model / "checkpoints" / "7" / "params" / "checksums.json").unlink()
     code, _, err = verify(model)
     assert code == 2 and "nothing to compare" in err[-1]
+
+
+def test_an_exported_directory_has_checksums(tmp_path, verify):
+    with new_directory(tmp_path / "exported", EXPORT) as partial:
+        (partial / "model.safetensors").write_bytes(bytes(1000))
+        (partial / "config.json").write_text("{}")
+    code, (line,), _ = verify(tmp_path / "exported")
+    assert code == 0 and "; 2 files (" in line
+    (tmp_path / "exported" / "model.safetensors").write_bytes(bytes(999) + b"\1")
+    code, _, err = verify(tmp_path / "exported")
+    assert code == 2 and err[0].startswith(f"{tmp_path / 'exported' / 'model.safetensors'}: damaged: ")
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("x")])
