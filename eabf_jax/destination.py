@@ -23,7 +23,9 @@ def no_space(error: BaseException) -> tuple[str, BaseException] | None:
       The reason, and the error that gives it: this one, or one that caused it. None for any other failure.
     """
     cause: BaseException | None = error
-    while cause is not None:
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:  # causes can form a ring
+        seen.add(id(cause))
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             # TensorStore reports a full disk as a ValueError that only its text identifies.
             if getattr(cause, "errno", None) == number or os.strerror(number) in str(cause):

@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "measure models: perplexity, passkey, line-retrieval, harness; redraw a report",
     "entropy": "measure attention entropy by layer, head and position",
     "suggest": "choose base and logit multiplier for a model and a window, by held-out loss",
+    "verify": "compare the files of checkpoints and models with their checksums",
     "study": "train and measure methods x data x seeds, and report on them",
 }
 # The kinds of `eabf evaluate`.

@@ -79,6 +79,22 @@ def make_loader(
     return iter(own.to_iter_dataset(_READ_OPTIONS))
 
 
+def resume(batches: grain.DatasetIterator[Any], state: Any, taken: int) -> None:
+    """Moves a new iterator of `make_loader` to a saved position.
+
+    Args:
+      state: from `get_state()`.
+      taken: number of batches that had been taken then.
+
+    Raises:
+      InputError: the state is damaged, or not that of so many batches.
+    """
+    expected = {"next_index": taken}  # Grain would take another place in the data without a word
+    if state != expected:
+        raise InputError(f"the position in the data is {state!r:.80}, expected {expected}")
+    batches.set_state(state)
+
+
 def steps_per_epoch(
     directory: Path | str, split: str, *, batch_size: int, length: int, mode: Mode, samples: int | None = None
 ) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eabf_jax import __version__
+from eabf_jax.checksums import write_checksums
 from eabf_jax.destination import (
     Mark,
     check_destination,
@@ -39,7 +40,7 @@ def new_directory(
     Args:
       destination: the directory to make; its parents are made too.
       mark: identifies an earlier result, the only thing that may be replaced; None allows no replacement. The file of
-        `EXPORT` is written here.
+        `EXPORT` is written here, and checksums of the others.
       overwrite, sources: as for `check_destination`.
 
     Yields:
@@ -56,6 +57,7 @@ def new_directory(
     with _nothing_kept(destination), partial_directory(destination) as partial:
         yield partial
         if mark is EXPORT:
+            write_checksums(partial)
             write_json(partial / mark.file, {"eabf_jax": __version__, "files": file_sizes(partial)})
         check()  # again, because the block may have taken hours
         put_in_place(partial, destination)

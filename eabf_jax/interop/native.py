@@ -3,7 +3,8 @@
 model.json                  config and rotary scheme; `adapter` if the directory holds only adapters
 tokenizer.json, …           as in a Hugging Face directory
 README.md                   converted models: front matter with the known licence and origin
-checkpoints/<step>/params   written by the trainer; a converted model is a run at step 0 with only parameters
+checkpoints/<step>/params   written by the trainer; a converted model is a run at step 0 with only parameters; its
+                            `checksums.json` is compared with the files when the model is opened
 config.yaml, dataset.json   runs: the configuration, and the dataset's metadata
 metrics.jsonl               runs: one object per step
 evaluation/*.json           optional reports of `eabf evaluate --json`, for the model card
@@ -23,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from eabf_jax.checksums import check, write_checksums
 from eabf_jax.destination import Mark
 from eabf_jax.errors import InputError, one_line
 from eabf_jax.interop.directory import read_json_object, write_json
@@ -88,12 +90,28 @@ def save_params(directory: Path | str, params: Mapping[str, Any], step: int = 0)
     leaves = {name: _resident(leaf) for name, leaf in flatten(params)}
     # Orbax refuses a leaf larger than its limit, and holds up to the limit beside the model itself.
     largest = max(leaf.nbytes for leaf in leaves.values())
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1 + largest // 10**9)
+    handler = _Params(save_concurrent_gb=1 + largest // 10**9)
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     path = (Path(directory) / CHECKPOINTS).absolute()
-    with quiet_orbax(), ocp.CheckpointManager(path, options=options, item_handlers={"params": handler}) as manager:
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add("params", ocp.args.PyTreeSave, handler)
+    with quiet_orbax(), ocp.CheckpointManager(path, options=options, handler_registry=registry) as manager:
         item = ocp.args.PyTreeSave(nest(leaves), save_args=chunks(params), ocdbt_target_data_file_size=CHUNK_BYTES)
         manager.save(step, args=ocp.args.Composite(params=item))
+
+
+class Checksummed(ocp.handlers.CheckpointHandler):
+    """Adds checksums to an Orbax handler that it is mixed into, when all processes have written their files."""
+
+    def finalize(self, directory: Any) -> None:
+        """Completes an item's files; Orbax gives the folder its final name afterwards."""
+        super().finalize(directory)
+        if jax.process_index() == 0:
+            write_checksums(Path(directory))
+
+
+class _Params(Checksummed, ocp.PyTreeCheckpointHandler):
+    pass
 
 
 def chunks(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,19 +143,26 @@ def checkpoint_path(directory: Path | str, step: int | None = None) -> Path:
       InputError: there is no checkpoint, or none of that step.
     """
     root = (Path(directory) / CHECKPOINTS).absolute()
-    found = root.iterdir() if root.is_dir() else ()
-    steps = sorted(int(entry.name) for entry in found if entry.name.isdigit() and (entry / "params").is_dir())
-    if not steps:
+    found = steps(root)
+    if not found:
         raise InputError(f"{root}: no checkpoint there; expected <step>/params")
-    if step is not None and step not in steps:
-        raise InputError(f"{root}: no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-    return root / str(steps[-1] if step is None else step) / "params"
+    if step is not None and step not in found:
+        raise InputError(f"{root}: no checkpoint of step {step}; it has {', '.join(map(str, found))}")
+    return root / str(found[-1] if step is None else step) / "params"
+
+
+def steps(root: Path) -> list[int]:
+    """Lists the steps of the checkpoints in a `checkpoints/` folder in ascending order; empty without such a folder."""
+    found = root.iterdir() if root.is_dir() else ()
+    return sorted(int(entry.name) for entry in found if entry.name.isdecimal() and (entry / "params").is_dir())
 
 
 def stored_arrays(
     path: Path, expected: Mapping[tuple[str, ...], tuple[int, ...]]
 ) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    """Reads the shapes and dtypes of a checkpoint's parameters, by path of keys, and checks the shapes.
+    """Verifies a checkpoint's files, reads its parameters' shapes and dtypes by path of keys, and checks the shapes.
+
+    Each process compares its share of the files with their checksums; checkpoints of earlier releases have none.
 
     Args:
       path: folder of the `params` item.
@@ -146,6 +171,7 @@ def stored_arrays(
     Raises:
       InputError: there is no readable checkpoint, or its parameters do not fit.
     """
+    verify(path)
     with _reading(path), ocp.PyTreeCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata
         if metadata is None:
@@ -154,6 +180,22 @@ def stored_arrays(
     found = {name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for name, leaf in flatten(tree)}
     check_shapes({name: leaf.shape for name, leaf in found.items()}, expected, str(path))
     return found
+
+
+def verify(path: Path) -> None:
+    """Raises InputError, which names the files and says what can be done, if a checkpoint's item is damaged.
+
+    Args:
+      path: folder of the `params` item.
+    """
+    checked = check(path, jax.process_index(), jax.process_count())
+    if checked is None or not checked.faults:
+        return
+    step, more = path.parent, len(checked.faults) - 1
+    earlier = [other for other in steps(step.parent) if other < int(step.name)]
+    others = f"; {more} other files too" if more else ""
+    hint = f"move {step} away to use the one before, of step {earlier[-1]}" if earlier else "there is none before it"
+    raise InputError(f"damaged checkpoint: {checked.faults[0]}{others}; {hint}")
 
 
 def read_leaf(path: Path, name: tuple[str, ...], dtype: Any, layers: slice = slice(None)) -> np.ndarray:

@@ -1,22 +1,91 @@
 """Orbax checkpoints of a run: parameters, optimizer state and data position."""
 
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import jax
 import orbax.checkpoint as ocp
 
+from eabf_jax.checksums import check
 from eabf_jax.destination import no_space
 from eabf_jax.errors import InputError
-from eabf_jax.interop.native import CHECKPOINTS, chunks, quiet_orbax
+from eabf_jax.interop.native import CHECKPOINTS, Checksummed, chunks, quiet_orbax, steps
+from eabf_jax.parallel.processes import gathered
 from eabf_jax.training.step import Saved
+
+# A checkpoint to resume from has all of them.
+_ITEMS = ("params", "optimizer", "data")
 
 
 def latest_step(run: Path) -> int:
     """Returns the step of a run's newest complete checkpoint; 0 if there is none, or no such directory."""
+    return max(steps(run / CHECKPOINTS), default=0)
+
+
+def sound_step(run: Path, last: int) -> int:
+    """Finds a run's newest checkpoint without damage, and prints what is damaged in newer ones; all processes call it.
+
+    Process 0 lists the checkpoints, because a shared directory can lag in other processes; each process compares its
+    share of the files with their checksums.
+
+    Args:
+      last: the run's last step, whose checkpoint has only parameters.
+
+    Returns:
+      The checkpoint's step; 0 if the run has no checkpoint yet.
+    Raises:
+      InputError: the run has checkpoints, and all are damaged.
+    """
+    below, own = 2**31 - 1, f"{run / CHECKPOINTS}: damaged, as another process says"
+    while step := gathered(max((at for at in steps(run / CHECKPOINTS) if at < below), default=0))[0]:
+        found = _faults(run / CHECKPOINTS / str(step), _ITEMS if step < last else _ITEMS[:1])
+        if not any(gathered(len(found))):
+            return step
+        below = step
+        if found:
+            own = found[0] + (f" (and {len(found) - 1} more files)" if found[1:] else "")
+            print(f"checkpoint {step} is damaged: {own}; looking for the one before", file=sys.stderr)
+    if below == 2**31 - 1:
+        return 0
+    raise InputError(
+        f"{own}; there is no checkpoint before it to resume from: pass --overwrite true to start over (and "
+        "--checkpoint.keep 2 to keep one more)"
+    )
+
+
+def _faults(folder: Path, items: Sequence[str]) -> list[str]:
+    """Returns a line for each file of this process's share that is missing or damaged in a checkpoint."""
+    found: list[str] = []
+    for item in items:
+        if not (folder / item).is_dir():
+            found.append(f"{folder / item}: missing")
+        elif checked := check(folder / item, jax.process_index(), jax.process_count()):
+            found.extend(checked.faults)
+    return found
+
+
+def set_aside(run: Path, after: int) -> None:
+    """Renames the folders of later steps to `<step>.damaged`, and says so; the run can then save these steps anew."""
     folder = run / CHECKPOINTS
-    found = folder.iterdir() if folder.is_dir() else ()
-    return max((int(entry.name) for entry in found if entry.name.isdigit()), default=0)
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if entry.is_dir() and entry.name.isdecimal() and int(entry.name) > after:
+            aside = entry.with_name(f"{entry.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            entry.rename(aside)
+            print(f"{entry}: no whole checkpoint; set aside as {aside.name}", file=sys.stderr)
+
+
+class _Arrays(Checksummed, ocp.StandardCheckpointHandler):
+    pass
+
+
+class _Json(Checksummed, ocp.JsonCheckpointHandler):
+    pass
 
 
 class Checkpoints:
@@ -33,9 +102,17 @@ class Checkpoints:
         self._failed = False
         self._quiet = quiet_orbax()
         self._quiet.__enter__()
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for item in ("params", "optimizer"):
+            arrays = _Arrays()
+            registry.add(item, ocp.args.StandardSave, arrays)
+            registry.add(item, ocp.args.StandardRestore, arrays)
+        position = _Json()
+        registry.add("data", ocp.args.JsonSave, position)
+        registry.add("data", ocp.args.JsonRestore, position)
         self._manager = ocp.CheckpointManager(
             (run / CHECKPOINTS).absolute(),
-            item_names=("params", "optimizer", "data"),
+            handler_registry=registry,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         )
 
@@ -69,12 +146,16 @@ class Checkpoints:
           data: the loader's position, as JSON values.
 
         Raises:
-          InputError: no space is left, or a quota or file size limit is reached.
+          InputError: the system refuses the write: no space is left, a quota is reached, no permission.
         """
         items: dict[str, Any] = {"params": ocp.args.StandardSave(saved.params, chunks(saved.params))}
         if saved.optimizer:
             items |= {"optimizer": ocp.args.StandardSave(saved.optimizer), "data": ocp.args.JsonSave(data)}
         try:
+            if jax.process_index() == 0:
+                # If Orbax itself fails to make a folder, its threads wait for the folder and the process does not end.
+                with tempfile.TemporaryDirectory(prefix=".writable-", dir=self._manager.directory):
+                    pass
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as failure:
             self._failed = True
@@ -115,6 +196,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _explained(failure: Exception) -> Exception:
-    """Returns the error for a failed write: one line if the disk is full or limited, else the failure itself."""
-    full = no_space(failure)
-    return InputError(f"{full[0]}: the checkpoint cannot be written ({_first_line(full[1])})") if full else failure
+    """Returns the error for a failed write: one line if the system refuses it, else the failure itself."""
+    if full := no_space(failure):
+        return InputError(f"{full[0]}: the checkpoint cannot be written ({_first_line(full[1])})")
+    return InputError(f"the checkpoint cannot be written ({failure})") if isinstance(failure, OSError) else failure

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from eabf_jax.data.dataset import read_metadata, tokenizer_digest
-from eabf_jax.data.loader import Mode, make_loader, steps_per_epoch
+from eabf_jax.data.loader import Mode, make_loader, resume, steps_per_epoch
 from eabf_jax.destination import check_apart, replacing, whole
 from eabf_jax.errors import CAN_CONTINUE, InputError, Stopped
 from eabf_jax.hardware import Device, device_at_hand, device_of_kind
@@ -47,7 +47,7 @@ from eabf_jax.parallel.processes import all_or_none, gathered
 from eabf_jax.parallel.rules import process_batch_shard
 from eabf_jax.signals import REPEAT
 from eabf_jax.training.backward import Microbatch, Tree, merge
-from eabf_jax.training.checkpoint import Checkpoints, latest_step
+from eabf_jax.training.checkpoint import Checkpoints, latest_step, set_aside, sound_step
 from eabf_jax.training.layerwise import Layerwise
 from eabf_jax.training.lock import LOCK_FILE, locked
 from eabf_jax.training.loss import next_tokens
@@ -95,15 +95,18 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
         )
         _check_output(run, config)
         adapter = _adapter(run, config)
-    if _reached(run, config) >= steps:
+    if _reached(run, config) >= steps and sound_step(run, steps) >= steps:
         return run
     with all_or_none():
         if jax.process_index() == 0:
             held.enter_context(locked(run))
         _check_output(run, config)  # the previous holder of the lock may have written here
-    start = _reached(run, config)
+    start = 0 if config.overwrite else sound_step(run, steps)
     if start >= steps:
         return run
+    with all_or_none():
+        if jax.process_index() == 0 and not config.overwrite:
+            set_aside(run, start)
     state = None
     frozen = _frozen_params(config, step_of.frozen)
     if not start:
@@ -114,8 +117,13 @@ def _train(config: TrainConfig, held: contextlib.ExitStack) -> Path:
     with Checkpoints(run, config.checkpoint.keep) as checkpoints, _first_signal() as received:
         if state is None:
             saved, position = checkpoints.restore(start, step_of.abstract)
+            try:
+                resume(batches, position, start)
+            except InputError as error:
+                raise InputError(
+                    f"checkpoint {start} in {run}: {error}: remove it to resume from the one before"
+                ) from error
             state = step_of.restored(start, saved, frozen)
-            batches.set_state(position)
         schedule = learning_rate_schedule(recipe, steps)
         row_tokens = recipe.batch_size * config.window
         known = device_of_kind(jax.devices()[0].device_kind)

@@ -1,6 +1,9 @@
 """Checkpoints are restored as they were saved, and failures give a one-line error."""
 
 import errno
+import os
+import random
+import threading
 
 import jax
 import ml_dtypes
@@ -12,7 +15,7 @@ from runs import refuse
 from eabf_jax.errors import InputError
 from eabf_jax.interop import native
 from eabf_jax.interop.loading import load_parameters
-from eabf_jax.training.checkpoint import Checkpoints, latest_step
+from eabf_jax.training.checkpoint import Checkpoints, latest_step, sound_step
 from eabf_jax.training.step import Saved
 
 
@@ -55,6 +58,42 @@ def test_what_is_saved_comes_back_on_another_mesh_and_the_newest_are_kept(tmp_pa
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"2", "3"}
 
 
+def test_every_flipped_bit_of_a_checkpoint_is_found_or_harmless(tmp_path, capfd):
+    run, rng, draw = tmp_path / "run", np.random.default_rng(0), random.Random(0)
+    saved = Saved(
+        {"layers": {"a": rng.normal(size=(4, 300)).astype(np.float32)}},
+        {"mu": {"a": rng.normal(size=(8, 3)).astype(ml_dtypes.bfloat16)}, "zeros": np.zeros((8, 500), np.float32)},
+    )
+    placed = sharded(saved, 4)
+    with Checkpoints(run, keep=1) as checkpoints:
+        checkpoints.save(1, placed, {"next_index": 1})
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), placed)
+    files = [path for path in sorted((run / "checkpoints" / "1").rglob("*")) if path.is_file()]
+    assert len(files) > 20
+    for path in files:
+        content = path.read_bytes()
+        for _ in range(8):
+            flipped = bytearray(content)
+            flipped[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            path.write_bytes(flipped)
+            refused = ""
+            try:
+                step = sound_step(run, 9)
+            except InputError as error:
+                refused = str(error)
+            if refused:
+                assert refused.startswith(f"{path}: damaged: ")
+                continue
+            # Only what no array depends on has no checksum: Orbax's notes on the step, and white space.
+            assert path.name in ("_CHECKPOINT_METADATA", "checksums.json", "commit_success.txt")
+            with Checkpoints(run, keep=1) as checkpoints:
+                found, data = checkpoints.restore(step, shapes)
+            jax.tree.map(np.testing.assert_array_equal, found, saved)
+            assert data == {"next_index": 1}
+        path.write_bytes(content)
+    assert sound_step(run, 9) == 1
+
+
 def test_one_layer_of_a_checkpoint_can_be_read_alone(tmp_path):
     params = {"layers": {"a": np.arange(240.0, dtype=np.float32).reshape(6, 8, 5)}}
     split = jax.sharding.PartitionSpec(None, "fsdp")
@@ -78,6 +117,20 @@ def test_no_space_for_a_checkpoint_is_one_line(run_config, tmp_path, monkeypatch
     monkeypatch.setattr(handler, "async_save", full_disk)
     refuse(run_config(tmp_path / "run"), "no space left: the checkpoint cannot be written .*it is full")
     assert load_parameters(tmp_path / "run")  # checkpoint 2 is whole
+
+
+def test_a_folder_that_may_not_be_written_is_one_line_and_the_process_can_end(run_config, tmp_path, monkeypatch):
+    make = os.mkdir
+
+    def refuse_checkpoints(path, *arguments, **options):
+        if "/checkpoints/" in str(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        make(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "mkdir", refuse_checkpoints)
+    refuse(run_config(tmp_path / "run"), "the checkpoint cannot be written .*Permission denied: '.*/checkpoints/")
+    waiting = [thread for thread in threading.enumerate() if "orbax" in type(thread).__module__ and not thread.daemon]
+    assert not waiting
 
 
 def test_a_write_that_the_system_refuses_is_one_line(config_file, fork, train_py, tmp_path):

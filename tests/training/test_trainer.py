@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 
 from eabf_jax.cli import main
 from eabf_jax.data.dataset import read_metadata, tokenizer_digest
+from eabf_jax.errors import InputError
 from eabf_jax.interop.loading import load_parameters
 from eabf_jax.interop.native import save_params, write_model_json
 from eabf_jax.interop.tokenizer import load_tokenizer
@@ -330,14 +331,90 @@ def test_a_checkpoint_that_host_memory_has_no_room_for(run_config, tmp_path, mon
     assert load_parameters(run)
 
 
-def test_a_damaged_checkpoint_is_named(finished, run_config, tmp_path):
-    run, config = finished
+def flip(path, at=0.5):
+    """Flips one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * at)] ^= 1
+    path.write_bytes(content)
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.fixture(scope="module")
+def kept(run_config, tmp_path_factory):
+    """Completes a run that keeps its checkpoints of steps 4, 8 and 10."""
+    config = run_config(tmp_path_factory.mktemp("kept") / "run", checkpoint={"every_steps": 4, "keep": 3})
+    return train(config), config
+
+
+@pytest.fixture
+def copied(kept, tmp_path):
+    """Copies that run."""
+    run, config = kept
     shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "10").rename(tmp_path / "run" / "checkpoints" / "4")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4" / "params" / "d")
-    copied = dataclasses.replace(config, output=str(tmp_path / "run"))
-    (tmp_path / "run" / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(run), copied.output))
-    refuse(copied, "checkpoint 4 in .* cannot be read .*: remove it to resume from the one before")
+    here = dataclasses.replace(config, output=str(tmp_path / "run"))
+    (tmp_path / "run" / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(run), here.output))
+    return tmp_path / "run", here
+
+
+@pytest.mark.parametrize("damaged", [("params",), ("optimizer",), ("data",), ("params", "d"), ("", "optimizer")])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(kept, copied, capfd, damaged):
+    """One file of checkpoint 8 is flipped, or a folder of it is missing."""
+    run, config = copied
+    shutil.rmtree(run / "checkpoints" / "10")
+    at = (run / "checkpoints" / "8").joinpath(*damaged)
+    if len(damaged) == 1:
+        at = largest(at)
+        flip(at)
+    else:
+        shutil.rmtree(at)
+    train(config)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "checkpoint" in line]
+    assert lines[0].startswith(f"checkpoint 8 is damaged: {at}") and "looking for the one before" in lines[0]
+    assert lines[1].endswith("set aside as 8.damaged") and len(lines) == 2
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"4", "8", "8.damaged", "10"}
+    found, wanted = (load_parameters(directory)[1] for directory in (run, kept[0]))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_damage_to_the_last_checkpoint_is_found_when_a_finished_run_is_started_again(kept, copied, capfd):
+    run, config = copied
+    at = largest(run / "checkpoints" / "10" / "params")
+    flip(at)
+    with pytest.raises(InputError, match=rf"{at}: damaged: .*; move {run}/checkpoints/10 away .* of step 8"):
+        load_parameters(run)
+    train(config)
+    assert f"checkpoint 10 is damaged: {at}" in capfd.readouterr().err
+    found, wanted = (load_parameters(directory)[1] for directory in (run, kept[0]))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_a_run_without_an_undamaged_checkpoint_is_refused(copied):
+    run, config = copied
+    for step in (4, 8, 10):
+        flip(largest(run / "checkpoints" / str(step) / "params"))
+    refuse(config, f"{run}/checkpoints/4/params/.*: damaged: .* no checkpoint before it .* --overwrite true")
+
+
+def test_an_empty_folder_is_no_checkpoint(copied, capfd):
+    run, config = copied
+    shutil.rmtree(run / "checkpoints" / "10")
+    (run / "checkpoints" / "12").mkdir()
+    train(config)
+    assert "checkpoints/12: no whole checkpoint; set aside as 12.damaged" in capfd.readouterr().err
+    assert (run / "checkpoints" / "10" / "params").is_dir()
+
+
+@pytest.mark.parametrize("position", ['{"next_index": 7}', "{}", '{"next_index": "8"}', "[]", "{"])
+def test_a_position_in_the_data_that_is_not_the_checkpoints_is_refused(copied, position):
+    """Checkpoints of earlier releases have no checksums, so the position is compared with the step."""
+    run, config = copied
+    shutil.rmtree(run / "checkpoints" / "10")
+    (run / "checkpoints" / "8" / "data" / "checksums.json").unlink()
+    (run / "checkpoints" / "8" / "data" / "metadata").write_text(position)
+    refuse(config, r"checkpoint 8 in .*: remove it to resume from the one before")
 
 
 class Interrupted:
