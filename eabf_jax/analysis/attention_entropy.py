@@ -1,8 +1,7 @@
 """Attention entropy: how widely each query spreads its attention, by layer, head and position.
 
 The entropy of a query's row of attention weights p is H = -Σ p ln p, in nats; a query that attends evenly to n keys has
-ln n. It is computed for every row first and then averaged. The released code of the paper averages rows over documents
-first, whose entropy is larger.
+ln n. It is computed for every row first and then averaged, because the entropy of a mean of rows is larger.
 """
 
 import functools

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator, NullLocator
 
 from eabf_jax.analysis.attention_entropy import Entropies
-from eabf_jax.analysis.suggest import Suggestion
+from eabf_jax.analysis.suggest import Suggestion, families, own_base, parts_of
 from eabf_jax.destination import whole
 from eabf_jax.evaluation.intervals import Share
 from eabf_jax.evaluation.perplexity import BandLoss, WindowPerplexity
@@ -182,11 +182,12 @@ def entropy_maps(
     panels = figure.subplots(len(found), 3, squeeze=False, sharex="col", sharey="col", width_ratios=(5, 5, 4))
     top = max(float(entropy.means.mean((0, 2)).max()) for entropy in found.values())
     colours = matplotlib.colormaps["cividis"]
+    depth = max(entropy.means.shape[1] for entropy in found.values())
     for (curves, heat, heads), (label, entropy) in zip(panels, found.items(), strict=True):
         edges, means = np.maximum(entropy.edges, 1), entropy.means.mean(0)  # [layers, heads, bands]
         centres = np.sqrt(edges[:-1] * edges[1:])
         for layer, row in enumerate(means.mean(1)):
-            curves.plot(centres, row, color=colours(layer / max(len(means) - 1, 1)), linewidth=1)
+            curves.plot(centres, row, color=colours(layer / max(depth - 1, 1)), linewidth=1)
         curves.plot(centres, entropy.uniform, color="black", linestyle="--", linewidth=1, label="even attention, ln n")
         curves.set(title=f"{label}: mean over heads", ylabel="entropy (nats)")
         curves.grid(alpha=0.3)
@@ -207,31 +208,29 @@ def entropy_maps(
             heat.axvline(pretrained_window, color="white", linestyle="--", linewidth=1)
     for panel, name in zip(panels[-1], ("position (tokens)", "position (tokens)", "layer"), strict=True):
         panel.set_xlabel(name)
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, len(means) - 1), colours)
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, depth - 1), colours)
     figure.colorbar(scale, ax=panels[:, 0], label="layer of the curve", location="left", shrink=0.6)
     figure.suptitle(title, fontsize=10)
     save(figure, path)
 
 
 def loss_by_base(found: Suggestion, path: Path, *, own: float) -> None:
-    """Draws the far band's loss against the base: untrained with and without a multiplier, and after training.
+    """Draws the far band's loss against the base: a line for each multiplier tried with several, and points for others.
 
     Args:
       own: the model's base, to mark.
     """
     figure, axes = _axes("base of the frequencies", "loss in the far band (nats per token)", "")
-    groups: dict[str, list[tuple[float, float]]] = {}
-    for candidate in found.candidates:
-        rotation, kind = candidate.scheme.frequencies, candidate.scheme.logit_multiplier.function.__name__
-        bare = rotation.function.__name__ == "default"
+    groups: dict[str, dict[float, float]] = {}
+    for candidate in families(found.candidates)[0]:
+        base, (_, multiplier) = own_base(candidate.scheme), parts_of(candidate.scheme)
         for steps in candidate.losses:
             after = f"after {steps} steps" if steps else "untrained"
-            label = f"{kind if kind != 'none' else 'no multiplier'}, {after}"
-            if bare:
-                groups.setdefault(label, []).append((dict(rotation.parameters)["base"], candidate.far(steps).mean))
-    for number, (label, points) in enumerate(sorted(groups.items())):
-        best = {base: min(loss for other, loss in points if other == base) for base, _ in sorted(points)}
-        axes.plot(list(best), list(best.values()), label=label, **line_style(number, len(groups) + 1))
+            groups.setdefault(f"{multiplier}; {after}", {})[base] = candidate.far(steps).mean
+    # Of the multipliers that were tried with one base only, those that were trained.
+    shown = {label: row for label, row in groups.items() if len(row) > 1 or not label.endswith("untrained")}
+    for number, (label, row) in enumerate(sorted(shown.items())):
+        axes.plot(sorted(row), [row[base] for base in sorted(row)], label=label, **line_style(number, len(shown) + 1))
     axes.axvline(own, color="grey", linestyle="--", linewidth=1)
     axes.set_xscale("log")
     _log_axis(axes)

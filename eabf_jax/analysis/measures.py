@@ -5,6 +5,8 @@ A new measure is one entry of `MEASURES`: its settings, its quantities, and two 
 
 import dataclasses
 import functools
+import gc
+import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +66,7 @@ class Prepared(NamedTuple):
     units: Mapping[str, Sequence[str]]  # names of documents or prompts by quantity
     tokens: int  # that a model reads
     run: Callable[[Llama], list[Values]]
+    digest: str = ""  # of inputs that neither settings nor documents decide
 
 
 class Measure(NamedTuple):
@@ -96,6 +99,10 @@ def loss_columns(settings: LossSettings, windows: Sequence[int]) -> list[Column]
 def _edges(settings: LossSettings, windows: Sequence[int]) -> list[int]:
     edges = list(settings.bands or (0, *windows))
     check_edges(edges, windows[-1])
+    if edges[1] < 2:
+        raise InputError(
+            f"measure loss: the band {edges[0]}-{edges[1]} has no token with a loss: begin with a longer one"
+        )
     for window in windows:
         if window not in edges:
             raise InputError(
@@ -165,6 +172,8 @@ def prepare_key_tokens(settings: KeyTokenSettings, inputs: Inputs) -> Prepared:
     window = settings.short_context + settings.short_stride
     long = position_losses(evaluator, inputs.documents, batch_size=size)
     short = sliding_losses(evaluator, inputs.documents, window, settings.short_stride, batch_size=size)
+    del evaluator
+    gc.collect()  # its arrays are part of a cycle
     keys = key_tokens(long, short, window)
     kept = np.flatnonzero(keys[:, : first - 1].any(1)).tolist()
     if not kept:
@@ -184,7 +193,7 @@ def prepare_key_tokens(settings: KeyTokenSettings, inputs: Inputs) -> Prepared:
             found.append(Values(column, means.tolist()))
         return found
 
-    return Prepared({"key_tokens": [inputs.names[row] for row in kept]}, documents.size, run)
+    return Prepared({"key_tokens": [inputs.names[row] for row in kept]}, documents.size, run, _digest(keys))
 
 
 @dataclass(frozen=True)
@@ -271,8 +280,10 @@ def _chosen(name: str, settings: Any, windows: Sequence[int]) -> list[int]:
         if window not in windows:
             listed = ", ".join(map(str, windows))
             raise InputError(f"measure {name}: windows has {window}; it takes some of evaluate.windows {listed}")
-    if not chosen or settings.samples < 1 or settings.seed < 0:
-        raise InputError(f"measure {name}: windows, positive samples and a seed that is not negative are needed")
+    if not chosen or len(set(chosen)) < len(chosen) or settings.samples < 1 or settings.seed < 0:
+        raise InputError(
+            f"measure {name}: different windows, positive samples and a seed that is not negative are needed"
+        )
     return sorted(chosen)
 
 
@@ -324,7 +335,12 @@ def _retrieval(name: str, prompts: Sequence[Prompt], units: list[str], samples: 
             ]
         return columns
 
-    return Prepared({name: units, f"{name}_loss": units}, sum(len(prompt.tokens) for prompt in prompts), run)
+    digest = _digest(*(np.asarray(prompt.tokens) for prompt in prompts))
+    return Prepared({name: units, f"{name}_loss": units}, sum(len(prompt.tokens) for prompt in prompts), run, digest)
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()[:16]
 
 
 def _retrieval_quantities(name: str) -> dict[str, Quantity]:

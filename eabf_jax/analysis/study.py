@@ -216,8 +216,8 @@ def _check_study(study: Study) -> None:
         if not getattr(study, key):
             raise InputError(f"study key '{key}' is empty; at least one is needed")
     evaluate = study.evaluate
-    if len(set(study.seeds)) < len(study.seeds) or min(study.seeds) < 0:
-        raise InputError(f"study key 'seeds' is {list(study.seeds)}; different numbers from 0 are needed")
+    if len(set(study.seeds)) < len(study.seeds) or not 0 <= min(study.seeds) <= max(study.seeds) < 2**32:
+        raise InputError(f"study key 'seeds' is {list(study.seeds)}; different numbers from 0, below 2^32, are needed")
     windows = evaluate.windows
     if not windows or list(windows) != sorted(set(windows)) or windows[0] < 2:
         raise InputError(f"study key 'evaluate.windows' is {list(windows)}; ascending numbers of tokens are needed")
@@ -248,6 +248,14 @@ def _check_study(study: Study) -> None:
             raise InputError(
                 f"study key '{key}' has first {documents.first}, count {documents.count}; at least 0 and 1"
             )
+    names: dict[str, str] = {}
+    for cell in (*tuning_cells(study), *measured_cells(study)):
+        other = names.setdefault(cell.name, cell.label)
+        if other != cell.label:
+            raise InputError(
+                f"the cells {other!r} and {cell.label!r} would have the same file: rename a method or data"
+            )
+    configure(study.config, {})  # so that a fault in it is not taken for a claim's
     for claim in study.claims:
         try:
             sides(study, claim)
@@ -282,14 +290,17 @@ def sides(study: Study, claim: Claim) -> tuple[Side, Side]:
         for key in values:
             if key not in ("method", "data", "window", "band"):
                 raise unknown_name("key", key, ("method", "data", "window", "band"))
-        method = values.get("method")
+        method = typed(str, values.get("method"), "key", "method")
         data = str(values.get("data", claim.data or study.main_data))
         _known("claims", method, study.methods)
         _known("claims", data, study.data)
         if method not in study.only.get(data, study.methods):
             raise InputError(f"{method} is not trained on {data!r}, because of study key 'only.{data}'")
         window = typed(int, values.get("window", claim.window or study.trained_window), "key", "window")
-        column = study.column_of(claim.measure, window, values.get("band", claim.band))
+        band = values.get("band", claim.band)
+        if isinstance(values.get("band"), Mapping | Sequence | int):
+            band = typed(tuple[int, ...], values["band"], "key", "band")
+        column = study.column_of(claim.measure, window, band)
         return Side(str(method), data, column)
 
     return side(claim.better), side(claim.worse)
@@ -314,14 +325,14 @@ class Cell:
         """The name for people."""
         if self.tried is None:
             return f"{self.method}, {self.data}, seed {self.seed}"
-        return ", ".join([f"tuning {self.method}", *(f"{key} {value:g}" for key, value in self.tried)])
+        return ", ".join([f"tuning {self.method}", *(f"{key} {value!r}" for key, value in self.tried)])
 
     @property
     def name(self) -> str:
         """The path of its file in the study's directory, without a suffix."""
         if self.tried is None:
             return f"{CELLS}/{file_name(self.method)}__{file_name(self.data)}__{self.seed}"
-        return f"{TUNING}/" + "__".join([file_name(self.method), *(f"{key}={value:g}" for key, value in self.tried)])
+        return f"{TUNING}/" + "__".join([file_name(self.method), *(f"{key}={value!r}" for key, value in self.tried)])
 
 
 def grid(study: Study, method: str) -> list[tuple[tuple[str, Any], ...]]:

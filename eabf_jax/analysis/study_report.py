@@ -9,7 +9,18 @@ import numpy as np
 
 from eabf_jax.analysis.figures import means_by
 from eabf_jax.analysis.measures import QUANTITIES, Column
-from eabf_jax.analysis.study import CELLS, Claim, Side, Study, grid, measured_cells, sides, tuning_cells
+from eabf_jax.analysis.study import (
+    CELLS,
+    Cell,
+    Claim,
+    Side,
+    Study,
+    configurations,
+    grid,
+    measured_cells,
+    sides,
+    tuning_cells,
+)
 from eabf_jax.console import Grid
 from eabf_jax.destination import whole
 from eabf_jax.errors import InputError
@@ -17,6 +28,7 @@ from eabf_jax.evaluation import longbench
 from eabf_jax.evaluation.crossed import Estimate, crossed, holm, needed
 from eabf_jax.evaluation.intervals import CONFIDENCE, finite
 from eabf_jax.interop.directory import read_json_object
+from eabf_jax.training.recipe import configure, lasting_values
 
 REPORT = "report.md"
 _LEVEL = 1 - CONFIDENCE
@@ -67,6 +79,7 @@ def read_results(study: Study) -> Results:
     directory, measured = study.directory, measured_cells(study)
     records = [found for cell in measured if (found := _read(directory / f"{cell.name}.json")) is not None]
     for record in records:
+        _check_settings(study, record)
         for key in ("documents", "windows", "measures"):
             if record["settings"][key] != records[0]["settings"][key]:
                 raise InputError(
@@ -87,11 +100,27 @@ def read_results(study: Study) -> Results:
     tuning: dict[str, list[Mapping[str, Any]]] = {}
     failed = {}
     for cell in (*tuning_cells(study), *measured):
-        if (found := _read(directory / f"{cell.name}.failed.json")) is not None:
-            failed[cell.label] = str(found["reason"])
-        if cell.tried is not None and (found := _read(directory / f"{cell.name}.json")) is not None:
+        found = _read(directory / f"{cell.name}.json")
+        if found is None and (reason := _read(directory / f"{cell.name}.failed.json")) is not None:
+            failed[cell.label] = str(reason["reason"])
+        if cell.tried is not None and found is not None:
             tuning.setdefault(cell.method, []).append(found)
     return Results(study, values, records[0]["units"] if records else {}, records, tuning, failed, len(measured))
+
+
+def _check_settings(study: Study, record: Mapping[str, Any]) -> None:
+    """Refuses a finished cell whose configuration is not that of the study's file."""
+    method, data = record["method"], record["data"]
+    cell = Cell(method, data, study.seeds[0] if record["seed"] is None else record["seed"])
+    now = configurations(study, cell, record["tuned"])
+    for config, written in zip(now, record["config"], strict=False):
+        before, after = lasting_values(configure(None, written)), lasting_values(config)
+        for key in dict.fromkeys([*before, *after]):
+            if key != "output" and before.get(key) != after.get(key):
+                raise InputError(
+                    f"{cell.label} was made with {key} {before.get(key)}, which is now {after.get(key)}: start the "
+                    "study with --replace"
+                )
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -320,7 +349,7 @@ class Verdict(NamedTuple):
     """What the results say about a claim."""
 
     claim: Claim
-    verdict: str  # holds, does not hold, undecided or not measured
+    verdict: str  # holds, does not hold, undecided or not finished
     found: Estimate | None  # by how much the better side is better
     p: float  # of its difference from the margin, corrected for the number of claims
     decide: str  # what would decide an undecided claim
@@ -330,7 +359,8 @@ def verdicts(results: Results) -> list[Verdict]:
     """Judges every claim of the study.
 
     A claim holds if the improvement exceeds the margin with a p-value below 0.05 after Holm's correction over all
-    claims; it does not hold if the improvement is below the margin in the same sense.
+    claims; it does not hold if the improvement is below the margin in the same sense. There is no verdict before the
+    cells of both sides are finished, but such claims count in the correction.
     """
     claims = results.study.claims
     found = [improvement(results, *sides(results.study, claim)) for claim in claims]
@@ -338,16 +368,24 @@ def verdicts(results: Results) -> list[Verdict]:
         None if part is None else part._replace(mean=part.mean - claim.margin)
         for part, claim in zip(found, claims, strict=True)
     ]
-    adjusted = holm([math.nan if part is None else part.p for part in beyond])
+    adjusted = holm([1.0 if part is None or math.isnan(part.p) else part.p for part in beyond])
     judged = []
     for claim, part, rest, p in zip(claims, found, beyond, adjusted, strict=True):
-        if part is None or rest is None:
-            judged.append(Verdict(claim, "not measured", None, math.nan, "the cells are not finished"))
+        missing = [side for side in sides(results.study, claim) if not _is_finished(results, side)]
+        if part is None or rest is None or missing:
+            told = " and ".join(dict.fromkeys(f"{side.method}, {side.data}" for side in missing))
+            judged.append(Verdict(claim, "not finished", part, math.nan, f"all cells of {told}"))
         elif p < _LEVEL:
             judged.append(Verdict(claim, "holds" if rest.mean > 0 else "does not hold", part, p, ""))
         else:
             judged.append(Verdict(claim, "undecided", part, p, _deciding(rest, _LEVEL / len(claims))))
     return judged
+
+
+def _is_finished(results: Results, side: Side) -> bool:
+    study = results.study
+    needed = study.seeds if study.data[side.data] else [None]
+    return set(needed) <= set(results.values.get((side.method, side.data), {}))
 
 
 def _deciding(rest: Estimate, level: float) -> str:

@@ -46,6 +46,7 @@ from eabf_jax.interop.huggingface import open_leaves
 from eabf_jax.interop.loading import load
 from eabf_jax.interop.native import METRICS_FILE
 from eabf_jax.interop.tokenizer import load_tokenizer
+from eabf_jax.rope import Scheme
 from eabf_jax.training.plan import EFFICIENCY, Plan
 from eabf_jax.training.recipe import TrainConfig, configure, dump_config, lasting_values
 from eabf_jax.training.tracking import flops_per_token
@@ -124,6 +125,7 @@ class Opened:
             "documents": _documents_digest(names, tokens),
             "windows": windows,
             "measures": {name: as_settings(settings) for name, settings in study.measures.items()},
+            "inputs": {name: measure.digest for name, measure in self.measures.items() if measure.digest},
         }
 
     def jobs(self) -> list[Job]:
@@ -219,7 +221,8 @@ class Opened:
             trained = []
             began = time.monotonic()
             config = job.configs[0]
-            directory, rope = config.model.path, config.scheme
+            directory = config.model.path
+            rope: Scheme | None = config.scheme
             if self.study.data[job.cell.data]:
                 first = base_config(config)
                 for number, config in enumerate(job.configs):
@@ -232,6 +235,7 @@ class Opened:
                     with contextlib.redirect_stderr(io.StringIO()):
                         directory = str(train(config))
                     trained.append(_metrics(Path(directory)))
+                rope = None  # that of the last stage
             seconds = {"training": time.monotonic() - began}
             mesh = evaluation_mesh(extended_config(config), config.compute.dtype)
             model = load(str(directory), rope, config.compute.dtype, mesh)[0]
@@ -307,6 +311,8 @@ def run(
     while True:
         jobs = opened.jobs()
         mine = [job for job in jobs if methods is None or job.cell.method in methods]
+        if not replace:  # what tuning has just chosen may differ from what finished cells were made with
+            check_unchanged(mine)
         remaining = [job for job in mine if job.state not in ("done", "waiting") and job.cell not in failed]
         if not remaining:
             break
@@ -326,7 +332,7 @@ def run(
             about = {"method": cell.method, "data": cell.data, "seed": cell.seed, "tuned": dict(job.tuned)}
             record = {**about, "settings": job.settings, "diverged": one_line(error), "values": [], **origin()}
             record["seconds"] = {"training": time.monotonic() - began}
-        except (InputError, jax.errors.JaxRuntimeError, MemoryError) as error:
+        except Exception as error:  # whatever a cell fails with, the others go on
             failed[job.cell] = _failed(directory, job, error, origin, say)
             continue
         finally:

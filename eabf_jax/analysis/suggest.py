@@ -7,8 +7,10 @@ Candidates are scored without training first; the best are trained for a few ste
 import contextlib
 import dataclasses
 import functools
+import gc
 import io
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +34,7 @@ from eabf_jax.rope import Scheme, compose
 from eabf_jax.rope.frequencies import default
 from eabf_jax.rope.schemes import Rule
 from eabf_jax.training.recipe import RopeConfig, TrainConfig
-from eabf_jax.training.trainer import base_config, settle, train
+from eabf_jax.training.trainer import Diverged, Preempted, base_config, settle, train
 
 # Bases to try, as multiples of the model's own; the paper's is 50.
 MULTIPLES = (2, 5, 10, 20, 50)
@@ -41,6 +43,8 @@ MULTIPLES = (2, 5, 10, 20, 50)
 _EVEN = 0.75
 # Candidates of each family in the short round, and of all in the last.
 _EACH, _LAST = 3, 2
+# Documents that slopes are fitted on.
+_FITTED = 4
 
 # Opens a progress bar with a name and a total; returns a function that sets the amount done.
 Progress = Callable[[str, float], Callable[[float], None]]
@@ -60,7 +64,7 @@ def far_start(window: int) -> int:
 
 
 class Candidate(NamedTuple):
-    """A scheme and its losses on the validation documents."""
+    """A scheme and its losses on the validation documents; rounds in which its training diverged are missing."""
 
     scheme: Scheme
     # By optimizer steps [documents, 2], nats per token: inside the pretrained window, and in the far band.
@@ -116,20 +120,27 @@ def suggest(
     steps = settle(config).steps
     short = max(1, steps // 3)
     found, fits = untrained(config, documents, bases, batch_size, progress)
+    pretrained = base_config(config).max_position_embeddings
 
     def tried(candidates: Sequence[Candidate], steps: int) -> list[Candidate]:
         advance = progress(f"training, {steps} step{'s' * (steps > 1)}", len(candidates))
         for done, candidate in enumerate(candidates, start=1):
             run = scratch / f"{steps}_steps_{done}"
-            losses = trained_losses(config, candidate.scheme, run, steps, documents, batch_size)
-            candidate.losses[steps] = _bands(losses, base_config(config).max_position_embeddings)
+            with contextlib.suppress(Diverged):
+                losses = trained_losses(config, candidate.scheme, run, steps, documents, batch_size)
+                if (bands := _bands(losses, pretrained)) is not None:
+                    candidate.losses[steps] = bands
+            shutil.rmtree(run, ignore_errors=True)
             advance(done)
         return list(candidates)
 
     # Interpolated frequencies need less training, so untrained losses compare candidates of one family only.
-    first = tried([one for family in families(found) for one in leading(family, 0, _EACH, _EACH - 1)], short)
-    tried(leading(first, short, _LAST, _LAST), steps)
-    return Suggestion(sorted(found, key=_rank), (0, short, steps), fits)
+    first = [one for family in families(found) for one in leading(family, 0, _EACH, _EACH - 1)]
+    if short < steps:
+        first = leading(tried(first, short), short, _LAST, _LAST)
+    if not any(steps in one.losses for one in tried(first, steps)):
+        raise InputError("the training of every candidate diverged: a lower recipe.learning_rate is the usual cure")
+    return Suggestion(sorted(found, key=_rank), tuple(dict.fromkeys((0, short, steps))), fits)
 
 
 def families(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
@@ -168,11 +179,14 @@ def untrained(
         advance = progress(name, len(schemes))
         for done, scheme in enumerate(schemes, start=1):
             if scheme not in known:
-                losses = scheme_losses(model, scheme, documents, batch_size)
-                known[scheme] = Candidate(scheme, {0: _bands(losses, pretrained)})
+                bands = _bands(scheme_losses(model, scheme, documents, batch_size), pretrained)
+                if bands is None:
+                    raise InputError("a loss is not finite; check the weights, or use --compute.dtype float32")
+                known[scheme] = Candidate(scheme, {0: bands})
             advance(done)
 
-    bound = float(f"{least_base(window):.2g}")
+    digits = 10 ** math.floor(math.log10(least_base(window)) - 1)
+    bound = float(math.ceil(least_base(window) / digits) * digits)
     tried = sorted(set(bases) or {own * multiple for multiple in MULTIPLES} | {max(bound, own)})
     frequencies = [compose({"type": "abf", "base": found}) for found in tried]
     interpolated = {"base": own, "factor": window / pretrained, "pretrained_window": pretrained}
@@ -184,12 +198,32 @@ def untrained(
     for number, candidate in enumerate(best, start=1):
         alone = compose(candidate.scheme)  # its frequencies, without its multiplier
         advance = progress(f"attention entropy, {number} of {len(best)}", base.num_hidden_layers)
-        fits[alone] = matched(_with_rope(model, alone), documents, pretrained, advance)
+        fits[alone] = matched(_with_rope(model, alone), documents[:_FITTED], pretrained, advance)
     score(
         "multipliers, untrained",
         [compose(found, rule) for found in fits for rule in _multipliers(pretrained, fits[found])],
     )
     return list(known.values()), fits
+
+
+def parts_of(scheme: Scheme) -> tuple[str, str]:
+    """Describes frequencies and multiplier of a scheme in a few words each."""
+    values = compose(scheme).to_dict()
+    kind, factor = values.pop("type"), values.get("factor")
+    frequencies = f"base {values['base']:,.0f}" if kind == "default" else f"{kind}, factor {factor:g}"
+    values = compose({"type": "nope"}, scheme).to_dict().get("logit_scale", {"type": "none"})
+    kind = values.pop("type")
+    return frequencies, ", ".join([kind, *(_told(name, value) for name, value in values.items())])
+
+
+def _told(name: str, value: Any) -> str:
+    if name == "pretrained_window":
+        return f"c {value:,}"
+    if name == "unscaled_layers":
+        return f"{value} layers exempt"
+    if name == "betas":
+        return f"betas {min(value):.3f} to {max(value):.3f}"
+    return f"{name} {value:.3g}"
 
 
 def own_base(rope: Scheme) -> float:
@@ -233,10 +267,12 @@ def leading(candidates: Sequence[Candidate], steps: int, count: int, each: int) 
     return found
 
 
-def _bands(losses: Float[np.ndarray, "documents T_minus_1"], pretrained: int) -> Float[np.ndarray, "documents 2"]:
-    """Averages each document's losses inside the pretrained window and in the far band."""
+def _bands(
+    losses: Float[np.ndarray, "documents T_minus_1"], pretrained: int
+) -> Float[np.ndarray, "documents 2"] | None:
+    """Averages each document's losses inside the pretrained window and in the far band; None if one is not finite."""
     if not np.isfinite(losses).all():
-        raise InputError("a loss is not finite; check the weights, or use --compute.dtype float32")
+        return None
     far = far_start(losses.shape[1] + 1)
     wide = losses.astype(np.float64)
     return np.stack([wide[:, : pretrained - 1].mean(1), wide[:, far - 1 :].mean(1)], axis=1)
@@ -255,11 +291,16 @@ def trained_losses(
         config,
         output=str(run),
         rope=rope_config(scheme),
-        recipe=dataclasses.replace(config.recipe, steps=steps),
+        # A shorter round has a shorter warm-up.
+        recipe=dataclasses.replace(config.recipe, steps=steps, warmup_steps=min(config.recipe.warmup_steps, steps - 1)),
         checkpoint=dataclasses.replace(config.checkpoint, every_steps=None),
     )
-    with contextlib.redirect_stderr(io.StringIO()):
-        train(shorter)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            train(shorter)
+    except Preempted as stop:
+        raise KeyboardInterrupt from stop
+    gc.collect()  # arrays of the trained state are part of cycles
     mesh = evaluation_mesh(base_config(config), config.compute.dtype)
     model = load(run, dtype=config.compute.dtype, mesh=mesh)[0]
     return position_losses(model, documents, batch_size=batch_size)

@@ -65,7 +65,9 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     Raises:
       InputError: as for `evaluate.begin`, `evaluate.documents_of` and `entropies`; bands that do not fit.
     """
-    entries = evaluate.begin(arguments, ("length", "documents", "window"))
+    entries = evaluate.begin(arguments, ("length", "documents"))
+    if arguments.window is not None and arguments.window < 2:
+        raise InputError(f"--window {arguments.window}: at least 2 tokens are needed")
     documents = evaluate.documents_of(arguments, entries)
     length = documents.shape[1]
     window = arguments.window or min(entry.config.max_position_embeddings for entry in entries)
@@ -73,16 +75,19 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     if arguments.bands is not None:
         edges = numbers("--bands", arguments.bands, "positions such as 0,256,512,1024")
     check_edges(edges, length)
+    if arguments.window is not None and not all(side.any() for side in sides(edges, window)):
+        raise InputError(
+            f"--window {window}: no band of {','.join(map(str, edges))} lies beyond it, or none in its last half"
+        )
     made = Comparison({}, len(documents), length, window)
     with progress_bar() as progress:
         for entry in entries:
             advance = track(progress, f"measuring {entry.label}", len(documents))
-            model = model_of(entry, arguments)
             try:
-                found = entropies(model, documents, edges, batch_size=arguments.batch_size, progress=advance)
+                size = arguments.batch_size
+                found = entropies(model_of(entry, arguments), documents, edges, batch_size=size, progress=advance)
             except InputError as error:
                 raise InputError(f"{entry.label}: {error}") from error
-            del model  # before the next one is loaded
             made.found[entry.label] = found
     return made
 

@@ -6,23 +6,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eabf_jax.analysis.suggest import Candidate, Suggestion, far_start, least_base, own_base, rope_config, suggest
+from eabf_jax.analysis.suggest import (
+    Candidate,
+    Suggestion,
+    far_start,
+    least_base,
+    own_base,
+    parts_of,
+    rope_config,
+    suggest,
+)
 from eabf_jax.commands.evaluate import measured_on
 from eabf_jax.commands.options import check_positive, write_figures
 from eabf_jax.console import Grid, progress_bar, show, track
-from eabf_jax.destination import check_file, whole
+from eabf_jax.destination import whole
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation.documents import read_documents
 from eabf_jax.evaluation.intervals import Mean, finite
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.parallel.mesh import gpu_defaults, use_every_core
-from eabf_jax.rope import Scheme, compose
+from eabf_jax.rope import Scheme
 from eabf_jax.rope.named import ABF_BASE
 from eabf_jax.training.recipe import TrainConfig, dump_config, load_config
 from eabf_jax.training.trainer import base_config, settle
 
-# A file that begins with these words, as a comment, is an earlier suggestion.
-_FIRST_WORDS = "suggested for"
 # Rows of the table, more if more candidates were trained.
 _ROWS = 16
 
@@ -41,12 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(configuration_keys=[])
     add = parser.add_argument
     add("--config_path", metavar="FILE", help="the run's configuration")
-    add(
-        "--write",
-        metavar="FILE",
-        required=True,
-        help="write the configuration with the suggested scheme here (.yaml); replaces only an earlier suggestion",
-    )
+    add("--write", metavar="FILE", required=True, help="write the configuration with the suggested scheme here (.yaml)")
     add("--documents", type=int, default=8, help="held-out documents to score on, the last ones (default: %(default)s)")
     add("--split", default="held_out", help="their split of the dataset (default: %(default)s)")
     add("--bases", help="bases to try, e.g. 50000,100000 (default: multiples of the model's own, and the lower bound)")
@@ -59,12 +61,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Searches; prints the evidence and the suggestion, and writes the configuration."""
     check_positive(arguments, ("documents", "batch_size"))
     target = Path(arguments.write)
-    if target.suffix not in (".yaml", ".yml") or not target.parent.is_dir():
-        raise InputError(f"--write {target}: the name of a .yaml file in a directory that exists is needed")
-    check_file(target, _fault, overwrite=True)
+    if target.suffix not in (".yaml", ".yml") or not target.parent.is_dir() or target.exists():
+        raise InputError(f"--write {target}: the name of a new .yaml file in a directory that exists is needed")
     bases = _bases(arguments.bases)
     given = ["--config_path", arguments.config_path] if arguments.config_path else ["--rope.type", "abf"]
     config = load_config([*given, *arguments.configuration_keys])
+    if arguments.split == config.data.split:
+        raise InputError(f"--split {arguments.split} is the split that the run trains on; another one is needed")
     if config.model.path is None:
         raise InputError("model.path is not set; the scheme is chosen for a pretrained model")
     use_every_core(config.recipe.batch_size)
@@ -98,12 +101,6 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"picture: {arguments.figure}")
 
 
-def _fault(path: Path) -> str | None:
-    """Returns why a file may not be replaced, or None if it is an earlier suggestion."""
-    ours = path.read_bytes().startswith(f"# {_FIRST_WORDS}".encode())
-    return None if ours else "eabf suggest did not write it"
-
-
 def _bases(text: str | None) -> list[float]:
     try:
         found = [] if text is None else [float(part) for part in text.split(",")]
@@ -112,27 +109,6 @@ def _bases(text: str | None) -> list[float]:
     if any(not 1 < base < float("inf") for base in found):
         raise InputError(f"--bases {text}: numbers above 1 such as 50000,100000 are needed")
     return found
-
-
-def parts_of(scheme: Scheme) -> tuple[str, str]:
-    """Describes frequencies and multiplier of a scheme in a few words each."""
-    values = compose(scheme).to_dict()
-    kind, factor = values.pop("type"), values.get("factor")
-    frequencies = f"base {values['base']:,.0f}" if kind == "default" else f"{kind}, factor {factor:g}"
-    values = compose({"type": "nope"}, scheme).to_dict().get("logit_scale", {"type": "none"})
-    kind = values.pop("type")
-    told = [_told(name, value) for name, value in values.items()]
-    return frequencies, ", ".join([kind, *told])
-
-
-def _told(name: str, value: Any) -> str:
-    if name == "pretrained_window":
-        return f"c {value:,}"
-    if name == "unscaled_layers":
-        return f"{value} layers exempt"
-    if name == "betas":
-        return f"betas {min(value):.3f} to {max(value):.3f}"
-    return f"{name} {value:.3g}"
 
 
 def table(found: Suggestion, window: int, documents: int) -> Grid:
@@ -169,7 +145,7 @@ def advice(found: Suggestion, config: TrainConfig, base: LlamaConfig) -> list[st
     if chosen != own:
         frequencies += f" ({chosen / own:g} times the model's {own:,.0f})"
     lines = [
-        f"{_FIRST_WORDS} {config.model.path}, {base.max_position_embeddings:,} to {window:,} tokens:",
+        f"suggested for {config.model.path}, {base.max_position_embeddings:,} to {window:,} tokens:",
         f"  frequencies  {frequencies}",
         f"  multiplier   {multiplier}",
         f"  bound        a window of {window:,} tokens needs a base of about {bound:,.0f} (arXiv 2405.14591)"

@@ -121,9 +121,9 @@ def test_every_column_belongs_to_a_quantity() -> None:
         ("loss", {"bands": (0, 16, 32, 64)}, "position band ends at 64, the documents at 32 tokens"),
         ("passkey", {"depths": (101,)}, r"measure passkey: depths \[101\]; percentages from 0 to 100"),
         ("passkey", {"windows": (24,)}, "measure passkey: windows has 24; it takes some of evaluate.windows 16, 32"),
-        ("passkey", {"samples": 0}, "measure passkey: windows, positive samples and a seed"),
+        ("passkey", {"samples": 0}, "measure passkey: different windows, positive samples and a seed"),
         ("passkey", {}, "measure passkey makes texts, and the model has no tokenizer: set model.tokenizer"),
-        ("line_retrieval", {"windows": ()}, "measure line_retrieval: windows, positive samples"),
+        ("line_retrieval", {"windows": ()}, "measure line_retrieval: different windows, positive samples"),
     ],
 )
 def test_settings_that_do_not_fit(name: str, settings: dict[str, Any], message: str) -> None:

@@ -132,6 +132,9 @@ CLAIM = {"text": "c", "better": "EABF", "worse": "PI", "measure": "loss"}
         (changed("only", {"8": ["YaRN"]}), "unknown name in study key 'only.8' 'YaRN': known: EABF, PI"),
         (changed("only", {"5": []}), "unknown name in study key 'only' '5'"),
         (changed("reference", "YaRN"), "unknown name in study key 'reference' 'YaRN'"),
+        (changed("claims", [{**CLAIM, "better": ["EABF"]}]), "claim 'c': key 'method' is"),
+        (changed("claims", [{**CLAIM, "better": {"method": "EABF", "band": 5}}]), "claim 'c': key 'band' is 5"),
+        (changed("seeds", [2**32]), "different numbers from 0, below"),
         (changed("claims", [{**CLAIM, "worse": "YaRN"}]), "claim 'c': unknown name in study key 'claims' 'YaRN'"),
         (changed("claims", [{**CLAIM, "measure": "ruler"}]), "claim 'c': unknown measure of this study 'ruler'"),
         (changed("claims", [{**CLAIM, "window": 48}]), "claim 'c': loss has no column with window 48"),
@@ -159,6 +162,8 @@ def test_mistakes_in_the_file_are_one_line(
 def test_labels_whose_files_would_have_one_name_are_refused(build: Build) -> None:
     with pytest.raises(InputError, match="has 'a b' and 'a/b', whose files would have the same name"):
         build(methods={"a b": {}, "a/b": {}})
+    with pytest.raises(InputError, match="the cells 'a__b, c, seed 0' and 'a, b__c, seed 0' would have the same file"):
+        build(methods={"a__b": {}, "a": {}}, data={"c": [], "b__c": []})
 
 
 def test_a_file_that_is_no_yaml(tmp_path: Path) -> None:

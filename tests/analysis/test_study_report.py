@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from scipy import stats
 from studies import WINDOW, study_values, write_inputs, write_study
 
 from eabf_jax.analysis.measures import QUANTITIES
-from eabf_jax.analysis.study import Side, Study, load_study, measured_cells, tuning_cells
+from eabf_jax.analysis.study import Side, Study, configurations, load_study, measured_cells, tuning_cells
 from eabf_jax.analysis.study_report import (
     as_json,
     claims_table,
@@ -28,6 +29,7 @@ from eabf_jax.analysis.study_report import (
 )
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation import longbench
+from eabf_jax.training.recipe import dump_config
 
 DOCUMENTS = 8
 LEVELS = {"PI": 3.0, "YaRN": 2.0, "EABF": 1.9}
@@ -76,7 +78,9 @@ def fill(
             for c in study.columns
         ]
         settings = {"documents": "d", "windows": list(study.evaluate.windows), "measures": {}}
+        config = [yaml.safe_load(dump_config(config)) for config in configurations(study, cell, {})]
         record = {"method": cell.method, "data": cell.data, "seed": seed, "settings": settings, "values": columns}
+        record |= {"tuned": {}, "config": config}
         units = {c.quantity: [f"t{n}" for n in range(DOCUMENTS)] for c in study.columns}
         write(study, cell.name, {**record, "units": units, **ORIGIN, "versions": {"jax": "1"}})
 
@@ -232,11 +236,28 @@ def test_claims_hold_do_not_hold_or_are_undecided(build: Callable[..., Study]) -
     assert table.rows[0][1][0] == "[bold]holds[/bold]" and table.rows[2][1][2] == "0.1"
 
 
-def test_a_claim_without_cells_is_not_measured(build: Callable[..., Study]) -> None:
-    study = build(claims=CLAIMS[-1:])
+def test_a_claim_has_no_verdict_before_all_its_cells_are_finished(build: Callable[..., Study]) -> None:
+    study = build(claims=CLAIMS[:1] + CLAIMS[-1:])
+    for skip, found in ((lambda cell: cell.method in ("YaRN", "EABF"), 0), (lambda cell: cell.seed == 2, 2)):
+        fill(study, skip=skip)
+        for verdict in verdicts(read_results(study)):
+            assert (verdict.verdict, math.isnan(verdict.p)) == ("not finished", True)
+            assert (verdict.found.seeds if verdict.found else 0) == found
+            assert verdict.decide.startswith("all cells of ")
+        for path in (study.directory / "cells").iterdir():
+            path.unlink()
+    # A claim that waits counts in the correction of the others.
     fill(study, skip=lambda cell: cell.method == "YaRN")
-    [verdict] = verdicts(read_results(study))
-    assert (verdict.verdict, verdict.found) == ("not measured", None)
+    first, waiting = verdicts(read_results(study))
+    assert first.verdict == "holds" and first.found is not None and waiting.verdict == "not finished"
+    assert first.p == pytest.approx(2 * first.found.p)
+
+
+def test_cells_of_another_configuration_are_refused(build: Callable[..., Study]) -> None:
+    fill(build())
+    other = build(methods={**{name: {} for name in LEVELS}, "YaRN": {"rope.base": 77}})
+    with pytest.raises(InputError, match=r"^YaRN, .* was made with rope.base 20000.0, which is now 77.0: .*--replace"):
+        read_results(other)
 
 
 def test_the_papers_figures_stand_apart_with_their_source() -> None:
@@ -277,7 +298,10 @@ def test_what_tuning_chose_is_told_and_whether_it_is_at_the_edge(tuned: Study) -
 
 
 def test_the_page_has_tables_pictures_claims_settings_and_failures(tuned: Study) -> None:
-    cell = measured_cells(tuned)[-1]
+    finished, cell = measured_cells(tuned)[-2:]
+    (tuned.directory / f"{cell.name}.json").unlink()
+    # A kill can leave this beside the result that came later.
+    write(tuned, f"{finished.name}.failed", {"method": "m", "data": "d", "reason": "earlier"})
     write(tuned, f"{cell.name}.failed", {"method": cell.method, "data": cell.data, "reason": "out of memory"})
     results = read_results(tuned)
     path = write_report(results)
@@ -298,7 +322,7 @@ def test_the_page_has_tables_pictures_claims_settings_and_failures(tuned: Study)
 
 def test_a_study_without_finished_cells_has_no_tables(build: Callable[..., Study]) -> None:
     results = read_results(build(claims=CLAIMS))
-    assert not any(tables(results).values()) and {v.verdict for v in verdicts(results)} == {"not measured"}
+    assert not any(tables(results).values()) and {v.verdict for v in verdicts(results)} == {"not finished"}
 
 
 def test_cells_of_different_documents_are_not_mixed(build: Callable[..., Study]) -> None:

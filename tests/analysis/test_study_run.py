@@ -78,7 +78,8 @@ def values_of(record: dict[str, Any], window: int, band: list[int]) -> list[floa
 
 
 def test_cells_are_trained_and_measured_as_by_hand(build: Callable[..., Study], inputs: Path, tmp_path: Path) -> None:
-    more = {"directory": str(inputs / "more"), "recipe.epochs": 2, "recipe.learning_rate": 3e-2}
+    rope = {"type": "eabf", "base": 30_000, "pretrained_window": 16}  # of the second stage, whose scheme is measured
+    more = {"directory": str(inputs / "more"), "recipe.epochs": 2, "recipe.learning_rate": 3e-2, "rope": rope}
     first = {"directory": str(inputs / "train"), "samples": 8}
     study = build(methods={"EABF": {}}, data={"0": [], "8": [first], "8, more": [first, more]}, seeds=[5])
     outcome, said = start(study)
@@ -90,7 +91,7 @@ def test_cells_are_trained_and_measured_as_by_hand(build: Callable[..., Study], 
     config = configure(str(inputs / "run.yaml"), common)
     run_one = train(config)
     second = {"model.path": str(run_one), "model.window": 16, "output": str(tmp_path / "two"), "recipe.epochs": 2}
-    second |= {"data.directory": str(inputs / "more"), "recipe.learning_rate": 3e-2, "recipe.seed": 5}
+    second |= {"data.directory": str(inputs / "more"), "recipe.learning_rate": 3e-2, "recipe.seed": 5, "rope": rope}
     run_two = train(configure(str(inputs / "run.yaml"), second))
     expected = {
         "EABF__0__5": by_hand(inputs, str(inputs / "model"), config.scheme),
@@ -168,6 +169,21 @@ def test_cells_whose_tuning_fails_count_as_failed(
     diverged = isinstance(error, Diverged)
     assert outcome.done == (3 if diverged else 0) and outcome.in_time
     assert [job.note for job in outcome.failed] == [*([] if diverged else ["cannot fit"] * 3), reason, reason]
+
+
+def test_a_choice_that_moves_does_not_replace_finished_cells(
+    build: Callable[..., Study], quick: Callable[[Any], Path], tune: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {1e-3: 2.0, 2e-3: 1.0, 3e-3: 0.5}
+    monkeypatch.setattr(study_run, "tuning_loss", lambda record: losses[record["tuned"]["recipe.learning_rate"]])
+    keys = {"methods": {"EABF": {}}, "data": {"8": build().data["8"]}}
+    tried = {**tune, "values": {"recipe.learning_rate": [1e-3, 2e-3]}}
+    start(build(tune=tried, **keys))
+    study = build(tune={**tried, "values": {"recipe.learning_rate": [1e-3, 2e-3, 3e-3]}}, **keys)
+    before = records(study.directory)
+    with pytest.raises(InputError, match=r"made with other settings \(.*learning_rate 0.002 is now 0.003"):
+        start(study)
+    assert records(study.directory) == before
 
 
 def test_a_method_waits_until_all_its_values_are_tried(build: Callable[..., Study], tune: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ def test_table_files_and_picture(texts: Path, tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize(
     ("options", "last"),
-    [((), "16-20"), (("--window", "16", "--bands", "0,8,16"), "8-16")],
+    [((), "16-20"), (("--bands", "0,8,16"), "8-16")],
 )
 def test_bands_on_one_side_of_the_window_show_the_last_one(
     options: tuple[str, ...], last: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -101,7 +101,10 @@ def test_default_bands_double_in_two_steps_and_meet_at_the_window() -> None:
         (("--length", "4096"), "the shortest of"),
         (("--length", "32", "--bands", "0,8,64"), "position band ends at 64, the documents at 32 tokens"),
         (("--length", "32", "--bands", "0,eight"), "--bands '0,eight' is not a list of positions"),
-        (("--length", "32", "--window", "0"), "--window 0: a positive number is needed"),
+        (("--length", "32", "--window", "1"), "--window 1: at least 2 tokens are needed"),
+        (("--length", "32", "--window", "16", "--bands", "0,8,16"), "--window 16: no band of 0,8,16 lies beyond it"),
+        (("--length", "32", "--window", "16", "--bands", "0,32"), "or none in its last half"),
+        (("--length", "32", "--window", "64"), "--window 64: no band of"),
         (("--length", "32", "--csv", "table.txt"), "--csv table.txt ends in '.txt'"),
         (("--documents", "0"), "--documents 0"),
     ],

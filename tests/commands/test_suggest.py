@@ -10,6 +10,7 @@ import yaml
 from flax import nnx
 
 from eabf_jax import load
+from eabf_jax.analysis import suggest
 from eabf_jax.cli import main
 from eabf_jax.data.chat import Encoded
 from eabf_jax.data.dataset import DatasetWriter
@@ -74,7 +75,6 @@ def test_the_written_configuration_trains_the_best_candidate(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written, evidence, picture = tmp_path / "suggested.yaml", tmp_path / "evidence.json", tmp_path / "picture.png"
-    written.write_text("# suggested for model, an earlier suggestion, which is replaced\n")
     code = run(
         *("--config_path", str(place / "mine.yaml"), "--write", str(written), "--documents", "3"),
         *("--json", str(evidence), "--figure", str(picture), "--bases", "20000,100000"),
@@ -112,19 +112,44 @@ def test_the_written_configuration_trains_the_best_candidate(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evidence.json", "picture.png", "run", "suggested.yaml"]
 
 
+def test_one_step_has_one_round_and_a_warm_up_is_shortened(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Candidates whose training diverges come after the others."""
+    real, trained = suggest.train, []
+
+    def counted(config: Any) -> Path:
+        trained.append((config.recipe.steps, config.recipe.warmup_steps))
+        if len(trained) == 1:
+            raise suggest.Diverged("not finite at step 1")
+        return real(config)
+
+    monkeypatch.setattr(suggest, "train", counted)
+    for steps, warmup, expected in ((1, 0, [(1, 0)] * 6), (2, 1, [(1, 0)] * 6 + [(2, 1)] * 2)):
+        trained.clear()
+        target = tmp_path / f"{steps}.yaml"
+        evidence = tmp_path / f"{steps}.json"
+        code = run(
+            *("--config_path", str(place / "mine.yaml"), "--write", str(target), "--documents", "2"),
+            *("--bases", "20000,40000", "--json", str(evidence)),
+            *("--recipe.steps", str(steps), "--recipe.warmup_steps", str(warmup)),
+        )
+        assert (code, trained) == (0, expected)
+        rounds = [[entry["steps"] for entry in c["rounds"]] for c in json.loads(evidence.read_text())["candidates"]]
+        assert rounds[0][-1] == steps
+        assert sum(1 in told for told in rounds) == 5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--write", "mine.txt"), "--write mine.txt: the name of a .yaml file"),
+        (("--write", "mine.txt"), "--write mine.txt: the name of a new .yaml file"),
         (("--write", "nowhere/mine.yaml"), "in a directory that exists"),
-        (
-            ("--write", "configs/tiny_eabf_2k.yaml"),
-            "tiny_eabf_2k.yaml exists, and eabf suggest did not write it:",
-        ),
         (("--documents", "6"), "--documents 6: at least 2 are needed, and split 'held_out'"),
         (("--documents", "1"), "at least 2 are needed"),
         (("--documents", "0"), "--documents 0: a positive number"),
         (("--split", "validation"), "validation"),
+        (("--split", "train"), "--split train is the split that the run trains on"),
         (("--bases", "10,x"), "--bases 10,x: numbers above 1"),
         (("--bases", "1"), "--bases 1: numbers above 1"),
         (("--window", "16"), "window 16 is not larger than the model's own window 16"),

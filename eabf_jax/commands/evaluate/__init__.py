@@ -1,6 +1,7 @@
 """What the commands of `eabf evaluate` share: options, loading of models, and reports."""
 
 import argparse
+import gc
 import importlib.metadata
 import platform
 import shlex
@@ -143,6 +144,7 @@ def model_of(entry: Entry, arguments: argparse.Namespace) -> Llama:
     Raises:
       InputError: as `load`; `--tensor` does not divide the devices, or the model.
     """
+    gc.collect()  # frees the model before it, whose arrays are part of a cycle
     mesh = evaluation_mesh(entry.config, arguments.dtype, arguments.tensor)
     return load(entry.directory, entry.rope, arguments.dtype, mesh)[0]
 

@@ -473,7 +473,7 @@ def difference_table(report: Report) -> Grid:
         text = _shown(found.task, found.mean, sign="+")
         if not math.isnan(found.half_width):
             text += f" ± {_shown(found.task, found.half_width)}"
-        text = f"[bold]{text}[/bold]" if abs(found.mean) > found.half_width else text
+        text = f"[bold]{text}[/bold]" if abs(found.mean) > found.half_width > 0 else text
         rows.setdefault((found.task, found.metric), {})[found.model, found.window] = text
     for (task, metric), cells in rows.items():
         grid.add([longbench.TASKS.get(task, task), metric], [cells.get(column, "") for column in columns])

@@ -140,7 +140,6 @@ def compare(arguments: argparse.Namespace) -> Comparison:
                 steps.append((short_window, arguments.short_stride))
             rows = [len(documents) * len(window_ends(length, *step)) for step in steps]
             advance = track(progress, f"evaluating {entry.label}", sum(rows))
-            # No variable holds the model, so it is freed before the next one is loaded.
             found = _losses(model_of(entry, arguments), documents, steps, rows, arguments.batch_size, advance)
             if not all(np.isfinite(part).all() for part in found):
                 raise InputError(f"{entry.label}: the loss is not finite; check the weights, or use --dtype float32")
