@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,7 @@ from typing import Any
 import jax
 from rich.markup import escape
 
-from eabf_jax import __version__
-from eabf_jax.analysis.study import CELLS, TUNING, Study, load_study
+from eabf_jax.analysis.study import Study, load_study
 from eabf_jax.analysis.study_report import (
     Results,
     as_json,
@@ -31,19 +31,18 @@ from eabf_jax.analysis.study_run import run as run_cells
 from eabf_jax.commands.evaluate import measured_on
 from eabf_jax.commands.options import write_figures
 from eabf_jax.console import Grid, show
-from eabf_jax.destination import Mark, check_name
+from eabf_jax.destination import check_destination, whole
 from eabf_jax.errors import CAN_CONTINUE, InputError, Stopped, unknown_name
-from eabf_jax.interop.directory import write_json
 from eabf_jax.parallel.mesh import gpu_defaults, use_every_core
 from eabf_jax.training.lock import LOCK_FILE, locked
 from eabf_jax.training.recipe import configure
 
 # Exit statuses.
 TIME_IS_UP, CELLS_FAILED = CAN_CONTINUE, 4
-# Marks a directory as a study's, whose `scratch/` and report may be replaced.
-MARK = Mark("a study", "study.json", ("eabf_jax",))
 # Programs that cells share, in the study's directory.
 _COMPILED = "compiled"
+# The study's file as it was when it started last, which marks its directory.
+_COPY = "study.yaml"
 
 EPILOG = """\
 Exit status: 0 if every cell is finished, 2 for bad input, 3 if --time-limit or SIGTERM left cells
@@ -87,12 +86,13 @@ def run(arguments: argparse.Namespace) -> None:
         return
     _check_output(study)
     with locked(study.directory):
+        with whole(study.directory / _COPY) as partial:
+            shutil.copyfile(arguments.file, partial)
         if jax.config.values["jax_compilation_cache_dir"] is None:
             # Cells of a method share programs, and so do those of a later start.
             jax.config.update("jax_compilation_cache_dir", str(study.directory.absolute() / _COMPILED))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         opened = Opened(study)
-        write_json(study.directory / MARK.file, {"eabf_jax": __version__})
         spent = time.monotonic() - began
         limit = None if arguments.time_limit is None else arguments.time_limit - spent
         commit = _commit()
@@ -166,17 +166,15 @@ def report(results: Results, arguments: argparse.Namespace, *, every_table: bool
 
 
 def _check_output(study: Study) -> None:
-    """Refuses an output directory that holds something other than a study."""
-    check_name(study.directory)
-    entries = [entry.name for entry in study.directory.iterdir()] if study.directory.is_dir() else []
-    if not set(entries) - {LOCK_FILE} or MARK.read(study.directory) is not None:
-        return
-    # Studies of earlier versions have no mark, but their finished cells tell.
-    records = itertools.chain(*((study.directory / folder).glob("*.json") for folder in (CELLS, TUNING)))
-    if not any(Mark("", path.name, ("method", "data")).read(path.parent) for path in records):
+    """Refuses an output directory that holds something other than a study, because a study removes files of its own."""
+    entries = {entry.name for entry in study.directory.iterdir()} if study.directory.is_dir() else set()
+    if entries - {LOCK_FILE} and _COPY not in entries:
         raise InputError(
-            f"{study.directory} is not empty, and no {MARK.file} marks it as {MARK.kind}: name another directory"
+            f"output {study.output} holds {min(entries)} and no {_COPY}, so it is no study's directory: "
+            "name another one"
         )
+    if not entries:
+        check_destination(study.directory)
 
 
 def _commit() -> str | None:

@@ -19,7 +19,7 @@ from eabf_jax.analysis.suggest import (
 from eabf_jax.commands.evaluate import measured_on
 from eabf_jax.commands.options import check_positive, write_figures
 from eabf_jax.console import Grid, progress_bar, show, track
-from eabf_jax.destination import check_file, whole
+from eabf_jax.destination import whole
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation.documents import read_documents
 from eabf_jax.evaluation.intervals import Mean, finite
@@ -30,8 +30,6 @@ from eabf_jax.rope.named import ABF_BASE
 from eabf_jax.training.recipe import TrainConfig, dump_config, load_config
 from eabf_jax.training.trainer import base_config, settle
 
-# A file that begins with these words, as a comment, is an earlier suggestion.
-_FIRST_WORDS = "suggested for"
 # Rows of the table, more if more candidates were trained.
 _ROWS = 16
 
@@ -50,12 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(configuration_keys=[])
     add = parser.add_argument
     add("--config_path", metavar="FILE", help="the run's configuration")
-    add(
-        "--write",
-        metavar="FILE",
-        required=True,
-        help="write the configuration with the suggested scheme here (.yaml); replaces only an earlier suggestion",
-    )
+    add("--write", metavar="FILE", required=True, help="write the configuration with the suggested scheme here (.yaml)")
     add("--documents", type=int, default=8, help="held-out documents to score on, the last ones (default: %(default)s)")
     add("--split", default="held_out", help="their split of the dataset (default: %(default)s)")
     add("--bases", help="bases to try, e.g. 50000,100000 (default: multiples of the model's own, and the lower bound)")
@@ -68,9 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Searches; prints the evidence and the suggestion, and writes the configuration."""
     check_positive(arguments, ("documents", "batch_size"))
     target = Path(arguments.write)
-    if target.suffix not in (".yaml", ".yml") or not target.parent.is_dir():
-        raise InputError(f"--write {target}: the name of a .yaml file in a directory that exists is needed")
-    check_file(target, _fault, overwrite=True)
+    if target.suffix not in (".yaml", ".yml") or not target.parent.is_dir() or target.exists():
+        raise InputError(f"--write {target}: the name of a new .yaml file in a directory that exists is needed")
     bases = _bases(arguments.bases)
     given = ["--config_path", arguments.config_path] if arguments.config_path else ["--rope.type", "abf"]
     config = load_config([*given, *arguments.configuration_keys])
@@ -107,12 +99,6 @@ def run(arguments: argparse.Namespace) -> None:
 
         loss_by_base(found, Path(arguments.figure), own=own_base(base.rope))
         print(f"picture: {arguments.figure}")
-
-
-def _fault(path: Path) -> str | None:
-    """Returns why a file may not be replaced, or None if it is an earlier suggestion."""
-    ours = path.read_bytes().startswith(f"# {_FIRST_WORDS}".encode())
-    return None if ours else "eabf suggest did not write it"
 
 
 def _bases(text: str | None) -> list[float]:
@@ -159,7 +145,7 @@ def advice(found: Suggestion, config: TrainConfig, base: LlamaConfig) -> list[st
     if chosen != own:
         frequencies += f" ({chosen / own:g} times the model's {own:,.0f})"
     lines = [
-        f"{_FIRST_WORDS} {config.model.path}, {base.max_position_embeddings:,} to {window:,} tokens:",
+        f"suggested for {config.model.path}, {base.max_position_embeddings:,} to {window:,} tokens:",
         f"  frequencies  {frequencies}",
         f"  multiplier   {multiplier}",
         f"  bound        a window of {window:,} tokens needs a base of about {bound:,.0f} (arXiv 2405.14591)"

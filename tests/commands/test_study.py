@@ -13,7 +13,6 @@ from studies import study_values, write_inputs, write_study
 
 from eabf_jax import cli
 from eabf_jax.analysis import study_run
-from eabf_jax.analysis.study import load_study
 from eabf_jax.commands import study as command
 from eabf_jax.errors import InputError, Stopped
 from eabf_jax.training.recipe import configure
@@ -68,7 +67,7 @@ def test_a_study_prints_writes_and_reports_again_without_running(
     record = json.loads((tmp_path / "out/cells/EABF__8__0.json").read_text())
     assert {"command", "commit", "date", "device", "devices", "versions"} < record.keys()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "cells", "loss_by_data.png", "loss_by_window.png", "report.md", "study.json",
+        "cells", "loss_by_data.png", "loss_by_window.png", "report.md", "study.yaml",
     ]  # fmt: skip
     assert study("--dry-run") == 0
     assert capsys.readouterr().out.count("done") == 4
@@ -90,23 +89,6 @@ def test_failed_cells_have_a_status_of_their_own_and_are_named(
     assert "failed: PI, 8, seed 0: cannot fit\n" in out
     assert "2 of 4 cells failed; run the same command to try them again\n" in out
     assert "- PI, 8, seed 0: cannot fit" in (tmp_path / "out/report.md").read_text()
-
-
-def test_a_directory_counts_as_a_studys_by_its_content(
-    study: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(study_run.Opened, "seconds", lambda *_: 1e6)
-    out = tmp_path / "out"
-    for name in ("cells/PI__8__0.json", "scratch/mine", "report.md"):
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text('{"method": "mine"}')
-    before = sorted(out.rglob("*"))
-    assert study("--time-limit", "60") == 2
-    assert "out is not empty, and no study.json marks it as a study: name another dir" in capsys.readouterr().err
-    assert sorted(out.rglob("*")) == before
-    (out / "cells/PI__8__0.json").unlink()
-    (out / "cells/ABF__8__0.json").write_text('{"method": "ABF", "data": "8"}')  # as of an earlier version
-    command._check_output(load_study(str(tmp_path / "s.yaml")))
 
 
 def test_the_time_limit_has_a_status_of_its_own(
@@ -160,7 +142,7 @@ def test_a_dry_run_names_cells_that_cannot_run_or_have_changed(
         (("--time-limit", "0"), {}, "--time-limit 0: a positive number of seconds is needed"),
         ((), {"seeds": []}, "study key 'seeds' is empty"),
         ((), {"config": "none.yaml"}, "cannot read the configuration 'none.yaml'"),
-        ((), {"output": "tests"}, "tests is not empty, and no study.json marks it as a study: name another"),
+        ((), {"output": "tests"}, "output tests holds analysis and no study.yaml, so it is no study's directory"),
         (("--json", "."), {}, "--json . is a directory"),
     ],
 )
@@ -183,7 +165,7 @@ def test_a_users_own_scratch_folder_is_not_removed(
     own.parent.mkdir(parents=True)
     own.write_text("mine")
     assert study() == 2
-    assert "no study.json marks it as a study" in capsys.readouterr().err
+    assert "holds scratch and no study.yaml" in capsys.readouterr().err
     assert own.read_text() == "mine"
 
 

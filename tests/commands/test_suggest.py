@@ -75,7 +75,6 @@ def test_the_written_configuration_trains_the_best_candidate(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written, evidence, picture = tmp_path / "suggested.yaml", tmp_path / "evidence.json", tmp_path / "picture.png"
-    written.write_text("# suggested for model, an earlier suggestion, which is replaced\n")
     code = run(
         *("--config_path", str(place / "mine.yaml"), "--write", str(written), "--documents", "3"),
         *("--json", str(evidence), "--figure", str(picture), "--bases", "20000,100000"),
@@ -144,12 +143,8 @@ def test_one_step_has_one_round_and_a_warm_up_is_shortened(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--write", "mine.txt"), "--write mine.txt: the name of a .yaml file"),
+        (("--write", "mine.txt"), "--write mine.txt: the name of a new .yaml file"),
         (("--write", "nowhere/mine.yaml"), "in a directory that exists"),
-        (
-            ("--write", "configs/tiny_eabf_2k.yaml"),
-            "tiny_eabf_2k.yaml exists, and eabf suggest did not write it:",
-        ),
         (("--documents", "6"), "--documents 6: at least 2 are needed, and split 'held_out'"),
         (("--documents", "1"), "at least 2 are needed"),
         (("--documents", "0"), "--documents 0: a positive number"),
