@@ -38,6 +38,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     return InputError(f"unknown {kind} {name!r}: {hint}known: {', '.join(choices)}")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Returns a library's error message as part of ours: on one line, cut to 200 characters."""
     return " ".join(str(error).split())[:200]

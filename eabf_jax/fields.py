@@ -28,9 +28,8 @@ from collections.abc import Collection, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.reading import parse_yaml
 
 T = TypeVar("T")
 
@@ -172,8 +171,8 @@ def _number(value: Any) -> int | float | None:
 
 def _from_yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # ValueError: a date such as 2025-02-30
+        return parse_yaml(text, "the value")
+    except InputError:
         return text
 
 

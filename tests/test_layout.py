@@ -18,6 +18,7 @@ ELSEWHERE = {
     "commands/convert/to_hf": "likewise",
     "commands/evaluate/passkey": "one value, the task: commands/evaluate/test_retrieval.py runs both tasks",
     "commands/evaluate/line_retrieval": "likewise",
+    "data/template_process": "the program behind chat_template: data/test_chat_template.py renders through it",
     "inference/placement": "inference/test_generate.py compares its models on one device and on eight",
     "model/attention/backend": "model/test_attention.py: the protocol of all backends",
     "model/attention/reference": "model/test_attention.py has it beside chunked, and float64",

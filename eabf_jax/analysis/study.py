@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from eabf_jax.analysis.measures import MEASURES, Column
-from eabf_jax.errors import InputError, one_line, unknown_name
+from eabf_jax.errors import InputError, unknown_name
 from eabf_jax.fields import build, typed
+from eabf_jax.reading import parse_yaml, read_text, reading
 from eabf_jax.training.recipe import TrainConfig, configure
 
 # Folders in a study's directory.
@@ -150,10 +149,12 @@ def load_study(path: str) -> Study:
     Raises:
       InputError: unreadable file; unknown or missing key, method, data or measure; wrong type; an empty list.
     """
-    try:
-        values = _numbers(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{path} is not YAML: {one_line(error)}") from error
+    values = _numbers(parse_yaml(read_text(Path(path)), path))
+    with reading(path, "not a study"):
+        return _study(values)
+
+
+def _study(values: Any) -> Study:
     study = build(Study, values, "study key")
     study = replace(
         study,

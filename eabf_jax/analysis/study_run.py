@@ -23,7 +23,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-import yaml
 from jaxtyping import Int
 
 from eabf_jax.analysis.measures import MEASURES, Inputs, Prepared, Values, as_settings
@@ -46,6 +45,7 @@ from eabf_jax.interop.huggingface import open_leaves
 from eabf_jax.interop.loading import load
 from eabf_jax.interop.native import METRICS_FILE
 from eabf_jax.interop.tokenizer import load_tokenizer
+from eabf_jax.reading import parse_json, parse_yaml, read_text, reading
 from eabf_jax.rope import Scheme
 from eabf_jax.training.plan import EFFICIENCY, Plan
 from eabf_jax.training.recipe import TrainConfig, configure, dump_config, lasting_values
@@ -258,7 +258,7 @@ class Opened:
             "seed": job.cell.seed if trained else None,
             "tuned": dict(job.tuned),
             "settings": job.settings,
-            "config": [yaml.safe_load(dump_config(config)) for config in job.configs],
+            "config": [parse_yaml(dump_config(config), "the configuration") for config in job.configs],
             "training": trained,
             "seconds": seconds,
             "units": {name: list(units) for measure in measures.values() for name, units in measure.units.items()},
@@ -509,16 +509,18 @@ def _without_seed(config: TrainConfig) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _settled(text: str) -> tuple[Plan, int]:
-    found = settle(configure(None, yaml.safe_load(text)))
+    found = settle(configure(None, parse_yaml(text, "the configuration")))
     return found.planned, found.steps
 
 
 def _metrics(run: Path) -> dict[str, Any]:
     """Returns steps, seconds and losses of a finished run."""
-    lines = [json.loads(line) for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
-    return {
-        "steps": len(lines),
-        "seconds": sum(line["seconds"] for line in lines),
-        "compile_seconds": lines[0]["compile_seconds"],
-        "losses": [line["loss"] for line in lines],
-    }
+    path = run / METRICS_FILE
+    lines = [parse_json(line, path) for line in read_text(path).splitlines()]
+    with reading(path, "not the metrics of a run"):
+        return {
+            "steps": len(lines),
+            "seconds": sum(line["seconds"] for line in lines),
+            "compile_seconds": lines[0]["compile_seconds"],
+            "losses": [float(line["loss"]) for line in lines],
+        }

@@ -18,6 +18,8 @@ from tensorflow_datasets.core import example_serializer, naming, splits
 from eabf_jax.data.chat import Encoded, Tokenizer
 from eabf_jax.destination import Mark, check_destination, partial_directory, put_in_place
 from eabf_jax.errors import InputError, unknown_name
+from eabf_jax.fields import check
+from eabf_jax.reading import parse_json, reading
 
 NAME = "sharegpt"
 METADATA_FILE = "eabf_dataset.json"
@@ -210,6 +212,10 @@ def _lengths_file(split: str) -> str:
     return f"lengths-{split}.npy"
 
 
+_SPLIT = {"records": int, "tokens": int, "response_tokens": int, "longest": int, "files": dict[str, Any]}
+_USED = {"vocab_size": int, "tokenizer": str | None, "language": str, "sources": tuple[str, ...] | None}
+
+
 def read_metadata(directory: Path | str) -> dict[str, Any]:
     """Reads a dataset's metadata: template, max_tokens, tokenizer digest, seed, counts, splits and more.
 
@@ -221,17 +227,24 @@ def read_metadata(directory: Path | str) -> dict[str, Any]:
     """
     path = Path(directory) / METADATA_FILE
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-        if metadata["format"] != FORMAT:
-            raise InputError(f"{path} has format {metadata['format']!r}: this version reads {FORMAT}; prepare it again")
-        for split in metadata["splits"].values():
-            split["records"], split["longest"], split["files"].items()
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")  # which is refused below
     except OSError:
         raise InputError(
             f"{directory} is not a prepared dataset: it has no {METADATA_FILE}; make one with eabf prepare"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged ({error}): prepare the dataset again") from None
+    fault = "damaged; prepare the dataset again"
+    metadata = parse_json(text, path, fault)
+    with reading(path, fault):
+        if metadata["format"] != FORMAT:
+            raise InputError(
+                f"{path} has format {metadata['format']!r:.80}: this version reads {FORMAT}; prepare it again"
+            )
+        check({key: metadata[key] for key in _USED if key in metadata}, _USED, "key")
+        for name, split in metadata["splits"].items():
+            check({key: split[key] for key in ("records", "longest", "files")}, _SPLIT, "key", f"splits.{name}.")
+            for file, size in split["files"].items():
+                if Path(file).name != file or type(size) is not int:
+                    raise ValueError(f"splits.{name}.files has {file!r:.80}: {size!r:.80}, expected names and sizes")
     return dict(metadata)
 
 

@@ -24,6 +24,7 @@ from eabf_jax.interop.safetensors_stream import DTYPES, NAMES, StoredTensor
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora, adapters, merged_kernel
 from eabf_jax.model.parameters import Parameter, parameters
+from eabf_jax.reading import prefixed, reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +96,19 @@ def read_adapter(directory: Path | str) -> Adapter | None:
     found = read_json_object(path).get(native.ADAPTER)
     if found is None:
         return None
-    # Every key is required, because a default would only be a guess at what the run trained.
-    types = {**types_of(Lora), "base": str, "base_digest": str}
     try:
-        told = check(found, types, "key", f"{native.ADAPTER}.", required=types)
-        base, base_digest = told.pop("base"), told.pop("base_digest")
-        return Adapter(Lora(**told), base, base_digest)
+        with reading(path, "not the description of adapters"):
+            return _adapter(found)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise prefixed(path, error) from error
+
+
+def _adapter(found: Any) -> Adapter:
+    types = {**types_of(Lora), "base": str, "base_digest": str}
+    # Every key is required, because a default would only be a guess at what the run trained.
+    told = check(found, types, "key", f"{native.ADAPTER}.", required=types)
+    base, base_digest = told.pop("base"), told.pop("base_digest")
+    return Adapter(Lora(**told), base, base_digest)
 
 
 def digest(model: Leaves) -> str:

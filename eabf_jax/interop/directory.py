@@ -19,6 +19,7 @@ from eabf_jax.destination import (
     whole,
 )
 from eabf_jax.errors import InputError
+from eabf_jax.reading import read_json
 
 # An exported model needs its own mark, because its config.json looks like any other model's. The mark lists the files
 # written, so a model that someone has trained further or added files to is no longer taken for an export.
@@ -128,12 +129,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
       InputError: the file is missing, not JSON, or not an object.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark first
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
+    value = read_json(path)
     if not isinstance(value, dict):
         raise InputError(f"{path}: found a JSON {type(value).__name__}, expected an object")
     return value

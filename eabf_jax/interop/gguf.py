@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -41,6 +40,7 @@ from eabf_jax.interop.huggingface import MAX_SHARD_BYTES, Summary, as_architectu
 from eabf_jax.interop.safetensors_stream import PlannedTensor, write_sharded
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.parameters import Parameter, check_shapes, optional_fields
+from eabf_jax.reading import parse_json, reading
 from eabf_jax.rope import frequencies as frequency_rules
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -129,10 +129,11 @@ def from_gguf(src: Path | str, dst: Path | str, dtype: str = "float32", overwrit
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    file = read_gguf(src)
-    architecture = architecture_of(file)
-    vocabulary = read_vocabulary(file)
-    config = config_from_gguf(file, vocabulary)
+    with reading(src, "not the GGUF file of a model that can be read"):
+        file = read_gguf(src)
+        architecture = architecture_of(file)
+        vocabulary = read_vocabulary(file)
+        config = config_from_gguf(file, vocabulary)
     if vocabulary is not None and len(vocabulary.pieces) > config.vocab_size:
         raise file.error(
             f"the tokenizer has {len(vocabulary.pieces)} tokens, expected at most {config.vocab_size}, the rows of "
@@ -164,7 +165,8 @@ def from_gguf(src: Path | str, dst: Path | str, dtype: str = "float32", overwrit
 
     with new_directory(dst, EXPORT, overwrite=overwrite, sources=[file.path]) as partial:
         if vocabulary is not None:
-            write_tokenizer(partial, vocabulary)
+            with reading(file.path, "its vocabulary does not form a tokenizer"):
+                write_tokenizer(partial, vocabulary)
         write_config(partial, config, dtype)
         write_sharded(partial, planned, tensors(), MAX_SHARD_BYTES)
     return Summary(len(planned), sum(tensor.nbytes for tensor in planned))
@@ -261,7 +263,7 @@ def _named(file: GgufFile, architecture: GgufArchitecture, config: LlamaConfig) 
         models = [dataclasses.replace(config, model_type=kind) for kind in kinds]
         return next((model for model in models if rope.needs_remote_code(rotary_keys(model))), models[0])
     try:
-        noted = ARCHITECTURES[OWN_TYPE].read({OWN_KEY: json.loads(told)}, config.num_hidden_layers)
+        noted = ARCHITECTURES[OWN_TYPE].read({OWN_KEY: parse_json(told, OWN_FEATURES)}, config.num_hidden_layers)
         found = dataclasses.replace(config, **noted)
     except ValueError as error:
         raise file.error(f"{OWN_FEATURES} is {shown(told)}, expected features: {one_line(error)}") from error

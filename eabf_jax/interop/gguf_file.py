@@ -10,13 +10,17 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
-from eabf_jax.errors import InputError, one_line
+from eabf_jax.errors import InputError
 from eabf_jax.interop.directory import refuse_pointer
+from eabf_jax.reading import reading
 
 DOCUMENTATION = "docs/gguf.md"
 
 # llama.cpp's names for the parts of a split file; only the first part has the model's metadata.
 PART_NAME = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
+
+# The largest vocabularies have 262,144 tokens and twice as many merges. Each string costs several objects.
+MAX_STRINGS = 2_000_000
 
 _REQUIRED = object()
 
@@ -167,12 +171,28 @@ def shortest(value: float) -> float:
 
 
 class _Reader(gguf.GGUFReader):
-    """The package's reader, which may read empty data forever past the end of a file, with a check for that end."""
+    """The package's reader, which takes a file's numbers as they are, with checks against the file's size."""
 
     def _get(self, offset: int, dtype: Any, count: Any = 1, *rest: Any, **named: Any) -> Any:
         if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
             raise ValueError(f"it ends at byte {len(self.data):,}, before the value at byte {int(offset):,}")
         return super()._get(offset, dtype, count, *rest, **named)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+        """Reads a value; the package makes several objects for each number of an array, and this one view of all."""
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        header = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
+        item, count = gguf.GGUFValueType(header[0][0]), int(header[1][0])
+        if item == gguf.GGUFValueType.ARRAY:
+            raise ValueError("it has an array of arrays, expected arrays of numbers or strings")
+        if item == gguf.GGUFValueType.STRING:
+            room = (len(self.data) - orig_offs - 12) // 8  # a string has at least its length
+            if count > min(room, MAX_STRINGS):
+                raise ValueError(f"an array of {count:,} strings at byte {orig_offs:,}, with room for {room:,}")
+            return super()._get_field_parts(orig_offs, raw_type)
+        values = self._get(orig_offs + 12, self.gguf_scalar_to_np[item], count)
+        return 12 + int(values.nbytes), [*header, values], [2], [gguf.GGUFValueType.ARRAY, item]
 
 
 def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -182,12 +202,11 @@ def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise InputError(f"{path}: no such file; expected a .gguf file")
     refuse_pointer(path)
     try:
-        reader = _Reader(path)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        with reading(path, "not a whole GGUF file"):
+            reader = _Reader(path)
+            metadata = {name: field.contents() for name, field in reader.fields.items()}
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise InputError(f"{path}: not a whole GGUF file: {one_line(error)}") from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if reader.byte_order == "S":
         for name, tensor in tensors.items():

@@ -1,6 +1,5 @@
 """Rotary schemes in the keys and tensors of GGUF files."""
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from eabf_jax.interop.gguf_architectures import (
     GgufArchitecture,
 )
 from eabf_jax.interop.gguf_file import COUNT, NUMBER, TEXT, GgufFile, Kind, dequantised, shortest, shown
+from eabf_jax.reading import parse_json
 from eabf_jax.rope import Scheme, compose, scheme
 from eabf_jax.rope import logit_scale as logit_rules
 
@@ -210,7 +210,7 @@ def read_rope(file: GgufFile, architecture: GgufArchitecture, rotary_dim: int, c
 def _own_rope(file: GgufFile, told: str, architecture: GgufArchitecture, rotary_dim: int) -> Scheme:
     """Reads the scheme that `to_gguf` noted, and compares it with the keys and tensors that llama.cpp reads."""
     try:
-        found = Scheme.from_dict(json.loads(told))
+        found = Scheme.from_dict(parse_json(told, OWN_ROPE))
         keys, tensors = rotary_keys(found, rotary_dim, architecture)
     except ValueError as error:
         raise file.error(f"{OWN_ROPE} is {shown(told)}, expected a rotary scheme: {one_line(error)}") from error

@@ -37,8 +37,9 @@ from eabf_jax.interop.safetensors_stream import (
     write_sharded,
 )
 from eabf_jax.interop.tokenizer import copy_tokenizer_files, export_tokenizer, has_tokenizer, load_tokenizer
-from eabf_jax.model.config import LlamaConfig
+from eabf_jax.model.config import LlamaConfig, check_layers
 from eabf_jax.model.parameters import TABLE, Parameter, nest, parameter_axes, parameters, shapes
+from eabf_jax.reading import reading
 from eabf_jax.rope.exported import DATA_KEY, check_exported, exported_data
 
 MODELING_FILE = "modeling_eabf_llama.py"
@@ -140,6 +141,7 @@ def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
     fields = check(_DEFAULTS | defaults | given, _FIELDS, "config.json: key", required=_SIZES)
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields.setdefault("head_dim", fields["hidden_size"] // max(fields["num_attention_heads"], 1))
+    check_layers(fields["num_hidden_layers"])  # before the loops over them
     features = architecture.read(values, fields["num_hidden_layers"])
     fields |= check({k: v for k, v in features.items() if v is not None}, _FIELDS, "config.json: key")
     rotary = without_partial(values) if PARTIAL in architecture.keys else values
@@ -227,7 +229,8 @@ def read_config(directory: Path | str) -> LlamaConfig:
             f"{other_format(Path(directory))}"
         )
     try:
-        return config_from_hf(read_json_object(path))
+        with reading(path, "not the config.json of a model that can be read"):
+            return config_from_hf(read_json_object(path))
     except InputError as error:
         message = str(error)
         if str(path) in message:
@@ -531,9 +534,11 @@ def _headers(directory: Path) -> dict[str, StoredTensor]:
     weight_map = read_json_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"{index_path}: expected a weight_map from tensor names to file names")
+    with reading(index_path, "its weight_map names no files of this directory"):
+        paths = [_inside(directory, file, index_path) for file in sorted(set(weight_map.values()))]
     found: dict[str, StoredTensor] = {}
-    for file in sorted(set(weight_map.values())):
-        for name, tensor in _header(_inside(directory, file, index_path)).items():
+    for path in paths:
+        for name, tensor in _header(path).items():
             if name in found:
                 raise InputError(
                     f"{tensor.path}: tensor {name} is in {found[name].path.name} too; expected it in one shard of "

@@ -3,12 +3,12 @@
 import dataclasses
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import yaml
 from jax.sharding import Mesh
 
 from eabf_jax.errors import InputError
@@ -21,6 +21,7 @@ from eabf_jax.model.decoder import WeightSource
 from eabf_jax.model.llama import Llama
 from eabf_jax.model.parameters import flatten, nest, parameters
 from eabf_jax.parallel.rules import llama_on, parameter_shardings
+from eabf_jax.reading import parse_yaml
 from eabf_jax.rope import Scheme
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -120,10 +121,9 @@ def split_scheme(text: str) -> tuple[str, dict[str, Any] | None, int | None]:
     directory, at, told = text.partition("@")
     if not at:
         return directory, None, None
-    try:
-        values = yaml.safe_load(told)
-    except yaml.YAMLError:
-        values = None
+    values = None
+    with suppress(InputError):
+        values = parse_yaml(told, "--model")
     if not isinstance(values, dict) or not {"type", "window"} & values.keys():
         raise InputError(
             f"--model: expected a scheme such as {{type: yarn, factor: 4}}, or {{window: 512}}, after @, not {told!r}"

@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCardData
-from huggingface_hub.repocard import metadata_load
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from eabf_jax.errors import InputError
 from eabf_jax.interop.architectures import rotary_keys
@@ -17,6 +16,7 @@ from eabf_jax.interop.native import CARD_FILE, CONFIG_FILE, DATASET_FILE, EVALUA
 from eabf_jax.interop.tokenizer import has_tokenizer
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.parameters import parameter_count
+from eabf_jax.reading import parse_json, parse_yaml, read_text, reading
 from eabf_jax.rope import needs_remote_code
 
 # Front matter that a card inherits from the source model's card; base_model may also come from the Hub's cache.
@@ -34,11 +34,19 @@ def origin(directory: Path) -> dict[str, Any]:
       cache, the base model is instead its name on the Hub.
     """
     try:
-        told = metadata_load(directory / CARD_FILE) or {}
-    except (OSError, ValueError, yaml.YAMLError):
-        told = {}  # no card, or some other README
+        text = read_text(directory / CARD_FILE)
+        front = REGEX_YAML_BLOCK.search(text)
+        told = parse_yaml(front[2], directory / CARD_FILE) if front else {}
+        known = {key: told[key] for key in _PASSED_ON if _is_name(told.get(key))} if isinstance(told, dict) else {}
+    except (OSError, InputError):
+        known = {}  # no card, or some other README
     name = _hub_name(directory)
-    return {key: told[key] for key in _PASSED_ON if told.get(key)} | ({"base_model": name} if name else {})
+    return known | ({"base_model": name} if name else {})
+
+
+def _is_name(value: Any) -> bool:
+    """Returns whether a value of a card's front matter is text or a list of texts, and not empty."""
+    return bool(value) and all(isinstance(part, str) for part in (value if isinstance(value, list) else [value]))
 
 
 def _hub_name(directory: Path) -> str | None:
@@ -112,16 +120,14 @@ def _evaluation(path: Path) -> list[str]:
     table = read_json_object(path).get("table")
     if table is None:
         return []
-    try:
+    with reading(path, "its table is not one of an `eabf evaluate` report"):
         return [f"{table['title']}:", "", *_table(table["header"], table["rows"])]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: its table is not one of an `eabf evaluate` report ({error!r:.100})") from error
 
 
 def _training(run: Path, step: int) -> tuple[dict[str, str], dict[str, Any]]:
     """Returns facts about the training from a run's files, and the front matter that follows from them."""
-    try:
-        config = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    with reading(run / CONFIG_FILE, "not the configuration of a run"):
+        config = parse_yaml(read_text(run / CONFIG_FILE), run / CONFIG_FILE)
         model, data, recipe = config["model"], config["data"], config["recipe"]
         known = {} if model["path"] is None else origin(Path(model["path"]))
         rows = step * recipe["batch_size"]
@@ -136,16 +142,15 @@ def _training(run: Path, step: int) -> tuple[dict[str, str], dict[str, Any]]:
         if config.get("lora"):
             facts["training"] += f"; adapters of rank {config['lora']['rank']}, merged"
         split = data["split"]
-    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{run / CONFIG_FILE}: not the configuration of a run ({error!r:.100})") from error
     size, language = _dataset(run / DATASET_FILE, split)
     facts["data"] += size
     steps = _steps(run / METRICS_FILE, step)
-    trained = [found["trained_tokens"] for found in steps.values() if "trained_tokens" in found]
-    if len(trained) == step:
-        facts["trained on"] += f", with the loss on {_count(sum(trained), 'token')}"
-    if step in steps:
-        facts["loss of the last step"] = f"{steps[step]['loss']:.3f} nats per token"
+    with reading(run / METRICS_FILE, "not the metrics of a run"):
+        trained = [found["trained_tokens"] for found in steps.values() if "trained_tokens" in found]
+        if len(trained) == step:
+            facts["trained on"] += f", with the loss on {_count(sum(trained), 'token')}"
+        if step in steps:
+            facts["loss of the last step"] = f"{steps[step]['loss']:.3f} nats per token"
     return facts, language | known
 
 
@@ -162,7 +167,7 @@ def _dataset(path: Path, split: str) -> tuple[str, dict[str, Any]]:
     """Returns the size and sources of a dataset's training split, and the language; empty if there is no file."""
     if not path.is_file():
         return "", {}
-    try:
+    with reading(path, f"not a dataset's metadata with a split {split!r}"):
         values = read_json_object(path)
         found = values["splits"][split]
         size = f": {_count(found['records'], 'record')} of {_count(found['tokens'], 'token')} in all"
@@ -170,9 +175,7 @@ def _dataset(path: Path, split: str) -> tuple[str, dict[str, Any]]:
         more = f" and {_count(len(sources) - 3, 'other')}" if len(sources) > 3 else ""
         size += f", from {', '.join(sources[:3])}{more}" if sources else ""
         language = values.get("language", "any")
-        return size, {} if language == "any" else {"language": language}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not a dataset's metadata with a split {split!r} ({error!r:.100})") from error
+        return size, {} if language == "any" else {"language": str(language)}
 
 
 def _steps(path: Path, last: int) -> dict[int, dict[str, Any]]:
@@ -180,13 +183,14 @@ def _steps(path: Path, last: int) -> dict[int, dict[str, Any]]:
     if not path.is_file():
         return {}
     steps = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path).splitlines():
         try:
-            entry = json.loads(line)
-        except ValueError:
+            entry = parse_json(line, path)
+        except InputError:
             continue  # the last line of an interrupted run may be incomplete
-        if 1 <= entry.get("step", 0) <= last:
-            steps[entry["step"]] = entry
+        step = entry.get("step") if isinstance(entry, dict) else None
+        if type(step) is int and 1 <= step <= last:
+            steps[step] = entry
     return steps
 
 

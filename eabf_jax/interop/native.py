@@ -31,6 +31,7 @@ from eabf_jax.interop.directory import read_json_object, write_json
 from eabf_jax.interop.tokenizer import TOKENIZER_FILES, Tokenizer
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.parameters import check_shapes, flatten, nest
+from eabf_jax.reading import prefixed, reading
 
 MODEL_FILE = "model.json"
 ADAPTER = "adapter"  # the key in model.json that describes adapters; see adapter.py
@@ -76,9 +77,10 @@ def read_model_json(directory: Path | str) -> LlamaConfig:
     found.pop("dtype", None)
     found.pop(ADAPTER, None)
     try:
-        return LlamaConfig.from_fields({"rope": None, **found})
+        with reading(path, "not the description of a model"):
+            return LlamaConfig.from_fields({"rope": None, **found})
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise prefixed(path, error) from error
 
 
 def save_params(directory: Path | str, params: Mapping[str, Any], step: int = 0) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from eabf_jax.errors import InputError
 from eabf_jax.interop.directory import write_json
+from eabf_jax.reading import parse_json, reading
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -96,15 +97,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 f"{path}: not a whole safetensors file: it has {size} bytes, its header claims {length}; copy it again"
             )
         text = file.read(length)
-    try:
-        header = json.loads(text)
+    fault = "the safetensors header is not valid"
+    header = parse_json(text, path, fault)
+    with reading(path, fault):
         tensors = {
             name: _stored(path, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: the safetensors header is not valid: {error}") from error
     end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=8 + length)
     if end != size:
         what = "truncated" if size < end else "too long"
@@ -117,8 +115,13 @@ def _stored(path: Path, name: str, entry: dict[str, Any], data_start: int) -> St
     if dtype is None:
         raise InputError(f"{path}: tensor {name} is {entry['dtype']}, expected one of {', '.join(DTYPES)}")
     begin, end = entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *entry["shape"])):
+        raise InputError(
+            f"{path}: tensor {name} has shape {entry['shape']!r:.80} and data_offsets "
+            f"{entry['data_offsets']!r:.80}, expected whole numbers from 0"
+        )
     tensor = StoredTensor(name, dtype, tuple(entry["shape"]), path, data_start + begin)
-    if end - begin != tensor.nbytes or begin < 0:
+    if end - begin != tensor.nbytes:
         raise InputError(
             f"{path}: tensor {name} of shape {list(tensor.shape)} {entry['dtype']} takes {tensor.nbytes} bytes, "
             f"its header gives it {end - begin}"

@@ -17,6 +17,7 @@ from eabf_jax.destination import whole
 from eabf_jax.errors import InputError, one_line
 from eabf_jax.fields import typed
 from eabf_jax.interop.directory import is_inside, read_json_object, refuse_pointer, write_json
+from eabf_jax.reading import parse_json, read_text, reading
 
 # The generated module defines its classes at import time, which type checkers cannot see.
 MODEL_PROTO: Any = vars(sentencepiece_proto)["ModelProto"]
@@ -74,6 +75,10 @@ class Tokenizer:
         """
         self._directory = Path(directory)
         _refuse_links_out(self._directory)
+        with reading(self._directory, "not a tokenizer that can be read"):
+            self._read()
+
+    def _read(self) -> None:
         settings = _read_settings(self._directory)
         self._parsing, self.special_tokens = _build(self._directory, settings)
         self._literal = _without_markup(self._parsing)
@@ -324,7 +329,7 @@ def _chat_templates(directory: Path, settings: _Settings) -> dict[str, str]:
     if (directory / "chat_template.jinja").is_file():
         files["default"] = directory / "chat_template.jinja"
     if files:
-        return {name: _read_text(path) for name, path in files.items()}
+        return {name: read_text(path) for name, path in files.items()}
     found = settings.values.get("chat_template")
     if found is None:
         return {}
@@ -350,13 +355,6 @@ def _as_ids(key: str, value: Any) -> tuple[int, ...]:
 def _read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; empty if there is no such file."""
     return read_json_object(path) if path.is_file() else {}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not valid UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def _short(value: Any) -> str:
@@ -473,13 +471,11 @@ def _without_markup(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 def _from_json(path: Path, kind: str, values: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, str]:
     """Reads a tokenizer.json; returns the tokenizer and its class, empty for a LLaMA class that does not apply."""
     refuse_pointer(path)
-    text = _read_text(path)
-    try:
+    text = read_text(path)
+    fault = "not a tokenizer.json that the tokenizers library can read"
+    with reading(path, fault):
+        _check_ids(parse_json(text, path, fault), len(text))
         backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises a bare Exception
-        raise InputError(
-            f"{path}: not a tokenizer.json that the tokenizers library can read: {one_line(error)}"
-        ) from error
     # LLaMA's class replaces the file's rules, except for a byte-level vocabulary such as Llama 3's.
     if kind in _LLAMA_CLASSES:
         if isinstance(backend.model, models.BPE) and '"ByteLevel"' not in text:
@@ -487,6 +483,16 @@ def _from_json(path: Path, kind: str, values: Mapping[str, Any]) -> tuple[tokeni
         else:
             kind = ""
     return backend, kind
+
+
+def _check_ids(contents: dict[str, Any], limit: int) -> None:
+    """Refuses ids beyond the size of the file: the library allocates a table up to the largest, and may abort."""
+    vocabulary = contents["model"].get("vocab")
+    ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else []
+    ids += [token["id"] for token in contents.get("added_tokens") or []]
+    for i in ids:
+        if type(i) is not int or not 0 <= i < limit:
+            raise ValueError(f"a token has the id {i!r:.80}, expected ids from 0 without large gaps")
 
 
 def _set_llama_rules(backend: tokenizers.Tokenizer, kind: str, values: Mapping[str, Any]) -> None:

@@ -8,6 +8,11 @@ from eabf_jax.errors import InputError
 from eabf_jax.fields import build
 from eabf_jax.rope import Scheme, scheme
 
+# Positions, token ids and sizes are int32 in JAX.
+MAX_SIZE = 2**31 - 1
+# Many tables have a row for each layer; the deepest models in use have 126.
+MAX_LAYERS = 10_000
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -75,8 +80,11 @@ class LlamaConfig:
             value = getattr(self, entry.name)
             if entry.type is int and value < 1:
                 raise InputError(f"{entry.name} {value} is not a positive number")
+            if entry.type is int and value > MAX_SIZE:
+                raise InputError(f"{entry.name} {value} is too large; at most {MAX_SIZE} is possible")
             if entry.type is float and value < 0:
                 raise InputError(f"{entry.name} {value} is negative")
+        check_layers(self.num_hidden_layers)
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -124,3 +132,9 @@ class LlamaConfig:
           InputError: an unknown or missing field, or a value of the wrong type.
         """
         return build(cls, values, "model field")
+
+
+def check_layers(count: int) -> None:
+    """Raises InputError if a model has so many layers that loops over them would not end."""
+    if count > MAX_LAYERS:
+        raise InputError(f"num_hidden_layers {count} is too large; at most {MAX_LAYERS} is possible")

@@ -21,6 +21,7 @@ from eabf_jax.fields import Text, build
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora
 from eabf_jax.parallel.mesh import MeshConfig
+from eabf_jax.reading import parse_yaml, read_text, reading
 from eabf_jax.rope import Scheme, parameters_of, scheme_names
 from eabf_jax.rope.registry import unknown_scheme
 
@@ -222,8 +223,9 @@ def config_differences(written: Path, config: TrainConfig) -> list[str]:
       InputError: the file is not a configuration.
     """
     try:
-        before = _flat(yaml.safe_load(written.read_text()))
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+        with reading(written, "not a run's configuration"):
+            before = _flat(parse_yaml(read_text(written), written))
+    except InputError as error:
         raise InputError(
             f"{written} is not a run's configuration; pass --overwrite true to start over, or name another directory"
         ) from error
@@ -233,15 +235,15 @@ def config_differences(written: Path, config: TrainConfig) -> list[str]:
 
 def lasting_values(config: TrainConfig) -> dict[str, Any]:
     """Returns the values of keys such as "recipe.seed", without those that `config_differences` leaves out."""
-    values = _flat(yaml.safe_load(dump_config(config)))
+    values = _flat(parse_yaml(dump_config(config), "the configuration"))
     return {key: value for key, value in values.items() if not _is_free(key)}
 
 
 def is_written_config(path: Path) -> bool:
     """Returns whether `dump_config` wrote a file, so that it marks a run; handwritten ones lack some section."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        found = parse_yaml(read_text(path), path)
+    except (OSError, InputError):
         return False
     return isinstance(found, dict) and {field.name for field in dataclasses.fields(TrainConfig)} <= found.keys()
 
@@ -296,7 +298,7 @@ class _Missing(str):
 
 def _read_yaml(path: Path) -> Any:
     with open(path, encoding="utf-8") as file:
-        return yaml.load(file, _Loader)
+        return parse_yaml(file, path, _Loader)
 
 
 def _include(loader: Any, node: yaml.ScalarNode) -> Any:
@@ -334,8 +336,6 @@ def _read_file(path: str) -> dict[str, Any]:
         values = _read_yaml(Path(path))
     except OSError as error:
         raise InputError(f"cannot read the configuration {str(error.filename)!r}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} holds {values!r:.60}; a mapping of configuration keys is needed")
     return values

@@ -15,10 +15,12 @@ from tensorboardX.proto import event_pb2, summary_pb2
 
 from eabf_jax.console import progress_bar
 from eabf_jax.destination import whole
+from eabf_jax.errors import InputError
 from eabf_jax.interop.native import METRICS_FILE, TENSORBOARD
 from eabf_jax.model.config import LlamaConfig
 from eabf_jax.model.lora import Lora, adapters
 from eabf_jax.model.parameters import parameter_count
+from eabf_jax.reading import parse_json, read_text, reading
 
 
 def flops_per_token(config: LlamaConfig, length: int, lora: Lora | None = None) -> float:
@@ -66,7 +68,7 @@ class Tracker:
         if quiet:
             return
         path = run / METRICS_FILE
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = read_text(path).splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= start]
         with whole(path) as partial:
             partial.write_text("".join(f"{line}\n" for line in kept))
@@ -134,6 +136,7 @@ class Tracker:
 def _step_of(line: str) -> float:
     """Returns the step of a record; infinity for a truncated line, as a killed run leaves it."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        with reading(METRICS_FILE, "not the metrics of a step"):
+            return int(parse_json(line, METRICS_FILE)["step"])
+    except InputError:
         return math.inf

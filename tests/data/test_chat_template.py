@@ -8,6 +8,7 @@ import pytest
 import transformers
 from talk import SYSTEM, TALK
 
+from eabf_jax.data import chat_template
 from eabf_jax.data.chat import Turn
 from eabf_jax.errors import InputError
 from eabf_jax.inference.chat import chat_format, render
@@ -90,3 +91,33 @@ def test_a_token_without_a_name_is_undefined(tmp_path: Path) -> None:
 def test_templates_that_fail(tokenizer: Tokenizer, source: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         render(source, TALK, tokenizer)
+
+
+# Templates from strangers that would run for ever or fill the memory, and the end of each.
+HOSTILE = {
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "takes more than",
+    "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}": "takes more than",
+    "{% set ns = namespace(a=1) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ ns.a }}": "more",
+    "{{ lipsum(n=10**7) }}": "takes more than",
+    "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}": "renders more than",
+    "{{ 'x' * 10**12 }}": "more than 2 GiB",
+    "{{ 'x' | center(10**11) }}": "more than 2 GiB",
+    "{{ [1] * 10**11 }}": "more than 2 GiB",
+    "{{ '%100000000000d' % 1 }}": "does not accept",
+    "{{ messages | tojson(indent=10**11) }}": "does not accept",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}": "recursion",
+    "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}": "recursion",
+    "{{ raise_exception('two\nlines') }}": "two lines",
+}
+
+
+@pytest.mark.parametrize(("source", "message"), HOSTILE.items(), ids=[source[:40] for source in HOSTILE])
+def test_hostile_templates_end(
+    tokenizer: Tokenizer, source: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template, "SECONDS", 1.0)
+    with pytest.raises(InputError, match=message) as caught:
+        render(source, TALK, tokenizer)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert render("{{ messages[0].role }}", TALK, tokenizer) == TALK[0].role  # the next one is rendered again

@@ -218,8 +218,8 @@ def damage(dataset, kind):
         ("missing shard", "is missing: prepare"),
         ("info", "cannot be opened"),
         ("features", "cannot be opened"),
-        ("metadata", r"is damaged \('splits'\)"),
-        ("metadata kind", "is damaged"),
+        ("metadata", "damaged; .*'splits'"),
+        ("metadata kind", "damaged; prepare"),
         ("version", "has format 99"),
     ],
 )
