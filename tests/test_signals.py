@@ -29,6 +29,10 @@ run(command)
 """
 
 
+def _heed_interrupts():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def started(tmp_path):
     """Starts the command in a process whose destination is `tmp_path / "x"`, and waits until it works."""
@@ -36,7 +40,9 @@ def started(tmp_path):
 
     def start(work):
         command = [sys.executable, "-c", COMMAND.format(work=work), str(tmp_path / "x")]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        # Where a shell runs the tests in the background, they ignore Ctrl-C.
+        process = subprocess.Popen(command, **pipes, text=True, preexec_fn=_heed_interrupts)
         processes.append(process)
         assert process.stdout.readline() == "begun\n"
         return process
