@@ -27,7 +27,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -301,8 +301,7 @@ def tokenizer_json(directory: Path) -> None:
 
 
 def read_tokenizer(directory: Path) -> None:
-    from eabf_jax.data.chat import Tokenizer as Protocol  # noqa: F401
-    from eabf_jax.interop.tokenizer import load_tokenizer
+    from eabf_jax.interop.tokenizer import export_tokenizer, load_tokenizer
 
     tokenizer = load_tokenizer(directory)
     tokenizer.decode(tokenizer.encode("a b abc <s> 12", special=True))
@@ -310,8 +309,6 @@ def read_tokenizer(directory: Path) -> None:
     target = directory / "exported"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    from eabf_jax.interop.tokenizer import export_tokenizer
-
     export_tokenizer(directory, target, 1024)
 
 
@@ -337,16 +334,12 @@ def read_config_alone(directory: Path) -> None:
 
 def native_files(directory: Path) -> None:
     from eabf_jax.interop.huggingface import read_config
-    from eabf_jax.interop.native import read_model_json, write_model_json  # noqa: F401
-
-    small_model(directory)
-    config = read_config(directory)
-    adapter = {"rank": 8, "alpha": 16.0, "base": str(directory), "base_digest": "0" * 16}
-    from dataclasses import asdict
-
+    from eabf_jax.interop.native import write_model_json
     from eabf_jax.model.lora import Lora
 
-    write_model_json(directory, config, adapter={**asdict(Lora()), **{k: adapter[k] for k in ("base", "base_digest")}})
+    small_model(directory)
+    adapter = {**asdict(Lora()), "base": str(directory), "base_digest": "0" * 16}
+    write_model_json(directory, read_config(directory), adapter=adapter)
     (directory / "config.json").unlink()
 
 
@@ -359,29 +352,23 @@ def read_native(directory: Path) -> None:
 
 
 def dataset_files(directory: Path) -> None:
+    from eabf_jax.data.dataset import FORMAT
+
     split = {"records": 3, "tokens": 30, "response_tokens": 9, "longest": 12, "files": {"a.array_record": 4}}
-    told = {"format": dataset_format(), "template": "llama2", "max_tokens": 512, "tokenizer": "0" * 16, "seed": 1}
+    told = {"format": FORMAT, "template": "llama2", "max_tokens": 512, "tokenizer": "0" * 16, "seed": 1}
     told |= {"vocab_size": 4096, "language": "en", "sources": ["a.json"], "splits": {"train": split, "test": split}}
     (directory / "eabf_dataset.json").write_text(json.dumps(told))
     (directory / "a.array_record").write_bytes(b"none")
 
 
-def dataset_format() -> int:
-    from eabf_jax.data.dataset import FORMAT
-
-    return FORMAT
-
-
 def read_dataset(directory: Path) -> None:
-    from eabf_jax.data.dataset import num_records, read_metadata
+    from eabf_jax.data.dataset import Records, num_records, read_metadata
     from eabf_jax.errors import InputError
 
     metadata = read_metadata(directory)
-    metadata.get("vocab_size", 0) > 1, metadata.get("tokenizer")
+    metadata.get("vocab_size", 0) > 1  # noqa: B015 - as the commands compare it
     for split in metadata["splits"]:
         num_records(directory, split)
-    from eabf_jax.data.dataset import Records
-
     for split in metadata["splits"]:
         try:
             Records(directory, split)
@@ -432,7 +419,6 @@ def read_run(directory: Path) -> None:
     from eabf_jax.interop.huggingface import read_config
     from eabf_jax.interop.model_card import model_card
     from eabf_jax.training.recipe import config_differences, is_written_config, load_config
-    from eabf_jax.training.tracking import Tracker
 
     model_card(directory, "name", read_config(directory), 3)
     is_written_config(directory / "config.yaml")
@@ -440,7 +426,6 @@ def read_run(directory: Path) -> None:
         directory / "config.yaml", load_config(["--config_path", str(ROOT / "configs/tiny_eabf_2k.yaml")])
     )
     _metrics(directory)
-    del Tracker
 
 
 def gguf_files(directory: Path) -> None:

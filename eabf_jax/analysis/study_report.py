@@ -21,6 +21,7 @@ from eabf_jax.analysis.study import (
     sides,
     tuning_cells,
 )
+from eabf_jax.analysis.study_run import tuning_loss
 from eabf_jax.console import Grid
 from eabf_jax.destination import whole
 from eabf_jax.errors import InputError
@@ -422,7 +423,7 @@ def tuning_table(results: Results) -> Table | None:
         if len(records) < len(tried):
             rows.append(([method], [*("" for _ in keys), f"{len(records)} of {len(tried)} runs are finished"]))
             continue
-        losses = [_tuning_loss(record) for record in records]
+        losses = [tuning_loss(record) for record in records]
         best = records[int(np.argmin(losses))]["tuned"]
         cells = []
         for key in keys:
@@ -440,10 +441,6 @@ def tuning_table(results: Results) -> Table | None:
         f"not among those measured; data {study.tune.data}, seed {study.tune.seed}"
     )
     return Table(title, ["method"], [*keys, "loss, nats per token"], rows)
-
-
-def _tuning_loss(record: Mapping[str, Any]) -> float:
-    return math.inf if "diverged" in record else float(np.mean(record["values"][0]["values"]))
 
 
 def draw(results: Results) -> list[tuple[str, str]]:
