@@ -18,12 +18,12 @@ from jaxtyping import Array, Bool, Float, Int
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation.intervals import Mean, student
 from eabf_jax.evaluation.perplexity import check_edges
+from eabf_jax.evaluation.scorer import filled, on_mesh
 from eabf_jax.inference import placement
 from eabf_jax.model.attention import precision_of
 from eabf_jax.model.attention.backend import MASKED
 from eabf_jax.model.llama import Llama, Row, checked
-from eabf_jax.parallel.mesh import MeshConfig, make_mesh
-from eabf_jax.parallel.rules import batch_ways, mesh_of, moved
+from eabf_jax.parallel.rules import batch_ways
 
 # Queries and keys in a block: on CPU, blocks that stay in its cache; on others, blocks that keep all cores busy.
 _BLOCK = {"cpu": 256}
@@ -101,17 +101,34 @@ def _layer(
     graph: Any, params: Any, x: Array, row: Row, index: Array, window: int | None
 ) -> tuple[Array, Float[Array, "B N T"]]:
     """Runs one layer, whose window is known; returns the hidden states and the entropies."""
-    model = nnx.merge(graph, params)
-    attention = model.attention if window is None else model.windowed
     found = []
 
-    def attend(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+    def tap(q: Array, k: Array) -> Array:
         found.append(row_entropies(q, k, window))
-        return attention(q, k, v, segment_ids)
+        return q
+
+    return _tapped(nnx.merge(graph, params), x, row, index, window, tap), found[0]
+
+
+def _tapped(
+    model: Llama, x: Array, row: Row, index: Array, window: int | None, tap: Callable[[Array, Array], Array]
+) -> Array:
+    """Runs one layer, whose window is known; `tap` sees queries and keys, and returns the queries to attend with."""
+    attention = model.attention if window is None else model.windowed
+    assert attention is not None
+
+    def attend(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+        return attention(tap(q, k), k, v, segment_ids)
 
     model.attention, model.windowed = attend, None
     parameters = jax.tree.map(lambda leaf: leaf[index], nnx.to_pure_dict(nnx.state(model.layers, nnx.Param)))
-    return model.layer(parameters, index, x, row), found[0]
+    return model.layer(parameters, index, x, row)
+
+
+def _window_of(model: Llama, layer: int, length: int) -> int | None:
+    """Returns the sliding window of a layer if it is shorter than the rows."""
+    window = model.config.window_of(layer)
+    return None if window is None or window >= length else window
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -161,24 +178,16 @@ def entropies(
     """
     documents = np.asarray(checked("documents", documents, 0, model.config.vocab_size))
     check_edges(edges, documents.shape[1])
-    mesh = mesh_of(model)
-    if mesh is None:
-        mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
-        model = moved(model, mesh)
-    placement.check(mesh, model.config)
+    mesh, model = on_mesh(model)
     config, at = model.config, placement.row_sharding(mesh)
     graph, params = nnx.split(model)
     rows, widths = batch_size * batch_ways(mesh), np.diff(edges)
     means = np.empty((len(documents), config.num_hidden_layers, config.num_attention_heads, len(widths)))
     for start in range(0, len(documents), rows):
         batch = documents[start : start + rows]
-        # The last batch is filled with its own first document, so that one program serves all.
-        full = np.concatenate([batch, np.repeat(batch[:1], rows - len(batch), axis=0)])
-        x, row = _begin(graph, params, jax.device_put(full, at))
+        x, row = _begin(graph, params, jax.device_put(filled(batch, rows), at))
         for layer in range(config.num_hidden_layers):
-            window = config.window_of(layer)
-            if window is not None and window >= documents.shape[1]:
-                window = None
+            window = _window_of(model, layer, documents.shape[1])
             x, found = _layer(graph, params, x, row, jnp.int32(layer), window)
             nats = np.asarray(found, np.float64)[: len(batch), :, : edges[-1]]
             means[start : start + len(batch), layer] = np.add.reduceat(nats, edges[:-1], axis=-1) / widths
@@ -218,20 +227,14 @@ def matched(
     documents = np.asarray(checked("documents", documents, 0, model.config.vocab_size))
     if documents.shape[1] <= window:
         raise InputError(f"documents of {documents.shape[1]} tokens end within the window of {window}")
-    mesh = mesh_of(model)
-    if mesh is None:
-        mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
-        model = moved(model, mesh)
-    placement.check(mesh, model.config)
-    count, ways = len(documents), batch_ways(mesh)
-    full = np.concatenate([documents, np.repeat(documents[:1], -count % ways, axis=0)])
+    mesh, model = on_mesh(model)
+    count = len(documents)
+    full = filled(documents, count + -count % batch_ways(mesh))
     graph, params = nnx.split(model)
     x, row = _begin(graph, params, jax.device_put(full, placement.row_sharding(mesh)))
     betas, growth = [], []
     for layer in range(model.config.num_hidden_layers):
-        sliding = model.config.window_of(layer)
-        if sliding is not None and sliding >= documents.shape[1]:
-            sliding = None
+        sliding = _window_of(model, layer, documents.shape[1])
         x, beta, slope = _fit_layer(graph, params, x, row, jnp.int32(layer), sliding, window, count)
         betas.append(float(beta))
         growth.append(float(slope))
@@ -246,15 +249,13 @@ def _fit_layer(
     graph: Any, params: Any, x: Array, row: Row, index: Array, sliding: int | None, window: int, count: int
 ) -> tuple[Array, Array, Array]:
     """Runs one layer with the beta that matches its entropies; returns the hidden states, beta and growth."""
-    model = nnx.merge(graph, params)
-    attention = model.attention if sliding is None else model.windowed
     beyond = jnp.log(jnp.maximum((row.positions + 1) / window, 1.0))
     found: list[Array] = []
 
     def scaled(q: Array, beta: Array) -> Array:
         return (q * (1.0 + beta * beyond)[..., None, None]).astype(q.dtype)
 
-    def attend(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+    def tap(q: Array, k: Array) -> Array:
         inside = row_entropies(q[:, :window], k[:, :window], sliding)[:count].mean((0, 1))
         near, nearer = inside[window // 2 :].mean(), inside[window // 8 : window // 4].mean()
         growth = (near - nearer) / np.float32(np.log(4))  # the two bands are a factor of four apart
@@ -266,11 +267,9 @@ def _fit_layer(
         # Entropy falls as beta grows, so the beta of an entropy is read from the points in reverse.
         beta = jnp.interp(near, jax.lax.map(far, betas)[::-1], betas[::-1])
         found.extend((beta, growth))
-        return attention(scaled(q, beta), k, v, segment_ids)
+        return scaled(q, beta)
 
-    model.attention, model.windowed = attend, None
-    parameters = jax.tree.map(lambda leaf: leaf[index], nnx.to_pure_dict(nnx.state(model.layers, nnx.Param)))
-    x = model.layer(parameters, index, x, row)
+    x = _tapped(nnx.merge(graph, params), x, row, index, sliding, tap)
     beta, growth = found
     return x, beta, growth
 

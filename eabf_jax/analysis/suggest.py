@@ -25,11 +25,11 @@ from eabf_jax.analysis.attention_entropy import Matched, matched
 from eabf_jax.errors import InputError
 from eabf_jax.evaluation.intervals import Mean, student
 from eabf_jax.evaluation.perplexity import position_losses
-from eabf_jax.evaluation.scorer import evaluation_mesh, token_scores
+from eabf_jax.evaluation.scorer import evaluation_mesh, filled, on_mesh, token_scores
 from eabf_jax.inference import placement
 from eabf_jax.interop.loading import load
 from eabf_jax.model.llama import Llama
-from eabf_jax.parallel.rules import batch_ways, mesh_of
+from eabf_jax.parallel.rules import batch_ways
 from eabf_jax.rope import Scheme, compose
 from eabf_jax.rope.frequencies import default
 from eabf_jax.rope.schemes import Rule
@@ -320,19 +320,16 @@ def scheme_losses(
     """Computes what `position_losses` does for the model with another scheme; all schemes share one program.
 
     Args:
-      model: on a mesh.
       scheme: with frequencies that do not follow the length.
     """
+    mesh, model = on_mesh(model)
     graph, params = nnx.split(model)
     arrays = _arrays(model, scheme, documents.shape[1])
-    mesh = mesh_of(model)
-    assert mesh is not None
     rows = batch_size * batch_ways(mesh)
     found = []
     for start in range(0, len(documents), rows):
         batch = documents[start : start + rows]
-        full = np.concatenate([batch, np.repeat(batch[:1], rows - len(batch), axis=0)])
-        tokens = jax.device_put(full, placement.row_sharding(mesh))
+        tokens = jax.device_put(filled(batch, rows), placement.row_sharding(mesh))
         found.append(np.asarray(_losses(graph, params, tokens, arrays))[: len(batch)])
     return np.concatenate(found)
 

@@ -49,6 +49,25 @@ def evaluation_mesh(
     return mesh
 
 
+def on_mesh(model: Llama) -> tuple[Mesh, Llama]:
+    """Returns the mesh that a model computes on, and the model; one on a single device is copied to each device.
+
+    Raises:
+      InputError: a mesh that splits rows.
+    """
+    mesh = mesh_of(model)
+    if mesh is None:
+        mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
+        model = moved(model, mesh)
+    placement.check(mesh, model.config)
+    return mesh, model
+
+
+def filled(rows: Int[np.ndarray, "B T"], size: int) -> Int[np.ndarray, "size T"]:
+    """Fills a batch up to a size with its own first row, so that one program serves batches of any number of rows."""
+    return np.concatenate([rows, np.repeat(rows[:1], size - len(rows), axis=0)])
+
+
 class Span(NamedTuple):
     """Consecutive tokens to score."""
 
@@ -69,12 +88,7 @@ class Scorer:
         Raises:
           InputError: a mesh that splits rows.
         """
-        mesh = mesh_of(model)
-        if mesh is None:
-            mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
-            model = moved(model, mesh)
-        placement.check(mesh, model.config)
-        self._mesh = mesh
+        self._mesh, model = on_mesh(model)
         graph, self._params = nnx.split(model)
         self._program = _program(graph)
 
